@@ -1,0 +1,127 @@
+"""Argument checks that more than one operator uses. Every error names the argument, what was expected and what came.
+
+The functions without `_values` look at shapes, dtypes and devices only and run in traced code. Those with `_values` read tensor contents; they are passed to
+`define_op(check_values=...)` and never run while tracing.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_shape(name: str, x: Tensor, *allowed: Sequence[int]) -> None:
+    """`x.shape` is one of `allowed`."""
+    if not any(tuple(x.shape) == tuple(shape) for shape in allowed):
+        expected = " or ".join(str(list(shape)) for shape in allowed)
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+
+
+def check_rank(name: str, x: Tensor, *ranks: int) -> None:
+    if x.dim() not in ranks:
+        expected = " or ".join(str(r) for r in ranks)
+        raise ValueError(f"{name} must have {expected} dimensions, got shape {tuple(x.shape)}")
+
+
+def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype] = FLOATS) -> None:
+    if x.dtype not in allowed:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ValueError(f"{name} must have dtype {expected}, got {str(x.dtype).removeprefix('torch.')}")
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """All given tensors are on the device of the first one."""
+    first: tuple[str, Tensor] | None = None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if first is None:
+            first = (name, x)
+        elif x.device != first[1].device:
+            raise ValueError(f"{name} must be on {first[1].device} like {first[0]}, got {x.device}")
+
+
+def check_lower_bound(lower_bound: float | None) -> None:
+    if lower_bound is not None and not -5.0 <= lower_bound < 0.0:
+        raise ValueError(f"lower_bound must be None or in [-5, 0), got {lower_bound}")
+
+
+def check_gate_parameters(
+    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
+) -> None:
+    """The arguments of the gate, `x [..., HV, K]`."""
+    check_dtype("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [..., HV, K], got {tuple(x.shape)}")
+    HV, K = x.shape[-2], x.shape[-1]
+    if A_log is not None:
+        check_shape("A_log", A_log, (HV,))
+        check_dtype("A_log", A_log)
+    elif lower_bound is None:
+        raise ValueError("A_log must be given unless lower_bound is, got None")
+    if dt_bias is not None:
+        check_shape("dt_bias", dt_bias, (HV, K), (HV * K,))
+        check_dtype("dt_bias", dt_bias)
+    check_lower_bound(lower_bound)
+    check_device(x=x, A_log=A_log, dt_bias=dt_bias)
+
+
+def check_varlen(name: str, x: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None, chunk_size: int) -> None:
+    """`x [B, T, ...]` with optional `cu_seqlens [N + 1]` and the chunk table of that batch."""
+    if cu_seqlens is None:
+        if chunks is not None:
+            raise ValueError("chunks must come with cu_seqlens, got chunks alone")
+        return
+    check_cu_seqlens_shape(cu_seqlens)
+    check_device(**{name: x, "cu_seqlens": cu_seqlens, "chunks": chunks})
+    if x.shape[0] != 1:
+        raise ValueError(f"{name} must have batch size 1 with cu_seqlens, got {x.shape[0]}")
+    if chunks is not None:
+        check_dtype("chunks", chunks, (torch.int32,))
+        check_shape("chunks", chunks, (x.shape[1] // chunk_size + cu_seqlens.shape[0] - 1, 2))
+
+
+def check_cu_seqlens_shape(cu_seqlens: Tensor) -> None:
+    check_dtype("cu_seqlens", cu_seqlens, INTEGERS)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape [N + 1], got {tuple(cu_seqlens.shape)}")
+
+
+def check_cu_seqlens_values(cu_seqlens: Tensor, total_tokens: int) -> None:
+    """First 0, non-decreasing, last at most `total_tokens`."""
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
+    for n, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if b < a:
+            raise ValueError(f"cu_seqlens must not decrease, got {a} then {b} at position {n + 1}")
+    if offsets[-1] > total_tokens:
+        raise ValueError(f"cu_seqlens must end at or before {total_tokens} tokens, got {offsets[-1]}")
+
+
+def check_varlen_values(x: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None, chunk_size: int) -> None:
+    """Contents of `cu_seqlens` for `x [1, T, ...]`, and of the chunk table."""
+    if cu_seqlens is None:
+        return
+    check_cu_seqlens_values(cu_seqlens, x.shape[1])
+    if chunks is not None:
+        from kda_ops.chunks import chunk_table
+
+        expected = chunk_table(cu_seqlens, x.shape[1], chunk_size)
+        wrong = (expected != chunks).any(dim=1).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(
+                f"chunks must be the chunk table of cu_seqlens, expected row {row} to be "
+                f"{expected[row].tolist()}, got {chunks[row].tolist()}"
+            )
+
+
+def check_slot_values(name: str, slots: Tensor, num_slots: int) -> None:
+    """Every slot is in `[0, num_slots)`."""
+    bad = ((slots < 0) | (slots >= num_slots)).flatten().nonzero()
+    if len(bad):
+        raise ValueError(f"{name} must be in [0, {num_slots}), got {int(slots.flatten()[bad[0]])}")

@@ -1,0 +1,198 @@
+"""One way to register an operator, and the one seam through which `kda_ops` reaches `lowering`.
+
+`define_op` turns a schema, a reference and a fake implementation into `torch.ops.kda_ops.<name>`:
+
+* CPU runs the reference, CUDA runs the launcher (imported on the first launch, so that importing the package never loads Triton);
+* the fake implementation calls `lowering.install()` as soon as Inductor is loaded, which is after tracing has started and before anything is lowered or looked
+  up in a cache;
+* a functional operator differentiates through an operator of its own, `<name>_backward`, whose implementation is the vector-Jacobian product of the reference.
+  It is opaque to the compiler, so a compiled backward graph has one call per operator;
+* an operator that writes to an argument refuses arguments that require grad;
+* `check_values` runs before the implementation, so it also runs in compiled graphs that fall back to the implementation.
+
+`torch.library.Library.define` / `impl` are used directly since a call through them costs 1-2 microseconds, a call through `torch.library.custom_op` 7-9.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kda_ops import config
+
+NAMESPACE = "kda_ops"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What stands behind one operator; see `define_op`."""
+
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    launcher: Callable[..., Any]
+    check_values: Callable[..., None] | None
+
+
+OPERATORS: dict[Any, Operator] = {}
+
+
+def activate_lowerings() -> None:
+    """Installs the Inductor lowerings if Inductor is loaded (idempotent, cheap)."""
+    if "torch._inductor.lowering" in sys.modules:
+        import lowering
+
+        lowering.install()
+
+
+def define_op(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda: str,
+    check_values: Callable[..., None] | None = None,
+    tags: tuple[torch.Tag, ...] = (),
+) -> Any:
+    """Registers one operator and returns its `OpOverload`.
+
+    Args:
+        schema: The operator's schema without a namespace, such as `"gate(Tensor x, Tensor? A_log) -> Tensor"`. Written arguments carry `(a!)`.
+        reference: The definition in eager PyTorch, called with the schema's arguments in order. It is the CPU implementation and the source of gradients. It
+            never returns an input or a view of one.
+        fake: Shapes, dtypes and strides of the result.
+        cuda: `"module:function"` of the kernel launcher, same arguments.
+        check_values: Raises `ValueError` for bad tensor *values*. Called with the same arguments before the implementation, for CPU tensors always, for CUDA
+            tensors when `kda_ops.config.check_values`.
+        tags: Extra operator tags.
+    """
+    name = schema[: schema.index("(")]
+    mutates = "!" in schema
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    launcher = _lazy(cuda)
+
+    def cpu_impl(*args: Any) -> Any:
+        if check_values is not None:
+            check_values(*args)
+        return reference(*args)
+
+    def cuda_impl(*args: Any) -> Any:
+        if check_values is not None and config.check_values:
+            check_values(*args)
+        return launcher(*args)
+
+    def fake_impl(*args: Any) -> Any:
+        activate_lowerings()
+        return fake(*args)
+
+    _LIBRARY.impl(name, cpu_impl, "CPU")
+    _LIBRARY.impl(name, cuda_impl, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake_impl, lib=_LIBRARY)
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.kda_ops, packet), overload or "default")
+    OPERATORS[op] = Operator(reference, fake, launcher, check_values)
+    if mutates:
+        _refuse_gradients(name, op)
+    else:
+        _differentiate_reference(name, op, reference)
+    return op
+
+
+def _lazy(target: str) -> Callable[..., Any]:
+    """A function that imports `module:function` on its first call."""
+    module, _, attribute = target.partition(":")
+    found: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if not found:
+            found.append(getattr(importlib.import_module(module), attribute))
+        return found[0](*args)
+
+    return call
+
+
+def _refuse_gradients(name: str, op: Any) -> None:
+    def autograd_impl(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for argument, value in zip(op._schema.arguments, args, strict=False):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    raise RuntimeError(
+                        f"kda_ops::{name} writes its state in place and has no gradient, but argument "
+                        f"{argument.name} requires grad; call it under torch.no_grad() or torch.inference_mode()"
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _LIBRARY.impl(name, autograd_impl, "Autograd", with_keyset=True)
+
+
+def _differentiate_reference(name: str, op: Any, reference: Callable[..., Any]) -> None:
+    """Registers `<name>_backward` and makes it the operator's gradient.
+
+    The backward operator takes the forward's arguments, one gradient per output (None where an output was not used) and which arguments need a gradient; it
+    returns the gradients of those, in order.
+    """
+    arguments = op._schema.arguments
+    backward_name = name.replace(".", "_") + "_backward"
+    inputs = ", ".join(f"{a.type} {a.name}".replace("Optional[Tensor]", "Tensor?") for a in arguments)
+    inputs = inputs.replace("Optional[float]", "float?").replace("Optional[int]", "int?").replace("List[int]", "int[]")
+    _LIBRARY.define(
+        f"{backward_name}({inputs}, Tensor?[] output_gradients, bool[] needs_gradient) -> Tensor[]",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+
+    def backward_impl(*args: Any) -> list[Tensor]:
+        *inputs, output_gradients, needs_gradient = args
+        with torch.enable_grad():
+            inputs = [
+                x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
+                for x, need in zip(inputs, needs_gradient, strict=True)
+            ]
+            outputs = reference(*inputs)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        pairs = [
+            (o, g) for o, g in zip(outputs, output_gradients, strict=True) if g is not None and o.requires_grad
+        ]
+        wanted = [x for x, need in zip(inputs, needs_gradient, strict=True) if need]
+        if not pairs:
+            return [torch.zeros_like(x) for x in wanted]
+        gradients = torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g.to(o.dtype) for o, g in pairs], allow_unused=True
+        )
+        return [
+            torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(wanted, gradients, strict=True)
+        ]
+
+    def backward_fake(*args: Any) -> list[Tensor]:
+        *inputs, _, needs_gradient = args
+        return [
+            torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            for x, need in zip(inputs, needs_gradient, strict=True)
+            if need
+        ]
+
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(backward_name, backward_impl, key)
+    torch.library.register_fake(f"{NAMESPACE}::{backward_name}", backward_fake, lib=_LIBRARY)
+    backward_op = getattr(torch.ops.kda_ops, backward_name).default
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)])
+        ctx.constants = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        if len(gradients) == 1 and isinstance(gradients[0], (tuple, list)):
+            gradients = tuple(gradients[0])
+        tensors = iter(ctx.saved_tensors)
+        inputs = [next(tensors) if c is None else c[0] for c in ctx.constants]
+        needs = [
+            need and isinstance(x, Tensor) for x, need in zip(inputs, ctx.needs_input_grad, strict=True)
+        ]
+        found = iter(backward_op(*inputs, list(gradients), needs))
+        return tuple(next(found) if need else None for need in needs)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)

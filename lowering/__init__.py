@@ -1,0 +1,39 @@
+"""How Inductor sees the operators: lowerings, templates and graph rewrites. `install()` is the only entry.
+
+Importing this package costs nothing; `install()` imports `torch._inductor`. `kda_ops` calls it by itself once Inductor is loaded.
+"""
+
+import hashlib
+import importlib
+from pathlib import Path
+
+OPERATORS = ("gate",)
+
+_installed = False
+
+
+def install() -> None:
+    """Registers every lowering, and a cache key that changes when any of their sources does (idempotent).
+
+    Inductor's and AOTAutograd's disk caches do not look at lowerings: without the key, a process with a changed lowering is served the code of the old one.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    for name in OPERATORS:
+        importlib.import_module(f"lowering.{name}")
+    from lowering.cache_key import install_cache_key
+
+    install_cache_key()
+
+
+def source_hash() -> str:
+    """SHA-256 over the sources that decide what the compiler generates: lowerings, rewrites, references and kernels."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for root in (here, here.parent / "kda_ops"):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

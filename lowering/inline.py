@@ -1,0 +1,75 @@
+"""Lower an operator by tracing a function and lowering the traced graph in the operator's place.
+
+Two functions can stand behind an operator: its reference, whose ATen operations become IR that fuses with the neighbours, or its kernel launcher, whose Triton
+launches become nodes of the graph (`triton_kernel_wrapper_mutation`): the generated code then launches the hand-written kernel by name, with no dispatcher in
+between, and Inductor plans the memory of its outputs and workspace. `triton_op` would do the second alone, but is decomposed before any rewrite can see it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.lowering import fallback_handler, fallbacks, lowerings, needs_realized_inputs, register_lowering
+from torch._inductor.lowering import _maybe_layout_constraints as layout_constraints
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lowering import compat
+
+
+def lowers(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: registers the lowering of one operator.
+
+    If a graph with the operator was compiled before, Inductor has made it a fallback; what that left behind is removed first.
+    """
+    layout_constraints.pop(op, None)
+    needs_realized_inputs.discard(op)
+    fallbacks.discard(op)
+    lowerings.pop(op, None)
+    return register_lowering(op, type_promotion_kind=None)
+
+
+def on_gpu(x: Any) -> bool:
+    """Whether a lowering argument is on a device that runs Triton kernels."""
+    return x.get_device().type == "cuda"
+
+
+def call_operator(*args: Any) -> Any:
+    """Lowers the current node to a call of the operator itself (its CPU implementation)."""
+    return fallback_handler(V.graph.current_node.target, add_to_fallback_set=False)(*args)
+
+
+def inline_reference(reference: Callable[..., Any], *args: Any) -> Any:
+    """Lowers the current node to the ATen operations of its reference, as fusible IR."""
+    return _inline(reference, args, select_decomp_table(), exact_strides=False)
+
+
+def inline_launcher(launcher: Callable[..., Any], *args: Any) -> Any:
+    """Lowers the current node to the kernel launches (and allocations) of its launcher.
+
+    The launcher reads strides from its arguments while it is traced, so the buffers are held to exactly those strides.
+    """
+    return _inline(launcher, args, None, exact_strides=True)
+
+
+def _inline(function: Callable[..., Any], args: tuple[Any, ...], decompositions: Any, *, exact_strides: bool) -> Any:
+    values = torch.fx.node.map_arg(V.graph.current_node.args, lambda node: node.meta["val"])
+    traced = [i for i, value in enumerate(values) if isinstance(value, (torch.Tensor, torch.SymInt))]
+
+    def call(*inputs: Any) -> Any:
+        filled = list(values)
+        for i, x in zip(traced, inputs, strict=True):
+            filled[i] = x
+        return function(*filled)
+
+    with V.fake_mode:
+        graph = make_fx(call, decomposition_table=decompositions)(*[values[i] for i in traced])
+    inputs = [args[i] for i in traced]
+    if exact_strides:
+        inputs = [
+            ir.ExternKernel.require_exact_strides(x, values[i].stride()) if isinstance(x, ir.TensorBox) else x
+            for x, i in zip(inputs, traced, strict=True)
+        ]
+    return compat.inline_subgraph(graph, inputs)

@@ -1,0 +1,32 @@
+"""Which tests run where: `gpu` needs a CUDA device, `interpreter` needs TRITON_INTERPRET=1, the rest needs it unset."""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETER:
+    from tests.interpreter import patch_interpreter
+
+    patch_interpreter()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, dropped = [], []
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            keep = torch.cuda.is_available() and not INTERPRETER
+        else:
+            keep = bool(item.get_closest_marker("interpreter")) == INTERPRETER
+        (kept if keep else dropped).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    """Each test compiles from nothing."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
