@@ -1,9 +1,13 @@
-"""Argument checks that more than one operator uses. Every error names the argument, what was expected and what came.
+"""Argument checks that more than one operator uses.
 
-The functions without `_values` look at shapes, dtypes and devices only and run in traced code. Those with `_values` read tensor contents; they are passed to
-`define_op(check_values=...)` and never run while tracing.
+Every error names the argument, what was expected and what came.
+
+The functions without `_values` look at shapes, dtypes and devices only and run in traced code.
+Those with `_values` read tensor contents; they are passed to `define_op(check_values=...)` and
+never run while tracing.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +33,9 @@ def check_rank(name: str, x: Tensor, *ranks: int) -> None:
 def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype] = FLOATS) -> None:
     if x.dtype not in allowed:
         expected = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise ValueError(f"{name} must have dtype {expected}, got {str(x.dtype).removeprefix('torch.')}")
+        raise ValueError(
+            f"{name} must have dtype {expected}, got {str(x.dtype).removeprefix('torch.')}"
+        )
 
 
 def check_device(**tensors: Tensor | None) -> None:
@@ -69,7 +75,14 @@ def check_gate_parameters(
     check_device(x=x, A_log=A_log, dt_bias=dt_bias)
 
 
-def check_varlen(name: str, x: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None, chunk_size: int) -> None:
+def check_chunk_size(chunk_size: int) -> None:
+    if chunk_size not in (16, 32, 64, 128, 256):
+        raise ValueError(f"chunk_size must be a power of two from 16 to 256, got {chunk_size}")
+
+
+def check_varlen(
+    name: str, x: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None, chunk_size: int
+) -> None:
     """`x [B, T, ...]` with optional `cu_seqlens [N + 1]` and the chunk table of that batch."""
     if cu_seqlens is None:
         if chunks is not None:
@@ -95,14 +108,18 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, total_tokens: int) -> None:
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
-    for n, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for n, (a, b) in enumerate(itertools.pairwise(offsets)):
         if b < a:
             raise ValueError(f"cu_seqlens must not decrease, got {a} then {b} at position {n + 1}")
     if offsets[-1] > total_tokens:
-        raise ValueError(f"cu_seqlens must end at or before {total_tokens} tokens, got {offsets[-1]}")
+        raise ValueError(
+            f"cu_seqlens must end at or before {total_tokens} tokens, got {offsets[-1]}"
+        )
 
 
-def check_varlen_values(x: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None, chunk_size: int) -> None:
+def check_varlen_values(
+    x: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None, chunk_size: int
+) -> None:
     """Contents of `cu_seqlens` for `x [1, T, ...]`, and of the chunk table."""
     if cu_seqlens is None:
         return

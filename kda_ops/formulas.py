@@ -16,10 +16,13 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def gate_nats(x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
+def gate_nats(
+    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
+) -> Tensor:
     """The per-channel log decay in nats, `x [..., HV, K]`, in the accumulation dtype.
 
-    `F.softplus` flushes `exp(z)` to 0 below -17 only in the naive form; with `log1p` it is exact down to the smallest normal number, and it is linear above 20.
+    `F.softplus` flushes `exp(z)` to 0 below -17 only in the naive form; with `log1p` it is exact
+    down to the smallest normal number, and it is linear above 20.
     """
     acc = accumulation_dtype(x)
     z = x.to(acc)
@@ -30,3 +33,40 @@ def gate_nats(x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bou
         return lower_bound * torch.sigmoid(z if a is None else a * z)
     softplus = F.softplus(z)
     return -softplus if a is None else -(a * softplus)
+
+
+def chunk_local_cumsum(
+    g: Tensor, chunk_size: int, cu_seqlens: Tensor | None, chunks: Tensor | None
+) -> Tensor:
+    """Inclusive prefix sum of `g [B, T, ...]` along T that restarts with every chunk, in g's dtype.
+
+    Each chunk is summed by itself: a difference of sums over the whole length would lose the small
+    terms. With `cu_seqlens` the chunks are those of the chunk table, and rows that belong to no
+    sequence are zero.
+    """
+    B, T = g.shape[:2]
+    if cu_seqlens is None:
+        rows = -(-T // chunk_size)
+        padding = g.new_zeros(B, rows * chunk_size - T, *g.shape[2:])
+        sums = torch.cat([g, padding], 1).unflatten(1, (rows, chunk_size)).cumsum(2)
+        return sums.flatten(1, 2)[:, :T].contiguous()
+    token = chunk_tokens(cu_seqlens, chunks, chunk_size, T)
+    padded = torch.cat([g[0], g.new_zeros(1, *g.shape[2:])])
+    sums = padded[token].cumsum(1)
+    return (
+        torch.zeros_like(padded).index_copy(0, token.flatten(), sums.flatten(0, 1))[:T].unsqueeze(0)
+    )
+
+
+def chunk_tokens(cu_seqlens: Tensor, chunks: Tensor, chunk_size: int, total_tokens: int) -> Tensor:
+    """The token at each place of each row of a chunk table, `[rows, chunk_size]`.
+
+    `total_tokens` stands where there is none.
+    """
+    sequence, chunk = chunks.to(torch.int64).unbind(1)
+    real = sequence >= 0
+    place = torch.arange(chunk_size, device=chunks.device)
+    first = cu_seqlens[torch.where(real, sequence, 0)] + chunk * chunk_size
+    last = cu_seqlens[torch.where(real, sequence + 1, 0)]
+    token = first[:, None] + place
+    return torch.where(real[:, None] & (token < last[:, None]), token, total_tokens)

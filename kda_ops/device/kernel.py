@@ -6,16 +6,23 @@ import triton.language as tl
 
 @triton.jit
 def softplus(z):
-    """log(1 + exp(z)), exact for z << 0 and linear for z > 20.
+    """log(1 + exp(z)), right relative to the result: no flush for z << 0, linear for z > 20.
 
-    Triton has no log1p of its own. With u = 1 + exp(z), log(u) * exp(z) / (u - 1) is log1p to full fp32 precision (the rounding of u cancels), and where u
-    rounds to 1 the result is exp(z) itself.
+    With e = exp(-|z|) in [0, 1] it is max(z, 0) + e * P(e), where P is a least-squares fit of
+    log1p(e) / e of degree 8. One hardware exp2 and no division: a library log costs more than the
+    rest of a gate kernel.
     """
-    e = tl.exp(tl.minimum(z, 20.0))
-    u = 1.0 + e
-    small = u == 1.0
-    d = tl.where(small, 1.0, u - 1.0)
-    return tl.where(z > 20.0, z, tl.where(small, e, tl.log(u) * (e / d)))
+    e = tl.exp2(tl.abs(z) * -1.4426950408889634)
+    p = 0.0051058256067335606
+    p = p * e - 0.028991956263780594
+    p = p * e + 0.07738073915243149
+    p = p * e - 0.13590599596500397
+    p = p * e + 0.1907130926847458
+    p = p * e - 0.2483394593000412
+    p = p * e + 0.3331793546676636
+    p = p * e - 0.4999943673610687
+    p = p * e + 0.9999999403953552
+    return tl.maximum(z, 0.0) + e * p
 
 
 @triton.jit
@@ -25,3 +32,73 @@ def gate_nats(z, a, lower_bound, BOUNDED: tl.constexpr):
         return lower_bound * tl.sigmoid(a * z)
     else:
         return -a * softplus(z)
+
+
+@triton.jit
+def chunk_span(cu_seqlens_ptr, chunks_ptr, row, sequences, T, C: tl.constexpr):
+    """First token (int64) of row `row` of a chunk table, and one past the last.
+
+    Empty (end <= start) for an unused row. `0 <= start` and `end <= T` whatever the tables hold.
+    """
+    n = tl.load(chunks_ptr + row * 2)
+    c = tl.load(chunks_ptr + row * 2 + 1)
+    real = (n >= 0) & (n < sequences) & (c >= 0)
+    n = tl.where(real, n, 0)
+    first = tl.load(cu_seqlens_ptr + n).to(tl.int64)
+    last = tl.load(cu_seqlens_ptr + n + 1).to(tl.int64)
+    start = tl.maximum(first, 0) + tl.where(real, c, 0).to(tl.int64) * C
+    end = tl.minimum(tl.minimum(start + C, last), T)
+    return start, tl.where(real, end, start)
+
+
+@triton.jit
+def padding_start(cu_seqlens_ptr, sequences, T):
+    """First token (int64) of no sequence, within [0, T] whatever `cu_seqlens` holds."""
+    last = tl.load(cu_seqlens_ptr + sequences).to(tl.int64)
+    return tl.minimum(tl.maximum(last, 0), T)
+
+
+@triton.jit
+def row_offset(row, size_1, size_2, stride_0, stride_1, stride_2):
+    """Offset of row `row` (int64) in a strided tensor of sizes `[_, size_1, size_2, ...]`."""
+    leading = row // size_2
+    return (
+        (leading // size_1) * stride_0 + (leading % size_1) * stride_1 + (row % size_2) * stride_2
+    )
+
+
+@triton.jit
+def silu(x):
+    """x * sigmoid(x). The square of a reciprocal root is a division without its range checks, and is exact to 2 ulp; for x << 0 it is 0."""
+    r = tl.rsqrt(1.0 + tl.exp(-x))
+    return x * (r * r)
+
+
+@triton.jit
+def conv_taps(weight_ptr, d, D, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The W taps of the channels `d` as a tuple of fp32 vectors, from a contiguous weight [D, W].
+
+    Read as one tile and transposed in registers: a load per tap would touch every cache line W times.
+    """
+    w = tl.arange(0, BLOCK_W)
+    tile = tl.load(
+        weight_ptr + d[:, None] * W + w[None, :],
+        mask=(d < D)[:, None] & (w < W)[None, :],
+        other=0.0,
+    )
+    tile = tile.to(tl.float32)  # [BLOCK_D, BLOCK_W]
+    taps = ()
+    for i in tl.static_range(W):
+        taps = taps + (tl.sum(tl.where(w[None, :] == i, tile, 0.0), axis=1),)
+    return taps
+
+
+@triton.jit
+def conv_row(rows, i: tl.constexpr, taps, bias, W: tl.constexpr, SILU: tl.constexpr):
+    """One output row of the convolution, from rows i .. i + W - 1."""
+    y = bias
+    for tap in tl.static_range(W):
+        y += rows[i + tap].to(tl.float32) * taps[tap]
+    if SILU:
+        y = silu(y)
+    return y
