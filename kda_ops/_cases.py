@@ -13,11 +13,14 @@ class Case:
 
     Attributes:
         name: Unique among the operator's cases; part of the test's name.
-        make: Makes the arguments of the public function on a device, from torch's global generator (which the caller has seeded).
+        make: Makes the arguments of the public function on a device, from torch's global generator
+            (which the caller has seeded).
         mutated: Names of the arguments that the call writes.
         bytes_moved: Bytes that any implementation must read and write.
-        flops: Floating-point operations of the operator's matrix products (0 where memory alone counts).
-        operand_dtype: The dtype that kernels round matrix operands to, where it is coarser than a result's; the tolerance rule takes its eps from it.
+        flops: Floating-point operations of the operator's matrix products (0 where memory alone
+            counts).
+        operand_dtype: The dtype that kernels round matrix operands to, where it is coarser than a
+            result's; the tolerance rule takes its eps from it.
         perf: A benchmark size, not run by the tests.
     """
 

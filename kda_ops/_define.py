@@ -2,15 +2,19 @@
 
 `define_op` turns a schema, a reference and a fake implementation into `torch.ops.kda_ops.<name>`:
 
-* CPU runs the reference, CUDA runs the launcher (imported on the first launch, so that importing the package never loads Triton);
-* the fake implementation calls `lowering.install()` as soon as Inductor is loaded, which is after tracing has started and before anything is lowered or looked
-  up in a cache;
-* a functional operator differentiates through an operator of its own, `<name>_backward`, whose implementation is the vector-Jacobian product of the reference.
-  It is opaque to the compiler, so a compiled backward graph has one call per operator;
+* CPU runs the reference, CUDA runs the launcher (imported on the first launch, so that importing
+  the package never loads Triton);
+* the fake implementation calls `lowering.install()` as soon as Inductor is loaded, which is after
+  tracing has started and before anything is lowered or looked up in a cache;
+* a functional operator differentiates through an operator of its own, `<name>_backward`, whose
+  implementation is the vector-Jacobian product of the reference. It is opaque to the compiler, so a
+  compiled backward graph has one call per operator;
 * an operator that writes to an argument refuses arguments that require grad;
-* `check_values` runs before the implementation, so it also runs in compiled graphs that fall back to the implementation.
+* `check_values` runs before the implementation, so it also runs in compiled graphs that fall back
+  to the implementation.
 
-`torch.library.Library.define` / `impl` are used directly since a call through them costs 1-2 microseconds, a call through `torch.library.custom_op` 7-9.
+`torch.library.Library.define` / `impl` are used directly since a call through them costs 1-2
+microseconds, a call through `torch.library.custom_op` 7-9.
 """
 
 import importlib
@@ -61,13 +65,17 @@ def define_op(
     """Registers one operator and returns its `OpOverload`.
 
     Args:
-        schema: The operator's schema without a namespace, such as `"gate(Tensor x, Tensor? A_log) -> Tensor"`. Written arguments carry `(a!)`.
-        reference: The definition in eager PyTorch, called with the schema's arguments in order. It is the CPU implementation and the source of gradients. It
-            never returns an input or a view of one.
+        schema: The operator's schema without a namespace, such as
+            `"gate(Tensor x, Tensor? A_log) -> Tensor"`: every argument positional and without a
+            default. Written arguments carry `(a!)`.
+        reference: The definition in eager PyTorch, called with the schema's arguments in order. It
+            is the CPU implementation and the source of gradients. It never returns an input or a
+            view of one.
         fake: Shapes, dtypes and strides of the result.
         cuda: `"module:function"` of the kernel launcher, same arguments.
-        check_values: Raises `ValueError` for bad tensor *values*. Called with the same arguments before the implementation, for CPU tensors always, for CUDA
-            tensors when `kda_ops.config.check_values`.
+        check_values: Raises `ValueError` for bad tensor *values*. Called with the same arguments
+            before the implementation, for CPU tensors always, for CUDA tensors when
+            `kda_ops.config.check_values`.
         tags: Extra operator tags.
     """
     name = schema[: schema.index("(")]
@@ -98,7 +106,7 @@ def define_op(
     if mutates:
         _refuse_gradients(name, op)
     else:
-        _differentiate_reference(name, op, reference)
+        _differentiate_reference(schema, name, op, reference)
     return op
 
 
@@ -121,8 +129,9 @@ def _refuse_gradients(name: str, op: Any) -> None:
             for argument, value in zip(op._schema.arguments, args, strict=False):
                 if isinstance(value, Tensor) and value.requires_grad:
                     raise RuntimeError(
-                        f"kda_ops::{name} writes its state in place and has no gradient, but argument "
-                        f"{argument.name} requires grad; call it under torch.no_grad() or torch.inference_mode()"
+                        f"kda_ops::{name} writes its state in place and has no gradient, but "
+                        f"argument {argument.name} requires grad; call it under torch.no_grad() "
+                        "or torch.inference_mode()"
                     )
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -130,16 +139,17 @@ def _refuse_gradients(name: str, op: Any) -> None:
     _LIBRARY.impl(name, autograd_impl, "Autograd", with_keyset=True)
 
 
-def _differentiate_reference(name: str, op: Any, reference: Callable[..., Any]) -> None:
+def _differentiate_reference(
+    schema: str, name: str, op: Any, reference: Callable[..., Any]
+) -> None:
     """Registers `<name>_backward` and makes it the operator's gradient.
 
-    The backward operator takes the forward's arguments, one gradient per output (None where an output was not used) and which arguments need a gradient; it
-    returns the gradients of those, in order.
+    The backward operator takes the forward's arguments, one gradient per output (None where an
+    output was not used) and which arguments need a gradient; it returns the gradients of those, in
+    order.
     """
-    arguments = op._schema.arguments
     backward_name = name.replace(".", "_") + "_backward"
-    inputs = ", ".join(f"{a.type} {a.name}".replace("Optional[Tensor]", "Tensor?") for a in arguments)
-    inputs = inputs.replace("Optional[float]", "float?").replace("Optional[int]", "int?").replace("List[int]", "int[]")
+    inputs = schema[schema.index("(") + 1 : schema.rindex(") ->")]
     _LIBRARY.define(
         f"{backward_name}({inputs}, Tensor?[] output_gradients, bool[] needs_gradient) -> Tensor[]",
         tags=(torch.Tag.pt2_compliant_tag,),
@@ -155,7 +165,9 @@ def _differentiate_reference(name: str, op: Any, reference: Callable[..., Any]) 
             outputs = reference(*inputs)
         outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         pairs = [
-            (o, g) for o, g in zip(outputs, output_gradients, strict=True) if g is not None and o.requires_grad
+            (o, g)
+            for o, g in zip(outputs, output_gradients, strict=True)
+            if g is not None and o.requires_grad
         ]
         wanted = [x for x, need in zip(inputs, needs_gradient, strict=True) if need]
         if not pairs:
@@ -164,7 +176,8 @@ def _differentiate_reference(name: str, op: Any, reference: Callable[..., Any]) 
             [o for o, _ in pairs], wanted, [g.to(o.dtype) for o, g in pairs], allow_unused=True
         )
         return [
-            torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(wanted, gradients, strict=True)
+            torch.zeros_like(x) if g is None else g.contiguous()
+            for x, g in zip(wanted, gradients, strict=True)
         ]
 
     def backward_fake(*args: Any) -> list[Tensor]:
@@ -190,9 +203,12 @@ def _differentiate_reference(name: str, op: Any, reference: Callable[..., Any]) 
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if c is None else c[0] for c in ctx.constants]
         needs = [
-            need and isinstance(x, Tensor) for x, need in zip(inputs, ctx.needs_input_grad, strict=True)
+            need and isinstance(x, Tensor)
+            for x, need in zip(inputs, ctx.needs_input_grad, strict=True)
         ]
         found = iter(backward_op(*inputs, list(gradients), needs))
         return tuple(next(found) if need else None for need in needs)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+    )

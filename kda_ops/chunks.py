@@ -1,4 +1,7 @@
-"""The chunk table of a variable-length batch: which sequence, and which chunk of it, each program works on."""
+"""The chunk table of a variable-length batch:
+
+which sequence, and which chunk of it, each program works on.
+"""
 
 import torch
 from torch import Tensor
@@ -10,19 +13,23 @@ EMPTY = -1
 
 
 def chunk_table(cu_seqlens: Tensor, total_tokens: int, chunk_size: int = CHUNK) -> Tensor:
-    """Maps chunk programs to sequences, on the device of `cu_seqlens` and without synchronising with it.
+    """Maps chunk programs to sequences, on the device of `cu_seqlens` and without synchronising
+    with it.
 
-    Compute it once per batch and hand it to every operator and layer that takes `chunks`. It is made of ordinary tensor operations: it compiles, and it can be
-    captured in a CUDA graph and replayed with other `cu_seqlens` of the same length.
+    Compute it once per batch and hand it to every operator and layer that takes `chunks`. It is
+    made of ordinary tensor operations: it compiles, and it can be captured in a CUDA graph and
+    replayed with other `cu_seqlens` of the same length.
 
     Args:
-        cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; first 0, non-decreasing, last at most `total_tokens`.
+        cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; first 0,
+            non-decreasing, last at most `total_tokens`.
         total_tokens: T, the number of rows that `cu_seqlens` indexes, padding included.
         chunk_size: Tokens per chunk.
 
     Returns:
-        `[T // chunk_size + N, 2]`, int32: (sequence, chunk of that sequence), in order. That many rows always suffice; rows past the real count hold
-        `(-1, -1)` and a program that reads one returns at once.
+        `[T // chunk_size + N, 2]`, int32: (sequence, chunk of that sequence), in order. That many
+        rows always suffice; rows past the real count hold `(-1, -1)` and a program that reads one
+        returns at once.
 
     Raises:
         ValueError: Wrong shape or dtype, a negative `total_tokens` or a `chunk_size` below 1.

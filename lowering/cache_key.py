@@ -1,4 +1,6 @@
-"""Puts our sources into Inductor's and AOTAutograd's cache keys, without taking a slot that belongs to the user."""
+"""Puts our sources into Inductor's and AOTAutograd's cache keys, without taking a slot that
+belongs to the user.
+"""
 
 from torch._inductor.codegen.common import custom_backend_passes
 from torch._inductor.custom_graph_pass import CustomGraphModulePass

@@ -1,4 +1,6 @@
-"""Every difference between the torch versions that this package supports (2.11 and newer), and nothing else."""
+"""Every difference between the torch versions that this package supports (2.11 and newer), and
+nothing else.
+"""
 
 from typing import Any
 

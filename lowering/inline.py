@@ -1,8 +1,10 @@
 """Lower an operator by tracing a function and lowering the traced graph in the operator's place.
 
-Two functions can stand behind an operator: its reference, whose ATen operations become IR that fuses with the neighbours, or its kernel launcher, whose Triton
-launches become nodes of the graph (`triton_kernel_wrapper_mutation`): the generated code then launches the hand-written kernel by name, with no dispatcher in
-between, and Inductor plans the memory of its outputs and workspace. `triton_op` would do the second alone, but is decomposed before any rewrite can see it.
+Two functions can stand behind an operator: its reference, whose ATen operations become IR that
+fuses with the neighbours, or its kernel launcher, whose Triton launches become nodes of the graph
+(`triton_kernel_wrapper_mutation`): the generated code then launches the hand-written kernel by
+name, with no dispatcher in between, and Inductor plans the memory of its outputs and workspace.
+`triton_op` would do the second alone, but is decomposed before any rewrite can see it.
 """
 
 from collections.abc import Callable
@@ -11,8 +13,14 @@ from typing import Any
 import torch
 from torch._inductor import ir
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.lowering import fallback_handler, fallbacks, lowerings, needs_realized_inputs, register_lowering
 from torch._inductor.lowering import _maybe_layout_constraints as layout_constraints
+from torch._inductor.lowering import (
+    fallback_handler,
+    fallbacks,
+    lowerings,
+    needs_realized_inputs,
+    register_lowering,
+)
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -22,7 +30,8 @@ from lowering import compat
 def lowers(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: registers the lowering of one operator.
 
-    If a graph with the operator was compiled before, Inductor has made it a fallback; what that left behind is removed first.
+    If a graph with the operator was compiled before, Inductor has made it a fallback; what that
+    left behind is removed first.
     """
     layout_constraints.pop(op, None)
     needs_realized_inputs.discard(op)
@@ -49,14 +58,19 @@ def inline_reference(reference: Callable[..., Any], *args: Any) -> Any:
 def inline_launcher(launcher: Callable[..., Any], *args: Any) -> Any:
     """Lowers the current node to the kernel launches (and allocations) of its launcher.
 
-    The launcher reads strides from its arguments while it is traced, so the buffers are held to exactly those strides.
+    The launcher reads strides from its arguments while it is traced, so the buffers are held to
+    exactly those strides.
     """
     return _inline(launcher, args, None, exact_strides=True)
 
 
-def _inline(function: Callable[..., Any], args: tuple[Any, ...], decompositions: Any, *, exact_strides: bool) -> Any:
+def _inline(
+    function: Callable[..., Any], args: tuple[Any, ...], decompositions: Any, *, exact_strides: bool
+) -> Any:
     values = torch.fx.node.map_arg(V.graph.current_node.args, lambda node: node.meta["val"])
-    traced = [i for i, value in enumerate(values) if isinstance(value, (torch.Tensor, torch.SymInt))]
+    traced = [
+        i for i, value in enumerate(values) if isinstance(value, (torch.Tensor, torch.SymInt))
+    ]
 
     def call(*inputs: Any) -> Any:
         filled = list(values)
@@ -69,7 +83,9 @@ def _inline(function: Callable[..., Any], args: tuple[Any, ...], decompositions:
     inputs = [args[i] for i in traced]
     if exact_strides:
         inputs = [
-            ir.ExternKernel.require_exact_strides(x, values[i].stride()) if isinstance(x, ir.TensorBox) else x
+            ir.ExternKernel.require_exact_strides(x, values[i].stride())
+            if isinstance(x, ir.TensorBox)
+            else x
             for x, i in zip(inputs, traced, strict=True)
         ]
     return compat.inline_subgraph(graph, inputs)

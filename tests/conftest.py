@@ -1,4 +1,7 @@
-"""Which tests run where: `gpu` needs a CUDA device, `interpreter` needs TRITON_INTERPRET=1, the rest needs it unset."""
+"""Which tests run where:
+
+`gpu` needs a CUDA device, `interpreter` needs TRITON_INTERPRET=1, the rest needs it unset.
+"""
 
 import os
 

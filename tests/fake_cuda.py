@@ -1,9 +1,11 @@
 """The code Inductor would generate for a CUDA device, on a machine that has none.
 
-`cuda_code(f, *cpu_args)` compiles `f` on CPU tensors as usual: Dynamo and AOTAutograd never see a GPU. At the last seam, where Inductor receives the ATen graph, the
-graph is copied with every tensor's metadata moved to `cuda`, and the copy is compiled with the few queries that code generation makes of a device answered for an
-H200. The generated source is kept instead of run; the call itself runs the CPU graph. So launches can be counted in CPU CI, static and dynamic, forward and
-backward. Needs the `triton` package of the installed torch, which imports without a GPU.
+`cuda_code(f, *cpu_args)` compiles `f` on CPU tensors as usual: Dynamo and AOTAutograd never see a
+GPU. At the last seam, where Inductor receives the ATen graph, the graph is copied with every
+tensor's metadata moved to `cuda`, and the copy is compiled with the few queries that code
+generation makes of a device answered for an H200. The generated source is kept instead of run; the
+call itself runs the CPU graph. So launches can be counted in CPU CI, static and dynamic, forward
+and backward. Needs the `triton` package of the installed torch, which imports without a GPU.
 """
 
 import contextlib
@@ -39,7 +41,10 @@ CAPABILITY = (H200.major, H200.minor)
 
 
 class DescribedDriver:
-    """Stands in for Triton's active driver: the analysis of a hand-written kernel's writes asks it for a target."""
+    """Stands in for Triton's active driver:
+
+    the analysis of a hand-written kernel's writes asks it for a target.
+    """
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -111,12 +116,16 @@ def _described_device() -> Iterator[None]:
         def answer(target: Any, wrap: Callable[[Any], Any]) -> None:
             for name, value in answers.items():
                 if hasattr(target, name):
-                    stack.enter_context(mock.patch.object(target, name, wrap(lambda *a, _v=value, **k: _v)))
+                    stack.enter_context(
+                        mock.patch.object(target, name, wrap(lambda *a, _v=value, **k: _v))
+                    )
 
         answer(torch.cuda, lambda function: function)
         answer(device_interface.CudaInterface, staticmethod)
         # constructors of fake tensors keep running on `meta` although a device is now "available"
-        stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True, create=True))
+        stack.enter_context(
+            mock.patch.object(FakeTensorMode, "avoid_device_init", True, create=True)
+        )
         # the joint-graph patterns make example tensors on the input's device; any device will do
         on_cpu = lambda *a, **k: lazy_init(torch.device("cpu"))  # noqa: E731
         stack.enter_context(mock.patch.object(joint_graph, "lazy_init", on_cpu))
@@ -129,7 +138,9 @@ def _described_device() -> Iterator[None]:
 
 
 def _on_cuda(graph_module: Any, inputs: Any) -> tuple[Any, list[Any]]:
-    """A copy of an ATen graph, and its inputs, with the device of every CPU tensor changed to cuda."""
+    """A copy of an ATen graph, and its inputs, with the device of every CPU tensor changed to
+    cuda.
+    """
     from torch._guards import detect_fake_mode
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -143,7 +154,11 @@ def _on_cuda(graph_module: Any, inputs: Any) -> tuple[Any, list[Any]]:
             if id(x) not in moved:
                 with mode:
                     twin = torch.empty_strided(
-                        x.shape, x.stride(), dtype=x.dtype, device=cuda, requires_grad=x.requires_grad
+                        x.shape,
+                        x.stride(),
+                        dtype=x.dtype,
+                        device=cuda,
+                        requires_grad=x.requires_grad,
                     )
                 moved[id(x)] = (twin, x)  # the original is kept alive: its id is the key
             return moved[id(x)][0]
@@ -177,8 +192,8 @@ def cuda_code(
     """Runs `torch.compile(function, fullgraph=True)` once on CPU tensors.
 
     Returns:
-        The result (computed by the CPU graph), and the Python source that Inductor generates for a CUDA device, one per graph (with `backward`, the backward
-        graph of `result.sum()` too).
+        The result (computed by the CPU graph), and the Python source that Inductor generates for a
+        CUDA device, one per graph (with `backward`, the backward graph of `result.sum()` too).
     """
     import torch._inductor.config as inductor_config
     from functorch.compile import make_boxed_func
@@ -222,7 +237,8 @@ class Summary:
 
     Attributes:
         launches: Names of the launched kernels, in order, without their trailing number.
-        externs: Calls that are no generated or hand-written kernel (GEMMs, operators that fell back).
+        externs: Calls that are no generated or hand-written kernel (GEMMs, operators that fell
+            back).
         allocations: Number of buffers allocated.
     """
 

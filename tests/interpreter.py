@@ -1,4 +1,7 @@
-"""Makes Triton's interpreter compute bf16 dots in fp32: as it stands it multiplies their bit patterns."""
+"""Makes Triton's interpreter compute bf16 dots in fp32:
+
+as it stands it multiplies their bit patterns.
+"""
 
 from typing import Any
 
@@ -13,7 +16,9 @@ def patch_interpreter() -> None:
             return (handle.data.astype(np.uint32) << 16).view(np.float32)
         return handle.data.astype(np.float32)
 
-    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    def create_dot(
+        self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any
+    ) -> Any:
         product = np.matmul(values(a), values(b))
         return interpreter.TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 

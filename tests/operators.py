@@ -20,7 +20,9 @@ def public_function(name: str) -> Callable[..., Any]:
 
 
 def cases(name: str, *, perf: bool = False) -> list[Case]:
-    return [case for case in importlib.import_module(f"kda_ops.{name}.cases").CASES if case.perf == perf]
+    return [
+        case for case in importlib.import_module(f"kda_ops.{name}.cases").CASES if case.perf == perf
+    ]
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:
@@ -30,7 +32,10 @@ def all_cases() -> Iterator[tuple[str, Case]]:
 
 
 class RunKernels(TorchDispatchMode):
-    """Runs the Triton launcher of every operator, whatever the device: CPU tensors go through Triton's interpreter."""
+    """Runs the Triton launcher of every operator, whatever the device:
+
+    CPU tensors go through Triton's interpreter.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,8 +4,9 @@ A result is accepted when it is finite wherever the oracle is and
 
     max|out - fp64| <= 2 * (max|reference - fp64| + eps * max|fp64|)
 
-where `reference` is the eager CPU implementation on the same inputs in the same dtypes, and eps is that of the result's dtype or of the case's `operand_dtype`,
-whichever is coarser. There are no other tolerances.
+where `reference` is the eager CPU implementation on the same inputs in the same dtypes, and eps is
+that of the result's dtype or of the case's `operand_dtype`, whichever is coarser. There are no
+other tolerances.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from kda_ops._cases import Case
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Every uninitialised allocation is filled with NaN (the largest integer for integer dtypes)."""
+    """Fills every uninitialised allocation with NaN (integers with their largest value)."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -47,19 +48,28 @@ def copy_inputs(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> dic
     def copy(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return x.detach().cpu().clone().to(dtype if dtype is not None and x.is_floating_point() else x.dtype)
+        return (
+            x.detach()
+            .cpu()
+            .clone()
+            .to(dtype if dtype is not None and x.is_floating_point() else x.dtype)
+        )
 
     return {name: copy(x) for name, x in inputs.items()}
 
 
-def evaluate(function: Callable[..., Any], inputs: dict[str, Any], mutated: tuple[str, ...]) -> list[Tensor]:
+def evaluate(
+    function: Callable[..., Any], inputs: dict[str, Any], mutated: tuple[str, ...]
+) -> list[Tensor]:
     """Results of a call, then the arguments that it wrote."""
     with torch.no_grad():
         result = tensors(function(**inputs))
     return [*result, *(inputs[name] for name in mutated)]
 
 
-def assert_close(out: Tensor, reference: Tensor, fp64: Tensor, operand_dtype: torch.dtype | None = None) -> None:
+def assert_close(
+    out: Tensor, reference: Tensor, fp64: Tensor, operand_dtype: torch.dtype | None = None
+) -> None:
     """Applies the tolerance rule to one tensor."""
     assert out.shape == fp64.shape, f"shape {tuple(out.shape)}, expected {tuple(fp64.shape)}"
     assert out.dtype == reference.dtype, f"dtype {out.dtype}, expected {reference.dtype}"
@@ -68,8 +78,12 @@ def assert_close(out: Tensor, reference: Tensor, fp64: Tensor, operand_dtype: to
         return
     out64, reference64 = out.detach().cpu().double(), reference.detach().double()
     finite = fp64.isfinite()
-    assert torch.equal(out64[~finite].nan_to_num(0, 1, -1), fp64[~finite].nan_to_num(0, 1, -1)), "non-finite values"
-    assert out64[finite].isfinite().all(), f"{(~out64[finite].isfinite()).sum()} values are not finite"
+    assert torch.equal(out64[~finite].nan_to_num(0, 1, -1), fp64[~finite].nan_to_num(0, 1, -1)), (
+        "non-finite values"
+    )
+    assert out64[finite].isfinite().all(), (
+        f"{(~out64[finite].isfinite()).sum()} values are not finite"
+    )
     if not finite.any():
         return
     eps = torch.finfo(out.dtype).eps
@@ -79,7 +93,10 @@ def assert_close(out: Tensor, reference: Tensor, fp64: Tensor, operand_dtype: to
     reference_error = (reference64 - fp64)[finite].abs().max().item()
     scale = fp64[finite].abs().max().item()
     limit = 2 * (reference_error + eps * scale)
-    assert error <= limit, f"max error {error:.3e}, limit {limit:.3e} (reference {reference_error:.3e}, scale {scale:.3e})"
+    assert error <= limit, (
+        f"max error {error:.3e}, limit {limit:.3e} "
+        f"(reference {reference_error:.3e}, scale {scale:.3e})"
+    )
 
 
 def assert_accurate(
@@ -89,9 +106,11 @@ def assert_accurate(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> None:
-    """Runs one way of computing a case (`function`) and holds it against the public function in fp64 on the CPU.
+    """Runs one way of computing a case (`function`) and holds it against the public function in
+    fp64 on the CPU.
 
-    Fresh allocations are poisoned. A written argument that is a view is also checked to have left the rest of its storage as it was.
+    Fresh allocations are poisoned. A written argument that is a view is also checked to have left
+    the rest of its storage as it was.
     """
     torch.manual_seed(seed)
     inputs = case.make(torch.device(device))
@@ -122,4 +141,6 @@ def _assert_untouched_outside(name: str, view: Tensor, before: Tensor) -> None:
         offsets = (offsets[:, None] + torch.arange(size, device=view.device) * stride).flatten()
     marks.view(-1, itemsize)[offsets] = 1
     outside = covered == 0
-    assert torch.equal(after[outside], before[outside]), f"{name}: bytes outside the view were written"
+    assert torch.equal(after[outside], before[outside]), (
+        f"{name}: bytes outside the view were written"
+    )

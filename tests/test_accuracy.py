@@ -1,4 +1,7 @@
-"""Every operator's cases against fp64: reference, kernel in the interpreter, compiled on the CPU, kernel and compiled on the GPU."""
+"""Every operator's cases against fp64:
+
+reference, kernel in the interpreter, compiled on the CPU, kernel and compiled on the GPU.
+"""
 
 from typing import Any
 

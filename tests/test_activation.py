@@ -1,4 +1,6 @@
-"""Lowerings become active by themselves, also late, and a changed one is never served the code of the old one. Each test runs in processes of its own."""
+"""Lowerings become active by themselves, also late, and a changed one is never served the code of
+the old one. Each test runs in processes of its own.
+"""
 
 import json
 import os
@@ -53,7 +55,10 @@ def run_process(script: str, *, path: Path = REPOSITORY, cache: Path) -> Any:
 
 
 def test_late_install_replaces_the_fallback(tmp_path: Path) -> None:
-    """A graph compiled before the lowerings were there leaves fallback residue behind in Inductor; installing removes it."""
+    """A graph compiled before the lowerings were there leaves fallback residue behind in Inductor;
+
+    installing removes it.
+    """
     script = """
 import kda_ops._define as define
 activate, define.activate_lowerings = define.activate_lowerings, lambda: None
@@ -86,6 +91,8 @@ def test_changed_lowering_with_a_warm_cache(tmp_path: Path) -> None:
     text = source.read_text()
     inlined = "inline_reference(gate_reference, *args)"
     assert inlined in text
-    source.write_text(text.replace(inlined, "inline_reference(lambda *a: gate_reference(*a) * 4, *args)"))
+    source.write_text(
+        text.replace(inlined, "inline_reference(lambda *a: gate_reference(*a) * 4, *args)")
+    )
     result = run_process("print(json.dumps(run()))", path=changed, cache=cache)
     assert result["value"] == 4 * original["value"]

@@ -1,4 +1,6 @@
-"""Every hand-written kernel compiles to machine code for the GPUs it is meant for, from the launches that its cases make, and fits their shared memory."""
+"""Every hand-written kernel compiles to machine code for the GPUs it is meant for, from the
+launches that its cases make, and fits their shared memory.
+"""
 
 import importlib
 import sys
@@ -65,7 +67,7 @@ class Recorder:
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         signature, constants, aligned = {}, {}, []
         for parameter in kernel.params:
-            value = values[parameter.name] if parameter.name in values else parameter.default
+            value = values.get(parameter.name, parameter.default)
             if parameter.is_constexpr or value is None:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             else:
@@ -78,7 +80,9 @@ class Recorder:
 
 @cache
 def launches_of(name: str) -> list[Launch]:
-    """A few distinct launches of each of an operator's kernels, those at the benchmark's sizes first."""
+    """A few distinct launches of each of an operator's kernels, those at the benchmark's sizes
+    first.
+    """
     importlib.import_module(f"kda_ops.{name}.kernel")
     recorder = Recorder()
     with mock.patch.multiple(sys.modules[f"kda_ops.{name}.kernel"], traceable=recorder):
@@ -99,7 +103,9 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     names = launch.kernel.arg_names
     constants = {(names.index(name),): value for name, value in launch.constants.items()}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
-    source = ASTSource(fn=launch.kernel, signature=launch.signature, constexprs=constants, attrs=attrs)
+    source = ASTSource(
+        fn=launch.kernel, signature=launch.signature, constexprs=constants, attrs=attrs
+    )
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     return triton.compile(source, target=gpu, options=dict(launch.options))
 

@@ -17,7 +17,9 @@ def gate_inputs(
     strided: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Arguments of `gate` with rates as a trained model has them (`a` from 1 to 16), or with decays down to e^-60 a token when `harsh`."""
+    """Arguments of `gate` with rates as a trained model has them (`a` from 1 to 16), or with
+    decays down to e^-60 a token when `harsh`.
+    """
     HV, K = shape[-2:]
     wide = torch.randn(*shape[:-1], 2 * K if strided else K, device=device)
     A_log = torch.empty(HV, device=device).uniform_(1, 16).log()
@@ -31,7 +33,13 @@ def gate_inputs(
     return inputs
 
 
-def _case(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, perf: bool = False, **kw: Any) -> Case:
+def _case(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    perf: bool = False,
+    **kw: Any,
+) -> Case:
     elements = 1
     for n in shape:
         elements *= n

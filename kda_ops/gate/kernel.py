@@ -11,16 +11,30 @@ from kda_ops.device.kernel import gate_nats
 
 @triton.jit
 def gate_kernel(
-    x_ptr, A_log_ptr, dt_bias_ptr, g_ptr, rows, stride_row, stride_head,
-    LOWER_BOUND: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, BOUNDED: tl.constexpr,
+    x_ptr,
+    A_log_ptr,
+    dt_bias_ptr,
+    g_ptr,
+    rows,
+    stride_row,
+    stride_head,
+    LOWER_BOUND: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     """One program computes BLOCK_ROWS rows x [K] of one head. Grid: (row blocks, HV)."""
     h = tl.program_id(1)
     r = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     k = tl.arange(0, BLOCK_K)
     ok = (r < rows)[:, None] & (k < K)[None, :]
-    z = tl.load(x_ptr + r[:, None] * stride_row + h * stride_head + k[None, :], mask=ok, other=0.0).to(tl.float32)
+    z = tl.load(
+        x_ptr + r[:, None] * stride_row + h * stride_head + k[None, :], mask=ok, other=0.0
+    ).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(dt_bias_ptr + h * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     a = 1.0
@@ -30,7 +44,9 @@ def gate_kernel(
     tl.store(g_ptr + (r[:, None] * HV + h) * K + k[None, :], g, mask=ok)
 
 
-def launch_gate(x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
+def launch_gate(
+    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
+) -> Tensor:
     HV, K = x.shape[-2:]
     g = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     rows = x.numel() // (HV * K)
@@ -43,8 +59,20 @@ def launch_gate(x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_b
     if rows == 0:
         return g
     traceable(gate_kernel)[(triton.cdiv(rows, block_rows), HV)](
-        flat, A_log, bias, g, rows, flat.stride(0), flat.stride(1),
-        LOWER_BOUND=0.0 if lower_bound is None else lower_bound, HV=HV, K=K, BLOCK_K=block_k, BLOCK_ROWS=block_rows,
-        HAS_A=A_log is not None, HAS_BIAS=bias is not None, BOUNDED=lower_bound is not None,
+        flat,
+        A_log,
+        bias,
+        g,
+        rows,
+        flat.stride(0),
+        flat.stride(1),
+        LOWER_BOUND=0.0 if lower_bound is None else lower_bound,
+        HV=HV,
+        K=K,
+        BLOCK_K=block_k,
+        BLOCK_ROWS=block_rows,
+        HAS_A=A_log is not None,
+        HAS_BIAS=bias is not None,
+        BOUNDED=lower_bound is not None,
     )
     return g

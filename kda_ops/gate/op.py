@@ -9,7 +9,9 @@ from kda_ops.formulas import accumulation_dtype
 from kda_ops.gate.reference import gate_reference
 
 
-def gate_fake(x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
+def gate_fake(
+    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
+) -> Tensor:
     return torch.empty(x.shape, dtype=accumulation_dtype(x), device=x.device)
 
 
@@ -22,7 +24,11 @@ gate_op = define_op(
 
 
 def gate(
-    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None = None, *, lower_bound: float | None = None
+    x: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None = None,
+    *,
+    lower_bound: float | None = None,
 ) -> Tensor:
     """The per-channel log decay of Kimi Delta Attention, in nats.
 
@@ -31,7 +37,8 @@ def gate(
     * without a bound, `g = -a * softplus(z)`, exact for very negative z and linear for z > 20;
     * with `lower_bound`, `g = lower_bound * sigmoid(a * z)`.
 
-    Source: Kimi Linear (arXiv:2510.26692), section 3; the bounded form is the one of Kimi K3 and GLM-5-Next.
+    Source: Kimi Linear (arXiv:2510.26692), section 3; the bounded form is the one of Kimi K3 and
+    GLM-5-Next.
 
     Args:
         x: `[..., HV, K]`, fp16, bf16, fp32 or fp64, any strides.
