@@ -1,21 +1,36 @@
-"""How Inductor sees the operators: lowerings, templates and graph rewrites. `install()` is the only entry.
+"""How Inductor sees the operators:
 
-Importing this package costs nothing; `install()` imports `torch._inductor`. `kda_ops` calls it by itself once Inductor is loaded.
+lowerings, templates and graph rewrites. `install()` is the only entry.
+
+Importing this package costs nothing; `install()` imports `torch._inductor`. `kda_ops` calls it by
+itself once Inductor is loaded.
 """
 
 import hashlib
 import importlib
 from pathlib import Path
 
-OPERATORS = ("gate",)
+OPERATORS = (
+    "chunk_cumsum",
+    "conv_split",
+    "gate",
+    "gate_cumsum",
+    "l2norm",
+    "recurrent_kda",
+    "rms_norm_gated",
+    "short_conv",
+    "short_conv_update",
+)
 
 _installed = False
 
 
 def install() -> None:
-    """Registers every lowering, and a cache key that changes when any of their sources does (idempotent).
+    """Registers every lowering, and a cache key that changes when any of their sources does
+    (idempotent).
 
-    Inductor's and AOTAutograd's disk caches do not look at lowerings: without the key, a process with a changed lowering is served the code of the old one.
+    Inductor's and AOTAutograd's disk caches do not look at lowerings: without the key, a process
+    with a changed lowering is served the code of the old one.
     """
     global _installed
     if _installed:
@@ -24,12 +39,17 @@ def install() -> None:
     for name in OPERATORS:
         importlib.import_module(f"lowering.{name}")
     from lowering.cache_key import install_cache_key
+    from lowering.compat import lower_storage_offset
 
+    lower_storage_offset()
     install_cache_key()
 
 
 def source_hash() -> str:
-    """SHA-256 over the sources that decide what the compiler generates: lowerings, rewrites, references and kernels."""
+    """SHA-256 over the sources that decide what the compiler generates:
+
+    lowerings, rewrites, references and kernels.
+    """
     here = Path(__file__).parent
     digest = hashlib.sha256()
     for root in (here, here.parent / "kda_ops"):

@@ -4,6 +4,7 @@ nothing else.
 
 from typing import Any
 
+import torch
 from torch._inductor.virtualized import V
 
 
@@ -12,3 +13,25 @@ def inline_subgraph(gm: Any, inputs: list[Any]) -> Any:
     from torch._inductor.codegen.subgraph import inline_subgraph_to_ir_nodes
 
     return inline_subgraph_to_ir_nodes(gm, inputs, V.graph.current_node.name)
+
+
+def lower_storage_offset() -> None:
+    """Gives `aten.sym_storage_offset` the lowering that Inductor lacks (pytorch issue 198068).
+
+    With symbolic sizes the offset of a written view, such as one layer of a cache, is that node.
+    Without a lowering Inductor evaluates it on a tensor that it has rebuilt at offset 0, and the
+    operator silently writes to the wrong layer.
+    """
+    from torch._inductor import lowering
+
+    op = torch.ops.aten.sym_storage_offset.default
+    if op in lowering.lowerings and op not in lowering.fallbacks:
+        return
+
+    def storage_offset(x: Any) -> Any:
+        offset = V.graph.current_node.meta["val"]
+        return offset.node.expr if isinstance(offset, torch.SymInt) else offset
+
+    lowering.fallbacks.discard(op)
+    lowering.lowerings.pop(op, None)
+    lowering.register_lowering(op, type_promotion_kind=None)(storage_offset)
