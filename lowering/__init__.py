@@ -20,6 +20,7 @@ OPERATORS = (
     "rms_norm_gated",
     "short_conv",
     "short_conv_update",
+    "state_copy",
 )
 
 _installed = False

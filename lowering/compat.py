@@ -9,10 +9,27 @@ from torch._inductor.virtualized import V
 
 
 def inline_subgraph(gm: Any, inputs: list[Any]) -> Any:
-    """Lowers the nodes of a traced graph in the place of the node that is being lowered."""
-    from torch._inductor.codegen.subgraph import inline_subgraph_to_ir_nodes
+    """Lowers the nodes of a traced graph in the place of the node that is being lowered.
 
-    return inline_subgraph_to_ir_nodes(gm, inputs, V.graph.current_node.name)
+    Unlike Inductor's own `process_subgraph_nodes` it leaves the results unrealised: Inductor writes
+    what an output node uses to memory, and then the consumers of the operator could not fuse.
+    """
+    *_, output = gm.graph.nodes
+    (result,) = output.args
+    gm.graph.erase_node(output)
+    arguments = iter(inputs)
+    node, module = V.graph.current_node, V.graph.module
+    V.graph.module = gm
+    try:
+        for inner in gm.graph.nodes:
+            V.graph.current_node = inner
+            if inner.op == "placeholder":
+                V.graph.env[inner] = next(arguments)
+            else:
+                V.graph.env[inner] = V.graph.run_node(inner)
+    finally:
+        V.graph.current_node, V.graph.module = node, module
+    return torch.fx.node.map_arg(result, V.graph.env.__getitem__)
 
 
 def lower_storage_offset() -> None:
