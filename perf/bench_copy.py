@@ -1,0 +1,51 @@
+"""The two ceilings as rows of their own: a device copy, and a bf16 matrix product. Every other row
+of the run is read against them.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from perf.machine import COPY_BYTES, MATMUL_SIZE
+from perf.rows import Inputs, Row, direct
+
+
+def copy_inputs(device: torch.device) -> Inputs:
+    source = torch.randn(COPY_BYTES // 2, device=device, dtype=torch.bfloat16)
+    return {"target": torch.empty_like(source), "source": source}
+
+
+def matmul_inputs(device: torch.device) -> Inputs:
+    return {
+        name: torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=torch.bfloat16)
+        for name in "ab"
+    }
+
+
+ROWS = [
+    Row(
+        stage="copy",
+        case="1GiB",
+        who="torch",
+        make=copy_inputs,
+        prepare=direct(lambda target, source: target.copy_(source)),
+        expected=lambda inputs: inputs["source"].clone,
+        bytes_moved=2 * COPY_BYTES,
+    ),
+    Row(
+        stage="matmul",
+        case="bf16-8192",
+        who="torch",
+        make=matmul_inputs,
+        prepare=direct(lambda a, b: a @ b),
+        expected=None,
+        bytes_moved=3 * MATMUL_SIZE**2 * 2,
+        flops=2 * MATMUL_SIZE**3,
+    ),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def bench_ceiling(row: Row, measure: Callable[[Row], None]) -> None:
+    measure(row)

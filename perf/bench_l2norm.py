@@ -1,0 +1,15 @@
+"""The norm of q and k against FLA's."""
+
+from collections.abc import Callable
+
+import pytest
+
+from perf.peers import fla, fla_l2norm
+from perf.rows import Row, operator_rows
+
+
+@pytest.mark.parametrize(
+    "row", operator_rows("l2norm", peers=fla(fla_l2norm), compile_too=True), ids=str
+)
+def bench_l2norm(row: Row, measure: Callable[[Row], None]) -> None:
+    measure(row)

@@ -1,0 +1,15 @@
+"""Decode from paged states against FLA's step kernel."""
+
+from collections.abc import Callable
+
+import pytest
+
+from perf.peers import fla, fla_recurrent_kda
+from perf.rows import Row, operator_rows
+
+
+@pytest.mark.parametrize(
+    "row", operator_rows("recurrent_kda", peers=fla(fla_recurrent_kda)), ids=str
+)
+def bench_recurrent_kda(row: Row, measure: Callable[[Row], None]) -> None:
+    measure(row)

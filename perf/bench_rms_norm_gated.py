@@ -1,0 +1,15 @@
+"""The gated output norm against FLA's."""
+
+from collections.abc import Callable
+
+import pytest
+
+from perf.peers import fla, fla_rms_norm_gated
+from perf.rows import Row, operator_rows
+
+
+@pytest.mark.parametrize(
+    "row", operator_rows("rms_norm_gated", peers=fla(fla_rms_norm_gated), compile_too=True), ids=str
+)
+def bench_rms_norm_gated(row: Row, measure: Callable[[Row], None]) -> None:
+    measure(row)

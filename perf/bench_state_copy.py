@@ -1,0 +1,14 @@
+"""Moving states between blocks of one engine; no peer has this operator, so the copy ceiling is its
+measure.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+from perf.rows import Row, operator_rows
+
+
+@pytest.mark.parametrize("row", operator_rows("state_copy"), ids=str)
+def bench_state_copy(row: Row, measure: Callable[[Row], None]) -> None:
+    measure(row)

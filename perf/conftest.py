@@ -1,0 +1,61 @@
+"""Benchmarks need a CUDA device; without one they are deselected, and the run says so."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from perf import machine
+from perf.rows import Measurer, Row
+from perf.timing import CLOCK
+
+NO_DEVICE = "perf: no CUDA device, all benchmarks deselected (nothing was measured)"
+DESELECTED = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ours = [item for item in items if item.path.name.startswith("bench_")]
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=ours)
+        config.stash[DESELECTED] = len(ours)
+        items[:] = [item for item in items if item not in ours]
+        return
+    for item in ours:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK.read))
+        item.add_marker(pytest.mark.filterwarnings("ignore"))  # the peers' own
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if DESELECTED in config.stash:
+        terminalreporter.write_line(NO_DEVICE, yellow=True)
+
+
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    machine_info |= machine.software()
+    if torch.cuda.is_available():
+        machine_info |= machine.gpu()
+
+
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]
+) -> None:
+    for benchmark in output_json["benchmarks"]:
+        benchmark["params"] = None  # a row holds functions; `extra_info` says all of it
+
+
+@pytest.fixture(scope="session")
+def measurer() -> Measurer:
+    facts = machine.gpu()
+    software = machine.software()
+    named = {"gpu": facts["gpu"], "driver": facts.get("driver_version")}
+    named |= {name: software[name] for name in ("torch", "triton", "fla")}
+    return Measurer(torch.device("cuda"), facts["l2_bytes"], named)
+
+
+@pytest.fixture
+def measure(measurer: Measurer, benchmark: Any) -> Callable[[Row], None]:
+    """Checks one row, measures it and writes down what follows from its time."""
+    return lambda row: measurer(row, benchmark)
