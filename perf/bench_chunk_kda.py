@@ -2,6 +2,7 @@
 against FLA's whole core.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kda_ops import chunk_kda, gate_cumsum, l2norm
 from kda_ops._cases import Case
+from kda_ops.chunks import chunk_table
 from kda_ops.formulas import CHUNK
 from perf.peers import fla, fla_chunk_kda, fla_core
 from perf.rows import Row, function_rows, operator_rows
@@ -72,7 +74,21 @@ CORES = [
     core_case("bounded-T8192-H32", 8192, 32, -5.0),
     core_case("softplus-T1024-H32", 1024, 32, None),
 ]
-ROWS = operator_rows("chunk_kda", peers=fla(fla_chunk_kda)) + [
+
+
+def with_chunk_table(row: Row) -> Row:
+    """The row with the chunk table made beforehand: a batch has one, shared by all its layers."""
+
+    def make(device: torch.device) -> dict[str, Any]:
+        inputs = row.make(device)
+        if "cu_seqlens" in inputs and "chunks" not in inputs:
+            inputs["chunks"] = chunk_table(inputs["cu_seqlens"], inputs["q"].shape[1])
+        return inputs
+
+    return dataclasses.replace(row, make=make)
+
+
+ROWS = [with_chunk_table(row) for row in operator_rows("chunk_kda", peers=fla(fla_chunk_kda))] + [
     row
     for case in CORES
     for row in function_rows("core", case, core, peers=fla(fla_core), compile_too=True)

@@ -180,7 +180,7 @@ def check(row: Row, device: torch.device) -> float:
         return 0.0
     torch.manual_seed(SEED)
     inputs = row.make(device)
-    expected = tensors(row.expected(inputs)()) + [inputs[name] for name in row.mutated]
+    expected = tensors(row.expected(inputs)()) + tensors([inputs[name] for name in row.mutated])
     torch.manual_seed(SEED)
     inputs = row.make(device)
     call = row.prepare(inputs)
@@ -189,7 +189,7 @@ def check(row: Row, device: torch.device) -> float:
             result = call()
     else:
         result = call()
-    found = tensors(result) + [inputs[name] for name in row.mutated]
+    found = tensors(result) + tensors([inputs[name] for name in row.mutated])
     if not row.who.startswith(OURS):
         expected = expected[: len(found)]  # a peer may not return a state
     if len(found) != len(expected):
@@ -268,8 +268,9 @@ def _replay_seconds(calls: list[Call], benchmark: Any) -> float:
 
 
 def _input_bytes(inputs: Inputs) -> int:
-    """Bytes of the tensors among the inputs, views counted at their own size."""
-    return sum(x.numel() * x.element_size() for x in inputs.values() if isinstance(x, Tensor))
+    """Bytes of all tensors in the inputs, views counted at their own size."""
+    leaves = torch.utils._pytree.tree_leaves(inputs)
+    return sum(x.numel() * x.element_size() for x in leaves if isinstance(x, Tensor))
 
 
 def describe(
