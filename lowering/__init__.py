@@ -12,6 +12,7 @@ from pathlib import Path
 
 OPERATORS = (
     "chunk_cumsum",
+    "chunk_kda",
     "conv_split",
     "gate",
     "gate_cumsum",
@@ -22,6 +23,7 @@ OPERATORS = (
     "short_conv_update",
     "state_copy",
 )
+FUSIONS = ("fuse_cumsum_scale",)
 
 _installed = False
 
@@ -37,7 +39,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    for name in OPERATORS:
+    for name in (*OPERATORS, *FUSIONS):
         importlib.import_module(f"lowering.{name}")
     from lowering.cache_key import install_cache_key
     from lowering.compat import lower_storage_offset

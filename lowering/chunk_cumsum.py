@@ -123,7 +123,7 @@ def varlen(g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunks: Any) 
         real = ops.and_(ops.ge(sequence, _int64(0)), ops.lt(sequence, _int64(sequences)))
         real = ops.and_(real, ops.ge(chunk, _int64(0)))
         sequence = ops.indirect_indexing(
-            ops.where(real, sequence, _int64(0)), sequences, check=False
+            ops.where(real, sequence, _int64(0)), sequences, check=False, wrap_neg=False
         )
         first = ops.maximum(_int64(load_offset([sequence])), _int64(0))
         last = ops.minimum(_int64(load_offset([sequence + 1])), _int64(T))
@@ -133,7 +133,7 @@ def varlen(g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunks: Any) 
     def value(index: Sequence[sympy.Expr]) -> Any:
         _, n, r, *d = index
         t, ok = token(n, r)
-        source = ops.indirect_indexing(ops.where(ok, t, _int64(0)), T, check=False)
+        source = ops.indirect_indexing(ops.where(ok, t, _int64(0)), T, check=False, wrap_neg=False)
         x = ops.mul(load([zero, source, *d]), ops.constant(scale, dtype))
         return ops.where(ok, x, ops.constant(0.0, dtype))
 
@@ -161,7 +161,9 @@ def _int64(value: Any) -> Any:
 
 def _row_or_spare(ok: Any, row: Any, spare: sympy.Expr) -> sympy.Expr:
     """The index `row` where `ok`, else the one row past the result, which nobody reads."""
-    return ops.indirect_indexing(ops.where(ok, row, _int64(spare)), spare + 1, check=False)
+    return ops.indirect_indexing(
+        ops.where(ok, row, _int64(spare)), spare + 1, check=False, wrap_neg=False
+    )
 
 
 @lowers(chunk_cumsum_op)
