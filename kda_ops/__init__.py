@@ -4,10 +4,27 @@ Importing this package loads neither Triton nor Inductor.
 """
 
 from kda_ops.chunk_cumsum import chunk_cumsum
+from kda_ops.chunk_kda import chunk_kda
+from kda_ops.conv_split import conv_split
 from kda_ops.gate import gate
 from kda_ops.gate_cumsum import gate_cumsum
 from kda_ops.l2norm import l2norm
 from kda_ops.recurrent_kda import recurrent_kda
 from kda_ops.rms_norm_gated import rms_norm_gated
+from kda_ops.short_conv import short_conv
+from kda_ops.short_conv_update import short_conv_update
+from kda_ops.state_copy import state_copy
 
-__all__ = ["chunk_cumsum", "gate", "gate_cumsum", "l2norm", "recurrent_kda", "rms_norm_gated"]
+__all__ = [
+    "chunk_cumsum",
+    "chunk_kda",
+    "conv_split",
+    "gate",
+    "gate_cumsum",
+    "l2norm",
+    "recurrent_kda",
+    "rms_norm_gated",
+    "short_conv",
+    "short_conv_update",
+    "state_copy",
+]

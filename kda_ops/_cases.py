@@ -31,3 +31,14 @@ class Case:
     flops: int = 0
     operand_dtype: torch.dtype | None = None
     perf: bool = False
+
+
+def paged_conv_state(
+    slots: int, L: int, D: int, layout: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A convolution state as a cache holds it: a view into pages with more bytes than it needs.
+
+    `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS; the rest of each page is random too.
+    """
+    pages = torch.randn(slots, L * D + 64, device=device).to(dtype)
+    return pages[:, : L * D].unflatten(1, (L, D) if layout == "SD" else (D, L))

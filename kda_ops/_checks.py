@@ -142,3 +142,46 @@ def check_slot_values(name: str, slots: Tensor, num_slots: int) -> None:
     bad = ((slots < 0) | (slots >= num_slots)).flatten().nonzero()
     if len(bad):
         raise ValueError(f"{name} must be in [0, {num_slots}), got {int(slots.flatten()[bad[0]])}")
+
+
+def check_distinct_slots(name: str, slots: Tensor) -> None:
+    """No slot but the null block occurs twice: two sequences would write it at once."""
+    used = slots[slots != 0]
+    found, counts = used.unique(return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"{name} must not repeat, got {int(found[counts > 1][0])} more than once")
+
+
+def resolve_activation(activation: str | None) -> str | None:
+    """`"silu"` or None."""
+    if activation not in ("silu", "swish", None):
+        raise ValueError(f"activation must be 'silu', 'swish' or None, got {activation!r}")
+    return None if activation is None else "silu"
+
+
+def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The arguments of a depthwise convolution over `x [..., D]`."""
+    check_dtype("x", x)
+    check_rank("weight", weight, 2)
+    if weight.shape[1] < 2:
+        raise ValueError(
+            f"weight must have shape [D, W] with W at least 2, got {tuple(weight.shape)}"
+        )
+    check_shape("weight", weight, (x.shape[-1], weight.shape[1]))
+    check_dtype("weight", weight)
+    if bias is not None:
+        check_shape("bias", bias, (x.shape[-1],))
+        check_dtype("bias", bias)
+
+
+def check_conv_state(conv_state: Tensor, layout: str, D: int, W: int) -> None:
+    """A convolution state of D channels that holds at least the W - 1 rows of a history."""
+    check_dtype("conv_state", conv_state)
+    check_rank("conv_state", conv_state, 3)
+    dims, L = (conv_state.shape[2], conv_state.shape[1]) if layout == "SD" else conv_state.shape[1:]
+    if dims != D or L < W - 1:
+        axes = f"[slots, L, {D}]" if layout == "SD" else f"[slots, {D}, L]"
+        raise ValueError(
+            f"conv_state must have shape {axes} with L at least {W - 1} in layout {layout}, "
+            f"got {tuple(conv_state.shape)}"
+        )

@@ -70,3 +70,64 @@ def chunk_tokens(cu_seqlens: Tensor, chunks: Tensor, chunk_size: int, total_toke
     last = cu_seqlens[torch.where(real, sequence + 1, 0)]
     token = first[:, None] + place
     return torch.where(real[:, None] & (token < last[:, None]), token, total_tokens)
+
+
+def extended_rows(
+    history: Tensor, x: Tensor, starts: Tensor, sequence: Tensor, index: Tensor
+) -> Tensor:
+    """Rows of `concat(history[n], x[starts[n]:])`.
+
+    Args:
+        history: `[N, W - 1, D]`, what came before each sequence.
+        x: `[T, D]`, the tokens of all sequences.
+        starts: `[N]`, int64, the row of x where each sequence starts.
+        sequence: Any shape, int64, in `[0, N)`: which n each row is taken from.
+        index: The same shape, int64, not negative: which row of it. Rows past the end of x are 0.
+
+    Returns:
+        `[*sequence.shape, D]`.
+    """
+    past = history.shape[1]
+    x = F.pad(x, (0, 0, 0, 1))
+    old = history[sequence, index.clamp(max=past - 1)]
+    new = x[(starts[sequence] + index - past).clamp(0, x.shape[0] - 1)]
+    return torch.where((index < past)[..., None], old, new)
+
+
+def short_convolution(
+    x: Tensor,
+    history: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    cu_seqlens: Tensor,
+    active: Tensor,
+) -> Tensor:
+    """Depthwise causal convolution of each sequence over `concat(history[n], x[start:end])`.
+
+    Args:
+        x: `[T, D]`.
+        history: `[N, W - 1, D]`.
+        weight: `[D, W]`; the last tap meets the token itself.
+        bias: `[D]` or None.
+        activation: `"silu"` or None.
+        cu_seqlens: `[N + 1]`, int64.
+        active: `[N]`, bool. Rows of the other sequences, and rows past the last sequence, are not
+            read and give zero.
+
+    Returns:
+        `[T, D]` in x's dtype.
+    """
+    acc = accumulation_dtype(x)
+    rows = torch.arange(x.shape[0], device=x.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], rows, right=True)  # N past the last sequence
+    read = F.pad(active, (0, 1))[sequence][:, None]
+    position = rows - cu_seqlens[sequence]
+    history = F.pad(history.to(acc), (0, 0, 0, 0, 0, 1))
+    x_read = torch.where(read, x.to(acc), 0.0)
+    y = 0.0 if bias is None else bias.to(acc)
+    for tap, w in enumerate(weight.to(acc).unbind(1)):
+        y = y + w * extended_rows(history, x_read, cu_seqlens, sequence, position + tap)
+    if activation == "silu":
+        y = F.silu(y)
+    return torch.where(read, y, 0.0).to(x.dtype)

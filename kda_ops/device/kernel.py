@@ -69,7 +69,10 @@ def row_offset(row, size_1, size_2, stride_0, stride_1, stride_2):
 
 @triton.jit
 def silu(x):
-    """x * sigmoid(x). The square of a reciprocal root is a division without its range checks, and is exact to 2 ulp; for x << 0 it is 0."""
+    """The product of x and sigmoid(x).
+
+    The square of a reciprocal root costs less than a division, which checks ranges.
+    """
     r = tl.rsqrt(1.0 + tl.exp(-x))
     return x * (r * r)
 
@@ -78,7 +81,8 @@ def silu(x):
 def conv_taps(weight_ptr, d, D, W: tl.constexpr, BLOCK_W: tl.constexpr):
     """The W taps of the channels `d` as a tuple of fp32 vectors, from a contiguous weight [D, W].
 
-    Read as one tile and transposed in registers: a load per tap would touch every cache line W times.
+    Read as one tile and transposed in registers: a load per tap would touch each cache line W
+    times.
     """
     w = tl.arange(0, BLOCK_W)
     tile = tl.load(
@@ -89,7 +93,7 @@ def conv_taps(weight_ptr, d, D, W: tl.constexpr, BLOCK_W: tl.constexpr):
     tile = tile.to(tl.float32)  # [BLOCK_D, BLOCK_W]
     taps = ()
     for i in tl.static_range(W):
-        taps = taps + (tl.sum(tl.where(w[None, :] == i, tile, 0.0), axis=1),)
+        taps += (tl.sum(tl.where(w[None, :] == i, tile, 0.0), axis=1),)
     return taps
 
 
