@@ -1,0 +1,274 @@
+"""The two states of a KDA layer: what they are made of, and how they lie in a page.
+
+A layer keeps exactly two states per sequence: the last inputs of its short convolution and the
+recurrent matrix of every value head. Both live in one page, `conv | recurrent | padding`, and one
+page is one slot. `KDAStateSpec` holds the ordered segments q, k, v, recurrent, each as a number of
+heads and the bytes of one; whoever allocates, copies, splits or ships a state asks it, and nothing
+infers a size from a total: q, k and v are no equal thirds as soon as heads or dimensions differ.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kda_ops.config import resolve_layout
+
+CONV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+RECURRENT_DTYPES = {
+    "auto": torch.float32,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+}
+RECURRENT_ALIGNMENT = 128
+PAGE_ALIGNMENT = 512
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One part of a state, over all ranks.
+
+    Attributes:
+        name: `"q"`, `"k"`, `"v"` or `"recurrent"`.
+        units: Heads of the whole layer, before tensor parallelism.
+        bytes_per_unit: Bytes of one head in one page, the same on every rank.
+    """
+
+    name: str
+    units: int
+    bytes_per_unit: int
+
+
+def units_held(units: int, tp_size: int, rank: int) -> range:
+    """The heads of a segment that a tensor-parallel rank holds.
+
+    At least as many heads as ranks: a contiguous shard of `units / tp_size`. Fewer: the one head
+    `rank * units // tp_size`, replicated over contiguous groups of ranks.
+
+    Args:
+        units: Heads of the whole segment.
+        tp_size: Ranks.
+        rank: In `[0, tp_size)`.
+
+    Raises:
+        ValueError: The rank does not exist, or neither of units and tp_size divides the other.
+    """
+    if not 0 <= rank < tp_size:
+        raise ValueError(f"rank must be in [0, {tp_size}), got {rank}")
+    if units >= tp_size:
+        if units % tp_size:
+            raise ValueError(f"tp_size must divide {units} heads, got {tp_size}")
+        share = units // tp_size
+        return range(rank * share, (rank + 1) * share)
+    if tp_size % units:
+        raise ValueError(f"tp_size must be a multiple of {units} replicated heads, got {tp_size}")
+    unit = rank * units // tp_size
+    return range(unit, unit + 1)
+
+
+@dataclass(frozen=True)
+class KDAStateSpec:
+    """Shapes, dtypes, segments and page of the two states of a KDA layer.
+
+    Head counts and segments are those of the whole layer; shapes, `conv_dim`, `conv_sizes`,
+    `offset` and `page_bytes` are those of one tensor-parallel rank (all ranks hold equally much).
+    The spec is a value: it is frozen, compares by its fields and can be a dictionary key.
+
+    Args:
+        num_k_heads: H, query and key heads.
+        num_v_heads: HV, value heads, a multiple of H.
+        head_k_dim: K.
+        head_v_dim: V.
+        conv_size: W, the width of the short convolution.
+        num_spec: Speculative tokens per step; each adds a row to the conv state.
+        conv_dtype: bf16, fp16 or fp32: the dtype of the model.
+        recurrent_dtype: fp32 or bf16, as a dtype or its name; `"auto"` is fp32. Resolved on
+            construction.
+        layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`. Resolved on construction.
+        tp_size: Tensor-parallel ranks.
+        page_bytes: Size of a page, where a caller needs it larger than the two states (an
+            allocator shared with attention layers, for one). None means the states rounded up to
+            512 bytes. Resolved on construction.
+
+    Raises:
+        ValueError: A size below its minimum, heads that do not divide, a dtype or layout that is
+            not allowed, a `page_bytes` too small or not a multiple of both element sizes.
+    """
+
+    num_k_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+    conv_size: int = field(default=4, kw_only=True)
+    num_spec: int = field(default=0, kw_only=True)
+    conv_dtype: torch.dtype = field(kw_only=True)
+    recurrent_dtype: torch.dtype | str = field(default="auto", kw_only=True)
+    layout: str | None = field(default=None, kw_only=True)
+    tp_size: int = field(default=1, kw_only=True)
+    page_bytes: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        minima = {"conv_size": 2, "num_spec": 0}
+        sizes = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "tp_size")
+        for name in (*sizes, *minima):
+            minimum = minima.get(name, 1)
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if self.num_v_heads % self.num_k_heads:
+            raise ValueError(
+                f"num_v_heads must be a multiple of num_k_heads = {self.num_k_heads}, "
+                f"got {self.num_v_heads}"
+            )
+        if self.conv_dtype not in CONV_DTYPES:
+            allowed = ", ".join(_dtype_name(d) for d in CONV_DTYPES)
+            raise ValueError(f"conv_dtype must be {allowed}, got {_dtype_name(self.conv_dtype)}")
+        if self.recurrent_dtype not in RECURRENT_DTYPES:
+            raise ValueError(
+                "recurrent_dtype must be auto, float32 or bfloat16, "
+                f"got {_dtype_name(self.recurrent_dtype)}"
+            )
+        self._resolve("recurrent_dtype", RECURRENT_DTYPES[self.recurrent_dtype])
+        self._resolve("layout", resolve_layout(self.layout))
+        for segment in self.segments:
+            self.units_held(segment.name, 0)
+        needed = self.offset("recurrent") + self.local_bytes("recurrent")
+        if self.page_bytes is None:
+            self._resolve("page_bytes", _align(needed, PAGE_ALIGNMENT))
+        if self.page_bytes < needed:
+            raise ValueError(f"page_bytes must be at least {needed}, got {self.page_bytes}")
+        element = max(self.conv_dtype.itemsize, self.recurrent_dtype.itemsize)
+        if self.page_bytes % element:
+            raise ValueError(f"page_bytes must be a multiple of {element}, got {self.page_bytes}")
+
+    def _resolve(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def conv_length(self) -> int:
+        """L, rows of the conv state: the last `W - 1` inputs and one per speculative token."""
+        return self.conv_size - 1 + self.num_spec
+
+    @property
+    def conv_sizes(self) -> tuple[int, int, int]:
+        """Channels of q, k and v on one rank: the sizes for `conv_split`."""
+        k_heads, v_heads = self.local_units("k"), self.local_units("v")
+        return (k_heads * self.head_k_dim, k_heads * self.head_k_dim, v_heads * self.head_v_dim)
+
+    @property
+    def conv_dim(self) -> int:
+        """D, channels of the conv state on one rank."""
+        return sum(self.conv_sizes)
+
+    @property
+    def conv_shape(self) -> tuple[int, int]:
+        """One slot's conv state on one rank: `(L, D)` in layout SD, `(D, L)` in DS."""
+        shape = (self.conv_length, self.conv_dim)
+        return shape if self.layout == "SD" else shape[::-1]
+
+    @property
+    def recurrent_shape(self) -> tuple[int, int, int]:
+        """One slot's recurrent state on one rank: `(HV, V, K)`."""
+        return (self.local_units("recurrent"), self.head_v_dim, self.head_k_dim)
+
+    @property
+    def segments(self) -> tuple[Segment, Segment, Segment, Segment]:
+        """q, k, v, recurrent, in page order, over all ranks."""
+        row = self.conv_length * self.conv_dtype.itemsize
+        matrix = self.head_v_dim * self.head_k_dim * self.recurrent_dtype.itemsize
+        return (
+            Segment("q", self.num_k_heads, self.head_k_dim * row),
+            Segment("k", self.num_k_heads, self.head_k_dim * row),
+            Segment("v", self.num_v_heads, self.head_v_dim * row),
+            Segment("recurrent", self.num_v_heads, matrix),
+        )
+
+    def segment(self, name: str) -> Segment:
+        """The segment of that name.
+
+        Raises:
+            ValueError: There is none.
+        """
+        for segment in self.segments:
+            if segment.name == name:
+                return segment
+        raise ValueError(f"name must be q, k, v or recurrent, got {name!r}")
+
+    def units_held(self, name: str, rank: int) -> range:
+        """The heads of a segment that a rank holds; see the function of the same name."""
+        return units_held(self.segment(name).units, self.tp_size, rank)
+
+    def local_units(self, name: str) -> int:
+        """Heads of a segment on each rank."""
+        return len(self.units_held(name, 0))
+
+    def local_bytes(self, name: str) -> int:
+        """Bytes of a segment in a page of one rank."""
+        return self.local_units(name) * self.segment(name).bytes_per_unit
+
+    def offset(self, name: str) -> int:
+        """Byte offset of a segment in a page.
+
+        The recurrent state starts at a multiple of 128 bytes, so that every state in a buffer is
+        fit for vector loads. In layout DS each of q, k and v is one range of `local_bytes` from its
+        offset. In SD they are interleaved row by row: there the offset is that of the segment's
+        first row.
+        """
+        row_bytes = self.conv_dtype.itemsize * (self.conv_length if self.layout == "DS" else 1)
+        q, k, v = self.conv_sizes
+        channels = {"q": 0, "k": q, "v": q + k}
+        if name in channels:
+            return channels[name] * row_bytes
+        self.segment(name)
+        conv_bytes = (q + k + v) * self.conv_length * self.conv_dtype.itemsize
+        return _align(conv_bytes, RECURRENT_ALIGNMENT)
+
+    def allocate(
+        self,
+        num_slots: int,
+        *,
+        layers: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both states of every slot, zeroed, as views of one buffer of pages.
+
+        Slot 0 is the null block: operators map padding to it and never write it. The views have
+        the strides of the pages; the buffer lives as long as either.
+
+        Args:
+            num_slots: Slots, the null block included.
+            layers: Layers to allocate in one buffer, layer first; None is one layer without the
+                axis.
+            device: Where to allocate.
+
+        Returns:
+            conv `[slots, *conv_shape]` and recurrent `[slots, *recurrent_shape]`, or with `layers`
+            `[layers, slots, ...]`.
+
+        Raises:
+            ValueError: `num_slots` or `layers` below 1.
+        """
+        if num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+        if layers is not None and layers < 1:
+            raise ValueError(f"layers must be None or at least 1, got {layers}")
+        lead = (num_slots,) if layers is None else (layers, num_slots)
+        pages = torch.zeros(*lead, self.page_bytes, dtype=torch.uint8, device=device)
+        states = []
+        for offset, shape, dtype in (
+            (0, self.conv_shape, self.conv_dtype),
+            (self.offset("recurrent"), self.recurrent_shape, self.recurrent_dtype),
+        ):
+            elements = torch.Size(shape).numel()
+            start = offset // dtype.itemsize
+            states.append(pages.view(dtype)[..., start : start + elements].unflatten(-1, shape))
+        return states[0], states[1]
+
+
+def _align(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _dtype_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
