@@ -1,0 +1,67 @@
+# Everything works on a machine with Python 3.11 and nothing else: the first target that needs it
+# makes .venv from pyproject.toml and constraints.txt.
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell \
+	$(p) -c 'import sys, venv; print("$(p)") if sys.version_info >= (3, 11) else None' 2>/dev/null)))
+VENV := .venv
+RUN := $(VENV)/bin/python
+CHECKED := kda_ops lowering tests perf
+PERF_JSON ?= build/perf.json
+
+.PHONY: help demo test check format format-check lint types test-gpu perf perf-compare clean
+
+help:
+	@echo 'make demo           compile a Kimi Linear layer, prefill a text and decode, checked against fp64'
+	@echo 'make test           all tests that need no GPU (ARGS="-k gate" for some of them)'
+	@echo 'make check          format, lint, types, tests: what continuous integration runs'
+	@echo 'make format         rewrite the sources in the one format'
+	@echo 'make test-gpu       the same cases on a CUDA device'
+	@echo 'make perf           benchmarks on a CUDA device against flash-linear-attention'
+	@echo 'make perf-compare   A=one.json B=other.json, two runs side by side'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; name it with PYTHON=...))
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.perf-installed: $(VENV)/.installed
+	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[perf]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(RUN) -m kda_ops demo $(ARGS)
+
+test: $(VENV)/.installed
+	$(RUN) -m tests $(ARGS)
+
+format-check: $(VENV)/.installed
+	$(RUN) -m ruff format --check $(CHECKED)
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check $(CHECKED)
+
+types: $(VENV)/.installed
+	$(RUN) -m mypy
+
+check: format-check lint types
+	$(RUN) -m tests
+
+format: $(VENV)/.installed
+	$(RUN) -m ruff check --fix --select I $(CHECKED)
+	$(RUN) -m ruff format $(CHECKED)
+
+test-gpu: $(VENV)/.installed
+	$(RUN) -m pytest -q -p no:benchmark -m gpu tests $(ARGS)
+
+perf: $(VENV)/.perf-installed
+	@mkdir -p $(dir $(PERF_JSON))
+	$(RUN) -m pytest perf -q --benchmark-json=$(PERF_JSON) $(ARGS)
+	$(RUN) -m perf.report $(PERF_JSON)
+
+perf-compare: $(VENV)/.perf-installed
+	$(if $(and $(A),$(B)),,$(error name two runs: make perf-compare A=one.json B=other.json))
+	$(VENV)/bin/pytest-benchmark compare $(A) $(B) --columns=median --group-by=name
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache
