@@ -1,0 +1,246 @@
+"""Chunked KDA: schemas, fake implementations, public function."""
+
+import torch
+from torch import Tensor
+
+from kda_ops._checks import (
+    FLOATS,
+    INTEGERS,
+    check_device,
+    check_dtype,
+    check_rank,
+    check_shape,
+    check_slot_values,
+    check_varlen,
+    check_varlen_values,
+)
+from kda_ops._define import define_op
+from kda_ops.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
+from kda_ops.chunks import chunk_table
+from kda_ops.formulas import CHUNK, accumulation_dtype
+
+MAX_HEAD_DIM = 256
+STATES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def chunk_kda_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
+    return (
+        torch.empty(v.shape, dtype=v.dtype, device=v.device),
+        torch.empty(final, dtype=dtype, device=v.device),
+    )
+
+
+def chunk_kda_state_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+def check_chunk_kda_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> None:
+    check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+
+
+def check_chunk_kda_state_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> None:
+    check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+    check_slot_values("state_indices", state_indices, state.shape[0])
+    slots, uses = state_indices[state_indices != 0].unique(return_counts=True)
+    if (uses > 1).any():
+        slot = int(slots[uses > 1][0])
+        raise ValueError(f"state_indices must not repeat a slot other than 0, got {slot} twice")
+
+
+chunk_kda_op = define_op(
+    "chunk_kda(Tensor q, Tensor k, Tensor v, Tensor G, Tensor beta, float scale, "
+    "Tensor? initial_state, bool output_final_state, Tensor? cu_seqlens, Tensor? chunks) "
+    "-> (Tensor, Tensor)",
+    reference=chunk_kda_reference,
+    fake=chunk_kda_fake,
+    cuda="kda_ops.chunk_kda.kernel:launch_chunk_kda",
+    check_values=check_chunk_kda_values,
+)
+
+chunk_kda_state_op = define_op(
+    "chunk_kda.state(Tensor q, Tensor k, Tensor v, Tensor G, Tensor beta, float scale, "
+    "Tensor(a!) state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
+    "Tensor? chunks) -> Tensor",
+    reference=chunk_kda_state_reference,
+    fake=chunk_kda_state_fake,
+    cuda="kda_ops.chunk_kda.kernel:launch_chunk_kda_state",
+    check_values=check_chunk_kda_state_values,
+)
+
+
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunks: Tensor | None = None,
+    state: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Kimi Delta Attention over whole sequences, 64 tokens at a time.
+
+    Per value head and token, with `g_t` the token's gate (`G_t` is the sum of `g` over the tokens
+    of its chunk up to t):
+
+        S <- diag(2^g_t) S;    S <- S + beta_t k_t (v_t - k_t^T S)^T;    o_t = scale * S^T q_t
+
+    Any gate is computed exactly, also one that decays by e^-60 in a token: powers of two are only
+    ever taken of exponents <= 0. Source: Kimi Linear (arXiv:2510.26692), section 3, in the chunked
+    WY form.
+
+    Args:
+        q: `[B, T, H, K]`, as it is to be used: apply `l2norm` first. fp16, bf16, fp32 or fp64, any
+            strides with the last one 1 (others are copied).
+        k: `[B, T, H, K]`, dtype of q. `|k| <= 1` and `beta <= 2` keep the recurrence stable.
+        v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
+        G: `[B, T, HV, K]` in **log2**, the cumulative gate as `gate_cumsum` returns it: it restarts
+            every 64 tokens and at every sequence start. fp32 (fp64 with fp64 q).
+        beta: `[B, T, HV]` after its sigmoid, any floating dtype.
+        scale: Factor of the output, `K ** -0.5` if None.
+        initial_state: `[N, HV, V, K]`, bf16, fp32 or fp64; zeros if None.
+        output_final_state: Whether to return the states after the last token.
+        cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
+            it every batch row is a sequence, `N = B`.
+        chunks: The batch's chunk table, `kda_ops.chunks.chunk_table(cu_seqlens, T)`; made here if
+            None.
+        state: `[slots, HV, V, K]`, bf16 or fp32, any strides (padded pages): paged states, read and
+            **written in place**, instead of `initial_state`.
+        state_indices: `[N]`, int32 or int64, with `state`: the slot of each sequence, no slot
+            twice. Slot 0 is the null block: that sequence's output is zero and no state is read or
+            written. A kernel treats a slot out of range in the same way.
+        has_initial_state: `[N]`, bool, with `state`: where False the sequence starts from zeros.
+            All True if None.
+
+    Returns:
+        `(o, final_state)`. `o [B, T, HV, V]` in the dtype of v; rows past the last sequence are
+        zero, and nothing that is in them is read. `final_state [N, HV, V, K]` in the dtype of
+        `initial_state`, or fp32 (fp64 with fp64 q) without one; None unless `output_final_state`.
+
+    Raises:
+        ValueError: A shape, dtype, device or combination of arguments that does not fit; on the CPU
+            also offsets, chunks or slots with wrong values.
+        RuntimeError: `state` is given and an input requires grad.
+    """
+    _check(q, k, v, G, beta)
+    check_varlen("q", q, cu_seqlens, chunks, CHUNK)
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    HV, V, K = v.shape[2], v.shape[3], q.shape[3]
+    if scale is None:
+        scale = K**-0.5
+    if cu_seqlens is not None and chunks is None:
+        chunks = chunk_table(cu_seqlens, q.shape[1])
+    if state is None:
+        if state_indices is not None:
+            raise ValueError("state_indices must come with state, got state_indices alone")
+        if has_initial_state is not None:
+            raise ValueError("has_initial_state must come with state, got has_initial_state alone")
+        if initial_state is not None:
+            check_shape("initial_state", initial_state, (N, HV, V, K))
+            check_dtype("initial_state", initial_state, STATES)
+            check_device(q=q, initial_state=initial_state)
+        o, final = chunk_kda_op(
+            q, k, v, G, beta, scale, initial_state, output_final_state, cu_seqlens, chunks
+        )
+        return o, final if output_final_state else None
+    if initial_state is not None:
+        raise ValueError("initial_state must be None with state, which holds the initial states")
+    if output_final_state:
+        raise ValueError(
+            "output_final_state must be False with state, which receives the final states"
+        )
+    if state_indices is None:
+        raise ValueError("state_indices must be given with state, got None")
+    check_rank("state", state, 4)
+    check_shape("state", state, (state.shape[0], HV, V, K))
+    check_dtype("state", state, STATES)
+    check_shape("state_indices", state_indices, (N,))
+    check_dtype("state_indices", state_indices, INTEGERS)
+    if has_initial_state is not None:
+        check_shape("has_initial_state", has_initial_state, (N,))
+        check_dtype("has_initial_state", has_initial_state, (torch.bool,))
+    check_device(q=q, state=state, state_indices=state_indices, has_initial_state=has_initial_state)
+    o = chunk_kda_state_op(
+        q, k, v, G, beta, scale, state, state_indices, has_initial_state, cu_seqlens, chunks
+    )
+    return o, None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor) -> None:
+    """Shapes, dtypes and device of the five inputs."""
+    check_rank("q", q, 4)
+    check_dtype("q", q)
+    check_rank("v", v, 4)
+    B, T, H, K = q.shape
+    HV, V = v.shape[2], v.shape[3]
+    check_shape("k", k, (B, T, H, K))
+    check_dtype("k", k, (q.dtype,))
+    check_shape("v", v, (B, T, HV, V))
+    check_dtype("v", v, (q.dtype,))
+    if H < 1 or HV < 1 or HV % H:
+        raise ValueError(f"v must have a multiple of the {H} heads of q, got {HV}")
+    for name, size in (("q", K), ("v", V)):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} must have a head dimension in [1, {MAX_HEAD_DIM}], got {size}"
+            )
+    check_shape("G", G, (B, T, HV, K))
+    check_dtype("G", G, (accumulation_dtype(q),))
+    check_shape("beta", beta, (B, T, HV))
+    check_dtype("beta", beta, FLOATS)
+    check_device(q=q, k=k, v=v, G=G, beta=beta)
