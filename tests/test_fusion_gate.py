@@ -1,0 +1,142 @@
+"""What is launched for the gate, its cumsum, and the norms: counted in generated CUDA code."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch.testing import FileCheck
+
+import kda_ops
+from kda_ops.chunks import chunk_table
+from kda_ops.formulas import RCP_LN2
+from tests.fake_cuda import cuda_code, summary
+
+H, K = 2, 64
+CU = torch.tensor([0, 100, 100, 200], dtype=torch.int32)
+LENGTHS = ["static", "dynamic-length", "all-dynamic"]
+every_length = pytest.mark.parametrize("lengths", LENGTHS)
+
+
+def code(function: Callable[..., Any], *args: Tensor, lengths: str = "static") -> str:
+    """Generated code of one graph; `T` is axis 1 of the arguments of four dimensions."""
+    torch._dynamo.reset()
+    if lengths == "dynamic-length":
+        for x in args:
+            if x.dim() == 4:
+                torch._dynamo.mark_dynamic(x, 1)
+    dynamic = {"static": False, "dynamic-length": None, "all-dynamic": True}[lengths]
+    result, (source,) = cuda_code(function, *args, dynamic=dynamic)
+    expected = function(*args)
+    for r, e in zip(
+        *(x if isinstance(x, tuple) else (x,) for x in (result, expected)), strict=True
+    ):
+        torch.testing.assert_close(r, e)
+        assert r.stride() == e.stride()
+    return source
+
+
+def launches(function: Callable[..., Any], *args: Tensor, lengths: str = "static") -> list[str]:
+    found = summary(code(function, *args, lengths=lengths))
+    assert found.externs == []
+    return found.launches
+
+
+def gate_inputs(T: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(batch, T, H, K, dtype=torch.bfloat16), torch.randn(H), torch.randn(H, K)
+
+
+def scaled_after(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    return kda_ops.chunk_cumsum(kda_ops.gate(x, A_log, bias)) * RCP_LN2
+
+
+def scaled_after_views(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    g = kda_ops.gate(x, A_log, bias).flatten(2).float()
+    return kda_ops.chunk_cumsum(g).view(x.shape).float() * RCP_LN2
+
+
+def bounded(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    g = kda_ops.gate(x, A_log, bias, lower_bound=-5.0)
+    return kda_ops.chunk_cumsum(g) * RCP_LN2
+
+
+def projected(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    return kda_ops.chunk_cumsum(kda_ops.gate(x * 0.5 + 1, A_log, bias), chunk_size=32)
+
+
+def varlen(x: Tensor, A_log: Tensor, bias: Tensor, cu_seqlens: Tensor, chunks: Tensor) -> Tensor:
+    g = kda_ops.gate(x, A_log, bias)
+    return kda_ops.chunk_cumsum(g, cu_seqlens=cu_seqlens, chunks=chunks) * RCP_LN2
+
+
+@every_length
+@pytest.mark.parametrize(("T", "batch"), [(256, 1), (200, 3)])
+@pytest.mark.parametrize("function", [scaled_after, scaled_after_views, bounded, projected])
+def test_gate_cumsum_and_scale_are_one_kernel(
+    function: Callable[..., Tensor], T: int, batch: int, lengths: str
+) -> None:
+    assert len(launches(function, *gate_inputs(T, batch), lengths=lengths)) == 1
+
+
+@every_length
+def test_varlen_gate_cumsum_and_scale_are_one_kernel(lengths: str) -> None:
+    inputs = (*gate_inputs(256), CU, chunk_table(CU, 256))
+    assert len(launches(varlen, *inputs, lengths=lengths)) == 1
+
+
+def test_the_scale_is_inside_the_kernel() -> None:
+    source = code(scaled_after, *gate_inputs(256))
+    FileCheck().check("1.442695").check("associative_scan").check("tl.store").run(source)
+
+
+def test_a_cumsum_with_another_user_keeps_its_scale() -> None:
+    def both(x: Tensor, A_log: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        sums = kda_ops.chunk_cumsum(kda_ops.gate(x, A_log, bias))
+        return sums, sums * RCP_LN2
+
+    assert len(launches(both, *gate_inputs(256))) == 2
+
+
+def test_a_narrowing_cast_stays_before_the_scale() -> None:
+    """The product of a rounded sum is not the rounded product."""
+
+    def rounded(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+        return kda_ops.chunk_cumsum(kda_ops.gate(x, A_log, bias)).bfloat16().float() * RCP_LN2
+
+    assert len(launches(rounded, *gate_inputs(256))) == 2
+
+
+@pytest.mark.parametrize("lengths", ["static", "dynamic-length"])
+def test_the_cumulative_gate_is_its_kernel(lengths: str) -> None:
+    assert launches(kda_ops.gate_cumsum, *gate_inputs(200), lengths=lengths) == [
+        "gate_cumsum_kernel"
+    ]
+
+    def ragged(x: Tensor, A: Tensor, bias: Tensor, cu_seqlens: Tensor, chunks: Tensor) -> Tensor:
+        return kda_ops.gate_cumsum(x, A, bias, cu_seqlens=cu_seqlens, chunks=chunks)
+
+    inputs = (*gate_inputs(256), CU, chunk_table(CU, 256))
+    assert launches(ragged, *inputs, lengths=lengths) == ["gate_cumsum_kernel"]
+
+
+@pytest.mark.parametrize("lengths", ["static", "dynamic-length"])
+def test_the_norm_reads_and_writes_once(lengths: str) -> None:
+    def norm(o: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+        return kda_ops.rms_norm_gated(o, gate * 2, weight).flatten(2).float()
+
+    o = torch.randn(1, 100, H, K, dtype=torch.bfloat16)
+    assert len(launches(norm, o, o.clone(), torch.randn(K), lengths=lengths)) == 1
+
+
+@pytest.mark.parametrize("lengths", ["static", "dynamic-length"])
+def test_the_norms_of_queries_and_keys_need_no_copy(lengths: str) -> None:
+    def norms(x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = torch.nn.functional.silu(x).split(H, dim=2)
+        return kda_ops.l2norm(q), kda_ops.l2norm(k)
+
+    x = torch.randn(1, 100, 2 * H, K, dtype=torch.bfloat16)
+    found = summary(code(norms, x, lengths=lengths))
+    assert len(found.launches) == found.allocations == 2
+    assert found.externs == []
