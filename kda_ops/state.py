@@ -255,14 +255,17 @@ class KDAStateSpec:
             raise ValueError(f"layers must be None or at least 1, got {layers}")
         lead = (num_slots,) if layers is None else (layers, num_slots)
         pages = torch.zeros(*lead, self.page_bytes, dtype=torch.uint8, device=device)
+        # the recurrent states view the same bytes through a storage object of their own: compiled
+        # graphs do not accept two written inputs of different dtypes in one storage
+        twin = pages if pages.is_meta else torch.from_dlpack(pages)
         states = []
-        for offset, shape, dtype in (
-            (0, self.conv_shape, self.conv_dtype),
-            (self.offset("recurrent"), self.recurrent_shape, self.recurrent_dtype),
+        for buffer, offset, shape, dtype in (
+            (pages, 0, self.conv_shape, self.conv_dtype),
+            (twin, self.offset("recurrent"), self.recurrent_shape, self.recurrent_dtype),
         ):
             elements = torch.Size(shape).numel()
             start = offset // dtype.itemsize
-            states.append(pages.view(dtype)[..., start : start + elements].unflatten(-1, shape))
+            states.append(buffer.view(dtype)[..., start : start + elements].unflatten(-1, shape))
         return states[0], states[1]
 
 

@@ -1,0 +1,513 @@
+"""Kimi Delta Attention as one module that compiles to one graph."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kda_ops._checks import (
+    check_cu_seqlens_shape,
+    check_device,
+    check_lower_bound,
+    check_rank,
+    check_shape,
+)
+from kda_ops.batch import KDABatch
+from kda_ops.checkpoints import convert_state_dict
+from kda_ops.chunk_kda import chunk_kda
+from kda_ops.chunks import chunk_table
+from kda_ops.config import resolve_layout
+from kda_ops.formulas import accumulation_dtype
+from kda_ops.gate import gate
+from kda_ops.gate_cumsum import gate_cumsum
+from kda_ops.l2norm import l2norm
+from kda_ops.recurrent_kda import recurrent_kda
+from kda_ops.rms_norm_gated import rms_norm_gated
+from kda_ops.short_conv import short_conv
+from kda_ops.short_conv_update import short_conv_update
+from kda_ops.state import KDAStateSpec
+
+State = tuple[Tensor | None, Tensor]
+MODES = ("chunk", "fused_recurrent")
+
+
+class KimiDeltaAttention(nn.Module):
+    """The KDA layer of Kimi Linear, Kimi K3 and GLM-5-Next.
+
+    Per token, with q, k and v of the value head's key head:
+
+        q, k, v = silu(conv(W_qkv x));    q, k <- q / |q|, k / |k|
+        g = gate(W_f x);    beta = sigmoid(W_b x)
+        S <- diag(exp(g)) S;    S <- S + beta k (v - k^T S)^T;    o = K^-0.5 S^T q
+        y = W_o (rms_norm(o) * sigmoid(W_g x))
+
+    The projections of q, k and v are one matrix `qkv_proj`, their convolutions one weight
+    `conv_weight [D, conv_size]` with `D = H*K + H*K + HV*V`, both in the order q | k | v.
+    `load_checkpoint` packs the checkpoints of FLA, Hugging Face and Moonshot that way. `A_log` and
+    `dt_bias` stay in fp32 when the layer is cast to a 16-bit dtype.
+
+    Source: Kimi Linear (arXiv:2510.26692), section 4. The arguments up to `norm_eps` are those of
+    FLA's layer of this name.
+
+    Args:
+        hidden_size: Width of the input and output.
+        head_dim: K, the width of a query or key head.
+        num_heads: H, query and key heads.
+        num_v_heads: HV, value heads, a multiple of `num_heads`. None means `num_heads`.
+        expand_v: V / K.
+        mode: `"chunk"` or `"fused_recurrent"`, for configurations written for FLA. The batch
+            decides here: decode rows step, all other rows go by chunks.
+        use_short_conv: Convolve q, k and v; without it they are only activated, and the convolution
+            state is None.
+        allow_neg_eigval: `beta = 2 * sigmoid(...)`.
+        safe_gate: FLA's name for a bounded gate whose `A_log` starts at 0; needs `lower_bound`.
+        lower_bound: None for the softplus gate, or the bound of the sigmoid gate in `[-5, 0)`, in
+            nats.
+        conv_size: Taps of the convolution.
+        conv_bias: Whether the convolution has a bias.
+        layer_idx: Kept for the caller.
+        norm_eps: eps of the output norm.
+        forget_gate_rank: Rank of `f_proj`: a number, `"head"` for V (FLA, Kimi Linear), or None for
+            one full-rank matrix.
+        output_gate_rank: Rank of `g_proj`, likewise (None: Kimi K3).
+        output_gate_bias: Whether `g_proj` ends in a bias (FLA has one, Moonshot's checkpoints have
+            none).
+        conv_layout: `"SD"`, `"DS"`, or None to follow `kda_ops.config.conv_layout`.
+        device: Where the parameters are made.
+        dtype: Of all parameters but `A_log` and `dt_bias`.
+
+    Raises:
+        ValueError: Sizes that do not fit, an unknown mode or layout, a `lower_bound` outside
+            `[-5, 0)`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        head_dim: int = 128,
+        num_heads: int = 16,
+        *,
+        num_v_heads: int | None = None,
+        expand_v: float = 1.0,
+        mode: str = "chunk",
+        use_short_conv: bool = True,
+        allow_neg_eigval: bool = False,
+        safe_gate: bool = False,
+        lower_bound: float | None = None,
+        conv_size: int = 4,
+        conv_bias: bool = False,
+        layer_idx: int | None = None,
+        norm_eps: float = 1e-5,
+        forget_gate_rank: int | str | None = "head",
+        output_gate_rank: int | str | None = "head",
+        output_gate_bias: bool = True,
+        conv_layout: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("head_dim", head_dim),
+            ("num_heads", num_heads),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_v_heads < 1 or num_v_heads % num_heads:
+            raise ValueError(
+                f"num_v_heads must be a multiple of num_heads = {num_heads}, got {num_v_heads}"
+            )
+        head_v_dim = round(head_dim * expand_v)
+        if head_v_dim < 1 or not math.isclose(head_dim * expand_v, head_v_dim, rel_tol=1e-5):
+            raise ValueError(
+                f"expand_v must make head_dim * expand_v = {head_dim} * expand_v an integer, "
+                f"got {expand_v}"
+            )
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if conv_size < 2:
+            raise ValueError(f"conv_size must be at least 2, got {conv_size}")
+        if safe_gate and lower_bound is None:
+            raise ValueError("lower_bound must be given with safe_gate, got None")
+        check_lower_bound(lower_bound)
+        if conv_layout is not None:
+            resolve_layout(conv_layout)
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_v_heads = num_v_heads
+        self.head_k_dim = head_dim
+        self.head_v_dim = head_v_dim
+        self.use_short_conv = use_short_conv
+        self.conv_size = conv_size
+        self.allow_neg_eigval = allow_neg_eigval
+        self.safe_gate = safe_gate
+        self.lower_bound = lower_bound
+        self.layer_idx = layer_idx
+        self.norm_eps = norm_eps
+        self.conv_layout = conv_layout
+
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        gate_dim, value_dim = num_v_heads * head_dim, self.value_dim
+        self.qkv_proj = nn.Linear(hidden_size, self.conv_dim, bias=False, **kw)
+        if use_short_conv:
+            self.conv_weight = nn.Parameter(torch.empty(self.conv_dim, conv_size, **kw))
+        else:
+            self.register_parameter("conv_weight", None)
+        if use_short_conv and conv_bias:
+            self.conv_bias = nn.Parameter(torch.empty(self.conv_dim, **kw))
+        else:
+            self.register_parameter("conv_bias", None)
+        self.f_proj = self._gate_projection(
+            "forget_gate_rank", forget_gate_rank, gate_dim, False, kw
+        )
+        self.b_proj = nn.Linear(hidden_size, num_v_heads, bias=False, **kw)
+        self.A_log = nn.Parameter(torch.empty(num_v_heads, device=device, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(gate_dim, device=device, dtype=torch.float32))
+        self.g_proj = self._gate_projection(
+            "output_gate_rank", output_gate_rank, value_dim, output_gate_bias, kw
+        )
+        self.o_norm_weight = nn.Parameter(torch.empty(head_v_dim, **kw))
+        self.o_proj = nn.Linear(value_dim, hidden_size, bias=False, **kw)
+        self.reset_parameters()
+
+    def _gate_projection(
+        self, name: str, rank: int | str | None, out: int, bias: bool, kw: dict[str, Any]
+    ) -> nn.Module:
+        if rank is None:
+            return nn.Linear(self.hidden_size, out, bias=bias, **kw)
+        if rank == "head":
+            rank = self.head_v_dim
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f'{name} must be a positive number, "head" or None, got {rank!r}')
+        return nn.Sequential(
+            nn.Linear(self.hidden_size, rank, bias=False, **kw),
+            nn.Linear(rank, out, bias=bias, **kw),
+        )
+
+    @property
+    def key_dim(self) -> int:
+        """Channels of q, and of k."""
+        return self.num_heads * self.head_k_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of v."""
+        return self.num_v_heads * self.head_v_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """D, the channels of q, k and v together."""
+        return 2 * self.key_dim + self.value_dim
+
+    def extra_repr(self) -> str:
+        gate = "softplus" if self.lower_bound is None else f"bounded at {self.lower_bound}"
+        return (
+            f"heads={self.num_heads}, value_heads={self.num_v_heads}, K={self.head_k_dim}, "
+            f"V={self.head_v_dim}, conv_size={self.conv_size}, gate={gate}"
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialises the parameters that are no `nn.Linear` as FLA does."""
+        if self.safe_gate:
+            self.A_log.zero_()
+        else:
+            self.A_log.uniform_(1, 16).log_()
+        step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse softplus
+        bound = self.conv_size**-0.5
+        for parameter in (self.conv_weight, self.conv_bias):
+            if parameter is not None:
+                parameter.uniform_(-bound, bound)
+        self.o_norm_weight.fill_(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KimiDeltaAttention":
+        """Keeps `A_log` and `dt_bias` out of 16-bit dtypes: rates are their exponentials."""
+        exact = [x for p in (self.A_log, self.dt_bias) for x in (p, p.grad) if x is not None]
+
+        def apply(x: Tensor) -> Tensor:
+            out = fn(x)
+            if out.dtype.itemsize < 4 and any(x is y for y in exact):
+                return x.to(out.device)
+            return out
+
+        return super()._apply(apply, recurse)
+
+    def load_checkpoint(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Loads the layer's weights from a checkpoint of FLA, Hugging Face or Moonshot, or from
+        this class's own.
+
+        Args:
+            state_dict: Tensors by name.
+            prefix: What the layer's names start with in it, such as `"model.layers.0.self_attn."`.
+
+        Raises:
+            ValueError: Missing or unexpected names, or shapes that do not fit; see
+                `kda_ops.checkpoints.convert_state_dict`.
+        """
+        self.load_state_dict(convert_state_dict(state_dict, self, prefix))
+
+    def state_spec(self, *, num_spec: int = 0, recurrent_dtype: Any = "auto") -> KDAStateSpec:
+        """The two states of this layer; its `allocate` makes what `forward` takes as `state`."""
+        return KDAStateSpec(
+            self.num_heads,
+            self.num_v_heads,
+            self.head_k_dim,
+            self.head_v_dim,
+            conv_size=self.conv_size,
+            num_spec=num_spec,
+            conv_dtype=self.qkv_proj.weight.dtype,
+            recurrent_dtype=recurrent_dtype,
+            layout=resolve_layout(self.conv_layout),
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        state: State | None = None,
+        batch: KDABatch | None = None,
+        cu_seqlens: Tensor | None = None,
+        chunks: Tensor | None = None,
+        output_state: bool = False,
+    ) -> Tensor | tuple[Tensor, State]:
+        """Applies the layer.
+
+        * Without a state: every batch entry is one sequence, or `cu_seqlens` packs several into one
+          row. Differentiable.
+        * With `state` and `batch`: a server's step on paged states, written in place: prefill,
+          chunked prefill, decode, speculative decode, or all of them in one call. Not
+          differentiable.
+
+        Args:
+            hidden_states: `[B, T, hidden_size]`; B is 1 with `batch` or `cu_seqlens`.
+            state: `(conv, recurrent)` as `state_spec().allocate(...)` makes it: `conv [slots, L,
+                D]` in layout SD or `[slots, D, L]` in DS with `L = conv_size - 1 + num_spec`, and
+                `recurrent [slots, HV, V, K]`. Pages may be padded. Needs `batch`.
+            batch: Rows, sequences and slots of the step. Needs `state`.
+            cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0,
+                non-decreasing, last at most T. Only without `batch`.
+            chunks: `chunk_table(cu_seqlens, T)` if the caller has it already.
+            output_state: Also return the states: those passed, or without any, fresh pages in which
+                sequence n ends in slot n + 1 (slot 0 is the null block).
+
+        Returns:
+            `[B, T, hidden_size]`, and `(conv, recurrent)` with `output_state`. Rows that belong to
+            no sequence are zero.
+
+        Raises:
+            ValueError: Shapes, devices or arguments that do not fit together, before anything is
+                written.
+            RuntimeError: Gradients were asked for together with a state.
+        """
+        self._check(hidden_states, state, batch, cu_seqlens, chunks)
+        layout = resolve_layout(self.conv_layout)
+        x = self.qkv_proj(hidden_states)
+        f = self.f_proj(hidden_states).unflatten(-1, (self.num_v_heads, self.head_k_dim))
+        beta = self.b_proj(hidden_states)
+        beta = torch.sigmoid(beta.to(accumulation_dtype(beta)))
+        if self.allow_neg_eigval:
+            beta = 2 * beta
+        if batch is not None and state is not None:
+            cu_seqlens = batch.cu_seqlens
+            o = self._step(x, f, beta, state, batch, layout)
+        else:
+            slots = None
+            if cu_seqlens is not None and chunks is None:
+                chunks = chunk_table(cu_seqlens, x.shape[1])
+            if output_state:
+                sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+                state = self._fresh_state(sequences + 1, x, layout)
+                slots = torch.arange(1, sequences + 1, device=x.device)
+            o = self._prefill(x, f, beta, state, slots, None, cu_seqlens, chunks, layout)
+        z = self.g_proj(hidden_states).unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        o = rms_norm_gated(o, z, self.o_norm_weight, eps=self.norm_eps)
+        if cu_seqlens is not None:
+            real = torch.arange(o.shape[1], device=o.device) < cu_seqlens[-1]
+            o = torch.where(real[:, None, None], o, 0)  # the gate of a padding row may be anything
+        output = self.o_proj(o.flatten(-2))
+        return (output, state) if output_state else output
+
+    def _step(
+        self, x: Tensor, f: Tensor, beta: Tensor, state: State, batch: KDABatch, layout: str
+    ) -> Tensor:
+        """One step of a server: decode rows, then prefill rows and padding."""
+        if batch.num_prefills == 0:
+            return self._decode(x, f, beta, state, batch, layout)
+        if batch.num_decodes == 0:
+            return self._prefill_pages(x, f, beta, state, batch, layout)
+        rows = batch.num_decode_tokens
+        decoded = self._decode(x[:, :rows], f[:, :rows], beta[:, :rows], state, batch, layout)
+        prefilled = self._prefill_pages(
+            x[:, rows:], f[:, rows:], beta[:, rows:], state, batch, layout
+        )
+        return torch.cat([decoded, prefilled], dim=1)
+
+    def _decode(
+        self, x: Tensor, f: Tensor, beta: Tensor, state: State, batch: KDABatch, layout: str
+    ) -> Tensor:
+        """A few tokens of each decode, step by step from its pages."""
+        conv, recurrent = state
+        N = batch.num_decodes
+        cu_seqlens, slots = batch.cu_seqlens[: N + 1], batch.slots[:N]
+        if self.use_short_conv:
+            x = short_conv_update(
+                x[0],
+                conv,
+                self.conv_weight,
+                self.conv_bias,
+                slots=slots,
+                num_accepted=batch.num_accepted,
+                cu_seqlens=cu_seqlens,
+                layout=layout,
+            )[None]
+        else:
+            x = F.silu(x)
+        q, k, v = self._heads(x)
+        g = gate(f, self.A_log, self.dt_bias, lower_bound=self.lower_bound)
+        return recurrent_kda(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            recurrent,
+            slots,
+            num_accepted=batch.num_accepted,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def _prefill_pages(
+        self, x: Tensor, f: Tensor, beta: Tensor, state: State, batch: KDABatch, layout: str
+    ) -> Tensor:
+        """The prompts of a step, from and into their pages."""
+        slots = batch.slots[batch.num_decodes :]
+        return self._prefill(
+            x,
+            f,
+            beta,
+            state,
+            slots if slots.dim() == 1 else slots[:, 0],
+            batch.has_initial_state[batch.num_decodes :],
+            batch.prefill_cu_seqlens,
+            batch.chunks,
+            layout,
+        )
+
+    def _prefill(
+        self,
+        x: Tensor,
+        f: Tensor,
+        beta: Tensor,
+        state: State | None,
+        slots: Tensor | None,
+        has_initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        chunks: Tensor | None,
+        layout: str,
+    ) -> Tensor:
+        """Whole sequences, chunk by chunk; with a state from and into its slots."""
+        conv, recurrent = (None, None) if state is None else state
+        if self.use_short_conv:
+            x = short_conv(
+                x,
+                self.conv_weight,
+                self.conv_bias,
+                conv_state=conv,
+                slots=slots,
+                has_initial_state=has_initial_state,
+                cu_seqlens=cu_seqlens,
+                layout=layout,
+            )
+        else:
+            x = F.silu(x)
+        q, k, v = self._heads(x)
+        G = gate_cumsum(
+            f,
+            self.A_log,
+            self.dt_bias,
+            lower_bound=self.lower_bound,
+            cu_seqlens=cu_seqlens,
+            chunks=chunks,
+        )
+        o, _ = chunk_kda(
+            q,
+            k,
+            v,
+            G,
+            beta,
+            cu_seqlens=cu_seqlens,
+            chunks=chunks,
+            state=recurrent,
+            state_indices=slots,
+            has_initial_state=has_initial_state,
+        )
+        return o
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised q and k, and v, of the convolved channels."""
+        q, k, v = x.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        q, k = (y.unflatten(-1, (self.num_heads, self.head_k_dim)) for y in (q, k))
+        return l2norm(q), l2norm(k), v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
+
+    def _fresh_state(self, slots: int, x: Tensor, layout: str) -> State:
+        conv = None
+        if self.use_short_conv:
+            L = self.conv_size - 1
+            conv = x.new_zeros(
+                (slots, L, self.conv_dim) if layout == "SD" else (slots, self.conv_dim, L)
+            )
+        shape = (slots, self.num_v_heads, self.head_v_dim, self.head_k_dim)
+        return conv, x.new_zeros(shape, dtype=accumulation_dtype(x))
+
+    def _check(
+        self,
+        hidden_states: Tensor,
+        state: State | None,
+        batch: KDABatch | None,
+        cu_seqlens: Tensor | None,
+        chunks: Tensor | None,
+    ) -> None:
+        check_rank("hidden_states", hidden_states, 3)
+        B, T = hidden_states.shape[:2]
+        check_shape("hidden_states", hidden_states, (B, T, self.hidden_size))
+        if (state is None) != (batch is None):
+            given, missing = ("state", "batch") if batch is None else ("batch", "state")
+            raise ValueError(f"{missing} must be given with {given}, got None")
+        if cu_seqlens is not None:
+            check_cu_seqlens_shape(cu_seqlens)
+            if B != 1:
+                raise ValueError(f"hidden_states must have batch size 1 with cu_seqlens, got {B}")
+        if chunks is not None and cu_seqlens is None:
+            raise ValueError("chunks must come with cu_seqlens, got chunks alone")
+        if batch is None or state is None:
+            return
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens must be None with batch, which has its own")
+        check_shape("hidden_states", hidden_states, (1, batch.num_tokens, self.hidden_size))
+        conv, recurrent = state
+        check_shape(
+            "recurrent",
+            recurrent,
+            (recurrent.shape[0], self.num_v_heads, self.head_v_dim, self.head_k_dim),
+        )
+        if (conv is None) == self.use_short_conv:
+            expected = "a tensor" if self.use_short_conv else "None"
+            raise ValueError(f"conv must be {expected}, got {type(conv).__name__}")
+        if conv is not None:
+            layout = resolve_layout(self.conv_layout)
+            check_rank("conv", conv, 3)
+            L = conv.shape[1 if layout == "SD" else 2]
+            shape = (L, self.conv_dim) if layout == "SD" else (self.conv_dim, L)
+            check_shape("conv", conv, (recurrent.shape[0], *shape))
+            num_spec = 0 if batch.slots.dim() == 1 else batch.slots.shape[1] - 1
+            fewest = self.conv_size - 1 + num_spec
+            if fewest > L:
+                raise ValueError(f"conv must have a state length of at least {fewest}, got {L}")
+        check_device(hidden_states=hidden_states, conv=conv, recurrent=recurrent, slots=batch.slots)
+        if recurrent.device.type == "cpu" and not torch.compiler.is_compiling():
+            batch.check_slots(recurrent.shape[0])
