@@ -174,7 +174,7 @@ def test_padding_is_not_read_by_the_kernel() -> None:
     ("name", "values"),
     [
         ("state_indices", [[-1, 2**30, -(2**31)], [99, 5, -7], [17, 18, 19], [2**31 - 1, 1, 2]]),
-        ("num_accepted", [-(2**31), 2**31 - 1, 7, 0]),
+        ("num_accepted", [2**31 - 1, -(2**31), 0, 7]),
     ],
 )
 def test_kernel_stays_in_bounds_for_any_slots(name: str, values: Any) -> None:
