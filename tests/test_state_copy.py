@@ -137,6 +137,20 @@ def test_pages_of_the_spec(layout: str) -> None:
     assert torch.equal(pages, expected)
 
 
+@LAYOUTS
+def test_compiled_on_pages_of_the_spec(layout: str) -> None:
+    """Both states of a page are written by one graph, although they share their bytes."""
+    spec = KDAStateSpec(2, 2, 16, 16, conv_dtype=torch.bfloat16, num_spec=1, layout=layout)
+    conv, recurrent = spec.allocate(4, layers=2)
+    x = {"conv": conv.copy_(torch.randn(conv.shape)), "layout": layout}
+    x |= {"recurrent": recurrent.copy_(torch.randn(recurrent.shape))}
+    x |= {"plan": torch.tensor([[1, 2, 3, 1]])}
+    expected = copied(x)
+    torch.compile(kda_ops.state_copy, fullgraph=True)(**x)
+    assert torch.equal(conv, expected[0])
+    assert torch.equal(recurrent, expected[1])
+
+
 def test_layout_comes_from_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     x = copy_inputs([(1, 1, 2, 1)], 3, 4, 8, (1, 2, 2), layout="DS", device=CPU)
     conv, _ = copied(x)
