@@ -1,0 +1,422 @@
+"""What the pages of an engine look like, as data that two engines exchange before they share any.
+
+A page is one block of one layer on one rank. `PageGeometry` says where every segment lies in it;
+`EngineGeometry` is all groups of an engine and what a handshake carries. It travels as JSON:
+versioned, limited in length, every field checked by name and type, nothing ever executed.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kda_ops.state import KDAStateSpec, Segment, units_held
+
+VERSION = 1
+MAX_BYTES = 1 << 20
+MAX_COUNT = 1 << 40
+MAX_ITEMS = 4096
+MAX_NAME = 256
+KINDS = ("state", "attention")
+LAYOUTS = ("SD", "DS")
+
+
+class GeometryError(ValueError):
+    """Metadata that is malformed, or two geometries that do not fit together."""
+
+
+@dataclass(frozen=True)
+class PlacedSegment:
+    """A segment and where it begins in a page.
+
+    Attributes:
+        name: Such as `"q"` or `"recurrent"`; unique in its page.
+        units: Heads of the whole layer, before tensor parallelism.
+        bytes_per_unit: Bytes of one head in one page, the same on every rank.
+        dtype: Name of the element type, such as `"bfloat16"`.
+        offset: Byte offset in a page, the same on every rank.
+    """
+
+    name: str
+    units: int
+    bytes_per_unit: int
+    dtype: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class PageGeometry:
+    """The pages of one group of layers on every rank of an engine.
+
+    Attributes:
+        name: Of the group; unique in its engine.
+        kind: `"state"` (a page is a whole running state) or `"attention"` (a page holds keys and
+            values of `block_tokens` tokens, heads first: a unit is all tokens of one head).
+        segments: In page order. In layout SD the channels of the conv segments are interleaved row
+            by row; their ranges then only say which bytes the conv state covers, which is why SD
+            needs equal TP sizes.
+        tp_size: Tensor-parallel ranks.
+        layout: `"DS"` or `"SD"`; attention pages are `"DS"`.
+        rows: Conv rows `L` of a state, 0 for attention.
+        block_tokens: Tokens between two block boundaries.
+        pages_per_block: Pages that one block id stands for. State blocks are always one page.
+        page_bytes: From one page to the next, padding included.
+        pages: Pages of each layer.
+        layers: Layers in the group.
+    """
+
+    name: str
+    kind: str
+    segments: tuple[PlacedSegment, ...]
+    tp_size: int
+    layout: str
+    rows: int
+    block_tokens: int
+    pages_per_block: int
+    page_bytes: int
+    pages: int
+    layers: int
+
+    def __post_init__(self) -> None:
+        where = f"group {self.name}: "
+        if self.kind not in KINDS:
+            raise GeometryError(f"{where}kind must be {' or '.join(KINDS)}, got {self.kind!r}")
+        if self.layout not in LAYOUTS:
+            raise GeometryError(
+                f"{where}layout must be {' or '.join(LAYOUTS)}, got {self.layout!r}"
+            )
+        if self.kind == "attention" and self.layout != "DS":
+            raise GeometryError(f"{where}layout of attention pages must be DS, got {self.layout}")
+        if self.kind == "state" and self.pages_per_block != 1:
+            raise GeometryError(
+                f"{where}pages_per_block of state pages must be 1, got {self.pages_per_block}"
+            )
+        for name in ("tp_size", "block_tokens", "pages_per_block", "page_bytes", "pages", "layers"):
+            if getattr(self, name) < 1:
+                raise GeometryError(f"{where}{name} must be at least 1, got {getattr(self, name)}")
+        if self.block_tokens % self.pages_per_block:
+            raise GeometryError(
+                f"{where}pages_per_block must divide block_tokens = {self.block_tokens}, "
+                f"got {self.pages_per_block}"
+            )
+        if not self.segments:
+            raise GeometryError(f"{where}segments must not be empty, got none")
+        end = 0
+        names = set()
+        for segment in self.segments:
+            if segment.name in names:
+                raise GeometryError(f"{where}segments must not repeat, got {segment.name!r} twice")
+            names.add(segment.name)
+            if segment.units < 1 or segment.bytes_per_unit < 1:
+                raise GeometryError(
+                    f"{where}segment {segment.name} must have units and bytes_per_unit of at "
+                    f"least 1, got {segment.units} and {segment.bytes_per_unit}"
+                )
+            if self.kind == "attention" and segment.bytes_per_unit % self.page_tokens:
+                raise GeometryError(
+                    f"{where}bytes_per_unit of segment {segment.name} must be a multiple of the "
+                    f"{self.page_tokens} tokens of a page, got {segment.bytes_per_unit}"
+                )
+            if segment.offset < end:
+                raise GeometryError(
+                    f"{where}offset of segment {segment.name} must be at least {end}, "
+                    f"got {segment.offset}"
+                )
+            end = segment.offset + self.local_bytes(segment)
+        if end > self.page_bytes:
+            raise GeometryError(f"{where}page_bytes must be at least {end}, got {self.page_bytes}")
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of one page."""
+        return self.block_tokens // self.pages_per_block
+
+    def units_held(self, segment: PlacedSegment, rank: int) -> range:
+        """The units of a segment that a rank holds."""
+        try:
+            return units_held(segment.units, self.tp_size, rank)
+        except ValueError as error:
+            raise GeometryError(f"group {self.name}: segment {segment.name}: {error}") from None
+
+    def local_bytes(self, segment: PlacedSegment) -> int:
+        """Bytes of a segment in a page of any rank."""
+        return len(self.units_held(segment, 0)) * segment.bytes_per_unit
+
+
+@dataclass(frozen=True)
+class EngineGeometry:
+    """All groups of an engine.
+
+    Attributes:
+        groups: One per list of block ids, in the order of the lists.
+    """
+
+    groups: tuple[PageGeometry, ...]
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            raise GeometryError("groups must not be empty, got none")
+        sizes = {group.tp_size for group in self.groups}
+        if len(sizes) > 1:
+            raise GeometryError(f"tp_size must be one for all groups, got {sorted(sizes)}")
+        names = [group.name for group in self.groups]
+        if len(set(names)) < len(names):
+            raise GeometryError(f"names of groups must not repeat, got {names}")
+
+    @property
+    def tp_size(self) -> int:
+        return self.groups[0].tp_size
+
+
+def state_geometry(
+    spec: KDAStateSpec, *, name: str = "kda", pages: int, layers: int = 1, block_tokens: int
+) -> PageGeometry:
+    """The geometry of KDA states as `spec.allocate` lays them out.
+
+    Args:
+        spec: The states.
+        name: Of the group.
+        pages: Slots of each layer, the null block included.
+        layers: Layers of the group.
+        block_tokens: Tokens between two checkpoints of the state.
+    """
+    dtypes = {"recurrent": str(spec.recurrent_dtype).removeprefix("torch.")}
+    conv_dtype = str(spec.conv_dtype).removeprefix("torch.")
+    placed = []
+    start = 0
+    for segment in spec.segments:
+        if spec.layout == "DS" or segment.name == "recurrent":
+            start = spec.offset(segment.name)
+        placed.append(
+            PlacedSegment(
+                segment.name,
+                segment.units,
+                segment.bytes_per_unit,
+                dtypes.get(segment.name, conv_dtype),
+                start,
+            )
+        )
+        start += spec.local_bytes(segment.name)
+    return PageGeometry(
+        name=name,
+        kind="state",
+        segments=tuple(placed),
+        tp_size=spec.tp_size,
+        layout=spec.layout,
+        rows=spec.conv_length,
+        block_tokens=block_tokens,
+        pages_per_block=1,
+        page_bytes=spec.page_bytes,
+        pages=pages,
+        layers=layers,
+    )
+
+
+def packed_geometry(
+    segments: list[Segment],
+    *,
+    name: str,
+    kind: str,
+    dtypes: Mapping[str, str],
+    tp_size: int,
+    pages: int,
+    block_tokens: int,
+    layout: str = "DS",
+    rows: int = 0,
+    pages_per_block: int = 1,
+    page_bytes: int | None = None,
+    layers: int = 1,
+) -> PageGeometry:
+    """A geometry whose segments follow one another without gaps.
+
+    For attention (`k` and `v`, a unit is a KV head), Mamba2 (`x`, `B`, `C`, `ssm`; a unit of `B`
+    and `C` is one of the `n_groups`) and Gated DeltaNet.
+
+    Args:
+        segments: In page order, whole layer.
+        name: Of the group.
+        kind: `"state"` or `"attention"`.
+        dtypes: Name of the element type of every segment.
+        tp_size: Tensor-parallel ranks.
+        pages: Pages of each layer.
+        block_tokens: Tokens between two block boundaries.
+        layout: See `PageGeometry`.
+        rows: Conv rows of a state, 0 for attention.
+        pages_per_block: See `PageGeometry`.
+        page_bytes: None means no padding.
+        layers: Layers of the group.
+    """
+    placed, end = [], 0
+    for segment in segments:
+        placed.append(
+            PlacedSegment(
+                segment.name, segment.units, segment.bytes_per_unit, dtypes[segment.name], end
+            )
+        )
+        try:
+            held = units_held(segment.units, tp_size, 0)
+        except ValueError as error:
+            raise GeometryError(f"group {name}: segment {segment.name}: {error}") from None
+        end += len(held) * segment.bytes_per_unit
+    return PageGeometry(
+        name=name,
+        kind=kind,
+        segments=tuple(placed),
+        tp_size=tp_size,
+        layout=layout,
+        rows=rows,
+        block_tokens=block_tokens,
+        pages_per_block=pages_per_block,
+        page_bytes=end if page_bytes is None else page_bytes,
+        pages=pages,
+        layers=layers,
+    )
+
+
+def check_compatible(local: EngineGeometry, remote: EngineGeometry) -> None:
+    """Two engines can share pages.
+
+    Raises:
+        GeometryError: They cannot; names the first field that differs and both values.
+    """
+    _same("number of groups", len(local.groups), len(remote.groups))
+    p, d = remote.tp_size, local.tp_size
+    if p % d and d % p:
+        raise GeometryError(f"tp_size of one engine must divide the other's, got {d} and {p}")
+    for ours, theirs in zip(local.groups, remote.groups, strict=True):
+        _same("name of a group", ours.name, theirs.name)
+        where = f"group {ours.name}: "
+        for field in ("kind", "layout", "rows", "layers"):
+            _same(where + field, getattr(ours, field), getattr(theirs, field))
+        _same(where + "number of segments", len(ours.segments), len(theirs.segments))
+        for a, b in zip(ours.segments, theirs.segments, strict=True):
+            _same(where + "name of a segment", a.name, b.name)
+            for field in ("units", "dtype"):
+                _same(f"{where}{field} of segment {a.name}", getattr(a, field), getattr(b, field))
+            if ours.kind == "attention":
+                _same(
+                    f"{where}bytes per token and unit of segment {a.name}",
+                    a.bytes_per_unit // ours.page_tokens,
+                    b.bytes_per_unit // theirs.page_tokens,
+                )
+            else:
+                _same(
+                    f"{where}bytes_per_unit of segment {a.name}", a.bytes_per_unit, b.bytes_per_unit
+                )
+        if ours.layout == "SD":
+            _same(where + "tp_size in layout SD", ours.tp_size, theirs.tp_size)
+
+
+def _same(field: str, ours: Any, theirs: Any) -> None:
+    if ours != theirs:
+        raise GeometryError(
+            f"{field} must be the same on both engines, got {ours!r} and {theirs!r}"
+        )
+
+
+def encode_geometry(geometry: EngineGeometry) -> dict[str, Any]:
+    """The geometry as JSON values; `decode_geometry` is its inverse."""
+    return {
+        "version": VERSION,
+        "groups": [
+            {
+                **{f.name: getattr(group, f.name) for f in fields(PageGeometry)},
+                "segments": [
+                    {f.name: getattr(segment, f.name) for f in fields(PlacedSegment)}
+                    for segment in group.segments
+                ],
+            }
+            for group in geometry.groups
+        ],
+    }
+
+
+def decode_geometry(value: Any) -> EngineGeometry:
+    """A geometry from JSON values that a peer sent.
+
+    Raises:
+        GeometryError: Anything but a well-formed geometry of this version.
+    """
+    top = take_fields("geometry", value, {"version": take_count, "groups": take_list})
+    if top["version"] != VERSION:
+        raise GeometryError(f"version of geometry must be {VERSION}, got {top['version']}")
+    groups = []
+    for item in top["groups"]:
+        group = take_fields("group", item, _GROUP)
+        segments = tuple(
+            PlacedSegment(**take_fields("segment", segment, _SEGMENT))
+            for segment in group.pop("segments")
+        )
+        groups.append(PageGeometry(segments=segments, **group))
+    return EngineGeometry(tuple(groups))
+
+
+def decode_json(message: bytes, *, limit: int = MAX_BYTES) -> Any:
+    """JSON of at most `limit` bytes.
+
+    Raises:
+        GeometryError: Too long, or no JSON.
+    """
+    if len(message) > limit:
+        raise GeometryError(f"message must have at most {limit} bytes, got {len(message)}")
+    try:
+        return json.loads(message)
+    except (ValueError, RecursionError) as error:
+        raise GeometryError(f"message must be JSON, got {error}") from None
+
+
+def take_fields(
+    name: str, value: Any, schema: Mapping[str, Callable[[str, Any], Any]]
+) -> dict[str, Any]:
+    """A JSON object with exactly the fields of `schema`, each through its own check."""
+    if not isinstance(value, dict):
+        raise GeometryError(f"{name} must be an object, got {type(value).__name__}")
+    if value.keys() != schema.keys():
+        wrong = sorted(value.keys() ^ schema.keys())
+        raise GeometryError(f"{name} must have the fields {sorted(schema)}, differs in {wrong[:8]}")
+    return {field: check(f"{field} of {name}", value[field]) for field, check in schema.items()}
+
+
+def take_count(name: str, value: Any) -> int:
+    """An integer in `[0, 2**40]`."""
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise GeometryError(f"{name} must be an integer in [0, {MAX_COUNT}], got {value!r:.80}")
+    return value
+
+
+def take_name(name: str, value: Any) -> str:
+    """A printable string of 1 to 256 characters."""
+    if type(value) is not str or not 0 < len(value) <= MAX_NAME or not value.isprintable():
+        raise GeometryError(
+            f"{name} must be a printable string of 1 to {MAX_NAME} characters, got {value!r:.80}"
+        )
+    return value
+
+
+def take_list(name: str, value: Any) -> list[Any]:
+    """A list of at most 4096 items."""
+    if type(value) is not list or len(value) > MAX_ITEMS:
+        raise GeometryError(f"{name} must be a list of at most {MAX_ITEMS} items")
+    return value
+
+
+_SEGMENT = {
+    "name": take_name,
+    "units": take_count,
+    "bytes_per_unit": take_count,
+    "dtype": take_name,
+    "offset": take_count,
+}
+_GROUP = {
+    "name": take_name,
+    "kind": take_name,
+    "segments": take_list,
+    "tp_size": take_count,
+    "layout": take_name,
+    "rows": take_count,
+    "block_tokens": take_count,
+    "pages_per_block": take_count,
+    "page_bytes": take_count,
+    "pages": take_count,
+    "layers": take_count,
+}

@@ -1,0 +1,193 @@
+"""Which bytes a rank reads from which ranks, for any pair of tensor-parallel sizes.
+
+One rule serves conv segments, recurrent heads and attention KV heads: a read is the overlap of the
+units a rank needs with the units a source rank holds. Pure data in, data out.
+"""
+
+import math
+from typing import NamedTuple
+
+from kda_ops.transfer.geometry import EngineGeometry, GeometryError, PageGeometry, check_compatible
+
+
+class Read(NamedTuple):
+    """One contiguous range, from a page of a source rank into a page of the reading rank.
+
+    Attributes:
+        src_rank: Rank of the source engine.
+        segment: Name of the segment.
+        src_offset: Bytes from the start of the source's page.
+        dst_offset: Bytes from the start of the reader's page.
+        nbytes: Length.
+    """
+
+    src_rank: int
+    segment: str
+    src_offset: int
+    dst_offset: int
+    nbytes: int
+
+
+def source_ranks(src_tp: int, dst_tp: int, dst_rank: int) -> range:
+    """The ranks that hold what `dst_rank` needs, and to which it owes a completion notice.
+
+    With at least as many readers as sources the one rank `dst_rank * src_tp // dst_tp`, else the
+    `dst_rank`-th window of `src_tp / dst_tp` ranks.
+
+    Raises:
+        GeometryError: Neither size divides the other, or the rank does not exist.
+    """
+    if src_tp < 1 or dst_tp < 1 or (src_tp % dst_tp and dst_tp % src_tp):
+        raise GeometryError(
+            f"tp_size of one engine must divide the other's, got {dst_tp} and {src_tp}"
+        )
+    if not 0 <= dst_rank < dst_tp:
+        raise GeometryError(f"dst_rank must be in [0, {dst_tp}), got {dst_rank}")
+    if dst_tp >= src_tp:
+        rank = dst_rank * src_tp // dst_tp
+        return range(rank, rank + 1)
+    window = src_tp // dst_tp
+    return range(dst_rank * window, (dst_rank + 1) * window)
+
+
+def consumer_ranks(src_tp: int, dst_tp: int, src_rank: int) -> range:
+    """The reading ranks that owe `src_rank` a notice before it may release its pages.
+
+    Raises:
+        GeometryError: Neither size divides the other, or the rank does not exist.
+    """
+    if not 0 <= src_rank < src_tp:
+        raise GeometryError(f"src_rank must be in [0, {src_tp}), got {src_rank}")
+    source_ranks(src_tp, dst_tp, 0)
+    if dst_tp >= src_tp:
+        readers = dst_tp // src_tp
+        return range(src_rank * readers, (src_rank + 1) * readers)
+    rank = src_rank * dst_tp // src_tp
+    return range(rank, rank + 1)
+
+
+def plan_reads(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> list[Read]:
+    """The reads that fill one page of `dst_rank`, ordered by destination.
+
+    Every byte of every segment is written exactly once. Where source ranks hold the same unit the
+    first of them provides it. Padding is not read.
+
+    Args:
+        src: Pages of the source engine.
+        dst: Pages of the reading engine.
+        dst_rank: The reading rank.
+
+    Raises:
+        GeometryError: The geometries do not fit together (`check_compatible`), or hold different
+            numbers of tokens per page: then see `plan_granules`.
+    """
+    _check(src, dst)
+    if src.kind == "attention" and src.page_tokens != dst.page_tokens:
+        raise GeometryError(
+            f"group {dst.name}: page_tokens must be the same on both engines, "
+            f"got {dst.page_tokens} and {src.page_tokens}"
+        )
+    return _merge(_unit_reads(src, dst, dst_rank))
+
+
+class Granules(NamedTuple):
+    """Reads in pieces that suit both page sizes of an attention group.
+
+    Attributes:
+        src_per_page: Granules in a page of the source.
+        dst_per_page: Granules in a page of the reader.
+        reads: Reads of one granule, with the offsets of granule 0 in both pages.
+        steps: Per read, bytes from one granule of a page to the next, on either side.
+    """
+
+    src_per_page: int
+    dst_per_page: int
+    reads: list[Read]
+    steps: list[int]
+
+
+def plan_granules(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> Granules:
+    """The reads of one granule: a whole page, or where page sizes differ a common part of both.
+
+    A granule is the greatest number of tokens that divides both page sizes. Read i of granule g of
+    a page starts `g * steps[i]` bytes after the read's own offset.
+
+    Raises:
+        GeometryError: As `plan_reads`, without its condition on page sizes.
+    """
+    _check(src, dst)
+    if src.kind == "state" or src.page_tokens == dst.page_tokens:
+        reads = plan_reads(src, dst, dst_rank)
+        return Granules(1, 1, reads, [0] * len(reads))
+    tokens = math.gcd(src.page_tokens, dst.page_tokens)
+    # heads come first in a page: some of its tokens are one range per head
+    reads = [
+        read._replace(nbytes=read.nbytes // dst.page_tokens * tokens)
+        for read in _unit_reads(src, dst, dst_rank)
+    ]
+    return Granules(
+        src.page_tokens // tokens, dst.page_tokens // tokens, reads, [r.nbytes for r in reads]
+    )
+
+
+def plan_zero(dst: PageGeometry, first_token: int, end_token: int) -> list[tuple[int, int]]:
+    """Byte ranges `(offset, nbytes)` of tokens `[first_token, end_token)` in an attention page.
+
+    Raises:
+        GeometryError: The group is no attention, or the tokens are not in a page.
+    """
+    if dst.kind != "attention":
+        raise GeometryError(f"group {dst.name}: kind must be attention, got {dst.kind}")
+    if not 0 <= first_token <= end_token <= dst.page_tokens:
+        raise GeometryError(
+            f"tokens must be in [0, {dst.page_tokens}] and in order, "
+            f"got {first_token} and {end_token}"
+        )
+    ranges = []
+    for segment in dst.segments:
+        token_bytes = segment.bytes_per_unit // dst.page_tokens
+        for unit in range(len(dst.units_held(segment, 0))):
+            start = segment.offset + unit * segment.bytes_per_unit + first_token * token_bytes
+            ranges.append((start, (end_token - first_token) * token_bytes))
+    return [r for r in ranges if r[1]]
+
+
+def _check(src: PageGeometry, dst: PageGeometry) -> None:
+    check_compatible(EngineGeometry((dst,)), EngineGeometry((src,)))
+
+
+def _unit_reads(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> list[Read]:
+    """One read per unit that `dst_rank` holds, sized as the unit is in the reader's page."""
+    ranks = source_ranks(src.tp_size, dst.tp_size, dst_rank)
+    reads = []
+    for ours, theirs in zip(dst.segments, src.segments, strict=True):
+        held = [(rank, src.units_held(theirs, rank)) for rank in ranks]
+        for i, unit in enumerate(dst.units_held(ours, dst_rank)):
+            rank, units = next((r, u) for r, u in held if unit in u)
+            reads.append(
+                Read(
+                    rank,
+                    ours.name,
+                    theirs.offset + (unit - units.start) * theirs.bytes_per_unit,
+                    ours.offset + i * ours.bytes_per_unit,
+                    ours.bytes_per_unit,
+                )
+            )
+    return reads
+
+
+def _merge(reads: list[Read]) -> list[Read]:
+    """Neighbours that are contiguous on both sides become one read."""
+    merged: list[Read] = []
+    for read in reads:
+        if merged:
+            last = merged[-1]
+            if (
+                (last.src_rank, last.segment) == (read.src_rank, read.segment)
+                and last.src_offset + last.nbytes == read.src_offset
+                and last.dst_offset + last.nbytes == read.dst_offset
+            ):
+                merged[-1] = last._replace(nbytes=last.nbytes + read.nbytes)
+                continue
+        merged.append(read)
+    return merged
