@@ -1,6 +1,7 @@
-"""Makes Triton's interpreter compute bf16 dots in fp32:
+"""Makes Triton's interpreter treat bf16 as a GPU does.
 
-as it stands it multiplies their bit patterns.
+As it stands, a dot multiplies the operands' bit patterns, and a cast from fp32 cuts bits off
+instead of rounding to the nearest.
 """
 
 from typing import Any
@@ -22,5 +23,18 @@ def patch_interpreter() -> None:
         product = np.matmul(values(a), values(b))
         return interpreter.TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
+    convert_float = interpreter._convert_float
+
+    def round_to_nearest(
+        x: np.ndarray, input_dtype: Any, output_dtype: Any, rounding_mode: Any
+    ) -> np.ndarray:
+        tl = interpreter.tl
+        if (input_dtype, output_dtype) != (tl.float32, tl.bfloat16):
+            return convert_float(x, input_dtype, output_dtype, rounding_mode)
+        bits = np.ascontiguousarray(x).view(np.uint32)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
+        return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16).reshape(x.shape)
+
+    interpreter._convert_float = round_to_nearest
     interpreter.InterpreterBuilder.create_dot = create_dot
     np.seterr(all="ignore")  # a kernel may overflow to inf where a GPU would, without a warning
