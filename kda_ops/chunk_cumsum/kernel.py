@@ -23,46 +23,50 @@ def chunk_cumsum_kernel(
     stride_token,
     SCALE: tl.constexpr,
     C: tl.constexpr,
-    SUB: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
     VARLEN: tl.constexpr,
 ):
-    """One program sums BLOCK_D channels of one chunk, SUB tokens at a time.
+    """One program sums BLOCK channels of one chunk.
+
+    It walks down the tokens with the running sums in registers, so nothing is exchanged between
+    threads. STEP tokens are read at once, summed by themselves and put on top of the sum so far: as
+    many loads are in flight, and the rounding error is that of STEP + C / STEP terms, not of C.
 
     Grid: (B * rows * channel blocks), channel blocks innermost; `rows` are chunks per batch entry,
     or rows of the chunk table. With a table, program row n also zeroes the n-th C tokens past the
     last sequence.
     """
-    blocks = tl.cdiv(D, BLOCK_D)
+    blocks = tl.cdiv(D, BLOCK)
     pid = tl.program_id(0)
-    d = (pid % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     row = pid // blocks
     batch = (row // rows).to(tl.int64)
     row = (row % rows).to(tl.int64)
-    place = tl.arange(0, SUB)
     if VARLEN:
         start, end = chunk_span(cu_seqlens_ptr, chunks_ptr, row, sequences, T, C)
     else:
         start = row * C
         end = tl.minimum(start + C, T)
-    out_ptr += batch * T * D
-    before = tl.zeros([BLOCK_D], tl.float32)
-    for first in tl.static_range(0, C, SUB):
-        t = start + first + place
-        ok = (t < end)[:, None] & (d < D)[None, :]
-        source = g_ptr + batch * stride_batch + t[:, None] * stride_token + d[None, :]
-        g = tl.load(source, mask=ok, other=0.0).to(tl.float32)
-        sums = (before[None, :] + tl.cumsum(g, axis=0)) * SCALE  # [SUB, BLOCK_D]
-        tl.store(out_ptr + t[:, None] * D + d[None, :], sums, mask=ok)
-        before += tl.sum(g, axis=0)
+    source = g_ptr + batch * stride_batch + d
+    out_ptr += batch * T * D + d
+    before = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, C, STEP):
+        tokens = ()
+        for i in tl.static_range(STEP):
+            t = start + first + i
+            ok = (d < D) & (t < end)
+            tokens = tokens + (tl.load(source + t * stride_token, mask=ok, other=0.0),)  # noqa: RUF005
+        sums = tl.zeros([BLOCK], tl.float32)
+        for i in tl.static_range(STEP):
+            t = start + first + i
+            sums += tokens[i].to(tl.float32)
+            tl.store(out_ptr + t * D, (before + sums) * SCALE, mask=(d < D) & (t < end))
+        before += sums
     if VARLEN:
         padding = padding_start(cu_seqlens_ptr, sequences, T) + row * C
-        if padding < T:
-            for first in tl.static_range(0, C, SUB):
-                t = padding + first + place
-                ok = (t < T)[:, None] & (d < D)[None, :]
-                zeros = tl.zeros([SUB, BLOCK_D], tl.float32)
-                tl.store(out_ptr + t[:, None] * D + d[None, :], zeros, mask=ok)
+        for t in range(padding, tl.minimum(padding + C, T)):
+            tl.store(out_ptr + t * D, tl.zeros([BLOCK], tl.float32), mask=d < D)
 
 
 def launch_chunk_cumsum(
@@ -79,8 +83,8 @@ def launch_chunk_cumsum(
     if flat.stride(2) != 1:
         flat = flat.contiguous()
     rows = triton.cdiv(T, chunk_size) if chunks is None else chunks.shape[0]
-    block_d = max(16, min(128, triton.next_power_of_2(D)))
-    traceable(chunk_cumsum_kernel)[(B * rows * triton.cdiv(D, block_d),)](
+    block = min(512, triton.next_power_of_2(D))
+    traceable(chunk_cumsum_kernel)[(B * rows * triton.cdiv(D, block),)](
         flat,
         cu_seqlens,
         chunks,
@@ -93,8 +97,8 @@ def launch_chunk_cumsum(
         flat.stride(1),
         SCALE=scale,
         C=chunk_size,
-        SUB=min(chunk_size, 64),
-        BLOCK_D=block_d,
+        BLOCK=block,
+        STEP=16,
         VARLEN=cu_seqlens is not None,
         num_warps=4,
     )

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
-from kda_ops.device.kernel import chunk_span, gate_nats, padding_start
+from kda_ops.device.kernel import chunk_span, padding_start, softplus
 from kda_ops.formulas import RCP_LN2
 
 
@@ -27,60 +27,68 @@ def gate_cumsum_kernel(
     LOWER_BOUND: tl.constexpr,
     SCALE: tl.constexpr,
     C: tl.constexpr,
-    SUB: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
     HAS_A: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BOUNDED: tl.constexpr,
     VARLEN: tl.constexpr,
 ):
-    """One program computes BLOCK_K channels of one head of one chunk, SUB tokens at a time.
+    """One program computes BLOCK of the HV * K channels of one chunk.
 
-    Grid: (B * rows * HV * channel blocks), channel blocks innermost, then heads, so that neighbours
-    read and write neighbouring memory; `rows` are chunks per batch entry, or rows of the chunk
-    table. With a table, program row n also zeroes the n-th C tokens past the last sequence.
+    It walks down the tokens with the running sums in registers, so nothing is exchanged between
+    threads. STEP tokens are read at once, summed by themselves and put on top of the sum so far: as
+    many loads are in flight, and the rounding error is that of STEP + C / STEP terms, not of C.
+
+    Grid: (B * rows * channel blocks), channel blocks innermost; `rows` are chunks per batch entry,
+    or rows of the chunk table. With a table, program row n also zeroes the n-th C tokens past the
+    last sequence.
     """
-    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    D: tl.constexpr = HV * K
+    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
-    k = (pid % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    h = (pid // blocks) % HV
-    row = pid // (blocks * HV)
+    d = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row = pid // blocks
     batch = (row // rows).to(tl.int64)
     row = (row % rows).to(tl.int64)
-    place = tl.arange(0, SUB)
     if VARLEN:
         start, end = chunk_span(cu_seqlens_ptr, chunks_ptr, row, sequences, T, C)
     else:
         start = row * C
         end = tl.minimum(start + C, T)
-    x_ptr += batch * stride_batch + h.to(tl.int64) * stride_head
-    G_ptr += batch * T * HV * K + h * K
-    bias = tl.zeros([BLOCK_K], tl.float32)
+    h = d // K
+    source = x_ptr + batch * stride_batch + h.to(tl.int64) * stride_head + d % K
+    G_ptr += batch * T * D + d
+    bias = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
-        bias = tl.load(dt_bias_ptr + h * K + k, mask=k < K, other=0.0).to(tl.float32)
-    a = 1.0
+        bias = tl.load(dt_bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    a = tl.full([BLOCK], 1.0, tl.float32)
     if HAS_A:
-        a = tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
-    before = tl.zeros([BLOCK_K], tl.float32)
-    for first in tl.static_range(0, C, SUB):
-        t = start + first + place
-        ok = (t < end)[:, None] & (k < K)[None, :]
-        x = tl.load(x_ptr + t[:, None] * stride_token + k[None, :], mask=ok, other=0.0)
-        # tokens past the end come last: their gate reaches no sum that is stored
-        g = gate_nats(x.to(tl.float32) + bias[None, :], a, LOWER_BOUND, BOUNDED)
-        G = (before[None, :] + tl.cumsum(g, axis=0)) * SCALE  # [SUB, BLOCK_K]
-        tl.store(G_ptr + t[:, None] * (HV * K) + k[None, :], G, mask=ok)
-        before += tl.sum(g, axis=0)
+        a = tl.exp(tl.load(A_log_ptr + h, mask=d < D, other=0.0).to(tl.float32))
+    factor = tl.full([BLOCK], LOWER_BOUND * SCALE, tl.float32) if BOUNDED else a * -SCALE
+    before = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, C, STEP):
+        tokens = ()
+        for i in tl.static_range(STEP):
+            t = start + first + i
+            ok = (d < D) & (t < end)
+            tokens = tokens + (tl.load(source + t * stride_token, mask=ok, other=0.0),)  # noqa: RUF005
+        sums = tl.zeros([BLOCK], tl.float32)
+        for i in tl.static_range(STEP):
+            t = start + first + i
+            z = tokens[i].to(tl.float32) + bias
+            if BOUNDED:
+                sums += tl.sigmoid(a * z)
+            else:
+                sums += softplus(z)
+            tl.store(G_ptr + t * D, (before + sums) * factor, mask=(d < D) & (t < end))
+        before += sums
     if VARLEN:
         padding = padding_start(cu_seqlens_ptr, sequences, T) + row * C
-        if padding < T:
-            for first in tl.static_range(0, C, SUB):
-                t = padding + first + place
-                ok = (t < T)[:, None] & (k < K)[None, :]
-                zeros = tl.zeros([SUB, BLOCK_K], tl.float32)
-                tl.store(G_ptr + t[:, None] * (HV * K) + k[None, :], zeros, mask=ok)
+        for t in range(padding, tl.minimum(padding + C, T)):
+            tl.store(G_ptr + t * D, tl.zeros([BLOCK], tl.float32), mask=d < D)
 
 
 def launch_gate_cumsum(
@@ -102,8 +110,8 @@ def launch_gate_cumsum(
         x = x.contiguous()
     bias = None if dt_bias is None else dt_bias.contiguous()
     rows = triton.cdiv(T, chunk_size) if chunks is None else chunks.shape[0]
-    block_k = max(16, min(128, triton.next_power_of_2(K)))
-    traceable(gate_cumsum_kernel)[(B * rows * HV * triton.cdiv(K, block_k),)](
+    block = min(512, triton.next_power_of_2(HV * K))
+    traceable(gate_cumsum_kernel)[(B * rows * triton.cdiv(HV * K, block),)](
         x,
         A_log,
         bias,
@@ -119,10 +127,10 @@ def launch_gate_cumsum(
         LOWER_BOUND=0.0 if lower_bound is None else lower_bound,
         SCALE=RCP_LN2,
         C=chunk_size,
-        SUB=min(chunk_size, 64),
         HV=HV,
         K=K,
-        BLOCK_K=block_k,
+        BLOCK=block,
+        STEP=16,
         HAS_A=A_log is not None,
         HAS_BIAS=bias is not None,
         BOUNDED=lower_bound is not None,
