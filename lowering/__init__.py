@@ -23,7 +23,7 @@ OPERATORS = (
     "short_conv_update",
     "state_copy",
 )
-FUSIONS = ("fuse_cumsum_scale",)
+FUSIONS = ("fuse_cumsum_scale", "fuse_gate_cumsum")
 
 _installed = False
 

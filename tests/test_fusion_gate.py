@@ -62,8 +62,16 @@ def bounded(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
     return kda_ops.chunk_cumsum(g) * RCP_LN2
 
 
-def projected(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
-    return kda_ops.chunk_cumsum(kda_ops.gate(x * 0.5 + 1, A_log, bias), chunk_size=32)
+def produced(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    return kda_ops.chunk_cumsum(kda_ops.gate(x * 0.5 + 1, A_log, bias)) * RCP_LN2
+
+
+def in_nats(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    return kda_ops.chunk_cumsum(kda_ops.gate(x, A_log, bias), chunk_size=32)
+
+
+def projected(x: Tensor, A_log: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+    return scaled_after((x.flatten(2) @ weight).view(x.shape), A_log, bias)
 
 
 def varlen(x: Tensor, A_log: Tensor, bias: Tensor, cu_seqlens: Tensor, chunks: Tensor) -> Tensor:
@@ -71,9 +79,15 @@ def varlen(x: Tensor, A_log: Tensor, bias: Tensor, cu_seqlens: Tensor, chunks: T
     return kda_ops.chunk_cumsum(g, cu_seqlens=cu_seqlens, chunks=chunks) * RCP_LN2
 
 
+def varlen_produced(
+    x: Tensor, A_log: Tensor, bias: Tensor, cu_seqlens: Tensor, chunks: Tensor
+) -> Tensor:
+    return varlen(x * 0.5, A_log, bias, cu_seqlens, chunks)
+
+
 @every_length
 @pytest.mark.parametrize(("T", "batch"), [(256, 1), (200, 3)])
-@pytest.mark.parametrize("function", [scaled_after, scaled_after_views, bounded, projected])
+@pytest.mark.parametrize("function", [scaled_after, scaled_after_views, bounded, produced, in_nats])
 def test_gate_cumsum_and_scale_are_one_kernel(
     function: Callable[..., Tensor], T: int, batch: int, lengths: str
 ) -> None:
@@ -81,13 +95,44 @@ def test_gate_cumsum_and_scale_are_one_kernel(
 
 
 @every_length
-def test_varlen_gate_cumsum_and_scale_are_one_kernel(lengths: str) -> None:
+@pytest.mark.parametrize("function", [varlen, varlen_produced])
+def test_varlen_gate_cumsum_and_scale_are_one_kernel(
+    function: Callable[..., Tensor], lengths: str
+) -> None:
     inputs = (*gate_inputs(256), CU, chunk_table(CU, 256))
-    assert len(launches(varlen, *inputs, lengths=lengths)) == 1
+    assert len(launches(function, *inputs, lengths=lengths)) == 1
+
+
+@pytest.mark.parametrize("lengths", ["static", "dynamic-length"])
+def test_in_log2_the_hand_written_kernel_is_taken(lengths: str) -> None:
+    inputs = gate_inputs(200)
+    for function in (scaled_after, scaled_after_views, bounded):
+        assert launches(function, *inputs, lengths=lengths) == ["gate_cumsum_kernel"]
+    tables = (CU, chunk_table(CU, 200))
+    assert launches(varlen, *inputs, *tables, lengths=lengths) == ["gate_cumsum_kernel"]
+    weight = torch.randn(H * K, H * K, dtype=torch.bfloat16)
+    found = summary(code(projected, *inputs, weight, lengths=lengths))
+    assert found.launches == ["gate_cumsum_kernel"]
+    assert len(found.externs) == 1  # the projection
+
+
+@pytest.mark.parametrize("function", [produced, in_nats])
+def test_elsewhere_the_scan_is_generated(function: Callable[..., Tensor]) -> None:
+    (name,) = launches(function, *gate_inputs(200))
+    assert "chunk_cumsum" in name
+    assert "gate" in name
+
+
+def test_a_gate_with_another_user_stays() -> None:
+    def both(x: Tensor, A_log: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        g = kda_ops.gate(x, A_log, bias)
+        return g, kda_ops.chunk_cumsum(g, scale=RCP_LN2)
+
+    assert "gate_cumsum_kernel" not in launches(both, *gate_inputs(256))
 
 
 def test_the_scale_is_inside_the_kernel() -> None:
-    source = code(scaled_after, *gate_inputs(256))
+    source = code(produced, *gate_inputs(256))
     FileCheck().check("1.442695").check("associative_scan").check("tl.store").run(source)
 
 
