@@ -69,6 +69,7 @@ CASES = [
     _case("varlen-chunk-32-harsh", (1, 90, 2, 96), lengths=(33, 31, 20), chunk_size=32, harsh=True),
     _case("varlen-all-padding", (1, 70, 16), lengths=(0,)),
     _case("varlen-no-sequences", (1, 70, 16), lengths=()),
+    _case("fp64", (1, 70, 16), torch.float64),
     _case("empty", (1, 0, 2, 16)),
     _case("T8192-H32", (1, 8192, 32, 128), perf=True),
     _case("varlen-8x1024-H32", (1, 8192, 32, 128), lengths=(1024,) * 8, table=True, perf=True),

@@ -59,6 +59,7 @@ CASES = [
     _case("softplus-no-bias-strided", (33, 2, 32), bias=False, strided=True),
     _case("bounded-bf16", (2, 37, 3, 64), bounded=True),
     _case("bounded-harsh-fp32", (1, 40, 2, 96), torch.float32, bounded=True, harsh=True),
+    _case("softplus-fp64", (1, 9, 2, 16), torch.float64),
     _case("empty", (1, 0, 2, 64)),
     _case("softplus-T8192-H32", (1, 8192, 32, 128), perf=True),
     _case("bounded-T8192-H32", (1, 8192, 32, 128), bounded=True, perf=True),

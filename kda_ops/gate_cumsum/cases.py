@@ -90,6 +90,7 @@ CASES = [
         bounded=True,
     ),
     _case("varlen-no-sequences", (1, 70, 1, 16), lengths=()),
+    _case("softplus-fp64", (1, 70, 2, 16), torch.float64),
     _case("empty", (1, 0, 2, 64)),
     _case("softplus-T8192-H32", (1, 8192, 32, 128), perf=True),
     _case("bounded-T8192-H32", (1, 8192, 32, 128), bounded=True, perf=True),

@@ -61,6 +61,7 @@ CASES = [
     _case("tiny-fp32", (1, 12, 2, 64), torch.float32, size=1e-4),
     _case("five-axes", (2, 3, 2, 3, 16)),
     _case("two-axes-K1", (5, 1)),
+    _case("fp64", (2, 3, 16), torch.float64),
     _case("empty", (1, 0, 2, 64)),
     _case("T8192-H32", (1, 8192, 32, 128), perf=True),
     _case("strided-T8192-H32", (1, 8192, 32, 128), strided=True, perf=True),

@@ -58,6 +58,7 @@ CASES = [
     _case("strided", (2, 33, 4, 128), strided=True),
     _case("tiny-fp32", (1, 12, 2, 64), torch.float32, size=1e-3),
     _case("two-axes", (40, 48)),
+    _case("fp64", (2, 3, 16), torch.float64),
     _case("empty", (1, 0, 2, 64)),
     _case("T8192-H32", (1, 8192, 32, 128), perf=True),
 ]
