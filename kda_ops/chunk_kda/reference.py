@@ -98,12 +98,10 @@ def _forward(
     first_chunk = counts.cumsum(0) - counts
 
     end = offsets[1:][sequence][:, None]
-    row = (offsets[sequence] + chunk * CHUNK)[:, None] + torch.arange(
-        CHUNK, device=q.device
-    )  # [chunks, 64]
+    first = (offsets[sequence] + chunk * CHUNK)[:, None]
+    row = first + torch.arange(CHUNK, device=q.device)  # [chunks, 64]
     real = row < end
-    # padding lanes repeat the last token's G, so that their exponents stay <= 0; everything else is
-    # 0 there
+    # padding lanes repeat the last token's G, for exponents <= 0, and are zero in all else
     row = torch.minimum(row, end - 1)
 
     def tiles(x: Tensor, heads: int) -> Tensor:
@@ -114,12 +112,8 @@ def _forward(
         return torch.where(real[:, None, :, None], tiles(x, heads), 0)
 
     G = tiles(G, HV)
-    q, k, v, beta = (
-        masked(q, H) * scale,
-        masked(k, H),
-        masked(v, HV),
-        masked(beta.unsqueeze(-1), HV),
-    )
+    q, k, v = masked(q, H) * scale, masked(k, H), masked(v, HV)
+    beta = masked(beta.unsqueeze(-1), HV)
     attention, inverse = _within_chunks(q, k, G, beta)
     decay = torch.exp2(G)
     u = inverse @ (beta * v)
