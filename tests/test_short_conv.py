@@ -1,5 +1,6 @@
 """short_conv against the definition token by token, its state, its errors and its compiled code."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kda_ops import config, short_conv, short_conv_update
-from kda_ops._cases import paged_conv_state
+from kda_ops._cases import Case, paged_conv_state
 from tests.fake_cuda import cuda_code, summary
-from tests.operators import run_kernels
+from tests.operators import cases, run_kernels
+from tests.oracle import assert_accurate
 
 CPU = torch.device("cpu")
 LENGTHS = (1, 0, 9, 2, 3, 5)
@@ -183,6 +185,16 @@ def test_kernel_skips_slots_out_of_range(slot: int) -> None:
     assert (y[OFFSETS[2] : OFFSETS[3]] == 0).all()
     assert (y[OFFSETS[4] : OFFSETS[5]] != 0).all()
     assert torch.equal(inputs["conv_state"][[0, 1, 4]].nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", cases("short_conv"), ids=lambda case: case.name)
+def test_kernel_in_several_steps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the large sizes: programs that carry their window from step to step."""
+    kernel = importlib.import_module("kda_ops.short_conv.kernel")
+    monkeypatch.setattr(kernel, "PROGRAMS", 1)
+    monkeypatch.setattr(kernel, "MAX_STEPS", 3)
+    assert_accurate(run_kernels(short_conv), short_conv, case)
 
 
 def test_gradients_of_padding_are_zero() -> None:

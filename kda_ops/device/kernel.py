@@ -71,9 +71,10 @@ def row_offset(row, size_1, size_2, stride_0, stride_1, stride_2):
 def silu(x):
     """The product of x and sigmoid(x).
 
-    The square of a reciprocal root costs less than a division, which checks ranges.
+    The square of a reciprocal root costs less than a division, which checks ranges, and exp2 less
+    than exp, which takes care of subnormal results.
     """
-    r = tl.rsqrt(1.0 + tl.exp(-x))
+    r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
     return x * (r * r)
 
 

@@ -8,9 +8,12 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.device.kernel import conv_row, conv_taps
 
-# One thread owns 8 channels (16 bytes of bf16) and walks down the tokens, STEP_T rows in flight at
-# a time, the last W - 1 of them kept in registers.
-CONFIG = {"BLOCK_T": 64, "STEP_T": 8, "BLOCK_D": 256, "num_warps": 1}
+# A thread owns 8 channels (16 bytes of bf16) and walks down the tokens, STEP_T rows in flight at a
+# time, the last W - 1 of them kept in registers.
+CONFIG = {"STEP_T": 8, "BLOCK_D": 256, "num_warps": 1}
+# A program takes up to MAX_STEPS steps, fewer where there would not be PROGRAMS of them.
+MAX_STEPS = 8
+PROGRAMS = 4096
 
 
 @triton.jit
@@ -27,6 +30,7 @@ def short_conv_kernel(
     D,
     N,
     num_slots,
+    block_t,
     blocks_per_sequence,
     stride_x_batch,
     stride_x_row,
@@ -36,7 +40,6 @@ def short_conv_kernel(
     stride_slots,
     W: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     STEP_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SILU: tl.constexpr,
@@ -45,14 +48,15 @@ def short_conv_kernel(
     HAS_INITIAL: tl.constexpr,
     VARLEN: tl.constexpr,
 ):
-    """One program computes BLOCK_T tokens of one sequence x BLOCK_D channels. Grid: token blocks x
-    D blocks, D fastest, on the one axis that has no limit of 65535.
+    """One program computes block_t tokens of one sequence x BLOCK_D channels.
+
+    Grid: token blocks x D blocks, D fastest, on the one axis that has no limit of 65535. In a dense
+    batch every sequence has `blocks_per_sequence` token blocks. With `cu_seqlens`, sequence n owns
+    those from `cu_seqlens[n] // block_t + n` on, which are always enough and are found by
+    bisection; the rows past the last sequence are sequence N, which is skipped.
 
     The program of a sequence's first tokens reads the history and also writes the new state,
-    straight from the end of x, so that no other program ever touches the slot. In a dense batch, a
-    sequence of T tokens has T // BLOCK_T + 1 blocks. With `cu_seqlens`, sequence n owns the blocks
-    from `cu_seqlens[n] // BLOCK_T + n` on, which are always enough and are found by bisection; the
-    rows past the last sequence are sequence N, which is skipped.
+    straight from the end of x, so that no other program ever touches the slot.
     """
     d_blocks = tl.cdiv(D, BLOCK_D)
     pid = (tl.program_id(0) // d_blocks).to(tl.int64)
@@ -63,26 +67,26 @@ def short_conv_kernel(
         high = n + N
         while n < high:
             middle = (n + high + 1) // 2
-            fits = tl.load(cu_seqlens_ptr + middle).to(tl.int64) // BLOCK_T + middle <= pid
+            fits = tl.load(cu_seqlens_ptr + middle).to(tl.int64) // block_t + middle <= pid
             n = tl.where(fits, middle, n)
             high = tl.where(fits, high, middle - 1)
         offset = tl.load(cu_seqlens_ptr + n).to(tl.int64)
         first_row = tl.minimum(tl.maximum(offset, 0), T)
         end = tl.load(cu_seqlens_ptr + n + 1, mask=n < N, other=T).to(tl.int64)
         length = tl.minimum(tl.maximum(end, first_row), T) - first_row
-        start = tl.maximum(pid - (offset // BLOCK_T + n), 0) * BLOCK_T  # token of the sequence
+        start = tl.maximum(pid - (offset // block_t + n), 0) * block_t  # token of the sequence
         x_ptr += first_row * stride_x_row
         active = n < N
     else:
         n = pid // blocks_per_sequence
         first_row = n * T
         length = first_row * 0 + T
-        start = (pid - n * blocks_per_sequence) * BLOCK_T
+        start = (pid - n * blocks_per_sequence) * block_t
         x_ptr += n * stride_x_batch
         active = n >= 0
     if start >= tl.maximum(length, 1):
         return
-    stop = tl.minimum(start + BLOCK_T, length)
+    stop = tl.minimum(start + block_t, length)
     y_ptr += first_row * D
     if HAS_STATE:
         slot = tl.load(slots_ptr + n * stride_slots, mask=active, other=0).to(tl.int64)
@@ -167,19 +171,22 @@ def _launch(
     T, D = x.shape[-2:]
     W = int(weight.shape[1])
     batch, stride_batch = (x.shape[0], x.stride(0)) if x.dim() == 3 else (1, 0)
-    blocks_per_sequence = T // CONFIG["BLOCK_T"] + 1
+    d_blocks = triton.cdiv(D, CONFIG["BLOCK_D"])
+    steps = batch * T * d_blocks // (PROGRAMS * CONFIG["STEP_T"])
+    block_t = torch.sym_max(1, torch.sym_min(steps, MAX_STEPS)) * CONFIG["STEP_T"]
+    blocks_per_sequence = torch.sym_max(1, triton.cdiv(T, block_t))
     if cu_seqlens is None:
         N, blocks = batch, batch * blocks_per_sequence
     else:
         N = cu_seqlens.shape[0] - 1
-        blocks = T // CONFIG["BLOCK_T"] + N + 1
+        blocks = T // block_t + N + 1
     num_slots, stride_slot, stride_row, stride_dim = 0, 0, 0, 0
     if conv_state is not None:
         num_slots, stride_slot = conv_state.shape[0], conv_state.stride(0)
         stride_row, stride_dim = (
             conv_state.stride()[1:] if layout == "SD" else conv_state.stride()[:0:-1]
         )
-    traceable(short_conv_kernel)[(triton.cdiv(D, CONFIG["BLOCK_D"]) * blocks,)](
+    traceable(short_conv_kernel)[(d_blocks * blocks,)](
         x,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
@@ -192,6 +199,7 @@ def _launch(
         D,
         N,
         num_slots,
+        block_t,
         blocks_per_sequence,
         stride_batch,
         x.stride(-2),

@@ -41,8 +41,9 @@ def short_conv_update_kernel(
     HAS_ACCEPTED: tl.constexpr,
     VARLEN: tl.constexpr,
 ):
-    """One program computes all tokens of one sequence x BLOCK_D channels. Grid: sequences x D
-    blocks, D fastest.
+    """One program computes all tokens of one sequence x BLOCK_D channels.
+
+    Grid: sequences x D blocks, D fastest, on the one axis that has no limit of 65535.
 
     A program reads the whole window before it writes any of it, and no other program touches these
     rows and channels: the shift in place is safe. With `cu_seqlens` there is one sequence more, the
