@@ -187,13 +187,15 @@ def cuda_code(
     dynamic: bool | None = False,
     backward: bool = False,
     options: dict[str, Any] | None = None,
+    load: Callable[[str], Callable[[list[Any]], Any]] | None = None,
     **cpu_kwargs: Any,
 ) -> tuple[Any, list[str]]:
     """Runs `torch.compile(function, fullgraph=True)` once on CPU tensors.
 
     Returns:
-        The result (computed by the CPU graph), and the Python source that Inductor generates for a
-        CUDA device, one per graph (with `backward`, the backward graph of `result.sum()` too).
+        The result, and the Python source that Inductor generates for a CUDA device, one per graph
+        (with `backward`, the backward graph of `result.sum()` too). The result is computed by the
+        CPU graph, or by what `load` makes of the source (see `tests.generated`).
     """
     import torch._inductor.config as inductor_config
     from functorch.compile import make_boxed_func
@@ -216,7 +218,10 @@ def cuda_code(
         keep = mock.patch.object(GraphLowering, "compile_to_module", keep_source)
         with _described_device(), keep:
             compile_fx_inner(graph, moved, **kwargs)
-        return make_boxed_func(graph_module.forward)
+        if load is None:
+            return make_boxed_func(graph_module.forward)
+        call = load(sources[-1])
+        return make_boxed_func(lambda *args: call(list(args)))
 
     def backend(graph_module: Any, inputs: Any) -> Any:
         return compile_fx(graph_module, inputs, inner_compile=inner_compile, config_patches=options)

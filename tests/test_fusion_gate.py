@@ -12,7 +12,9 @@ from torch.testing import FileCheck
 import kda_ops
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import RCP_LN2
+from tests import generated
 from tests.fake_cuda import cuda_code, summary
+from tests.oracle import assert_close, tensors
 
 H, K = 2, 64
 CU = torch.tensor([0, 100, 100, 200], dtype=torch.int32)
@@ -20,7 +22,7 @@ LENGTHS = ["static", "dynamic-length", "all-dynamic"]
 every_length = pytest.mark.parametrize("lengths", LENGTHS)
 
 
-def code(function: Callable[..., Any], *args: Tensor, lengths: str = "static") -> str:
+def code(function: Callable[..., Any], *args: Tensor, lengths: str = "static", **how: Any) -> str:
     """Generated code of one graph; `T` is axis 1 of the arguments of four dimensions."""
     torch._dynamo.reset()
     if lengths == "dynamic-length":
@@ -28,12 +30,12 @@ def code(function: Callable[..., Any], *args: Tensor, lengths: str = "static") -
             if x.dim() == 4:
                 torch._dynamo.mark_dynamic(x, 1)
     dynamic = {"static": False, "dynamic-length": None, "all-dynamic": True}[lengths]
-    result, (source,) = cuda_code(function, *args, dynamic=dynamic)
-    expected = function(*args)
-    for r, e in zip(
-        *(x if isinstance(x, tuple) else (x,) for x in (result, expected)), strict=True
-    ):
-        torch.testing.assert_close(r, e)
+    result, (source,) = cuda_code(function, *args, dynamic=dynamic, **how)
+    with torch.no_grad():
+        expected = tensors(function(*args))
+        fp64 = tensors(function(*(x.double() if x.is_floating_point() else x for x in args)))
+    for r, e, e64 in zip(tensors(result), expected, fp64, strict=True):
+        assert_close(r, e, e64)
         assert r.stride() == e.stride()
     return source
 
@@ -63,7 +65,7 @@ def bounded(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
 
 
 def produced(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
-    return kda_ops.chunk_cumsum(kda_ops.gate(x * 0.5 + 1, A_log, bias)) * RCP_LN2
+    return kda_ops.chunk_cumsum(kda_ops.gate(x * 0.5, A_log, bias)) * RCP_LN2
 
 
 def in_nats(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
@@ -185,3 +187,19 @@ def test_the_norms_of_queries_and_keys_need_no_copy(lengths: str) -> None:
     found = summary(code(norms, x, lengths=lengths))
     assert len(found.launches) == found.allocations == 2
     assert found.externs == []
+
+
+@pytest.mark.interpreter
+@every_length
+@pytest.mark.parametrize(("T", "batch"), [(128, 1), (70, 2)])
+def test_the_generated_scan_is_right(T: int, batch: int, lengths: str) -> None:
+    code(produced, *gate_inputs(T, batch), lengths=lengths, load=generated.load)
+
+
+@pytest.mark.interpreter
+@every_length
+def test_the_generated_varlen_scan_is_right(lengths: str) -> None:
+    x, A_log, bias = gate_inputs(230)
+    x[:, 200:] = torch.nan
+    inputs = (x, A_log, bias, CU, chunk_table(CU, 230))
+    code(varlen_produced, *inputs, lengths=lengths, load=generated.load)

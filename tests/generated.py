@@ -1,0 +1,99 @@
+"""Runs the Triton code that Inductor generates for a GPU, on CPU tensors, in the interpreter.
+
+`tests.fake_cuda` makes the source; here its kernels are executed instead of compiled. The numbers
+are right to fp32 rounding; races, launch limits and speed are not seen. Needs TRITON_INTERPRET=1.
+"""
+
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+BLOCKS = {"XBLOCK": 32, "YBLOCK": 16, "R0_BLOCK": 64}
+REPLACED = {
+    "empty_strided_cuda = ": "empty_strided_unused = ",
+    "empty_strided_cuda(": "empty_strided_cpu(",
+    "with torch.cuda._DeviceGuard(0):": "if True:",
+    "torch.cuda.set_device(0)": "pass",
+    "from torch._C import _cuda_getCurrentRawStream as get_raw_stream": (
+        "get_raw_stream = lambda device: None"
+    ),
+    "async_compile = AsyncCompile()": "async_compile = Interpreted()",
+}
+
+
+class Libdevice:
+    """The library functions that generated kernels call, in terms of what the interpreter has."""
+
+    def __getattr__(self, name: str) -> Any:
+        import triton.language as tl
+
+        return getattr(tl, name)
+
+    @staticmethod
+    def log1p(x: Any) -> Any:
+        import triton.language as tl
+
+        u = x + 1.0  # the rounding of u cancels in log(u) / (u - 1)
+        return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+class Kernel:
+    """One generated kernel; `run` is called by the generated module as on a GPU."""
+
+    def __init__(self, name: str, source: str) -> None:
+        from torch._inductor.runtime import triton_helpers, triton_heuristics
+
+        meta: dict[str, Any] = {}
+
+        def heuristic(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+            meta.update(kwargs)
+            return lambda kernel: kernel
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.py"
+            path.write_text(source)
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            kinds = ("pointwise", "reduction", "persistent_reduction")
+            with (
+                mock.patch.multiple(triton_heuristics, **dict.fromkeys(kinds, heuristic)),
+                mock.patch.object(triton_helpers, "set_driver_to_gpu"),
+            ):
+                spec.loader.exec_module(module)
+            module.libdevice = module.tl_math = Libdevice()
+            self.function = getattr(module, name)
+        signature = meta["triton_meta"]["signature"]
+        self.arguments = [n for n, kind in signature.items() if kind != "constexpr"]
+        self.blocks = {n: BLOCKS[n] for n, kind in signature.items() if kind == "constexpr"}
+
+    def run(self, *args: Any, stream: Any = None) -> None:
+        values = dict(zip(self.arguments, args, strict=True))
+        grid = [
+            -(-values.get(f"{axis}numel", 1) // self.blocks.get(f"{axis.upper()}BLOCK", 1))
+            for axis in "xy"
+        ]
+        self.function[tuple(grid)](**values, **self.blocks)
+
+
+class Interpreted:
+    """Takes the place of Inductor's `AsyncCompile`."""
+
+    def triton(self, name: str, source: str, device_str: str | None = None) -> Kernel:
+        return Kernel(name, source)
+
+    def wait(self, scope: dict[str, Any]) -> None:
+        pass
+
+
+def load(source: str) -> Callable[[list[Any]], Any]:
+    """The `call` function of a generated module; it takes the list of the graph's inputs."""
+    for text, other in REPLACED.items():
+        source = source.replace(text, other)
+    scope = {"__name__": "generated", "__file__": "generated", "Interpreted": Interpreted}
+    exec(compile(source, "<generated>", "exec"), scope)
+    return scope["call"]
