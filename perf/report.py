@@ -126,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f"{machine_line(rows)}\n\n{table(rows)}")
     for row in slower_than_peer(rows):
-        print(f"slower than {row['peer']}: {row['stage']} {row['case']}, {row['who']}")
+        peer = f"{row['peer']} ({row['peer_ratio']:.2f})"
+        print(f"slower than {peer}: {row['stage']} {row['case']}, {row['who']}")
     if options.readme:
         write_readme(options.readme, rows)
     if options.picture:

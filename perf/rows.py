@@ -47,6 +47,7 @@ class Row:
         flops: Floating-point operations in matrix products.
         poison: Fill uninitialised memory with NaN while checking. Not for compiled code, which it
             would recompile, nor for peers, which may read what they then mask.
+        graph: Time replays of a CUDA graph; otherwise the calls queued behind a busy GPU.
     """
 
     stage: str
@@ -59,6 +60,7 @@ class Row:
     bytes_moved: int = 0
     flops: int = 0
     poison: bool = True
+    graph: bool = True
 
     def __str__(self) -> str:
         return f"{self.stage}-{self.case}-{self.who}".replace(" ", "")
@@ -237,7 +239,7 @@ class Measurer:
         ]
         calls = [row.prepare(inputs) for inputs in sets]
         benchmark.group = f"{row.stage} {row.case}"
-        seconds = _replay_seconds(calls, benchmark)
+        seconds = _measured_seconds(calls, benchmark, row.graph)
         launched = timing.kernels(calls[0])
         eager = timing.eager_seconds(calls)
         benchmark.extra_info.update(
@@ -255,15 +257,23 @@ class Measurer:
             self.peer_seconds.setdefault((row.stage, row.case), {})[row.who] = seconds
 
 
-def _replay_seconds(calls: list[Call], benchmark: Any) -> float:
-    """Median seconds of one call in replays of a graph that makes each call once."""
-    graph, _results = timing.capture(calls)
-    timing.warm_up(graph.replay)
+def _measured_seconds(calls: list[Call], benchmark: Any, graph: bool) -> float:
+    """Median seconds of one call, each round making every call once."""
+    if graph:
+        captured, _results = timing.capture(calls)
+        work = captured.replay
+    else:
 
-    def replay() -> None:
-        timing.CLOCK.advance(timing.event_seconds(graph.replay) / len(calls))
+        def work() -> None:
+            for call in calls:
+                call()
 
-    benchmark.pedantic(replay, rounds=timing.ROUNDS)
+    timing.warm_up(work)
+
+    def measured() -> None:
+        timing.CLOCK.advance(timing.event_seconds(work) / len(calls))
+
+    benchmark.pedantic(measured, rounds=timing.ROUNDS)
     return benchmark.stats.stats.median
 
 

@@ -103,7 +103,7 @@ def test_measuring_records_the_peer_before_ours() -> None:
     for who, seconds in (("FLA 0.6.0", 4e-6), (OURS, 2e-6)):
         benchmark = SimpleNamespace(extra_info={}, group=None)
         with (
-            mock.patch.object(rows, "_replay_seconds", return_value=seconds),
+            mock.patch.object(rows, "_measured_seconds", return_value=seconds),
             mock.patch.object(rows, "ceilings", return_value=CEILINGS),
             mock.patch.object(timing, "kernels", return_value={"k": (2, 1.5)}),
             mock.patch.object(timing, "eager_seconds", return_value=1e-5),
@@ -144,7 +144,7 @@ def test_a_row_that_a_peer_beats_is_said(
     run = tmp_path / "run.json"
     run.write_text(json.dumps({"benchmarks": [{"extra_info": make_result(OURS, 8.0)}]}))
     assert report.main([str(run)]) == 0
-    assert "slower than FLA 0.6.0: gate small, kda_ops\n" in capsys.readouterr().out
+    assert "slower than FLA 0.6.0 (0.62): gate small, kda_ops\n" in capsys.readouterr().out
 
 
 def test_the_readme_gets_the_table_between_its_markers(tmp_path: Path) -> None:
