@@ -42,10 +42,11 @@ def chunk_table(cu_seqlens: Tensor, total_tokens: int, chunk_size: int = CHUNK) 
     sequences = cu_seqlens.shape[0] - 1
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     ends = ((lengths + (chunk_size - 1)) // chunk_size).cumsum(0)
-    row = torch.arange(total_tokens // chunk_size + sequences, device=cu_seqlens.device)
-    sequence = torch.searchsorted(ends, row, right=True)
-    real = sequence < sequences
+    # never empty, also without sequences: a search in nothing does not compile for a GPU
     starts = torch.nn.functional.pad(ends, (1, 0))
+    row = torch.arange(total_tokens // chunk_size + sequences, device=cu_seqlens.device)
+    sequence = torch.searchsorted(starts, row, right=True) - 1
+    real = sequence < sequences
     chunk = row - starts[sequence]
     table = torch.stack([sequence, chunk], dim=1)
     return torch.where(real[:, None], table, EMPTY).to(torch.int32)

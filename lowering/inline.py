@@ -61,7 +61,7 @@ def call_operator(*args: Any) -> Any:
 
 def inline_reference(reference: Callable[..., Any], *args: Any) -> Any:
     """Lowers the current node to the ATen operations of its reference, as fusible IR."""
-    return _inline(reference, args, select_decomp_table(), exact_strides=False)
+    return _inline(reference, args, exact_strides=False)
 
 
 def inline_launcher(launcher: Callable[..., Any], *args: Any) -> Any:
@@ -70,12 +70,10 @@ def inline_launcher(launcher: Callable[..., Any], *args: Any) -> Any:
     The launcher reads strides from its arguments while it is traced, so the buffers are held to
     exactly those strides.
     """
-    return _inline(launcher, args, None, exact_strides=True)
+    return _inline(launcher, args, exact_strides=True)
 
 
-def _inline(
-    function: Callable[..., Any], args: tuple[Any, ...], decompositions: Any, *, exact_strides: bool
-) -> Any:
+def _inline(function: Callable[..., Any], args: tuple[Any, ...], *, exact_strides: bool) -> Any:
     values = torch.fx.node.map_arg(V.graph.current_node.args, lambda node: node.meta["val"])
     traced = [
         i for i, value in enumerate(values) if isinstance(value, (torch.Tensor, torch.SymInt))
@@ -88,7 +86,8 @@ def _inline(
         return function(*filled)
 
     with V.fake_mode:
-        graph = make_fx(call, decomposition_table=decompositions)(*[values[i] for i in traced])
+        trace = make_fx(call, decomposition_table=select_decomp_table())
+        graph = trace(*[values[i] for i in traced])
     inputs = [args[i] for i in traced]
     if exact_strides:
         inputs = [

@@ -69,20 +69,25 @@ def _chunk(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN: tl.constexpr):
         c = p % NC
     b, start, end, row = _sequence(cu_ptr, n, T, N, VARLEN)
     first = start + c * 64
-    count = tl.minimum(end - first, 64)
+    count = tl.maximum(tl.minimum(end - first, 64), 0).to(tl.int32)
     return b, first, count, row + c
 
 
 @triton.jit
-def _clear_padding(o_ptr, cu_ptr, p, h, T, N, HV: tl.constexpr, V: tl.constexpr, VP: tl.constexpr):
-    """Zeroes the rows of block p of 64 tokens that lie past the last sequence."""
+def _clear_padding(
+    o_ptr, cu_ptr, p, h, T, N, NC, HV: tl.constexpr, V: tl.constexpr, VP: tl.constexpr
+):
+    """Zeroes 64 of the rows that lie past the last sequence, counted from the end of the tokens.
+
+    The programs without a chunk do it. They are the last of the NC + 1, and they suffice: there are
+    at most `end // 64 + N` chunks.
+    """
     end = tl.minimum(tl.maximum(tl.load(cu_ptr + N).to(tl.int64), 0), T)
-    if p * 64 + 64 > end:
-        t = p * 64 + tl.arange(0, 64)
-        d = tl.arange(0, VP)
-        zero = tl.zeros((64, VP), tl.float32).to(o_ptr.dtype.element_ty)
-        ok = ((t >= end) & (t < T))[:, None] & (d < V)[None, :]
-        tl.store(o_ptr + (t[:, None] * HV + h) * V + d[None, :], zero, mask=ok)
+    t = T - (NC + 1 - p) * 64 + tl.arange(0, 64)
+    d = tl.arange(0, VP)
+    zero = tl.zeros((64, VP), tl.float32).to(o_ptr.dtype.element_ty)
+    ok = ((t >= end) & (t < T))[:, None] & (d < V)[None, :]
+    tl.store(o_ptr + (t[:, None] * HV + h) * V + d[None, :], zero, mask=ok)
 
 
 @triton.jit
@@ -210,21 +215,20 @@ def chunk_prepare_kernel(
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    if VARLEN:
-        _clear_padding(o_ptr, cu_ptr, p, h, T, N, HV, V, V)
     b, first, count, row = _chunk(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
-    if count <= 0:
+    if count == 0:
+        if VARLEN:
+            _clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, V)
         return
     hk = h // (HV // H)
     r = tl.arange(0, 64)
     d = tl.arange(0, K)
     ok = r < count
     okd = ok[:, None]
-    t = first + r
-    q_at = q_ptr + b * q_b + hk * q_h + t[:, None] * q_t + d[None, :]
-    k_at = k_ptr + b * k_b + hk * k_h + t[:, None] * k_t + d[None, :]
-    G_head = G_ptr + b * G_b + h * G_h
-    G_at = G_head + t[:, None] * G_t + d[None, :]
+    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + (r[:, None] * q_t + d[None, :])
+    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + (r[:, None] * k_t + d[None, :])
+    G_head = G_ptr + b * G_b + h * G_h + first * G_t
+    G_at = G_head + (r[:, None] * G_t + d[None, :])
 
     y = tl.load(G_at, mask=okd, other=0.0) - tl.load(
         G_at - G_t, mask=okd & (r > 0)[:, None], other=0.0
@@ -233,7 +237,7 @@ def chunk_prepare_kernel(
     y = tl.where(okd, tl.where(y < -30000.0, -30000.0, y), 0.0).to(tl.float16)
     k = tl.reshape(tl.load(k_at, mask=okd, other=0.0), (4, 16, K))
     q = tl.reshape(tl.load(q_at, mask=okd, other=0.0), (4, 16, K))
-    beta = tl.load(beta_ptr + b * beta_b + h * beta_h + t * beta_t, mask=ok, other=0.0).to(
+    beta = tl.load((beta_ptr + b * beta_b + h * beta_h + first * beta_t) + r * beta_t, mask=ok, other=0.0).to(
         tl.float32
     )
 
@@ -268,28 +272,28 @@ def chunk_prepare_kernel(
     L32 = tl.where(meet, tl.dot(ke, columns) * beta[:, None], 0.0).to(tl.float16)
 
     work = row * HV + h
-    tl.store(A_ptr + work * 4096 + i * 64 + j, (A * SCALE).to(A_ptr.dtype.element_ty))
+    tl.store((A_ptr + work * 4096) + (i * 64 + j), (A * SCALE).to(A_ptr.dtype.element_ty))
     X = _join(_join(_block_diagonal(X, same), L16), L32)
     X = X * beta[None, :]
 
-    at = work * (64 * K) + r[:, None] * K + d[None, :]
-    last = tl.load(G_head + (first + count - 1) * G_t + d)
+    at = r[:, None] * K + d[None, :]
+    last = tl.load(G_head + (count - 1) * G_t + d)
     tl.store(decay_ptr + work * K + d, tl.exp2(last))
     G = tl.load(G_at, mask=okd, other=0.0)
     kf = tl.load(k_at, mask=okd, other=0.0).to(tl.float32)
     tl.store(
-        kg_ptr + at,
+        (kg_ptr + work * (64 * K)) + at,
         (kf * tl.exp2(tl.where(okd, last[None, :] - G, 0.0))).to(kg_ptr.dtype.element_ty),
     )
     e = tl.exp2(G)
     qf = tl.load(q_at, mask=okd, other=0.0).to(tl.float32)
-    tl.store(qg_ptr + at, (qf * e * SCALE).to(qg_ptr.dtype.element_ty))
-    tl.store(w_ptr + at, tl.dot(X.to(k.dtype), (kf * e).to(k.dtype)).to(w_ptr.dtype.element_ty))
+    tl.store((qg_ptr + work * (64 * K)) + at, (qf * e * SCALE).to(qg_ptr.dtype.element_ty))
+    tl.store((w_ptr + work * (64 * K)) + at, tl.dot(X.to(k.dtype), (kf * e).to(k.dtype)).to(w_ptr.dtype.element_ty))
     dv = tl.arange(0, V)
-    v_at = v_ptr + b * v_b + h * v_h + t[:, None] * v_t + dv[None, :]
+    v_at = (v_ptr + b * v_b + h * v_h + first * v_t) + (r[:, None] * v_t + dv[None, :])
     v = tl.load(v_at, mask=okd, other=0.0)
     u = tl.dot(X.to(v.dtype), v)
-    tl.store(u_ptr + work * (64 * V) + r[:, None] * V + dv[None, :], u.to(u_ptr.dtype.element_ty))
+    tl.store((u_ptr + work * (64 * V)) + (r[:, None] * V + dv[None, :]), u.to(u_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -351,10 +355,10 @@ def chunk_prepare_general_kernel(
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    if VARLEN:
-        _clear_padding(o_ptr, cu_ptr, p, h, T, N, HV, V, VP)
     b, first, count, row = _chunk(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
-    if count <= 0:
+    if count == 0:
+        if VARLEN:
+            _clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, VP)
         return
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     inverse: tl.constexpr = tl.float32 if FP32 else tl.float16
