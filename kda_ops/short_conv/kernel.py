@@ -105,9 +105,8 @@ def short_conv_kernel(
     if HAS_STATE:
         state_rows = state_ptr + d.to(tl.int64) * stride_state_dim
 
-    wide: tl.constexpr = x_ptr.dtype.element_ty
-    if HAS_INITIAL and state_ptr.dtype.element_ty != x_ptr.dtype.element_ty:
-        wide: tl.constexpr = tl.float32
+    mixed: tl.constexpr = HAS_INITIAL and state_ptr.dtype.element_ty != x_ptr.dtype.element_ty
+    wide: tl.constexpr = tl.float32 if mixed else x_ptr.dtype.element_ty
     window = ()  # the W - 1 rows before the next token, [BLOCK_D] each
     for past in tl.static_range(W - 1):
         i = start + past - (W - 1)
