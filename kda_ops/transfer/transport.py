@@ -30,7 +30,7 @@ class Ranges(NamedTuple):
     nbytes: int
     device: int
     stride: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
 
 
 class Transport(Protocol):
