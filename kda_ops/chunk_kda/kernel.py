@@ -237,9 +237,9 @@ def chunk_prepare_kernel(
     y = tl.where(okd, tl.where(y < -30000.0, -30000.0, y), 0.0).to(tl.float16)
     k = tl.reshape(tl.load(k_at, mask=okd, other=0.0), (4, 16, K))
     q = tl.reshape(tl.load(q_at, mask=okd, other=0.0), (4, 16, K))
-    beta = tl.load((beta_ptr + b * beta_b + h * beta_h + first * beta_t) + r * beta_t, mask=ok, other=0.0).to(
-        tl.float32
-    )
+    beta = tl.load(
+        (beta_ptr + b * beta_b + h * beta_h + first * beta_t) + r * beta_t, mask=ok, other=0.0
+    ).to(tl.float32)
 
     i = tl.arange(0, 16)[:, None]
     j = tl.arange(0, 16)[None, :]
@@ -288,12 +288,17 @@ def chunk_prepare_kernel(
     e = tl.exp2(G)
     qf = tl.load(q_at, mask=okd, other=0.0).to(tl.float32)
     tl.store((qg_ptr + work * (64 * K)) + at, (qf * e * SCALE).to(qg_ptr.dtype.element_ty))
-    tl.store((w_ptr + work * (64 * K)) + at, tl.dot(X.to(k.dtype), (kf * e).to(k.dtype)).to(w_ptr.dtype.element_ty))
+    tl.store(
+        (w_ptr + work * (64 * K)) + at,
+        tl.dot(X.to(k.dtype), (kf * e).to(k.dtype)).to(w_ptr.dtype.element_ty),
+    )
     dv = tl.arange(0, V)
     v_at = (v_ptr + b * v_b + h * v_h + first * v_t) + (r[:, None] * v_t + dv[None, :])
     v = tl.load(v_at, mask=okd, other=0.0)
     u = tl.dot(X.to(v.dtype), v)
-    tl.store((u_ptr + work * (64 * V)) + (r[:, None] * V + dv[None, :]), u.to(u_ptr.dtype.element_ty))
+    tl.store(
+        (u_ptr + work * (64 * V)) + (r[:, None] * V + dv[None, :]), u.to(u_ptr.dtype.element_ty)
+    )
 
 
 @triton.jit
