@@ -1,7 +1,9 @@
 """Runs the Triton code that Inductor generates for a GPU, on CPU tensors, in the interpreter.
 
 `tests.fake_cuda` makes the source; here its kernels are executed instead of compiled. The numbers
-are right to fp32 rounding; races, launch limits and speed are not seen. Needs TRITON_INTERPRET=1.
+are right to fp32 rounding; races, launch limits and speed are not seen. Buffers are allocated full
+of NaN and between guards, so that an element which is not written, or a write beside a buffer, is
+seen. Needs TRITON_INTERPRET=1.
 """
 
 import importlib.util
@@ -11,10 +13,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+from torch import Tensor
+
+GUARD = 1024  # elements
 BLOCKS = {"XBLOCK": 32, "YBLOCK": 16, "R0_BLOCK": 64}
 REPLACED = {
     "empty_strided_cuda = ": "empty_strided_unused = ",
-    "empty_strided_cuda(": "empty_strided_cpu(",
+    "empty_strided_cuda(": "memory.empty(",
     "with torch.cuda._DeviceGuard(0):": "if True:",
     "torch.cuda.set_device(0)": "pass",
     "from torch._C import _cuda_getCurrentRawStream as get_raw_stream": (
@@ -90,10 +96,41 @@ class Interpreted:
         pass
 
 
+class Memory:
+    """Buffers of a generated module: poisoned, each between two guards."""
+
+    def __init__(self) -> None:
+        self.guards: list[Tensor] = []
+
+    def empty(self, size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+        span = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        poison = torch.nan if dtype.is_floating_point else 1  # 1 is also a bool
+        storage = torch.full((span + 2 * GUARD,), poison, dtype=dtype)
+        self.guards += [storage[:GUARD], storage[GUARD + span :]]
+        return storage.as_strided(tuple(size), tuple(stride), GUARD)
+
+    def check(self) -> None:
+        for guard in self.guards:
+            whole = guard.isnan() if guard.dtype.is_floating_point else guard == 1
+            assert whole.all(), "a kernel wrote beside a buffer"
+
+
 def load(source: str) -> Callable[[list[Any]], Any]:
     """The `call` function of a generated module; it takes the list of the graph's inputs."""
     for text, other in REPLACED.items():
         source = source.replace(text, other)
-    scope = {"__name__": "generated", "__file__": "generated", "Interpreted": Interpreted}
+    memory = Memory()
+    scope = {
+        "__name__": "generated",
+        "__file__": "generated",
+        "Interpreted": Interpreted,
+        "memory": memory,
+    }
     exec(compile(source, "<generated>", "exec"), scope)
-    return scope["call"]
+
+    def call(args: list[Any]) -> Any:
+        results = scope["call"](args)
+        memory.check()
+        return results
+
+    return call

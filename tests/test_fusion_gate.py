@@ -203,3 +203,27 @@ def test_the_generated_varlen_scan_is_right(lengths: str) -> None:
     x[:, 200:] = torch.nan
     inputs = (x, A_log, bias, CU, chunk_table(CU, 230))
     code(varlen_produced, *inputs, lengths=lengths, load=generated.load)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("cu_seqlens", "chunks"),
+    [
+        ([0, -7, 1000], [[0, 5], [7, 0], [1, -1]]),
+        ([-100, 50, 20], [[0, 0], [-3, 2], [0, 1]]),
+        ([2**31 - 1, -(2**31), 5], [[0, 2**31 - 1], [1, 0], [0, 0]]),
+        ([90, 10, 10**6], [[1, 0], [1, 1], [1, 2**31 - 1]]),
+    ],
+)
+def test_the_generated_varlen_scan_stays_in_bounds(
+    cu_seqlens: list[int], chunks: list[list[int]]
+) -> None:
+    """A read beside x would bring an infinity; `tests.generated` sees a write beside the result."""
+    memory = torch.full((3, 90, H, K), torch.inf)
+    memory[1] = 1
+    tables = (torch.tensor(table, dtype=torch.int32) for table in (cu_seqlens, chunks))
+    inputs = (memory[1:2], torch.zeros(H), torch.zeros(H, K), *tables)
+    result, _ = cuda_code(varlen_produced, *inputs, load=generated.load)
+    assert not result.isinf().any()
+    assert memory[[0, 2]].isposinf().all()
+    assert memory[1].eq(1).all()
