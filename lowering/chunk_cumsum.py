@@ -111,6 +111,8 @@ def varlen(g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunks: Any) 
     Whatever the tables hold, every access is in bounds.
     """
     _, T, *D = g.get_size()
+    for table in (cu_seqlens, chunks):
+        table.realize()  # or every element would compute the chunk table anew
     sequences = cu_seqlens.get_size()[0] - 1
     load, dtype = g.make_loader(), g.get_dtype()
     load_offset, load_chunk = cu_seqlens.make_loader(), chunks.make_loader()
