@@ -1,5 +1,7 @@
-"""A whole layer at Kimi-Linear's sizes (hidden 2304, 32 heads of 128), prefill of 8192 tokens,
-against FLA's layer with the same weights.
+"""A whole layer at Kimi-Linear's sizes: hidden 2304, 32 heads of 128.
+
+Prefill of 8192 tokens against FLA's layer with the same weights, and one decode step from paged
+states, which FLA's layer does not have.
 """
 
 import functools
@@ -9,31 +11,38 @@ from typing import Any
 import pytest
 import torch
 
+from kda_ops.batch import KDABatch
 from kda_ops.layer import KimiDeltaAttention
 from perf.peers import fla, fla_layer_like
 from perf.rows import COMPILED, OURS, Call, Inputs, Row, RunReferences
 
 HIDDEN, HEADS, HEAD_DIM, TOKENS = 2304, 32, 128, 8192
+WIDTH = HEADS * HEAD_DIM
+# q, k, v, o; the low-rank pairs of the two gates; beta
+WEIGHTS = 4 * HIDDEN * WIDTH + 2 * (HIDDEN * HEAD_DIM + HEAD_DIM * WIDTH) + HIDDEN * HEADS
 
 
 @functools.cache
 def layer() -> KimiDeltaAttention:
-    """bf16 weights; rates and biases of the gate stay fp32. Made once: all rows have the same
-    weights.
-    """
+    """bf16 weights; rates and biases of the gate stay fp32. Made once: all rows have the same."""
     torch.manual_seed(0)
     return KimiDeltaAttention(HIDDEN, HEAD_DIM, HEADS, device="cuda", dtype=torch.bfloat16).eval()
 
 
-def layer_inputs(device: torch.device) -> Inputs:
+def prefill_inputs(device: torch.device) -> Inputs:
     return {"hidden_states": torch.randn(1, TOKENS, HIDDEN, device=device, dtype=torch.bfloat16)}
 
 
-def layer_flops() -> int:
-    """The projections: q, k, v, o; the gates' low-rank pairs; beta."""
-    width = HEADS * HEAD_DIM
-    weights = 4 * HIDDEN * width + 2 * (HIDDEN * HEAD_DIM + HEAD_DIM * width) + HIDDEN * HEADS
-    return 2 * TOKENS * weights
+def decode_inputs(device: torch.device, sequences: int) -> Inputs:
+    """One token of each sequence, states of its own in a page each."""
+    state = layer().state_spec().allocate(sequences + 1, device=device)
+    for pages in state:
+        pages.normal_()
+    return {
+        "hidden_states": torch.randn(1, sequences, HIDDEN, device=device, dtype=torch.bfloat16),
+        "state": state,
+        "batch": KDABatch.decode(range(1, sequences + 1), device=device),
+    }
 
 
 def eager(inputs: Inputs) -> Call:
@@ -58,18 +67,40 @@ def theirs(inputs: Inputs) -> Call:
     return lambda: module(**inputs)[0]
 
 
-COMMON: dict[str, Any] = {
-    "stage": "layer",
-    "case": f"prefill-T{TOKENS}-H{HEADS}",
-    "make": layer_inputs,
-    "expected": references,
-    "bytes_moved": 2 * 2 * TOKENS * HIDDEN,
-    "flops": layer_flops(),
-}
+def layer_rows(case: str, peers: dict[str, Any], **common: Any) -> list[Row]:
+    common |= {"stage": "layer", "case": case, "expected": references}
+    mutated = ("state",) if case.startswith("decode") else ()
+    return [
+        *(
+            Row(who=f"{who}, eager", prepare=prepare, poison=False, **common)
+            for who, prepare in peers.items()
+        ),
+        Row(who=OURS, prepare=eager, mutated=mutated, **common),
+        Row(who=COMPILED, prepare=compiled, mutated=mutated, poison=False, **common),
+    ]
+
+
+def decode_rows(sequences: int) -> list[Row]:
+    states = 2 * (4 * WIDTH * HEAD_DIM + 2 * 3 * 3 * WIDTH)  # read and written
+    return layer_rows(
+        f"decode-batch{sequences}-H{HEADS}",
+        {},
+        make=lambda device: decode_inputs(device, sequences),
+        bytes_moved=2 * WEIGHTS + sequences * (states + 2 * 2 * HIDDEN),
+        flops=2 * sequences * WEIGHTS,
+    )
+
+
 ROWS = [
-    *(Row(who=f"{who}, eager", prepare=prepare, **COMMON) for who, prepare in fla(theirs).items()),
-    Row(who=OURS, prepare=eager, **COMMON),
-    Row(who=COMPILED, prepare=compiled, poison=False, **COMMON),
+    *layer_rows(
+        f"prefill-T{TOKENS}-H{HEADS}",
+        fla(theirs),
+        make=prefill_inputs,
+        bytes_moved=2 * 2 * TOKENS * HIDDEN + 2 * WEIGHTS,
+        flops=2 * TOKENS * WEIGHTS,
+    ),
+    *decode_rows(1),
+    *decode_rows(64),
 ]
 
 

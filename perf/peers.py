@@ -7,7 +7,6 @@ rows.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,8 @@ Peer = Callable[[Case], Prepare]
 
 def fla(peer: Any) -> dict[str, Any]:
     """A peer under the name that reports show, or nothing where FLA is not installed."""
-    if importlib.util.find_spec("fla") is None:
-        return {}
-    return {f"FLA {version('fla-core')}": peer}
+    installed = version("fla-core")
+    return {} if installed is None else {f"FLA {installed}": peer}
 
 
 def _gate_arguments(inputs: Inputs) -> dict[str, Any]:
