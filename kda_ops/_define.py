@@ -4,8 +4,8 @@
 
 * CPU runs the reference, CUDA runs the launcher (imported on the first launch, so that importing
   the package never loads Triton);
-* the fake implementation calls `lowering.install()` as soon as Inductor is loaded, which is after
-  tracing has started and before anything is lowered or looked up in a cache;
+* the fake implementation calls `lowering.install()` as soon as something is traced, which is before
+  anything is lowered or looked up in a cache;
 * a functional operator differentiates through an operator of its own, `<name>_backward`, whose
   implementation is the vector-Jacobian product of the reference. It is opaque to the compiler, so a
   compiled backward graph has one call per operator;
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 from kda_ops import config
 
@@ -46,8 +47,14 @@ OPERATORS: dict[Any, Operator] = {}
 
 
 def activate_lowerings() -> None:
-    """Installs the Inductor lowerings if Inductor is loaded (idempotent, cheap)."""
-    if "torch._inductor.lowering" in sys.modules:
+    """Installs the Inductor lowerings while something is being compiled (idempotent, cheap).
+
+    On the first compile of a process Dynamo traces before Inductor is imported, and AOTAutograd
+    takes its cache key before it calls a fake implementation again. Waiting for Inductor would
+    leave our sources out of that key, and a changed lowering would be served old code. So a trace
+    is enough; it loads Inductor also for another backend, which costs seconds, once.
+    """
+    if "torch._inductor.lowering" in sys.modules or TracingContext.try_get() is not None:
         import lowering
 
         lowering.install()
