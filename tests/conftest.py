@@ -1,8 +1,10 @@
 """Which tests run where:
 
-`gpu` needs a CUDA device, `interpreter` needs TRITON_INTERPRET=1, the rest needs it unset.
+`gpu` needs a CUDA device, `nixl` the package of that name, `interpreter` needs TRITON_INTERPRET=1,
+the rest needs it unset.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -23,6 +25,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             keep = torch.cuda.is_available() and not INTERPRETER
         else:
             keep = bool(item.get_closest_marker("interpreter")) == INTERPRETER
+        if item.get_closest_marker("nixl") and importlib.util.find_spec("nixl") is None:
+            keep = False
         (kept if keep else dropped).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept

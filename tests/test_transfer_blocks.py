@@ -14,7 +14,7 @@ from kda_ops.transfer.blocks import (
 )
 from tests.test_transfer_plan import hybrid
 
-STATE, KV = BlockGroup("state", 16), BlockGroup("attention", 16)
+STATE, KV = BlockGroup("state", 16, 16), BlockGroup("attention", 16, 16)
 
 
 def pages(match: GroupMatch) -> list[tuple[int, int]]:
@@ -194,8 +194,8 @@ def test_errors(
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (("ring", 16), "kind must be state or attention, got 'ring'"),
-        (("attention", 0), "divide local_block_tokens = 0, got 1"),
+        (("ring", 16, 16), "kind must be state or attention, got 'ring'"),
+        (("attention", 0, 16), "divide local_block_tokens = 0, got 1"),
         (("attention", 16, 16, 3), "local_pages_per_block .* divide .* 16, got 3"),
         (("attention", 16, 12, 1, 5), "remote_pages_per_block .* divide .* 12, got 5"),
         (("state", 16, 16, 2), "local_pages_per_block of a state must be 1, got 2"),
@@ -208,4 +208,4 @@ def test_impossible_groups(arguments: tuple[object, ...], match: str) -> None:
 
 def test_groups_of_two_engines() -> None:
     found = block_groups(hybrid(), hybrid(4, kv_block_tokens=32, kv_pages_per_block=2))
-    assert found == [BlockGroup("state", 16), BlockGroup("attention", 16, 32, 1, 2)]
+    assert found == [BlockGroup("state", 16, 16), BlockGroup("attention", 16, 32, 1, 2)]

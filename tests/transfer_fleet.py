@@ -1,6 +1,7 @@
 """Two small engines with a state group and an attention group, and what their pages must hold."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -80,6 +81,7 @@ class Content:
     kv: dict[str, np.ndarray]
 
 
+@functools.cache
 def content(tokens: int, seed: int) -> Content:
     rng = np.random.default_rng(seed)
     state = {
@@ -96,7 +98,14 @@ def content(tokens: int, seed: int) -> Content:
 class Side:
     """One rank: its engine, its pages between guards, and the bytes they are expected to hold."""
 
-    def __init__(self, transport: Transport, shape: EngineGeometry, rank: int, name: str) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        shape: EngineGeometry,
+        rank: int,
+        name: str,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         self.shape, self.rank = shape, rank
         rng = np.random.default_rng(rank)
         self.whole, self.pages = [], []
@@ -111,7 +120,7 @@ class Side:
                 [b[GUARD:-GUARD].view(group.pages, group.page_bytes) for b in buffers]
             )
         self.expected = [[b.clone() for b in buffers] for buffers in self.whole]
-        self.clock = Clock()
+        self.clock = clock or Clock()
         self.engine = TransferEngine(
             transport, shape, rank, self.pages, name=name, timeout_s=10, clock=self.clock
         )
@@ -144,6 +153,20 @@ class Side:
                     full[:, : held.shape[1]] = held
                     page = blocks[block] * group.pages_per_block + part
                     self.expect(1, layer, page)[where] = full.ravel()
+
+    def put(self, request: str, made: Content, blocks: list[list[int]], **offer: float) -> None:
+        """A prefilled request: its pages, and its offer."""
+        self.put_many([(request, made, blocks)], **offer)
+
+    def put_many(
+        self, requests: list[tuple[str, Content, list[list[int]]]], **offer: float
+    ) -> None:
+        """Several prefilled requests."""
+        for request, made, blocks in requests:
+            self.write_state(blocks[0][-1], made)
+            self.write_kv(blocks[1], made)
+            self.engine.offer(request, **offer)
+        self.fill()
 
     def fill(self) -> None:
         """Makes the pages what they are expected to be."""
@@ -199,13 +222,8 @@ class Fleet:
             reader.engine.connect(self.name, self.p, self.call)
 
     def put(self, request: str, made: Content, blocks: list[list[int]], **offer: float) -> None:
-        """A prefilled request: its pages on every source rank, and its offer."""
         for side in self.sources:
-            if blocks[0]:
-                side.write_state(blocks[0][-1], made)
-            side.write_kv(blocks[1], made)
-            side.fill()
-            side.engine.offer(request, **offer)
+            side.put(request, made, blocks, **offer)
 
     def poll(self, rounds: int = 1) -> tuple[list[Progress], list[Progress]]:
         """The progress of sources and readers, added up over some rounds."""

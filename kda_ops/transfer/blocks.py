@@ -21,7 +21,7 @@ class BlockGroup:
     Attributes:
         kind: `"state"` (a block is one running state) or `"attention"`.
         local_block_tokens: Tokens of a local block.
-        remote_block_tokens: Tokens of a remote block; None means as many.
+        remote_block_tokens: Tokens of a remote block.
         local_pages_per_block: Pages that one local block id stands for: block b is pages
             `b * ratio` to `b * ratio + ratio - 1`. States never expand.
         remote_pages_per_block: The same of the remote engine, which may have another ratio.
@@ -32,15 +32,13 @@ class BlockGroup:
 
     kind: str
     local_block_tokens: int
-    remote_block_tokens: int | None = None
+    remote_block_tokens: int
     local_pages_per_block: int = 1
     remote_pages_per_block: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in ("state", "attention"):
             raise ValueError(f"kind must be state or attention, got {self.kind!r}")
-        if self.remote_block_tokens is None:
-            object.__setattr__(self, "remote_block_tokens", self.local_block_tokens)
         for side in ("local", "remote"):
             tokens, pages = (
                 getattr(self, f"{side}_{field}") for field in ("block_tokens", "pages_per_block")
@@ -126,14 +124,15 @@ def match_blocks(
     for name, lists in (("local", local), ("remote", remote)):
         if len(lists) != len(groups):
             raise ValueError(f"{name} must have {len(groups)} lists of blocks, got {len(lists)}")
-    if computed is None or isinstance(computed, int):
-        computed = [computed] * len(groups)
-    if len(computed) != len(groups):
-        raise ValueError(f"computed must have {len(groups)} entries, got {len(computed)}")
+    hits: Sequence[int | None] = (
+        computed if isinstance(computed, Sequence) else [computed] * len(groups)
+    )
+    if len(hits) != len(groups):
+        raise ValueError(f"computed must have {len(groups)} entries, got {len(hits)}")
     return [
         (_match_state if group.kind == "state" else _match_attention)(i, ours, theirs, group, hit)
         for i, (ours, theirs, group, hit) in enumerate(
-            zip(local, remote, groups, computed, strict=True)
+            zip(local, remote, groups, hits, strict=True)
         )
     ]
 

@@ -320,13 +320,13 @@ class TransferEngine:
             }
         ).encode()
         sources: list[_Source] = []
-        geometry = None
+        geometries: list[EngineGeometry] = []
         try:
             for rank in source_ranks(tp_size, self.geometry.tp_size, self.rank):
                 card = self._read_card(call(rank, hello), engine, rank, tp_size)
-                if geometry not in (None, card["geometry"]):
+                geometries.append(card["geometry"])
+                if geometries[0] != geometries[-1]:
                     raise GeometryError(f"geometry of rank {rank} must be that of the ranks before")
-                geometry = card["geometry"]
                 sources.append(self._prepare(rank, card))
         except (OSError, TransportError) as error:
             self._drop(sources)
@@ -334,7 +334,7 @@ class TransferEngine:
         except BaseException:
             self._drop(sources)
             raise
-        self._remotes[engine] = _Remote(engine, geometry, sources)
+        self._remotes[engine] = _Remote(engine, geometries[0], sources)
         self.counters.handshakes += 1
         log.info("connected to engine %s, ranks %s", engine, [s.rank for s in sources])
 

@@ -180,6 +180,9 @@ def state_geometry(
         layers: Layers of the group.
         block_tokens: Tokens between two checkpoints of the state.
     """
+    layout, page_bytes = spec.layout, spec.page_bytes
+    if layout is None or page_bytes is None:
+        raise ValueError(f"spec must have been resolved by its constructor, got {spec}")
     dtypes = {"recurrent": str(spec.recurrent_dtype).removeprefix("torch.")}
     conv_dtype = str(spec.conv_dtype).removeprefix("torch.")
     placed = []
@@ -202,11 +205,11 @@ def state_geometry(
         kind="state",
         segments=tuple(placed),
         tp_size=spec.tp_size,
-        layout=spec.layout,
+        layout=layout,
         rows=spec.conv_length,
         block_tokens=block_tokens,
         pages_per_block=1,
-        page_bytes=spec.page_bytes,
+        page_bytes=page_bytes,
         pages=pages,
         layers=layers,
     )

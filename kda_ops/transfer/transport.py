@@ -24,13 +24,13 @@ class Region(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """`count` ranges of `nbytes`, `stride` bytes apart."""
+    """`number` ranges of `nbytes`, `stride` bytes apart."""
 
     address: int
     nbytes: int
     device: int
     stride: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    number: int
 
 
 class Transport(Protocol):
@@ -155,7 +155,7 @@ class InProcessTransport:
 
     def prepare(self, peer: str | None, ranges: Sequence[Ranges]) -> Any:
         owner = self if peer is None else self._peer(peer)
-        listed = [(r.address + i * r.stride, r.nbytes) for r in ranges for i in range(r.count)]
+        listed = [(r.address + i * r.stride, r.nbytes) for r in ranges for i in range(r.number)]
         for address, nbytes in listed:
             owner._check_registered(address, nbytes)
         self.open_lists += 1
