@@ -267,6 +267,73 @@ def fla_recurrent_kda(case: Case) -> Prepare:
     return prepare
 
 
+def fla_kda_decode(case: Case) -> Prepare:
+    """A decode step as FLA's layer makes it: three convolutions, the recurrence with norm and gate
+    in its kernel, the gated norm. One token per sequence; the convolution state is dense.
+    """
+
+    def prepare(inputs: Inputs) -> Call:
+        from fla.modules.causal_conv1d import causal_conv1d_update
+        from fla.modules.norm.fused_norm_gate import rms_norm_gated
+        from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
+
+        x, weight, state, slots = (
+            inputs[name] for name in ("x", "weight", "state", "state_indices")
+        )
+        N, (HV, V, K) = x.shape[0], state.shape[1:]
+        key_dim = (x.shape[1] - HV * V) // 2
+        sizes = [key_dim, key_dim, HV * V]
+        everyone = torch.ones(N, dtype=torch.bool, device=x.device)
+        history = _fla_conv_history({**inputs, "slots": slots}, weight.shape[1], everyone)
+        if history is None:
+            raise ValueError("inputs must hold conv_state")
+        parts = [
+            (a, b.contiguous(), c.contiguous())
+            for a, b, c in zip(
+                x.split(sizes, dim=1), history.split(sizes, dim=1), weight.split(sizes), strict=True
+            )
+        ]
+        f, z = inputs["f"].reshape(N, 1, HV, K).contiguous(), inputs["z"].reshape(N, 1, HV, V)
+        beta = inputs["beta"].reshape(N, 1, HV).contiguous()
+        bias = inputs.get("dt_bias")
+
+        def call() -> Tensor:
+            q, k, v = (
+                causal_conv1d_update(x, cache, weight=taps, activation="silu")[0].view(N, 1, -1, d)
+                for (x, cache, taps), d in zip(parts, (K, K, V), strict=True)
+            )
+            o, _ = fused_recurrent_kda_fwd(
+                q,
+                k,
+                v,
+                f,
+                beta,
+                A_log=inputs["A_log"],
+                dt_bias=None if bias is None else bias.reshape(-1),
+                initial_state=state,
+                inplace_final_state=True,
+                state_v_first=True,
+                ssm_state_indices=slots,
+                use_qk_l2norm_in_kernel=True,
+                use_gate_in_kernel=True,
+                use_beta_sigmoid_in_kernel=True,
+                allow_neg_eigval=inputs.get("beta_scale", 1.0) == 2.0,
+                lower_bound=inputs.get("lower_bound"),
+            )
+            return rms_norm_gated(
+                o,
+                z,
+                inputs["norm_weight"],
+                None,
+                activation="sigmoid",
+                eps=inputs.get("norm_eps", 1e-5),
+            )
+
+        return call
+
+    return prepare
+
+
 @functools.cache
 def fla_layer_like(ours: "KimiDeltaAttention") -> torch.nn.Module:
     """FLA's layer with the weights of ours.

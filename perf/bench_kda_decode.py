@@ -1,0 +1,13 @@
+"""A whole decode step between the projections, against FLA's kernels for the same."""
+
+from collections.abc import Callable
+
+import pytest
+
+from perf.peers import fla, fla_kda_decode
+from perf.rows import Row, operator_rows
+
+
+@pytest.mark.parametrize("row", operator_rows("kda_decode", peers=fla(fla_kda_decode)), ids=str)
+def bench_kda_decode(row: Row, measure: Callable[[Row], None]) -> None:
+    measure(row)
