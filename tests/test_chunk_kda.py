@@ -15,6 +15,7 @@ from kda_ops.chunk_kda.cases import chunk_kda_inputs, cumulative, log2_gate, wit
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import CHUNK
 from tests import test_cubin
+from tests.fake_cuda import cuda_code, summary
 from tests.operators import RunKernels, run_kernels
 from tests.oracle import copy_inputs
 
@@ -211,6 +212,19 @@ def test_kernel_error_is_below_the_peers(gate: str, sizes: dict[str, int]) -> No
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kernels_of_a_gpu_with_much_shared_memory(dtype: torch.dtype, K: int) -> None:
+    torch.manual_seed(0)
+    inputs = with_states(chunk_kda_inputs(CPU, T=150, K=K, dtype=dtype, cu_seqlens=[0, 70, 140]))
+    expected = kda_ops.chunk_kda(**copy_inputs(inputs, FP64))
+    with mock.patch.object(kernel_module(), "shared_memory", return_value=227 << 10):
+        result = run_kernels(kda_ops.chunk_kda)(**inputs)
+    for out, exact in zip(result, expected, strict=True):
+        assert relative_error(out, exact) <= FROBENIUS * torch.finfo(dtype).eps / 2**-7
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("sizes", [{}, {"K": 24, "V": 16, "dtype": torch.float32}], ids=str)
 def test_kernels_survive_any_offsets_slots_and_tables(sizes: dict[str, Any]) -> None:
     """Wrong values give some result, without a fault and without a write outside the pages."""
@@ -254,6 +268,22 @@ def test_kernel_reads_strided_inputs_where_they_are() -> None:
     assert torch.equal(launch(**across)[0], expected)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_for_a_gpu_it_is_two_launches(dynamic: bool) -> None:
+    torch.manual_seed(0)
+    inputs = with_pages(chunk_kda_inputs(CPU, T=170, cu_seqlens=[0, 70, 160]), [1, 2], [0])
+    inputs["chunks"] = chunk_table(inputs["cu_seqlens"], 170)
+    _, (code,) = cuda_code(
+        lambda **x: kda_ops.chunk_kda(**x)[0], **copy_inputs(inputs), dynamic=dynamic
+    )
+    assert summary(code).launches == ["chunk_prepare_kernel", "chunk_scan_kernel"]
+    assert not summary(code).externs
+    inputs = with_states(chunk_kda_inputs(CPU, B=2, T=170))
+    _, (code,) = cuda_code(kda_ops.chunk_kda, **inputs, dynamic=dynamic)
+    assert summary(code).launches == ["chunk_prepare_kernel", "chunk_scan_kernel"]
+    assert not summary(code).externs
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nvidia_launches_compile(dtype: torch.dtype, target: str) -> None:
@@ -281,7 +311,7 @@ def test_the_state_is_pipelined_as_far_as_shared_memory_goes() -> None:
     depths = []
     for shared in (64 << 10, 99 << 10, 163 << 10, 227 << 10):
         with mock.patch.object(kernels, "shared_memory", return_value=shared):
-            depths.append(kernels.stages(128, 32, CPU))
+            depths.append(kernels.stages(128, 32, 2, CPU))
     assert depths == [1, 1, 2, 3]
 
 

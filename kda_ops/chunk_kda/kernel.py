@@ -723,10 +723,16 @@ def value_block(V: int, programs: Any) -> int:
     return min(BV, max(16, triton.next_power_of_2(V)))
 
 
-def stages(KP: int, BV: int, device: torch.device) -> int:
-    """How many chunks' tiles are in shared memory at a time, 1 for no pipelining."""
-    chunk_bytes = 2 * (3 * 64 * KP + 64 * 64 + 64 * BV) + 4 * KP
-    return max(1, min(3, shared_memory(device) // chunk_bytes))
+def stages(KP: int, BV: int, u_bytes: int, device: torch.device) -> int:
+    """How many chunks' tiles `scan` has in shared memory at a time, 1 for no pipelining."""
+    products = 2 * BV * (KP + CHUNK)  # S and vn as operands
+    for depth in (3, 2):
+        tiles = depth * 2 * CHUNK * (3 * KP + CHUNK)
+        if tiles + (depth - 1) * (CHUNK * BV * u_bytes + 4 * KP) + products <= shared_memory(
+            device
+        ):
+            return depth
+    return 1
 
 
 def _launch(
@@ -847,7 +853,7 @@ def _launch(
             **sizes,
             BV=BV,
             HALF=q.dtype == torch.float16,
-            STAGES=stages(KP, BV, q.device),
+            STAGES=stages(KP, BV, u.element_size(), q.device),
             num_warps=4,
         )
     return o
