@@ -8,6 +8,7 @@ from kda_ops.chunk_kda import chunk_kda
 from kda_ops.conv_split import conv_split
 from kda_ops.gate import gate
 from kda_ops.gate_cumsum import gate_cumsum
+from kda_ops.kda_decode import kda_decode
 from kda_ops.l2norm import l2norm
 from kda_ops.recurrent_kda import recurrent_kda
 from kda_ops.rms_norm_gated import rms_norm_gated
@@ -21,6 +22,7 @@ __all__ = [
     "conv_split",
     "gate",
     "gate_cumsum",
+    "kda_decode",
     "l2norm",
     "recurrent_kda",
     "rms_norm_gated",

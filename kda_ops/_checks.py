@@ -56,12 +56,16 @@ def check_lower_bound(lower_bound: float | None) -> None:
 
 
 def check_gate_parameters(
-    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
+    x: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    name: str = "x",
 ) -> None:
-    """The arguments of the gate, `x [..., HV, K]`."""
-    check_dtype("x", x)
+    """The arguments of the gate, `x [..., HV, K]`, which the caller knows by `name`."""
+    check_dtype(name, x)
     if x.dim() < 2:
-        raise ValueError(f"x must have shape [..., HV, K], got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have shape [..., HV, K], got {tuple(x.shape)}")
     HV, K = x.shape[-2], x.shape[-1]
     if A_log is not None:
         check_shape("A_log", A_log, (HV,))
@@ -72,7 +76,7 @@ def check_gate_parameters(
         check_shape("dt_bias", dt_bias, (HV, K), (HV * K,))
         check_dtype("dt_bias", dt_bias)
     check_lower_bound(lower_bound)
-    check_device(x=x, A_log=A_log, dt_bias=dt_bias)
+    check_device(**{name: x, "A_log": A_log, "dt_bias": dt_bias})
 
 
 def check_chunk_size(chunk_size: int) -> None:
@@ -185,3 +189,38 @@ def check_conv_state(conv_state: Tensor, layout: str, D: int, W: int) -> None:
             f"conv_state must have shape {axes} with L at least {W - 1} in layout {layout}, "
             f"got {tuple(conv_state.shape)}"
         )
+
+
+def check_step_values(
+    state: Tensor,
+    state_indices: Tensor,
+    num_accepted: Tensor | None,
+    cu_seqlens: Tensor | None,
+    total_tokens: int,
+) -> None:
+    """Contents of the tables of a step on paged states: slots, counts and offsets."""
+    check_slot_values("state_indices", state_indices, state.shape[0])
+    table = state_indices if state_indices.dim() == 2 else state_indices[:, None]
+    owners: dict[int, int] = {}
+    for n, slots in enumerate(table.tolist()):
+        for slot in set(slots) - {0}:
+            if owners.setdefault(slot, n) != n:
+                raise ValueError(
+                    f"state_indices must not share a slot between sequences, "
+                    f"got slot {slot} for sequences {owners[slot]} and {n}"
+                )
+    columns = table.shape[1]
+    if num_accepted is not None:
+        padding = (table == 0).all(dim=1)
+        bad = (((num_accepted < 1) | (num_accepted > columns)) & ~padding).nonzero()
+        if len(bad):
+            got = int(num_accepted[bad[0]])
+            raise ValueError(f"num_accepted must be in [1, {columns}], got {got}")
+    if cu_seqlens is not None:
+        check_cu_seqlens_values(cu_seqlens, total_tokens)
+        longest = max(cu_seqlens.diff().tolist(), default=0)
+        if state_indices.dim() == 2 and longest > columns:
+            raise ValueError(
+                f"cu_seqlens must have at most {columns} tokens per sequence, one per column of "
+                f"state_indices, got {longest}"
+            )

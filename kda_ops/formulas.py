@@ -131,3 +131,129 @@ def short_convolution(
     if activation == "silu":
         y = F.silu(y)
     return torch.where(read, y, 0.0).to(x.dtype)
+
+
+def conv_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    slots: Tensor,
+    num_accepted: Tensor | None,
+    offsets: Tensor,
+    layout: str,
+) -> Tensor:
+    """`short_convolution` of new tokens against their slots, which are shifted in place.
+
+    Args:
+        x: `[T, D]`.
+        conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS.
+        weight: `[D, W]`.
+        bias: `[D]` or None.
+        activation: `"silu"` or None.
+        slots: `[N]` or `[N, columns]`, of which column 0 is taken.
+        num_accepted: `[N]` or None; looked at where the slot is not 0.
+        offsets: `[N + 1]`, int64.
+        layout: `"SD"` or `"DS"`.
+
+    Returns:
+        `[T, D]` in x's dtype.
+    """
+    past = weight.shape[1] - 1
+    state = conv_state if layout == "SD" else conv_state.transpose(1, 2)  # [slots, L, D]
+    slots = (slots[:, 0] if slots.dim() == 2 else slots).long()
+    sequences, L = slots.shape[0], state.shape[1]
+    active = slots != 0
+    first = torch.zeros_like(slots)
+    if num_accepted is not None:
+        first = torch.where(active, num_accepted.long() - 1, 0)
+    window = first[:, None] + torch.arange(past, device=x.device)
+    acc = accumulation_dtype(x)
+    history = torch.where(active[:, None, None], state[slots[:, None], window].to(acc), 0.0)
+    y = short_convolution(x, history, weight, bias, activation, offsets, active)
+
+    rows = torch.arange(L, device=x.device).expand(sequences, L)
+    sequence = torch.arange(sequences, device=x.device)[:, None].expand_as(rows)
+    new = extended_rows(history, x.to(acc), offsets, sequence, rows + 1)
+    lengths = offsets[1:] - offsets[:-1]
+    written = (active & (lengths > 0))[:, None] & (rows < past - 1 + lengths[:, None])
+    state[slots[:, None].expand_as(rows)[written], rows[written]] = new[written].to(state.dtype)
+    return y
+
+
+def l2_normalized(x: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(sum(x^2) + eps)` over the last axis, in the accumulation dtype."""
+    wide = x.to(accumulation_dtype(x))
+    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
+
+
+def gated_rms_norm(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`o / sqrt(mean(o^2) + eps) * weight * sigmoid(gate)` over the last axis, in the accumulation
+    dtype.
+    """
+    acc = accumulation_dtype(o)
+    wide = o.to(acc)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return y * weight.to(acc) * torch.sigmoid(gate.to(acc))
+
+
+def source_slots(state_indices: Tensor, num_accepted: Tensor | None) -> Tensor:
+    """The slot that each sequence continues from, `[N]`, int64, from `[N]` or `[N, columns]`."""
+    slots = (state_indices if state_indices.dim() == 2 else state_indices[:, None]).long()
+    if num_accepted is None:
+        return slots[:, 0]
+    column = num_accepted.long() - 1
+    return slots.gather(1, column.clamp(0, slots.shape[1] - 1)[:, None])[:, 0]
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    num_accepted: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """`recurrent_kda` for all sequences and heads at once, states in place.
+
+    The loop is over the tokens of the longest sequence.
+    """
+    acc = accumulation_dtype(v)
+    shape, dtype, (HV, V) = v.shape, v.dtype, v.shape[-2:]
+    groups = HV // q.shape[-2]
+    per_token = state_indices.dim() == 2
+    slots = (state_indices if per_token else state_indices[:, None]).long()  # [N, columns]
+    q, k, v, g, beta = (x.flatten(0, 1).to(acc) for x in (q, k, v, g, beta))
+    if cu_seqlens is None:
+        tokens = len(q) // max(len(slots), 1)
+        starts = torch.arange(len(slots), device=q.device) * tokens
+        lengths = torch.full_like(starts, tokens)
+    else:
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
+
+    source = source_slots(state_indices, num_accepted)
+    live = (source > 0) & (source < len(state)) & (lengths > 0)
+    S = state[source.where(live, 0)].to(acc)  # [N, HV, V, K]
+    o = torch.zeros(len(q), HV, V, dtype=acc, device=q.device)
+    for j in range(max(lengths.tolist(), default=0)):
+        n = (live & (lengths > j)).nonzero()[:, 0]
+        row = starts[n] + j
+        k_j = k[row].repeat_interleave(groups, dim=1)  # [n, HV, K]
+        q_j = q[row].repeat_interleave(groups, dim=1)
+        S_j = S[n] * g[row].exp()[:, :, None, :]
+        delta = beta[row][..., None] * (v[row] - torch.einsum("nhvk,nhk->nhv", S_j, k_j))
+        S_j = S_j + delta[..., None] * k_j[:, :, None, :]
+        o[row] = scale * torch.einsum("nhvk,nhk->nhv", S_j, q_j)
+        S[n] = S_j
+        if per_token and j < slots.shape[1]:
+            target = slots[n, j]
+            kept = (target > 0) & (target < len(state))
+            state[target[kept]] = S_j[kept].to(state.dtype)
+    if not per_token:
+        state[source[live]] = S[live].to(state.dtype)
+    return o.to(dtype).reshape(shape)

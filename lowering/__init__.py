@@ -16,6 +16,7 @@ OPERATORS = (
     "conv_split",
     "gate",
     "gate_cumsum",
+    "kda_decode",
     "l2norm",
     "recurrent_kda",
     "rms_norm_gated",

@@ -1,12 +1,9 @@
 """L2 normalisation in eager PyTorch."""
 
-import torch
 from torch import Tensor
 
-from kda_ops.formulas import accumulation_dtype
+from kda_ops.formulas import l2_normalized
 
 
 def l2norm_reference(x: Tensor, eps: float) -> Tensor:
-    wide = x.to(accumulation_dtype(x))
-    y = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
-    return y.to(x.dtype).contiguous()
+    return l2_normalized(x, eps).to(x.dtype).contiguous()

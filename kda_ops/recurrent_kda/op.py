@@ -6,12 +6,11 @@ from torch import Tensor
 from kda_ops._checks import (
     INTEGERS,
     check_cu_seqlens_shape,
-    check_cu_seqlens_values,
     check_device,
     check_dtype,
     check_rank,
     check_shape,
-    check_slot_values,
+    check_step_values,
 )
 from kda_ops._define import define_op
 from kda_ops.recurrent_kda.reference import recurrent_kda_reference
@@ -46,31 +45,7 @@ def check_recurrent_kda_values(
     scale: float,
     cu_seqlens: Tensor | None,
 ) -> None:
-    check_slot_values("state_indices", state_indices, state.shape[0])
-    table = state_indices if state_indices.dim() == 2 else state_indices[:, None]
-    owners: dict[int, int] = {}
-    for n, slots in enumerate(table.tolist()):
-        for slot in set(slots) - {0}:
-            if owners.setdefault(slot, n) != n:
-                raise ValueError(
-                    f"state_indices must not share a slot between sequences, "
-                    f"got slot {slot} for sequences {owners[slot]} and {n}"
-                )
-    columns = table.shape[1]
-    if num_accepted is not None:
-        padding = (table == 0).all(dim=1)
-        bad = (((num_accepted < 1) | (num_accepted > columns)) & ~padding).nonzero()
-        if len(bad):
-            got = int(num_accepted[bad[0]])
-            raise ValueError(f"num_accepted must be in [1, {columns}], got {got}")
-    if cu_seqlens is not None:
-        check_cu_seqlens_values(cu_seqlens, q.shape[1])
-        longest = max(cu_seqlens.diff().tolist(), default=0)
-        if state_indices.dim() == 2 and longest > columns:
-            raise ValueError(
-                f"cu_seqlens must have at most {columns} tokens per sequence, one per column of "
-                f"state_indices, got {longest}"
-            )
+    check_step_values(state, state_indices, num_accepted, cu_seqlens, q.shape[1])
 
 
 recurrent_kda_op = define_op(

@@ -1,0 +1,396 @@
+"""A whole step of decode as one Triton kernel."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kda_ops._launch import traceable
+from kda_ops.device.kernel import conv_row, conv_taps, gate_nats
+from kda_ops.kda_decode.reference import kda_decode_reference
+
+
+@triton.jit
+def rows_at(ptr, stride, count, ok, ROWS: tl.constexpr):
+    """The first `count` of ROWS rows as a tuple of vectors, zeros behind."""
+    rows = ()
+    for i in tl.static_range(ROWS):
+        rows += (tl.load(ptr + i * stride, mask=ok & (i < count), other=0.0),)
+    return rows
+
+
+@triton.jit
+def channel_bias(bias_ptr, d, ok, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        return tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(d.shape, tl.float32)
+
+
+@triton.jit
+def convolved(rows, tokens, taps, bias, W: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr):
+    """The outputs of `tokens` of TOKENS tokens as a tuple of fp32 vectors, zeros behind."""
+    outputs = ()
+    for i in tl.static_range(TOKENS):
+        y = conv_row(rows, i, taps, bias, W, SILU)
+        outputs += (tl.where(i < tokens, y, 0.0),)
+    return outputs
+
+
+@triton.jit
+def shift(ptr, stride, rows, tokens, ok, W: tl.constexpr, TOKENS: tl.constexpr):
+    """Writes `concat(history[1:], x_0 .. x_{tokens-1})`, nothing without tokens."""
+    ok &= tokens > 0
+    for keep in tl.static_range(W - 2 + TOKENS):
+        new = rows[keep + 1].to(ptr.dtype.element_ty)
+        tl.store(ptr + keep * stride, new, mask=ok & (keep < W - 2 + tokens))
+
+
+@triton.jit
+def kda_decode_kernel(
+    x_ptr,
+    conv_ptr,
+    weight_ptr,
+    bias_ptr,
+    f_ptr,
+    beta_ptr,
+    z_ptr,
+    A_log_ptr,
+    dt_bias_ptr,
+    norm_weight_ptr,
+    state_ptr,
+    indices_ptr,
+    accepted_ptr,
+    cu_ptr,
+    o_ptr,
+    N,
+    T,
+    conv_slots,
+    slots,
+    columns,
+    L,
+    stride_x_row,
+    stride_conv_slot,
+    stride_conv_row,
+    stride_conv_dim,
+    stride_f_row,
+    stride_f_head,
+    stride_beta_row,
+    stride_beta_head,
+    stride_z_row,
+    stride_z_head,
+    stride_state_slot,
+    stride_state_head,
+    stride_indices_row,
+    stride_indices_column,
+    SCALE: tl.constexpr,
+    LOWER_BOUND: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    QK_NORM_EPS: tl.constexpr,
+    STRIDE_STATE_V: tl.constexpr,
+    STRIDE_STATE_K: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    W: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    INNER_K: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    HAS_ACCEPTED: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    """One program takes all tokens of one sequence through one key head and its value heads.
+
+    Grid: sequences x H, heads fastest; with `cu_seqlens` one more sequence, the rows behind the
+    last one, which is skipped. A program alone owns its channels of both states, so it may write
+    them in place, and whole rows of V, so it can norm its output itself.
+
+    The loads that need no slot go first, then the history of the convolution, then the state, so
+    that everything else is done while the state arrives. A tile of the state is
+    [OUTER_K, BLOCK_V, INNER_K]: fewer lanes share a row than in [BLOCK_V, BLOCK_K], so most of a
+    sum over K stays within a thread. Tiles of BLOCK_V rows follow one another.
+    """
+    OUTER_K: tl.constexpr = BLOCK_K // INNER_K
+    V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    GROUP: tl.constexpr = HV // H
+    D: tl.constexpr = 2 * H * K + HV * V
+    n = (tl.program_id(0) // H).to(tl.int64)
+    h = tl.program_id(0) % H
+    i_k = tl.arange(0, BLOCK_K)
+    ok_k = i_k < K
+    tile_k = tl.arange(0, OUTER_K)[:, None, None] * INNER_K + tl.arange(0, INNER_K)[None, None, :]
+
+    first = n
+    length = tl.where(n < N, 1, 0).to(tl.int64)
+    if VARLEN:
+        first = tl.minimum(tl.maximum(tl.load(cu_ptr + n).to(tl.int64), 0), T)
+        end = tl.load(cu_ptr + n + 1, mask=n < N, other=T).to(tl.int64)
+        length = tl.minimum(tl.maximum(end, first), T) - first
+    slot = tl.load(indices_ptr + n * stride_indices_row, mask=n < N, other=0).to(tl.int64)
+    source = slot
+    past = length * 0
+    if HAS_ACCEPTED:
+        accepted = tl.load(accepted_ptr + n, mask=n < N, other=1).to(tl.int64) - 1
+        column = tl.minimum(tl.maximum(accepted, 0), columns - 1)
+        past = tl.minimum(tl.maximum(accepted, 0), L - (W - 1))
+        source_ptr = indices_ptr + n * stride_indices_row + column * stride_indices_column
+        source = tl.load(source_ptr, mask=n < N, other=0).to(tl.int64)
+    has_conv = (slot > 0) & (slot < conv_slots)
+    live = (source > 0) & (source < slots)
+    readable = tl.minimum(length, TOKENS)
+    tokens = tl.where(has_conv | live, readable, 0)
+    conv_count = tl.where(has_conv, tokens, 0)
+
+    d_q = h * K + i_k
+    d_k = H * K + d_q
+    x_ptr += first * stride_x_row
+    conv_ptr += slot * stride_conv_slot
+    past_ptr = conv_ptr + past * stride_conv_row
+    history = tl.where(conv_count > 0, W - 1, 0)
+    o_ptr += first * (HV * V)
+    for g in range(GROUP):
+        hv = h * GROUP + g
+        head = hv.to(tl.int64)
+        x_q = rows_at(x_ptr + d_q, stride_x_row, readable, ok_k, TOKENS)
+        x_k = rows_at(x_ptr + d_k, stride_x_row, readable, ok_k, TOKENS)
+        head_f_ptr = f_ptr + first * stride_f_row + head * stride_f_head + i_k
+        f = rows_at(head_f_ptr, stride_f_row, readable, ok_k, TOKENS)
+        head_beta_ptr = beta_ptr + first * stride_beta_row + head * stride_beta_head
+        beta = rows_at(head_beta_ptr, stride_beta_row, readable, True, TOKENS)
+        rate = 1.0
+        if HAS_A:
+            rate = tl.exp(tl.load(A_log_ptr + hv).to(tl.float32))
+        dt_bias = tl.zeros([BLOCK_K], tl.float32)
+        if HAS_DT_BIAS:
+            dt_bias += tl.load(dt_bias_ptr + hv * K + i_k, mask=ok_k, other=0.0).to(tl.float32)
+        bias_q = channel_bias(bias_ptr, d_q, ok_k, HAS_BIAS)
+        bias_k = channel_bias(bias_ptr, d_k, ok_k, HAS_BIAS)
+        # conv_taps masks channels from its bound on, here those of the next head
+        taps_q = conv_taps(weight_ptr, d_q, (h + 1) * K, W, BLOCK_W)
+        taps_k = conv_taps(weight_ptr, d_k, H * K + (h + 1) * K, W, BLOCK_W)
+
+        q = ()
+        k = ()
+        decay = ()
+        x_v = ()
+        outputs = ()
+        for block in tl.static_range(V_BLOCKS):
+            i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+            ok_v = i_v < V
+            d_v = 2 * H * K + hv * V + i_v
+            x_v = rows_at(x_ptr + d_v, stride_x_row, readable, ok_v, TOKENS)
+            bias_v = channel_bias(bias_ptr, d_v, ok_v, HAS_BIAS)
+            taps_v = conv_taps(weight_ptr, d_v, 2 * H * K + (hv + 1) * V, W, BLOCK_W)
+            conv_v_ptr = conv_ptr + d_v.to(tl.int64) * stride_conv_dim
+            if block == 0:
+                conv_q_ptr = conv_ptr + d_q.to(tl.int64) * stride_conv_dim
+                conv_k_ptr = conv_ptr + d_k.to(tl.int64) * stride_conv_dim
+                skip = past * stride_conv_row
+                x_q = rows_at(conv_q_ptr + skip, stride_conv_row, history, ok_k, W - 1) + x_q
+                x_k = rows_at(conv_k_ptr + skip, stride_conv_row, history, ok_k, W - 1) + x_k
+            x_v = rows_at(conv_v_ptr + skip, stride_conv_row, history, ok_v, W - 1) + x_v
+
+            tile = (
+                head * stride_state_head
+                + i_v.to(tl.int64)[None, :, None] * STRIDE_STATE_V
+                + tile_k.to(tl.int64) * STRIDE_STATE_K
+            )
+            ok = ok_v[None, :, None] & (tile_k < K)
+            S_ptr = state_ptr + source * stride_state_slot + tile
+            S = tl.load(S_ptr, mask=ok & (live & (tokens > 0)), other=0.0)
+            S = S.to(tl.float32)  # [OUTER_K, BLOCK_V, INNER_K]
+
+            if block == 0:
+                q = convolved(x_q, conv_count, taps_q, bias_q, W, TOKENS, SILU)
+                k = convolved(x_k, conv_count, taps_k, bias_k, W, TOKENS, SILU)
+            v = convolved(x_v, conv_count, taps_v, bias_v, W, TOKENS, SILU)
+            for i in tl.static_range(TOKENS):
+                o = tl.zeros([BLOCK_V], tl.float32)
+                if i < tokens:
+                    q_norm = tl.rsqrt(tl.sum(q[i] * q[i], axis=0) + QK_NORM_EPS)
+                    k_norm = tl.rsqrt(tl.sum(k[i] * k[i], axis=0) + QK_NORM_EPS)
+                    q_i = q[i] * (q_norm * SCALE)
+                    k_i = k[i] * k_norm
+                    kq = tl.sum(k_i * q_i, axis=0)
+                    z = f[i].to(tl.float32) + dt_bias
+                    decay_i = tl.exp(gate_nats(z, rate, LOWER_BOUND, BOUNDED))
+                    decay_q = (decay_i * q_i).reshape(OUTER_K, INNER_K)[:, None, :]
+                    decay_k = (decay_i * k_i).reshape(OUTER_K, INNER_K)[:, None, :]
+                    k_i = k_i.reshape(OUTER_K, INNER_K)[:, None, :]
+                    decay_i = decay_i.reshape(OUTER_K, INNER_K)[:, None, :]
+                    # with S' the decayed state, the output of the new one is S' q + delta (k q)
+                    seen = tl.sum(tl.sum(S * decay_k, axis=0), axis=1)  # [BLOCK_V]
+                    old = tl.sum(tl.sum(S * decay_q, axis=0), axis=1)
+                    write = BETA_SCALE * tl.sigmoid(beta[i].to(tl.float32))
+                    delta = write * (v[i] - seen)
+                    o = old + delta * kq
+                    S = S * decay_i + delta[:, None][None, :, :] * k_i
+                    if PER_TOKEN:
+                        target = tl.load(
+                            indices_ptr + n * stride_indices_row + i * stride_indices_column,
+                            mask=i < columns,
+                            other=0,
+                        ).to(tl.int64)
+                        kept = live & (target > 0) & (target < slots)
+                        target_ptr = state_ptr + target * stride_state_slot + tile
+                        tl.store(target_ptr, S.to(state_ptr.dtype.element_ty), mask=ok & kept)
+                outputs += (o,)
+            if not PER_TOKEN:
+                written = live & (tokens > 0)
+                tl.store(S_ptr, S.to(state_ptr.dtype.element_ty), mask=ok & written)
+            tl.debug_barrier()  # a row is not always written by the thread that read it
+            shift(conv_v_ptr, stride_conv_row, x_v, conv_count, ok_v, W, TOKENS)
+
+        for i in tl.static_range(TOKENS):
+            squares = 0.0
+            for block in tl.static_range(V_BLOCKS):
+                o = outputs[block * TOKENS + i]
+                squares += tl.sum(o * o, axis=0)
+            factor = tl.rsqrt(squares / V + NORM_EPS)
+            for block in tl.static_range(V_BLOCKS):
+                i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+                ok_v = (i_v < V) & live & (i < tokens)
+                gate_ptr = z_ptr + (first + i) * stride_z_row + head * stride_z_head
+                gate = tl.load(gate_ptr + i_v, mask=ok_v, other=0.0).to(tl.float32)
+                norm = tl.load(norm_weight_ptr + i_v, mask=ok_v, other=0.0).to(tl.float32)
+                y = outputs[block * TOKENS + i] * factor * norm * tl.sigmoid(gate)
+                y_ptr = o_ptr + i * (HV * V) + hv * V + i_v
+                tl.store(y_ptr, y.to(o_ptr.dtype.element_ty), mask=ok_v)
+        for i in range(tl.where(live, tokens, 0), length):
+            for block in tl.static_range(V_BLOCKS):
+                i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+                zero = tl.zeros([BLOCK_V], o_ptr.dtype.element_ty)
+                tl.store(o_ptr + i * (HV * V) + hv * V + i_v, zero, mask=i_v < V)
+        if g == GROUP - 1:
+            shift(conv_q_ptr, stride_conv_row, x_q, conv_count, ok_k, W, TOKENS)
+            shift(conv_k_ptr, stride_conv_row, x_k, conv_count, ok_k, W, TOKENS)
+
+
+def tile_of(V: int, K: int) -> dict[str, int]:
+    """The tile of the state that a program holds in registers, and its warps."""
+    block_k = triton.next_power_of_2(K)
+    block_v = min(triton.next_power_of_2(V), max(16384 // block_k, 1))
+    return {
+        "BLOCK_V": block_v,
+        "INNER_K": min(block_k, 64),
+        "num_warps": min(max(block_v * block_k // 2048, 1), 8),
+    }
+
+
+def launch_kda_decode(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    f: Tensor,
+    beta: Tensor,
+    z: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    norm_weight: Tensor,
+    norm_eps: float,
+    qk_norm_eps: float,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    num_accepted: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+) -> Tensor:
+    if x.dtype == torch.float64:  # the kernel computes in fp32
+        return kda_decode_reference(
+            x, conv_state, weight, bias, activation, f, beta, z, A_log, dt_bias, lower_bound,
+            beta_scale, norm_weight, norm_eps, qk_norm_eps, scale, state, state_indices,
+            num_accepted, cu_seqlens, layout,
+        )  # fmt: skip
+    HV, K, V, W = int(f.shape[-2]), int(f.shape[-1]), int(z.shape[-1]), int(weight.shape[1])
+    H = (int(x.shape[1]) - HV * V) // (2 * K)
+    T, N = x.shape[0], state_indices.shape[0]
+    o = torch.empty((1, T, HV, V), dtype=x.dtype, device=x.device)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    f, z = (_dense_rows(y, T) for y in (f, z))
+    beta = beta.reshape(T, HV)
+    stride_slot, *strides = conv_state.stride()
+    stride_row, stride_dim = strides if layout == "SD" else strides[::-1]
+    L = conv_state.shape[1 if layout == "SD" else 2]
+    varlen, per_token = cu_seqlens is not None, state_indices.dim() == 2
+    # without cu_seqlens an empty batch still launches: CUDA has no empty grid
+    sequences = N + 1 if varlen else torch.sym_max(N, 1)
+    traceable(kda_decode_kernel)[(sequences * H,)](
+        x,
+        conv_state,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        f,
+        beta,
+        z,
+        None if A_log is None else A_log.contiguous(),
+        None if dt_bias is None else dt_bias.contiguous(),
+        norm_weight.contiguous(),
+        state,
+        state_indices,
+        None if num_accepted is None else num_accepted.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        o,
+        N,
+        T,
+        conv_state.shape[0],
+        state.shape[0],
+        state_indices.shape[1] if per_token else 1,
+        L,
+        x.stride(0),
+        stride_slot,
+        stride_row,
+        stride_dim,
+        *f.stride()[:2],
+        *beta.stride(),
+        *z.stride()[:2],
+        *state.stride()[:2],
+        state_indices.stride(0),
+        state_indices.stride(1) if per_token else 0,
+        SCALE=scale,
+        LOWER_BOUND=0.0 if lower_bound is None else lower_bound,
+        BETA_SCALE=beta_scale,
+        NORM_EPS=norm_eps,
+        QK_NORM_EPS=qk_norm_eps,
+        STRIDE_STATE_V=int(state.stride(2)),
+        STRIDE_STATE_K=int(state.stride(3)),
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        W=W,
+        TOKENS=int(L) - W + 2 if varlen else 1,
+        BLOCK_K=triton.next_power_of_2(K),
+        BLOCK_W=triton.next_power_of_2(W),
+        SILU=activation == "silu",
+        HAS_BIAS=bias is not None,
+        HAS_A=A_log is not None,
+        HAS_DT_BIAS=dt_bias is not None,
+        BOUNDED=lower_bound is not None,
+        PER_TOKEN=per_token,
+        HAS_ACCEPTED=num_accepted is not None,
+        VARLEN=varlen,
+        **tile_of(V, K),
+    )
+    return o
+
+
+def _dense_rows(x: Tensor, T: int) -> Tensor:
+    """`[..., heads, dim]` as `[T, heads, dim]` with a dense last axis."""
+    x = x.reshape(T, *x.shape[-2:])
+    return x if x.stride(-1) == 1 else x.contiguous()
