@@ -130,9 +130,9 @@ def short_conv_kernel(
     for t in range(start, stop, STEP_T):
         rows = window
         for step in tl.static_range(STEP_T):
-            row_ptr = x_ptr + (t + step) * stride_x_row + d
-            row = tl.load(row_ptr, mask=ok & (t + step < stop), other=0.0)
-            rows += (row.to(wide),)
+            token_ptr = x_ptr + (t + step) * stride_x_row + d
+            token = tl.load(token_ptr, mask=ok & (t + step < stop), other=0.0)
+            rows += (token.to(wide),)
         for step in tl.static_range(STEP_T):
             y = conv_row(rows, step, taps, bias, W, SILU)
             y_row = y_ptr + (t + step) * D + d
