@@ -144,21 +144,36 @@ def test_gradients_of_a_harsh_gate_are_finite() -> None:
         assert not x.grad[:, 120:].any(), f"{name}: a padding row has a gradient"
 
 
-@pytest.mark.parametrize("pages", [False, True], ids=["functional", "paged"])
-def test_values_outside_a_sequence_do_not_reach_it(pages: bool) -> None:
+def assert_sequences_are_separate(function: Any, pages: bool, **sizes: Any) -> None:
     torch.manual_seed(0)
-    inputs = chunk_kda_inputs(CPU, T=150, K=16, V=16, cu_seqlens=[0, 40, 110, 140])
+    inputs = chunk_kda_inputs(CPU, T=150, cu_seqlens=[0, 40, 110, 140], **sizes)
     inputs = with_pages(inputs, [1, 2, 3], [0]) if pages else with_states(inputs)
     spoiled = copy_inputs(inputs)
     for name in TOKENS:
         spoiled[name][:, 40:110] = torch.nan
-    clean_o, clean_final = kda_ops.chunk_kda(**inputs)
-    o, final = kda_ops.chunk_kda(**spoiled)
+    clean_o, clean_final = function(**inputs)
+    o, final = function(**spoiled)
     if pages:
         clean_final, final = inputs["state"][1:4], spoiled["state"][1:4]
     for rows in (slice(0, 40), slice(110, 150)):
         assert torch.equal(o[:, rows], clean_o[:, rows])
     assert torch.equal(final[::2], clean_final[::2])
+    assert o[:, 40:110].isnan().all()
+
+
+@pytest.mark.parametrize("pages", [False, True], ids=["functional", "paged"])
+def test_sequences_are_separate(pages: bool) -> None:
+    assert_sequences_are_separate(kda_ops.chunk_kda, pages, K=16, V=16)
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum of a column
+@pytest.mark.parametrize(
+    "sizes", [{}, {"K": 48, "V": 16}, {"dtype": torch.float16}, {"dtype": torch.float32}], ids=str
+)
+def test_sequences_are_separate_in_kernels(sizes: dict[str, Any]) -> None:
+    sizes = {"K": 64, "V": 64, **sizes}
+    assert_sequences_are_separate(run_kernels(kda_ops.chunk_kda), True, **sizes)
 
 
 def test_pages_are_the_functional_form() -> None:

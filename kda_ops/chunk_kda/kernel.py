@@ -756,6 +756,8 @@ def _launch(
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     q, k, v, G = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, G))
+    # offsets within a chunk are 32-bit
+    q, k, v, G, beta = (x if x.stride(1) < 1 << 25 else x.contiguous() for x in (q, k, v, G, beta))
     indices, has_initial, cu_seqlens, chunks = (
         None if x is None else x.contiguous() for x in (indices, has_initial, cu_seqlens, chunks)
     )
