@@ -105,7 +105,7 @@ def function_rows(
     case: Case,
     function: Callable[..., Any],
     *,
-    peers: dict[str, Callable[[Case], Prepare]],
+    peers: dict[str, Callable[[Case], Prepare | None]],
     compile_too: bool,
 ) -> list[Row]:
     """Rows of one function on one case: the peers first, then ours, so that ours can be told as a
@@ -119,7 +119,11 @@ def function_rows(
         "bytes_moved": case.bytes_moved,
         "flops": case.flops,
     }
-    rows = [Row(who=who, prepare=peer(case), poison=False, **common) for who, peer in peers.items()]
+    rows = [
+        Row(who=who, prepare=prepare, poison=False, **common)
+        for who, peer in peers.items()
+        if (prepare := peer(case)) is not None
+    ]
     rows.append(Row(who=OURS, prepare=direct(function), mutated=case.mutated, **common))
     if compile_too:
         rows.append(
@@ -137,14 +141,14 @@ def function_rows(
 def operator_rows(
     name: str,
     *,
-    peers: dict[str, Callable[[Case], Prepare]] | None = None,
+    peers: dict[str, Callable[[Case], Prepare | None]] | None = None,
     compile_too: bool = False,
 ) -> list[Row]:
     """Rows of an operator's benchmark cases.
 
     Args:
         name: The operator, found in `kda_ops.<name>.cases`.
-        peers: Who else computes it: from the case, how to prepare a call.
+        peers: Who else computes it: from the case, how to prepare a call (None: it cannot).
         compile_too: Also measure the operator compiled (what its lowering generates).
     """
     function = getattr(kda_ops, name)
