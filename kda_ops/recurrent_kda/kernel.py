@@ -125,9 +125,12 @@ def recurrent_kda_kernel(
 
 
 def tile_of(V: int, K: int) -> dict[str, int]:
-    """Rows of the state per program, and warps: enough programs at batch 1, wide enough at 256."""
+    """Rows of the state per program, and warps: enough programs at batch 1, wide enough at 256.
+
+    Swept on an H200 at K = V = 128: 16 rows and 8 warps win from batch 1 to 64, 1 % is lost at 256.
+    """
     block_v = max(1, min(triton.next_power_of_2(V), 2048 // triton.next_power_of_2(K)))
-    return {"BLOCK_V": block_v, "num_warps": 4}
+    return {"BLOCK_V": block_v, "num_warps": 8}
 
 
 def launch_recurrent_kda(

@@ -12,7 +12,7 @@ from kda_ops.device.kernel import conv_row, conv_taps
 # time, the last W - 1 of them kept in registers.
 CONFIG = {"STEP_T": 8, "BLOCK_D": 256, "num_warps": 1}
 # A program takes up to MAX_STEPS steps, fewer where there would not be PROGRAMS of them.
-MAX_STEPS = 8
+MAX_STEPS = 2
 PROGRAMS = 4096
 
 

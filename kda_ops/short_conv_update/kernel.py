@@ -8,7 +8,7 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.device.kernel import conv_row, conv_taps
 
-CONFIG = {"BLOCK_D": 256, "num_warps": 1}
+CONFIG = {"BLOCK_D": 256, "num_warps": 2}
 
 
 @triton.jit
