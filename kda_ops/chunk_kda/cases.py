@@ -119,6 +119,14 @@ def with_pages(
     }
 
 
+def large_states(device: torch.device) -> dict[str, Any]:
+    """States that fp16 cannot hold, of outputs that it can."""
+    inputs = chunk_kda_inputs(device, T=100, dtype=torch.float16, gate="slow", v_scale=1e4)
+    inputs = with_states(inputs)
+    inputs["initial_state"] *= 1e5
+    return inputs
+
+
 def _case(name: str, **kw: Any) -> Case:
     return _made(
         name, lambda device: chunk_kda_inputs(device, **kw), kw.get("dtype", torch.bfloat16)
@@ -166,7 +174,6 @@ CASES = [
     _case("bf16-slow", T=130, gate="slow"),
     _case("bf16-bounded", T=130, gate="bounded"),
     _case("fp16", T=100, dtype=torch.float16),
-    _case("fp16-large-values", T=100, dtype=torch.float16, v_scale=1e4, gate="slow"),
     _case("fp32", T=70, K=64, V=64, dtype=torch.float32),
     _case("fp32-harsh", T=70, K=64, V=64, dtype=torch.float32, gate="harsh"),
     _case("fp32-K24-V40", T=140, K=24, V=40, dtype=torch.float32),
@@ -180,7 +187,9 @@ CASES = [
     _case("T0", T=0),
     _case("ragged", T=170, cu_seqlens=RAGGED),
     _case("ragged-general", T=170, K=32, V=48, cu_seqlens=RAGGED, index_dtype=torch.int64),
+    _case("tail", T=127, K=64, V=64, cu_seqlens=[0, 65]),
     _case("no-sequences", T=10, cu_seqlens=[0]),
+    _made("fp16-states-past-65504", large_states, torch.float16),
     _made("states", lambda d: with_states(chunk_kda_inputs(d, T=100, B=2))),
     _made("states-T0", lambda d: with_states(chunk_kda_inputs(d, T=0, B=2, K=64, V=64))),
     _made(
