@@ -309,12 +309,9 @@ class KimiDeltaAttention(nn.Module):
         x = self.qkv_proj(hidden_states)
         f = self.f_proj(hidden_states).unflatten(-1, (self.num_v_heads, self.head_k_dim))
         beta = self.b_proj(hidden_states)
-        beta = torch.sigmoid(beta.to(accumulation_dtype(beta)))
-        if self.allow_neg_eigval:
-            beta = 2 * beta
+        z = self.g_proj(hidden_states).unflatten(-1, (self.num_v_heads, self.head_v_dim))
         if batch is not None and state is not None:
-            cu_seqlens = batch.cu_seqlens
-            o = self._step(x, f, beta, state, batch, layout)
+            o = self._step(x, f, beta, z, state, batch, layout)
         else:
             slots = None
             if cu_seqlens is not None and chunks is None:
@@ -323,37 +320,47 @@ class KimiDeltaAttention(nn.Module):
                 sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
                 state = self._fresh_state(sequences + 1, x, layout)
                 slots = torch.arange(1, sequences + 1, device=x.device)
-            o = self._prefill(x, f, beta, state, slots, None, cu_seqlens, chunks, layout)
-        z = self.g_proj(hidden_states).unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        o = rms_norm_gated(o, z, self.o_norm_weight, eps=self.norm_eps)
-        if cu_seqlens is not None:
-            real = torch.arange(o.shape[1], device=o.device) < cu_seqlens[-1]
-            o = torch.where(real[:, None, None], o, 0)  # the gate of a padding row may be anything
+            o = self._prefill(x, f, beta, z, state, slots, None, cu_seqlens, chunks, layout)
         output = self.o_proj(o.flatten(-2))
         return (output, state) if output_state else output
 
     def _step(
-        self, x: Tensor, f: Tensor, beta: Tensor, state: State, batch: KDABatch, layout: str
+        self,
+        x: Tensor,
+        f: Tensor,
+        beta: Tensor,
+        z: Tensor,
+        state: State,
+        batch: KDABatch,
+        layout: str,
     ) -> Tensor:
         """One step of a server: decode rows, then prefill rows and padding."""
         if batch.num_prefills == 0:
-            return self._decode(x, f, beta, state, batch, layout)
+            return self._decode(x, f, beta, z, state, batch, layout)
         if batch.num_decodes == 0:
-            return self._prefill_pages(x, f, beta, state, batch, layout)
+            return self._prefill_pages(x, f, beta, z, state, batch, layout)
         rows = batch.num_decode_tokens
-        decoded = self._decode(x[:, :rows], f[:, :rows], beta[:, :rows], state, batch, layout)
-        prefilled = self._prefill_pages(
-            x[:, rows:], f[:, rows:], beta[:, rows:], state, batch, layout
-        )
+        decodes = (y[:, :rows] for y in (x, f, beta, z))
+        prefills = (y[:, rows:] for y in (x, f, beta, z))
+        decoded = self._decode(*decodes, state, batch, layout)
+        prefilled = self._prefill_pages(*prefills, state, batch, layout)
         return torch.cat([decoded, prefilled], dim=1)
 
     def _decode(
-        self, x: Tensor, f: Tensor, beta: Tensor, state: State, batch: KDABatch, layout: str
+        self,
+        x: Tensor,
+        f: Tensor,
+        beta: Tensor,
+        z: Tensor,
+        state: State,
+        batch: KDABatch,
+        layout: str,
     ) -> Tensor:
         """A few tokens of each decode, step by step from its pages."""
         conv, recurrent = state
-        N = batch.num_decodes
-        cu_seqlens, slots = batch.cu_seqlens[: N + 1], batch.slots[:N]
+        cu_seqlens, slots = batch.cu_seqlens, batch.slots
+        if batch.num_prefills:
+            cu_seqlens, slots = cu_seqlens[: batch.num_decodes + 1], slots[: batch.num_decodes]
         if self.use_short_conv:
             x = short_conv_update(
                 x[0],
@@ -369,20 +376,29 @@ class KimiDeltaAttention(nn.Module):
             x = F.silu(x)
         q, k, v = self._heads(x)
         g = gate(f, self.A_log, self.dt_bias, lower_bound=self.lower_bound)
-        return recurrent_kda(
+        o = recurrent_kda(
             q,
             k,
             v,
             g,
-            beta,
+            self._beta(beta),
             recurrent,
             slots,
             num_accepted=batch.num_accepted,
             cu_seqlens=cu_seqlens,
         )
+        # padding follows the last sequence of the whole batch
+        return self._norm(o, z, None if batch.num_prefills else cu_seqlens)
 
     def _prefill_pages(
-        self, x: Tensor, f: Tensor, beta: Tensor, state: State, batch: KDABatch, layout: str
+        self,
+        x: Tensor,
+        f: Tensor,
+        beta: Tensor,
+        z: Tensor,
+        state: State,
+        batch: KDABatch,
+        layout: str,
     ) -> Tensor:
         """The prompts of a step, from and into their pages."""
         slots = batch.slots[batch.num_decodes :]
@@ -390,6 +406,7 @@ class KimiDeltaAttention(nn.Module):
             x,
             f,
             beta,
+            z,
             state,
             slots if slots.dim() == 1 else slots[:, 0],
             batch.has_initial_state[batch.num_decodes :],
@@ -403,6 +420,7 @@ class KimiDeltaAttention(nn.Module):
         x: Tensor,
         f: Tensor,
         beta: Tensor,
+        z: Tensor,
         state: State | None,
         slots: Tensor | None,
         has_initial_state: Tensor | None,
@@ -439,14 +457,27 @@ class KimiDeltaAttention(nn.Module):
             k,
             v,
             G,
-            beta,
+            self._beta(beta),
             cu_seqlens=cu_seqlens,
             chunks=chunks,
             state=recurrent,
             state_indices=slots,
             has_initial_state=has_initial_state,
         )
-        return o
+        return self._norm(o, z, cu_seqlens)
+
+    def _beta(self, beta: Tensor) -> Tensor:
+        """The step size of the delta rule from its projection."""
+        beta = torch.sigmoid(beta.to(accumulation_dtype(beta)))
+        return 2 * beta if self.allow_neg_eigval else beta
+
+    def _norm(self, o: Tensor, z: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The output norm; rows past the last sequence are zero whatever their gate is."""
+        o = rms_norm_gated(o, z, self.o_norm_weight, eps=self.norm_eps)
+        if cu_seqlens is None:
+            return o
+        real = torch.arange(o.shape[1], device=o.device) < cu_seqlens[-1]
+        return torch.where(real[:, None, None], o, 0)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised q and k, and v, of the convolved channels."""
