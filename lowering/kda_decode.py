@@ -1,4 +1,4 @@
-"""The whole decode step is one hand kernel on the GPU, launched from the generated code, in place."""
+"""The whole decode step is one hand kernel on the GPU, launched from the generated code."""
 
 from typing import Any
 

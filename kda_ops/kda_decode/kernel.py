@@ -123,7 +123,6 @@ def kda_decode_kernel(
     OUTER_K: tl.constexpr = BLOCK_K // INNER_K
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     GROUP: tl.constexpr = HV // H
-    D: tl.constexpr = 2 * H * K + HV * V
     n = (tl.program_id(0) // H).to(tl.int64)
     h = tl.program_id(0) % H
     i_k = tl.arange(0, BLOCK_K)
@@ -155,7 +154,6 @@ def kda_decode_kernel(
     d_k = H * K + d_q
     x_ptr += first * stride_x_row
     conv_ptr += slot * stride_conv_slot
-    past_ptr = conv_ptr + past * stride_conv_row
     history = tl.where(conv_count > 0, W - 1, 0)
     o_ptr += first * (HV * V)
     for g in range(GROUP):
@@ -181,12 +179,14 @@ def kda_decode_kernel(
 
         q = ()
         k = ()
-        decay = ()
-        x_v = ()
+        gates = ()
         outputs = ()
         for block in tl.static_range(V_BLOCKS):
             i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
             ok_v = i_v < V
+            norm = tl.load(norm_weight_ptr + i_v, mask=ok_v, other=0.0).to(tl.float32)
+            head_z_ptr = z_ptr + first * stride_z_row + head * stride_z_head + i_v
+            z = rows_at(head_z_ptr, stride_z_row, readable, ok_v, TOKENS)
             d_v = 2 * H * K + hv * V + i_v
             x_v = rows_at(x_ptr + d_v, stride_x_row, readable, ok_v, TOKENS)
             bias_v = channel_bias(bias_ptr, d_v, ok_v, HAS_BIAS)
@@ -215,6 +215,7 @@ def kda_decode_kernel(
                 k = convolved(x_k, conv_count, taps_k, bias_k, W, TOKENS, SILU)
             v = convolved(x_v, conv_count, taps_v, bias_v, W, TOKENS, SILU)
             for i in tl.static_range(TOKENS):
+                gates += (norm * tl.sigmoid(z[i].to(tl.float32)),)
                 o = tl.zeros([BLOCK_V], tl.float32)
                 if i < tokens:
                     q_norm = tl.rsqrt(tl.sum(q[i] * q[i], axis=0) + QK_NORM_EPS)
@@ -222,8 +223,8 @@ def kda_decode_kernel(
                     q_i = q[i] * (q_norm * SCALE)
                     k_i = k[i] * k_norm
                     kq = tl.sum(k_i * q_i, axis=0)
-                    z = f[i].to(tl.float32) + dt_bias
-                    decay_i = tl.exp(gate_nats(z, rate, LOWER_BOUND, BOUNDED))
+                    raw = f[i].to(tl.float32) + dt_bias
+                    decay_i = tl.exp(gate_nats(raw, rate, LOWER_BOUND, BOUNDED))
                     decay_q = (decay_i * q_i).reshape(OUTER_K, INNER_K)[:, None, :]
                     decay_k = (decay_i * k_i).reshape(OUTER_K, INNER_K)[:, None, :]
                     k_i = k_i.reshape(OUTER_K, INNER_K)[:, None, :]
@@ -259,13 +260,10 @@ def kda_decode_kernel(
             factor = tl.rsqrt(squares / V + NORM_EPS)
             for block in tl.static_range(V_BLOCKS):
                 i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
-                ok_v = (i_v < V) & live & (i < tokens)
-                gate_ptr = z_ptr + (first + i) * stride_z_row + head * stride_z_head
-                gate = tl.load(gate_ptr + i_v, mask=ok_v, other=0.0).to(tl.float32)
-                norm = tl.load(norm_weight_ptr + i_v, mask=ok_v, other=0.0).to(tl.float32)
-                y = outputs[block * TOKENS + i] * factor * norm * tl.sigmoid(gate)
+                y = outputs[block * TOKENS + i] * factor * gates[block * TOKENS + i]
                 y_ptr = o_ptr + i * (HV * V) + hv * V + i_v
-                tl.store(y_ptr, y.to(o_ptr.dtype.element_ty), mask=ok_v)
+                y_ok = (i_v < V) & live & (i < tokens)
+                tl.store(y_ptr, y.to(o_ptr.dtype.element_ty), mask=y_ok)
         for i in range(tl.where(live, tokens, 0), length):
             for block in tl.static_range(V_BLOCKS):
                 i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -276,14 +274,17 @@ def kda_decode_kernel(
             shift(conv_k_ptr, stride_conv_row, x_k, conv_count, ok_k, W, TOKENS)
 
 
-def tile_of(V: int, K: int) -> dict[str, int]:
-    """The tile of the state that a program holds in registers, and its warps."""
+def tile_of(V: int, K: int, itemsize: int) -> dict[str, int]:
+    """The tile of the state that a program holds in registers, and its warps.
+
+    A segment of INNER_K elements is one line of 128 bytes.
+    """
     block_k = triton.next_power_of_2(K)
-    block_v = min(triton.next_power_of_2(V), max(16384 // block_k, 1))
+    block_v = min(triton.next_power_of_2(V), 16384 // block_k)
     return {
         "BLOCK_V": block_v,
-        "INNER_K": min(block_k, 64),
-        "num_warps": min(max(block_v * block_k // 2048, 1), 8),
+        "INNER_K": min(block_k, 128 // itemsize),
+        "num_warps": min(max(block_v * block_k // 2048, 1), 4),
     }
 
 
@@ -385,7 +386,7 @@ def launch_kda_decode(
         PER_TOKEN=per_token,
         HAS_ACCEPTED=num_accepted is not None,
         VARLEN=varlen,
-        **tile_of(V, K),
+        **tile_of(V, K, state.element_size()),
     )
     return o
 

@@ -41,10 +41,7 @@ def kda_decode_reference(
     """Nothing is rounded between the parts."""
     T, (HV, K), V = x.shape[0], f.shape[-2:], z.shape[-1]
     acc = accumulation_dtype(x)
-    if cu_seqlens is None:
-        offsets = torch.arange(T + 1, device=x.device)
-    else:
-        offsets = cu_seqlens.long()
+    offsets = torch.arange(T + 1, device=x.device) if cu_seqlens is None else cu_seqlens.long()
     key_dim = (x.shape[1] - HV * V) // 2
     y = conv_update(
         x.to(acc),
