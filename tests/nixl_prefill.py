@@ -19,11 +19,14 @@ from tests.transfer_fleet import Side, content, geometry
 class Host:
     """The engines of this process: name to ranks, `S...` over shared memory."""
 
-    def __init__(self, engines: dict[str, int], pages: int) -> None:
+    def __init__(self, engines: dict[str, int], pages: int, progress_thread: bool) -> None:
         self.sides = {
             name: [
                 Side(
-                    NixlTransport(environment=SHARED_MEMORY if name.startswith("S") else None),
+                    NixlTransport(
+                        environment=SHARED_MEMORY if name.startswith("S") else None,
+                        progress_thread=progress_thread,
+                    ),
                     geometry(tp, pages=pages),
                     rank,
                     name,

@@ -28,7 +28,7 @@ PAGES = 420
 class Prefill:
     """The other process."""
 
-    def __init__(self, engines: dict[str, int]) -> None:
+    def __init__(self, engines: dict[str, int], *, progress_thread: bool = False) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.nixl_prefill"],
             stdin=subprocess.PIPE,
@@ -37,7 +37,9 @@ class Prefill:
             cwd=Path(__file__).parent.parent,
             env=os.environ | {"NIXL_LOG_LEVEL": "FATAL", "OMP_NUM_THREADS": "1"},
         )
-        self.addresses = self._ask({"engines": engines, "pages": PAGES})
+        self.addresses = self._ask(
+            {"engines": engines, "pages": PAGES, "progress_thread": progress_thread}
+        )
 
     def _ask(self, message: Any) -> Any:
         self.process.stdin.write(json.dumps(message) + "\n")
@@ -51,13 +53,14 @@ class Prefill:
         addresses = {i: tuple(a) for i, a in enumerate(self.addresses[engine])}
         return tcp_caller(addresses, timeout_s=timeout_s)
 
-    def released(self, count: int) -> set[tuple[Any, ...]]:
-        """The next `count` releases."""
+    def released(self, count: int, readers: list[Side]) -> set[tuple[Any, ...]]:
+        """The next `count` releases; a notice leaves its reader while that one is polled."""
         found: set[tuple[Any, ...]] = set()
         deadline = time.monotonic() + PATIENCE_S
         while len(found) < count and time.monotonic() < deadline:
             found |= {tuple(r) for r in self.do("take_released")}
-            time.sleep(0.002)
+            for reader in readers:
+                reader.engine.poll()
         return found
 
     def send(self, number: int) -> None:
@@ -145,7 +148,7 @@ def test_every_byte_between_any_two_sizes(
         reader.check()
     ids = list(requests)[:2]
     expected = {(engine, rank, request, "done") for rank in range(p) for request in ids}
-    assert prefill.released(len(expected)) == expected
+    assert prefill.released(len(expected), readers) == expected
     prefill.do("check")
 
 
@@ -165,7 +168,9 @@ def test_two_hundred_requests_at_once(prefill: Prefill, decode: Callable[..., li
     assert {r.outcome for progress in total for r in progress.finished} == {"done"}
     for reader in readers:
         reader.check()
-    assert prefill.released(400) == {("P2", r, i, "done") for r in range(2) for i in blocks}
+    assert prefill.released(400, readers) == {
+        ("P2", r, i, "done") for r in range(2) for i in blocks
+    }
 
 
 def test_shared_memory(prefill: Prefill, decode: Callable[..., list[Side]]) -> None:
@@ -179,12 +184,12 @@ def test_shared_memory(prefill: Prefill, decode: Callable[..., list[Side]]) -> N
     reader.write_kv([1, 2, 8], content(24, 0))
     assert wait([reader], all_finished)[0].finished[0].outcome == "done"
     reader.check()
-    assert prefill.released(2) == {("S2", rank, "r", "done") for rank in range(2)}
+    assert prefill.released(2, [reader]) == {("S2", rank, "r", "done") for rank in range(2)}
 
 
 def test_a_peer_that_stalls_and_then_dies(decode: Callable[..., list[Side]]) -> None:
     """A stalled read times out but is not over: its bytes come when the peer wakes up."""
-    prefill = Prefill({"P1": 1})
+    prefill = Prefill({"P1": 1}, progress_thread=True)
     try:
         (reader,) = decode(1)
         call = prefill.call("P1", timeout_s=1)
@@ -211,7 +216,7 @@ def test_a_peer_that_stalls_and_then_dies(decode: Callable[..., list[Side]]) -> 
         reader.write_state(5, made)
         reader.write_kv([9], made, 2)
         reader.check()
-        assert prefill.released(1) == {("P1", 0, "first", "done")}
+        assert prefill.released(1, [reader]) == {("P1", 0, "first", "done")}
 
         prefill.send(signal.SIGSTOP)
         reader.engine.read("killed", "P1", [[6], [10]], REMOTE)

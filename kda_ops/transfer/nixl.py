@@ -53,6 +53,9 @@ class NixlTransport:
             process's environment has it, which is what to use between machines.
         error_handling: UCX's mode, `"peer"` or `"none"`. None is "peer", which notices the death
             of a peer, except for shared memory, where UCX only has "none".
+        progress_thread: Whether NIXL moves things on by itself, with a thread that never sleeps.
+            Without it reads and notices move while engines are polled; over TCP and shared memory
+            that means the engines of both sides.
 
     Raises:
         TransportError: NIXL or UCX cannot start.
@@ -65,6 +68,7 @@ class NixlTransport:
         memory: str = "DRAM",
         environment: dict[str, str] | None = None,
         error_handling: str | None = None,
+        progress_thread: bool = False,
     ) -> None:
         self.name = uuid.uuid4().hex if name is None else name
         self._memory = memory
@@ -72,7 +76,8 @@ class NixlTransport:
         if error_handling is None:
             error_handling = "none" if environment == SHARED_MEMORY else "peer"
         with _errors("nixl"), _environment(environment):
-            self._agent = nixl_agent(self.name, nixl_agent_config(backends=[]))
+            settings = nixl_agent_config(enable_prog_thread=progress_thread, backends=[])
+            self._agent = nixl_agent(self.name, settings)
             self._agent.create_backend("UCX", {"ucx_error_handling_mode": error_handling})
 
     def register(self, regions: Sequence[Region]) -> Any:
