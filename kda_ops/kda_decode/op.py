@@ -207,8 +207,8 @@ def kda_decode(
     for name, dim in (("f", K), ("z", V)):
         if not 1 <= dim <= 256:
             raise ValueError(f"{name} must have a head dimension in [1, 256], got {dim}")
-    H, remainder = divmod(D - HV * V, 2 * K)
-    if remainder or H < 1 or HV % H:
+    H = (D - HV * V) // (2 * K)
+    if D != 2 * H * K + HV * V or H < 1 or HV % H:
         raise ValueError(
             f"x must have shape [T, 2 H K + {HV * V}] with K = {K} and H a divisor of {HV}, "
             f"got {tuple(x.shape)}"
