@@ -13,6 +13,7 @@ from pathlib import Path
 OPERATORS = (
     "chunk_cumsum",
     "chunk_kda",
+    "chunk_kda_gated",
     "conv_split",
     "gate",
     "gate_cumsum",
@@ -21,10 +22,15 @@ OPERATORS = (
     "recurrent_kda",
     "rms_norm_gated",
     "short_conv",
+    "short_conv_qkv",
     "short_conv_update",
     "state_copy",
 )
-FUSIONS = ("fuse_cumsum_scale", "fuse_gate_cumsum")
+FUSIONS = (  # in the order in which they run
+    "fuse_cumsum_scale",
+    "fuse_gate_cumsum",
+    "fuse_kda_decode",
+)
 
 _installed = False
 
@@ -44,8 +50,10 @@ def install() -> None:
         importlib.import_module(f"lowering.{name}")
     from lowering.cache_key import install_cache_key
     from lowering.compat import lower_storage_offset
+    from lowering.rewrite import install_rewrites
 
     lower_storage_offset()
+    install_rewrites()
     install_cache_key()
 
 

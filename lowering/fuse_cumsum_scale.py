@@ -12,7 +12,6 @@ order in the loop of the multiplication. (Under `dynamic=True` a global Python f
 from typing import Any
 
 import torch
-from torch._inductor.fx_passes.post_grad import pass_patterns
 from torch._inductor.pattern_matcher import (
     CallFunction,
     KeywordArg,
@@ -21,6 +20,7 @@ from torch._inductor.pattern_matcher import (
 )
 
 from kda_ops.chunk_cumsum.op import chunk_cumsum_op
+from lowering.rewrite import pattern_pass
 
 aten = torch.ops.aten
 VIEWS = (
@@ -62,7 +62,7 @@ def widens(node: torch.fx.Node) -> bool:
 
 @register_graph_pattern(
     CallFunction(aten.mul.Tensor, KeywordArg("x"), KeywordArg("factor")),
-    pass_dict=pass_patterns[0],
+    pass_dict=pattern_pass(),
     extra_check=lambda match: bool(cumsum_and_views(match)),
 )
 def fuse_cumsum_scale(match: Match, *, x: Any, factor: Any) -> None:

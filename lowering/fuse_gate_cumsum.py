@@ -10,13 +10,13 @@ and calls library logarithms. That form stays where the producer of x can only f
 from typing import Any
 
 import torch
-from torch._inductor.fx_passes.post_grad import pass_patterns
 from torch._inductor.pattern_matcher import Arg, CallFunction, Match, register_graph_pattern
 
 from kda_ops.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.formulas import RCP_LN2
 from kda_ops.gate.op import gate_op
 from kda_ops.gate_cumsum.op import gate_cumsum_op
+from lowering.rewrite import pattern_pass
 
 aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -53,7 +53,7 @@ def fuses_forward(x: torch.fx.Node) -> bool:
 
 @register_graph_pattern(
     CallFunction(chunk_cumsum_op, Arg(), Arg(), Arg(), Arg(), Arg()),
-    pass_dict=pass_patterns[1],
+    pass_dict=pattern_pass(),
     extra_check=lambda match: bool(gate_and_views(match)),
 )
 def fuse_gate_cumsum(match: Match, g: Any, chunk_size: int, _: float, *table: Any) -> None:

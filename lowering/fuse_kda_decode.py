@@ -1,0 +1,185 @@
+"""A decode step of a layer, between its projections, is one kernel.
+
+    q, k, v = split(short_conv_update(x));  q, k = l2norm(q), l2norm(k)
+    o = recurrent_kda(q, k, v, gate(f), beta_scale * sigmoid(beta))
+    rms_norm_gated(o, z)
+    kda_decode(x, f, beta, z)
+
+Both states are written in place by the one kernel. A `where` that clears the padding rows after the
+last sequence goes too: the kernel writes zeros there.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from kda_ops.kda_decode.op import kda_decode_op
+from kda_ops.l2norm.op import l2norm_op
+from kda_ops.recurrent_kda.op import recurrent_kda_op
+from kda_ops.rms_norm_gated.op import rms_norm_gated_op
+from kda_ops.short_conv_update.op import short_conv_update_op
+from lowering.heads import heads_of
+from lowering.parts import beta_under, gate_under
+from lowering.rewrite import (
+    Call,
+    Found,
+    emit,
+    moved,
+    only_user,
+    origin,
+    register,
+    reshape,
+    same,
+    same_shape,
+    value,
+)
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def pattern(node: fx.Node) -> Found | None:
+    step: Any = Call.of(node)
+    conv = conv_under(step.args["q"])
+    o = step.result()
+    if conv is None or o is None:
+        return None
+    packed = conv.result()
+    heads = None if packed is None else heads_of(packed)
+    if heads is None:
+        return None
+    inner = [*conv.nodes(), *heads.inner, *step.nodes()]
+    for name in ("q", "k", "v"):
+        source, path = origin(step.args[name])
+        inner += [source, *path]
+    gate, beta = gate_under(step.args["g"]), beta_under(step.args["beta"])
+    inner += ([] if gate is None else gate.inner) + ([] if beta is None else beta[2])
+    path = moved(o)
+    norm = Call.of(only_user(path[-1]))
+    if norm is None or norm.op is not rms_norm_gated_op or norm.args["o"] is not path[-1]:
+        norm = None
+    y = o
+    if norm is not None:
+        y = norm.node
+        inner += [*path, y]
+        cleared = clearing(y, step.args["cu_seqlens"])
+        if cleared is not None:
+            y = cleared
+            inner += [y]
+    states = [new for call in (conv, step) for _, new in call.new_bases()]
+    read = [*conv.inputs(), *step.inputs()]
+    read += [] if gate is None else gate.args.values()
+    read += [] if beta is None else [beta[0]]
+    read += [] if norm is None else norm.inputs()
+    inputs = [n for n in read if isinstance(n, fx.Node) and n not in inner]
+    found = {"conv": conv, "step": step, "heads": heads, "gate": gate, "beta": beta}
+    found |= {"norm": norm, "y": y}
+    return Found(inner, [y, *states], inputs, found)
+
+
+def conv_under(q: Any) -> Call | None:
+    """The convolution update that the queries come from, whatever is done to them."""
+    while isinstance(q, fx.Node) and q.op == "call_function":
+        call = Call.of(q)
+        if call is not None and call.op is short_conv_update_op:
+            return call
+        if call is not None and call.op is not l2norm_op:
+            return None
+        q = q.args[0]
+    return None
+
+
+def clearing(y: fx.Node, cu_seqlens: Any) -> fx.Node | None:
+    """The `where` that keeps the rows of `y [1, T, HV, V]` before `cu_seqlens[-1]` alone."""
+    where = only_user(y)
+    if where is None or where.target is not aten.where.self or where.args[1] is not y:
+        return None
+    zero = where.args[2]
+    if isinstance(zero, fx.Node):
+        if zero.target is not aten.full.default or value(zero).dim():
+            return None
+        zero = zero.args[1]
+    less, _ = origin(where.args[0])
+    T = value(y).shape[-3]
+    shape = value(where.args[0]).shape
+    if zero != 0 or less.target is not aten.lt.Tensor or not same_shape(shape[-3:], (T, 1, 1)):
+        return None
+    row, end = less.args
+    end, _ = origin(end)
+    if row.target is not prims.iota.default or end.target is not aten.select.int:
+        return None
+    counts = not row.kwargs.get("start") and row.kwargs.get("step") == 1
+    last = len(value(end.args[0]).shape) == 1 and same(end.args[0], cu_seqlens)
+    return where if counts and last and end.args[1:] == (0, -1) else None
+
+
+def guard(found: Found) -> str | None:
+    conv, step, norm = (found.values[name] for name in ("conv", "step", "norm"))
+    reason = found.values["heads"].guard()
+    if reason is not None:
+        return reason
+    heads = found.values["heads"]
+    for name, expected in zip("qkv", [*[n.node for n in heads.norms], heads.parts[2]], strict=True):
+        if origin(step.args[name])[0] is not expected:
+            return f"{name} is not the {name} of {conv.node.name}"
+    if found.values["gate"] is None:
+        return "g is not a gate"
+    if found.values["beta"] is None:
+        return "beta is not a sigmoid, or twice one"
+    if norm is None:
+        return f"{step.result().name} does not go into rms_norm_gated alone"
+    if not same_shape(value(norm.node).shape[-2:], value(step.result()).shape[-2:]):
+        return f"{norm.node.name} does not normalise the value heads"
+    for ours, theirs in (
+        ("state_indices", "slots"),
+        ("num_accepted", "num_accepted"),
+        ("cu_seqlens", "cu_seqlens"),
+    ):
+        if not same(step.args[ours], conv.args[theirs]):
+            return f"{conv.node.name} and {step.node.name} have other {ours}"
+    tokens, one = value(step.args["q"]).shape[:2], value(conv.args["x"]).dim() == 2
+    if step.args["cu_seqlens"] is None and not (one and same_shape(tokens[1:], (1,))):
+        return "several tokens per sequence without cu_seqlens"
+    return state_used_between(conv, step)
+
+
+def state_used_between(conv: Call, step: Call) -> str | None:
+    """Whether a state is read or written by others between the two writes."""
+    news = [new for _, new in conv.new_bases()]
+    for new in news:
+        for user in new.users:
+            if user is not step.node and user < step.node:
+                return f"{user.name} uses the convolution state before the recurrence"
+    for base in step.bases():
+        if base not in news and conv.node < base:
+            return f"{base.name} is the recurrent state, written after the convolution"
+        if base in news and len(base.users) > 1:
+            return f"{base.name} is used before the recurrence"
+    return None
+
+
+def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
+    conv, step, norm = (found.values[name] for name in ("conv", "step", "norm"))
+    beta, factor, _ = found.values["beta"]
+    heads, gate, y = (found.values[name] for name in ("heads", "gate", "y"))
+    x, z = conv.args["x"], norm.args["gate"]
+    T, D = value(x).shape[-2:]
+    HV, V = value(z).shape[-2:]
+    args = {
+        **step.args,
+        **conv.args,
+        **gate.args,
+        "x": reshape(graph, x, (T, D)),
+        "f": reshape(graph, gate.args["x"], (1, T, *value(step.args["g"]).shape[-2:])),
+        "beta": reshape(graph, beta, (1, T, HV)),
+        "z": reshape(graph, z, (1, T, HV, V)),
+        "beta_scale": factor,
+        "norm_weight": norm.args["weight"],
+        "norm_eps": norm.args["eps"],
+        "qk_norm_eps": heads.norm_eps,
+    }
+    (new,), states = emit(graph, kda_decode_op, args, conv, step)
+    return {y: reshape(graph, new, value(y).shape)} | states
+
+
+register("kda_decode", (recurrent_kda_op,), pattern, guard, replacement)

@@ -1,0 +1,88 @@
+"""What several rewrites recognise: the raw beta under a sigmoid, the raw input under a gate."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from kda_ops.chunk_cumsum.op import chunk_cumsum_op
+from kda_ops.formulas import CHUNK, RCP_LN2
+from kda_ops.gate.op import gate_op
+from kda_ops.gate_cumsum.op import gate_cumsum_op
+from lowering.rewrite import Call, origin, same, same_shape, value, wide_origin, widens
+
+aten = torch.ops.aten
+SAME_NUMBER = 1e-12
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A gate under an operator's argument.
+
+    Attributes:
+        inner: Its nodes, from the operator that takes the raw input on.
+        args: `x`, `A_log`, `dt_bias` and `lower_bound`.
+        reason: Why it is not the gate that was looked for, or None.
+    """
+
+    inner: list[fx.Node]
+    args: dict[str, Any]
+    reason: str | None = None
+
+
+def gate_under(g: fx.Node) -> Gate | None:
+    """The gate in nats that an argument is."""
+    node, path = wide_origin(g)
+    call = Call.of(node)
+    if call is None or call.op is not gate_op:
+        return None
+    return Gate([node, *path], gate_args(call))
+
+
+def cumulative_gate_under(G: fx.Node, cu_seqlens: Any, chunks: Any) -> Gate | None:
+    """The cumulative gate in log2 that an argument is, as one operator or as two."""
+    node, path = origin(G)
+    call = Call.of(node)
+    if call is None or call.op not in (gate_cumsum_op, chunk_cumsum_op):
+        return None
+    inner = [node, *path]
+    reason = None
+    if call.op is gate_cumsum_op:
+        args = gate_args(call)
+    else:
+        gate = gate_under(call.args["g"])
+        if gate is None:
+            return None
+        inner, args = [*gate.inner, *inner], gate.args
+        if abs(call.args["scale"] / RCP_LN2 - 1) > SAME_NUMBER:
+            reason = f"the scale of {node.name} is {call.args['scale']}, not 1 / ln 2"
+    if call.args["chunk_size"] != CHUNK:
+        reason = f"the chunk size of {node.name} is {call.args['chunk_size']}, not {CHUNK}"
+    for name, expected in (("cu_seqlens", cu_seqlens), ("chunks", chunks)):
+        if not same(call.args[name], expected):
+            reason = f"{node.name} has other {name}"
+    if not same_shape(value(node).shape, value(G).shape):
+        reason = f"{node.name} is used in another shape"
+    return Gate(inner, args, reason)
+
+
+def gate_args(call: Call) -> dict[str, Any]:
+    return {name: call.args[name] for name in ("x", "A_log", "dt_bias", "lower_bound")}
+
+
+def beta_under(beta: fx.Node) -> tuple[fx.Node, float, list[fx.Node]] | None:
+    """`(raw beta, factor, nodes)` of `factor * sigmoid(raw beta)`, the factor 1 or 2."""
+    node, inner = wide_origin(beta)
+    factor = 1.0
+    if node.target is aten.mul.Tensor and node.args[1] in (1, 2):
+        factor = float(node.args[1])
+        inside, path = wide_origin(node.args[0])
+        inner = [*path, node, *inner]
+        node = inside
+    if node.target is not aten.sigmoid.default:
+        return None
+    raw = node.args[0]
+    while widens(raw):
+        raw = raw.args[0]
+    return raw, factor, [node, *inner]

@@ -1,0 +1,192 @@
+"""A decode step written with small operators becomes one kernel, and where it does not."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import kda_ops
+from tests.rewritten import Rewritten, rewritten
+
+H, HV, K, V, W, T, SLOTS = 2, 4, 8, 16, 3, 3, 5
+KEY, VALUE = H * K, HV * V
+D = 2 * KEY + VALUE
+SMALL = ["short_conv_update", "l2norm", "l2norm", "gate", "recurrent_kda", "rms_norm_gated"]
+
+
+class Step:
+    """A decode step as a model author writes it; what a test changes is an attribute."""
+
+    layout = "SD"
+    lower_bound: float | None = None
+    norm_eps = (1e-6, 1e-6)
+    cleared = True
+    varlen = True
+
+    def __call__(self, x, f, beta, z, conv, state, slots, cu, weight, A_log, bias, o_weight):
+        if not self.varlen:
+            cu = None
+        y = self.convolve(x, conv, weight, slots, cu)[None]
+        q, k, v = y.split([KEY, KEY, VALUE], dim=-1)
+        q = self.normalise(q.unflatten(-1, (H, K)), self.norm_eps[0])
+        k = self.normalise(k.unflatten(-1, (H, K)), self.norm_eps[1])
+        v = v.unflatten(-1, (HV, V))
+        g = self.decay(f, A_log, bias)
+        step = torch.sigmoid(beta.float() if beta.dtype != torch.float64 else beta)
+        heads = (q, k, v, g, self.scaled(step))
+        if cu is None:
+            heads = tuple(y.transpose(0, 1) for y in heads)
+        o = kda_ops.recurrent_kda(*heads, self.between(state, conv), slots, cu_seqlens=cu)
+        o = o.view(1, T, HV, V) if cu is None else o
+        return self.finish(o, z, o_weight, cu)
+
+    def convolve(self, x, conv, weight, slots, cu):
+        return kda_ops.short_conv_update(
+            x, conv, weight, slots=slots, cu_seqlens=cu, layout=self.layout
+        )
+
+    def normalise(self, x, eps):
+        return kda_ops.l2norm(x, eps=eps)
+
+    def decay(self, f, A_log, bias):
+        return kda_ops.gate(f, A_log, bias, lower_bound=self.lower_bound)
+
+    def scaled(self, step):
+        return step
+
+    def between(self, state, conv):
+        return state
+
+    def finish(self, o, z, o_weight, cu):
+        y = kda_ops.rms_norm_gated(o, z, o_weight)
+        if cu is None or not self.cleared:
+            return y
+        real = torch.arange(y.shape[1], device=y.device) < cu[-1]
+        return torch.where(real[:, None, None], y, 0)
+
+
+def doubled(self, step):
+    return 2 * step
+
+
+def compiled(step: Callable[..., Tensor], dynamic: bool = False, **changed: Tensor) -> Rewritten:
+    torch.manual_seed(0)
+    bf16 = {"dtype": torch.bfloat16}
+    layout = getattr(step, "layout", "SD")
+    inputs = {
+        "x": torch.randn(T, D, **bf16),
+        "f": torch.randn(1, T, HV, K, **bf16),
+        "beta": torch.randn(1, T, HV, **bf16),
+        "z": torch.randn(1, T, HV, V, **bf16),
+        "conv": torch.randn(SLOTS, *((W - 1, D) if layout == "SD" else (D, W - 1)), **bf16),
+        "state": torch.randn(SLOTS, HV, V, K),
+        "slots": torch.tensor([2, 0, 4]),
+        "cu": torch.tensor([0, 1, 2, 3], dtype=torch.int32),
+        "weight": torch.randn(D, W, **bf16),
+        "A_log": torch.randn(HV),
+        "bias": torch.randn(HV * K),
+        "o_weight": torch.randn(V),
+    }
+    return rewritten(step, *(inputs | changed).values(), dynamic=dynamic, written=(4, 5))
+
+
+def variant(**attributes: object) -> Step:
+    """A step with other attributes or methods."""
+    return type("Variant", (Step,), attributes)()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"layout": "DS", "lower_bound": -5.0, "scaled": doubled},
+        {"varlen": False},
+        {"cleared": False},
+    ],
+    ids=["plain", "DS-bounded-negative", "one-each", "padding-kept"],
+)
+def test_a_step_is_one_operator(attributes: dict[str, object], dynamic: bool) -> None:
+    found = compiled(variant(**attributes), dynamic=dynamic)
+    assert found.refused == []
+    assert found.fired == ["kda_decode"]
+    assert found.operators == ["kda_decode"]
+    assert found.copies == 0
+
+
+def test_padding_rows_stay_zero_whatever_their_gate() -> None:
+    z = torch.full((1, T, HV, V), torch.nan, dtype=torch.bfloat16)
+    z[:, :1] = 1
+    cu = torch.tensor([0, 1, 1, 1], dtype=torch.int32)
+    assert compiled(Step(), z=z, cu=cu).operators == ["kda_decode"]
+
+
+def unnormalised(self, x, eps):
+    return x
+
+
+def nats(self, f, A_log, bias):
+    return -torch.exp(f.float() if f.dtype != torch.float64 else f)
+
+
+def both(self, o, z, o_weight, cu):
+    return kda_ops.rms_norm_gated(o, z, o_weight), o
+
+
+def unfinished(self, o, z, o_weight, cu):
+    return o * 2
+
+
+def erased(self, state, conv):
+    state.mul_(0.5)
+    return state
+
+
+def conv_erased(self, state, conv):
+    conv.mul_(0.5)
+    return state
+
+
+def tripled(self, x, eps):
+    return kda_ops.l2norm(x, eps=eps) * 3
+
+
+def axis(self, o, z, o_weight, cu):
+    y = kda_ops.rms_norm_gated(o.flatten(-2), z.flatten(-2), o_weight.repeat(HV))
+    return y.unflatten(-1, (HV, V))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({"norm_eps": (1e-6, 1e-5)}, "different eps"),
+        ({"scaled": lambda self, step: 3 * step}, "beta is not"),
+        ({"normalise": tripled}, "is not the q of"),
+        ({"decay": nats}, "g is not a gate"),
+        ({"finish": both}, "does not go into rms_norm_gated alone"),
+        ({"finish": unfinished}, "does not go into rms_norm_gated alone"),
+        ({"finish": axis}, "does not normalise the value heads"),
+        ({"between": erased}, "is the recurrent state, written after"),
+        ({"between": conv_erased}, "uses the convolution state before"),
+    ],
+)
+def test_it_stays_where_the_guard_says_so(attributes: dict[str, object], reason: str) -> None:
+    found = compiled(variant(**attributes))
+    assert "kda_decode" not in found.operators
+    assert [name for name, why in found.refused if reason in why] == ["kda_decode"]
+
+
+def test_it_stays_without_norms() -> None:
+    found = compiled(variant(normalise=unnormalised))
+    assert "kda_decode" not in found.operators
+    assert "short_conv_update" in found.operators
+
+
+def test_other_slots_stay() -> None:
+    def other(self, x, conv, weight, slots, cu):
+        return kda_ops.short_conv_update(x, conv, weight, slots=slots.flip(0), cu_seqlens=cu)
+
+    found = compiled(variant(convolve=other))
+    assert "kda_decode" not in found.operators
+    assert "other state_indices" in found.refused[0][1]
