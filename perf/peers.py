@@ -336,60 +336,6 @@ def fla_kda_decode(case: Case) -> Prepare | None:
     return prepare
 
 
-def fla_kda_decode(case: Case) -> Prepare:
-    """FLA's layer between the projections: three convolutions, the step kernel on the same paged
-    states, the gated norm. One token per sequence.
-    """
-
-    def prepare(inputs: Inputs) -> Call:
-        from fla.modules.causal_conv1d import causal_conv1d_update
-        from fla.modules.norm.fused_norm_gate import rms_norm_gated
-        from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
-
-        (HV, K), V = inputs["f"].shape[-2:], inputs["z"].shape[-1]
-        x, weight = inputs["x"], inputs["weight"]
-        key_dim = (x.shape[1] - HV * V) // 2
-        sizes = [key_dim, key_dim, HV * V]
-        everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        slots = {"slots": inputs["state_indices"]}
-        history = _fla_conv_history(inputs | slots, weight.shape[1], everyone)
-        convolutions = [
-            {"x": part, "cache": cache, "weight": w, "activation": inputs["activation"]}
-            for part, cache, w in zip(
-                (part.contiguous() for part in x.split(sizes, dim=1)),
-                (part.contiguous() for part in history.split(sizes, dim=1)),
-                (part.contiguous() for part in weight.split(sizes)),
-                strict=True,
-            )
-        ]
-        f, beta, z = (inputs[name][0].unsqueeze(1).contiguous() for name in ("f", "beta", "z"))
-        rates = {name: inputs[name] for name in ("A_log", "dt_bias")}
-
-        def call() -> Tensor:
-            q, k, v = (causal_conv1d_update(**arguments)[0] for arguments in convolutions)
-            o, _ = fused_recurrent_kda_fwd(
-                q.view(-1, 1, key_dim // K, K),
-                k.view(-1, 1, key_dim // K, K),
-                v.view(-1, 1, HV, V),
-                f,
-                beta,
-                **rates,
-                initial_state=inputs["state"],
-                inplace_final_state=True,
-                state_v_first=True,
-                ssm_state_indices=inputs["state_indices"],
-                use_qk_l2norm_in_kernel=True,
-                use_gate_in_kernel=True,
-                use_beta_sigmoid_in_kernel=True,
-                lower_bound=inputs.get("lower_bound"),
-            )
-            return rms_norm_gated(o, z, inputs["norm_weight"], None, activation="sigmoid", eps=1e-5)
-
-        return call
-
-    return prepare
-
-
 @functools.cache
 def fla_layer_like(ours: "KimiDeltaAttention") -> torch.nn.Module:
     """FLA's layer with the weights of ours.
