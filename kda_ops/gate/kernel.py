@@ -28,9 +28,13 @@ def gate_kernel(
     HAS_BIAS: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    """One program computes BLOCK_ROWS rows x [K] of one head. Grid: (row blocks, HV)."""
-    h = tl.program_id(1)
-    r = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    """One program computes BLOCK_ROWS rows x [K] of one head.
+
+    Grid: (row blocks * HV), heads innermost, so that neighbours read and write neighbouring memory.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    h = pid % HV
+    r = (pid // HV) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     k = tl.arange(0, BLOCK_K)
     ok = (r < rows)[:, None] & (k < K)[None, :]
     z = tl.load(
@@ -61,7 +65,7 @@ def launch_gate(
     block_rows = max(1, 4096 // block_k)
     if rows == 0:
         return g
-    traceable(gate_kernel)[(triton.cdiv(rows, block_rows), HV)](
+    traceable(gate_kernel)[(triton.cdiv(rows, block_rows) * HV,)](
         flat,
         A_log,
         bias,

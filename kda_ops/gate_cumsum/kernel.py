@@ -113,7 +113,9 @@ def launch_gate_cumsum(
         x = x.contiguous()
     bias = None if dt_bias is None else dt_bias.contiguous()
     rows = triton.cdiv(T, chunk_size) if chunks is None else chunks.shape[0]
-    block = min(512, triton.next_power_of_2(HV * K))
+    # swept on an H200 at HV * K = 4096: 32 loads in flight beat 16 by 6 %, 128 to 512 channels are
+    # alike
+    block = min(256, triton.next_power_of_2(HV * K))
     traceable(gate_cumsum_kernel)[(B * rows * triton.cdiv(HV * K, block),)](
         x,
         A_log,
@@ -133,7 +135,7 @@ def launch_gate_cumsum(
         HV=HV,
         K=K,
         BLOCK=block,
-        STEP=16,
+        STEP=min(chunk_size, 32),
         HAS_A=A_log is not None,
         HAS_BIAS=bias is not None,
         BOUNDED=lower_bound is not None,
