@@ -1,0 +1,110 @@
+"""Prefill and decode on different engines give the tokens of one process."""
+
+import argparse
+
+import pytest
+import torch
+
+from kda_ops.__main__ import main
+from kda_ops.pd_demo import serve
+from kda_ops.pd_demo.model import Caches, Stack, StackConfig
+from kda_ops.pd_demo.sequence import Sequences
+
+
+def alone(**config: object) -> Sequences:
+    made = StackConfig(**config)
+    return Sequences(Stack(made), Caches(made, 1))
+
+
+@pytest.mark.nixl
+@pytest.mark.parametrize(
+    ("prefill", "decode", "layout", "spec"),
+    [
+        (1, 1, "SD", 2),
+        (1, 2, "DS", 2),
+        (1, 4, "DS", 0),
+        (2, 1, "DS", 0),
+        (2, 2, "SD", 0),
+        (2, 4, "DS", 2),
+        (4, 1, "DS", 2),
+        (4, 2, "DS", 1),
+        (4, 4, "DS", 3),
+    ],
+)
+def test_any_two_sizes_give_the_tokens_of_one_process(
+    capsys: pytest.CaptureFixture[str], prefill: int, decode: int, layout: str, spec: int
+) -> None:
+    arguments = ["--prefill-tp", prefill, "--decode-tp", decode, "--layout", layout]
+    arguments += ["--spec", spec, "--tokens", 17, "--layers", "KKA"]
+    status = main(["pd-demo", *map(str, arguments)])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert printed.count(" equal") >= 7
+    for hit in ("none", "partial", "full", "all but the state"):
+        assert f"  {hit} " in printed
+    for segment in ("kda.q", "kda.k", "kda.v", "kda.recurrent", "kv.k", "kv.v"):
+        assert segment in printed
+    if spec:
+        kept = printed.split("steps by tokens kept")[1].splitlines()[0]
+        assert all(f"{n}:" in kept for n in range(1, 2 + spec)), kept
+
+
+@pytest.mark.nixl
+def test_a_wrong_token_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = serve.answer_alone
+
+    def wrong(alone: Sequences, tokens: list[int], count: int) -> list[int]:
+        made = right(alone, tokens, count)
+        return [*made[:-1], (made[-1] + 1) % 256]
+
+    monkeypatch.setattr(serve, "answer_alone", wrong)
+    assert main(["pd-demo", "--decode-tp", "1", "--tokens", "17", "--layers", "KKA"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("DIFFERENT") == 7
+    assert "plain: expected [" in printed
+
+
+def test_without_nixl_it_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    assert main(["pd-demo"]) == 2
+    assert "pip install --no-deps nixl" in capsys.readouterr().out
+
+
+def test_too_few_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.run(argparse.Namespace(tokens=16)) == 2
+    assert "--tokens must be at least 17, got 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["SD", "DS"])
+def test_speculative_steps_on_checkpoints_give_the_plain_tokens(layout: str) -> None:
+    """On one process: drafts, right and wrong, change nothing; its own checkpoints are used."""
+    prompt = list(serve.TEXT[:50])
+    expected = serve.answer_alone(alone(layout=layout), prompt, 40)
+    sequences = alone(layout=layout, num_spec=3)
+    _, (table, blocks) = sequences.prefill(prompt[:-1])
+    drafts = serve.spoil(expected, 256, 0)
+    tokens, kept = sequences.generate(list(prompt), 40, table, blocks, drafts)
+    assert tokens == expected
+    assert set(kept) == {1, 2, 3, 4}
+
+    longer = prompt + expected
+    hit = sequences.hit(longer[:80])
+    assert len(hit.blocks) == 5
+    assert hit.state is not None
+    again, _ = sequences.generate(longer[:81], 9, [0, 0, 0, 0, hit.state], hit.blocks)
+    assert again == longer[81:90]
+
+
+def test_a_state_that_is_wrong_shows_in_the_tokens() -> None:
+    prompt = list(serve.TEXT[:50])
+    expected = serve.answer_alone(alone(), prompt, 12)
+    for spoiled in ("conv", "recurrent", "kv"):
+        sequences = alone()
+        _, (table, blocks) = sequences.prefill(prompt[:-1])
+        torch.neg(x := getattr(sequences.caches, spoiled), out=x)
+        tokens, _ = sequences.generate(list(prompt), 12, table, blocks)
+        assert tokens != expected
