@@ -55,10 +55,12 @@ class Heads:
 def heads_of(packed: fx.Node) -> Heads | None:
     """The parts that `[..., D]` is cut into along its last axis, if they are q, k and v."""
     path = moved(packed)
-    cuts, parts = channels(path[-1])
     D = value(packed).shape[-1]
+    if not isinstance(D, int) or value(path[-1]).shape[-1] != D:
+        return None
+    cuts, parts = channels(path[-1])
     edges = [edge for edge, _ in parts]
-    if len(parts) != 3 or value(path[-1]).shape[-1] != D:
+    if len(parts) != 3:
         return None
     (q0, q1), (k0, k1), (v0, v1) = edges
     if (q0, q1, k1, v0, v1) != (0, k0, 2 * q1, k1, D):

@@ -135,8 +135,14 @@ class Rewrite:
             return str(error)
         for old, new in news.items():
             old.replace_all_uses_with(new)
-        for node in sorted(set(found.inner), reverse=True):
+        unused = [node for inner in found.inner for node in inner.all_input_nodes]
+        for node in sorted(found.inner, reverse=True):
             graph.erase_node(node)
+        while unused:  # casts and views of what was read, which would count as users of it
+            node = unused.pop()
+            if not node._erased and not node.users and (moves(node) or widens(node)):
+                unused += node.all_input_nodes
+                graph.erase_node(node)
         stable_topological_sort(graph)
         return None
 

@@ -36,14 +36,17 @@ class Rewritten:
 
 
 def rewritten(
-    function: Callable[..., Any], *args: Any, dynamic: bool = False, written: tuple[int, ...] = ()
+    function: Callable[..., Any],
+    *args: Any,
+    dynamic: bool | dict[int, int] = False,
+    written: tuple[int, ...] = (),
 ) -> Rewritten:
     """Compiles and runs `function`, and holds the result to eager fp64 as every operator is held.
 
     Args:
         function: Written like a model: small operators and plain PyTorch.
         args: Its arguments.
-        dynamic: Whether all sizes are symbolic.
+        dynamic: Whether all sizes are symbolic, or the symbolic axis of arguments by position.
         written: Positions of the arguments that it writes; they are compared too.
     """
     import torch._inductor.lowering
@@ -65,9 +68,13 @@ def rewritten(
         return compile_fx(gm, inputs, inner_compile=inner_compile)
 
     torch._dynamo.reset()
+    if isinstance(dynamic, dict):
+        for position, axis in dynamic.items():
+            torch._dynamo.mark_dynamic(args[position], axis)
+    sizes = None if isinstance(dynamic, dict) else dynamic
     no_caches = torch._inductor.config.patch(force_disable_caches=True)
     with torch.no_grad(), no_caches, recording() as outcomes:
-        compiled = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)
+        compiled = torch.compile(function, backend=backend, dynamic=sizes, fullgraph=True)
         results = run(compiled, args, written)
         expected = run(function, args, written)
         fp64 = run(function, tuple(map(double, args)), written)

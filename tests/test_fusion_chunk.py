@@ -1,0 +1,218 @@
+"""The chunked recurrence takes raw gate and beta, and where it does not; gates in plain PyTorch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kda_ops
+from kda_ops.chunks import chunk_table
+from kda_ops.formulas import RCP_LN2
+from tests.rewritten import Rewritten, rewritten
+
+H, HV, K, V, T, SLOTS = 1, 2, 16, 16, 70, 4
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype != torch.float64 else x
+
+
+def sigmoid(beta: Tensor) -> Tensor:
+    return torch.sigmoid(wide(beta))
+
+
+def cumulative(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+    return kda_ops.gate_cumsum(x, A_log, bias, cu_seqlens=cu, chunks=chunks)
+
+
+def model(
+    gate: Callable[..., Tensor] = cumulative,
+    beta_of: Callable[[Tensor], Tensor] = sigmoid,
+    *,
+    paged: bool = True,
+    normalised: bool = True,
+    extra: Callable[..., Any] = lambda G, beta, q: None,
+) -> Callable[..., Any]:
+    """The recurrence over whole sequences as a model author writes it."""
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        beta: Tensor,
+        A_log: Tensor,
+        bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        cu: Tensor,
+        chunks: Tensor,
+    ) -> Any:
+        if normalised:
+            q, k = kda_ops.l2norm(q), kda_ops.l2norm(k)
+        G, step = gate(x, A_log, bias, cu, chunks), beta_of(beta)
+        pages = {"state": state, "state_indices": slots} if paged else {}
+        o, _ = kda_ops.chunk_kda(q, k, v, G, step, cu_seqlens=cu, chunks=chunks, **pages)
+        return o, extra(G, step, q)
+
+    return call
+
+
+def compiled(function: Callable[..., Any], dynamic: bool = False) -> Rewritten:
+    torch.manual_seed(0)
+    bf16 = {"dtype": torch.bfloat16}
+    cu = torch.tensor([0, 66, 70], dtype=torch.int32)
+    inputs = (
+        F.normalize(torch.randn(1, T, H, K), dim=-1).bfloat16(),
+        F.normalize(torch.randn(1, T, H, K), dim=-1).bfloat16(),
+        torch.randn(1, T, HV, V, **bf16),
+        torch.randn(1, T, HV, K, **bf16),
+        torch.randn(1, T, HV, **bf16),
+        torch.randn(HV),
+        torch.randn(HV * K),
+        torch.randn(SLOTS, HV, V, K),
+        torch.tensor([3, 1]),
+        cu,
+        chunk_table(cu, T),
+    )
+    axes = dict.fromkeys(range(5), 1) if dynamic else False
+    return rewritten(function, *inputs, dynamic=axes, written=(7,))
+
+
+def in_two(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+    g = kda_ops.gate(x, A_log, bias)
+    return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunks=chunks)
+
+
+def scaled_later(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+    g = kda_ops.gate(x, A_log, bias, lower_bound=-5.0)
+    return kda_ops.chunk_cumsum(g, cu_seqlens=cu, chunks=chunks) * RCP_LN2
+
+
+def plain(formula: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The cumulative gate of a formula of `z` and the rate `exp(A_log) [HV, 1]`."""
+
+    def gate(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+        z = wide(x) + bias.view(HV, K)
+        g = formula(z, A_log)
+        return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunks=chunks)
+
+    return gate
+
+
+def softplus(z: Tensor, A_log: Tensor) -> Tensor:
+    return -A_log.exp().unsqueeze(-1) * F.softplus(z)
+
+
+def spelled_out(z: Tensor, A_log: Tensor) -> Tensor:
+    grown = torch.where(z > 20, z, torch.log(1 + torch.exp(z)))
+    return -(torch.exp(A_log).view(HV, 1) * grown)
+
+
+def bounded(z: Tensor, A_log: Tensor) -> Tensor:
+    return -5.0 * torch.sigmoid(A_log.exp()[:, None] * z)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [
+        model(),
+        model(beta_of=lambda beta: 2 * sigmoid(beta), paged=False),
+        model(in_two, normalised=False),
+        model(scaled_later),
+        model(plain(softplus)),
+        model(plain(spelled_out)),
+        model(plain(bounded)),
+    ],
+    ids=["pages", "doubled", "in-two", "scaled-later", "softplus", "where-log", "bounded"],
+)
+def test_it_is_one_operator(function: Callable[..., Any], dynamic: bool) -> None:
+    found = compiled(function, dynamic)
+    assert found.refused == []
+    assert found.operators == ["chunk_kda_gated"]
+    assert found.copies == 0
+
+
+def in_nats(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+    g = kda_ops.gate(x, A_log, bias)
+    return kda_ops.chunk_cumsum(g, cu_seqlens=cu, chunks=chunks)
+
+
+def other_chunks(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+    return kda_ops.gate_cumsum(x, A_log, bias, chunk_size=32, cu_seqlens=cu)
+
+
+def other_lengths(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+    return kda_ops.gate_cumsum(x, A_log, bias)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (model(in_nats), "not 1 / ln 2"),
+        (model(other_chunks), "has other chunks"),
+        (model(other_lengths), "has other c"),
+        (model(beta_of=lambda beta: 3 * sigmoid(beta)), "beta is not"),
+        (model(beta_of=lambda beta: sigmoid(beta).bfloat16()), "beta is not"),
+        (model(extra=lambda G, beta, q: G), "is returned"),
+        (model(extra=lambda G, beta, q: G * 2), "is also used by"),
+        (model(extra=lambda G, beta, q: beta), "is returned"),
+    ],
+    ids=["nats", "chunk-size", "lengths", "factor", "dtype", "G-returned", "G-used", "beta"],
+)
+def test_it_stays_where_the_guard_says_so(function: Callable[..., Any], reason: str) -> None:
+    found = compiled(function)
+    assert "chunk_kda" in found.operators
+    assert [name for name, why in found.refused if reason in why] == ["chunk_kda_gated"]
+
+
+def test_a_norm_with_another_user_stays() -> None:
+    found = compiled(model(extra=lambda G, beta, q: q))
+    assert found.operators == ["l2norm", "l2norm", "chunk_kda_gated"]
+
+
+def faster(z: Tensor, A_log: Tensor) -> Tensor:
+    return -2 * A_log.exp().unsqueeze(-1) * F.softplus(z)
+
+
+def deeper(z: Tensor, A_log: Tensor) -> Tensor:
+    return -8.0 * torch.sigmoid(A_log.exp()[:, None] * z)
+
+
+def rounded(z: Tensor, A_log: Tensor) -> Tensor:
+    narrow = z.dtype if z.dtype == torch.float64 else torch.bfloat16
+    return softplus(z.to(narrow), A_log.to(narrow))
+
+
+def earlier(z: Tensor, A_log: Tensor) -> Tensor:
+    return -A_log.exp().unsqueeze(-1) * F.softplus(z, threshold=10)
+
+
+@pytest.mark.parametrize(
+    ("formula", "reasons"),
+    [
+        (faster, ["the rate has a factor 2"]),
+        (deeper, ["the bound is -8.0"]),
+        (rounded, ["is in torch.bfloat16"]),
+        (earlier, []),
+    ],
+)
+def test_another_formula_stays(formula: Callable[..., Tensor], reasons: list[str]) -> None:
+    found = compiled(model(plain(formula)))
+    assert "chunk_kda_gated" not in found.operators
+    assert "gate" not in found.operators
+    for reason in reasons:
+        assert any(name == "plain_gate" and reason in why for name, why in found.refused)
+
+
+def test_a_plain_gate_with_another_user_stays() -> None:
+    def gate(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+        z = wide(x) + bias.view(HV, K)
+        G = kda_ops.chunk_cumsum(softplus(z, A_log), scale=RCP_LN2, cu_seqlens=cu, chunks=chunks)
+        return G + 0 * z
+
+    assert "gate" not in compiled(model(gate)).operators

@@ -1,0 +1,122 @@
+"""The convolution with the norms of q and k becomes one operator, and where it does not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kda_ops
+from tests.rewritten import Rewritten, rewritten
+
+H, K, V, W, T, SLOTS = 2, 8, 24, 4, 7, 4
+KEY = H * K
+D = 2 * KEY + V
+
+
+def model(
+    normalise: Callable[[Tensor, float], Tensor] = lambda x, eps: kda_ops.l2norm(x, eps=eps),
+    *,
+    state: str | None = None,
+    cut: Callable[[Tensor], Any] = lambda y: y.split([KEY, KEY, V], dim=-1),
+    eps: tuple[float, float] = (1e-6, 1e-6),
+    wide_keys: bool = False,
+    extra: Callable[[Tensor, Tensor], Any] = lambda y, q: None,
+) -> Callable[..., Any]:
+    """Convolution, split and norms as a model author writes them."""
+
+    def call(x: Tensor, weight: Tensor, conv: Tensor, slots: Tensor, cu: Tensor) -> Any:
+        paged = {} if state is None else {"conv_state": conv, "slots": slots, "layout": state}
+        y = kda_ops.short_conv(x, weight, cu_seqlens=cu, **paged)
+        q, k, v = cut(y)
+        heads = [
+            part.unflatten(-1, (-1, width))
+            for part, width in ((q, K), (k, 2 * K if wide_keys else K))
+        ]
+        q, k = (normalise(part, e) for part, e in zip(heads, eps, strict=True))
+        return q, k, v.unflatten(-1, (-1, K)) + 1, extra(y, heads[0])
+
+    return call
+
+
+def compiled(function: Callable[..., Any], layout: str = "SD", dynamic: bool = False) -> Rewritten:
+    torch.manual_seed(0)
+    shape = (W, D) if layout == "SD" else (D, W)
+    inputs = (
+        torch.randn(1, T, D, dtype=torch.bfloat16),
+        torch.randn(D, W, dtype=torch.bfloat16),
+        torch.randn(SLOTS, *shape, dtype=torch.bfloat16),
+        torch.tensor([3, 1]),
+        torch.tensor([0, 5, 7], dtype=torch.int32),
+    )
+    axes = {0: 1} if dynamic else False
+    return rewritten(function, *inputs, dynamic=axes, written=(2,))
+
+
+def slices(y: Tensor) -> tuple[Tensor, ...]:
+    return y[..., :KEY], y[..., KEY : 2 * KEY], y[..., 2 * KEY :]
+
+
+def with_rsqrt(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6)
+
+
+def with_sqrt_in_fp32(x: Tensor, eps: float) -> Tensor:
+    wide = x.float() if x.dtype != torch.float64 else x
+    return (wide / torch.sqrt(wide.pow(2).sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("function", "layout"),
+    [
+        (model(), "SD"),
+        (model(state="SD"), "SD"),
+        (model(state="DS", cut=slices), "DS"),
+        (model(with_rsqrt, cut=slices), "SD"),
+        (model(with_sqrt_in_fp32, state="SD"), "SD"),
+    ],
+    ids=["plain", "SD", "DS-slices", "rsqrt", "sqrt-fp32"],
+)
+def test_it_is_one_operator(function: Callable[..., Any], layout: str, dynamic: bool) -> None:
+    found = compiled(function, layout, dynamic)
+    assert found.refused == []
+    assert "short_conv_qkv" in found.fired
+    assert found.operators == ["short_conv_qkv"]
+    assert found.copies == 0
+
+
+def other_axis(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(dim=-2, keepdim=True) + 1e-6)
+
+
+def clamped(x: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1, eps=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (model(eps=(1e-6, 1e-5)), "different eps"),
+        (model(wide_keys=True), "different widths"),
+        (model(extra=lambda y, q: y), "is returned"),
+        (model(extra=lambda y, q: y * 2), "is also used by"),
+        (model(extra=lambda y, q: q.exp()), "does not go into l2norm alone"),
+    ],
+    ids=["eps", "widths", "returned", "used", "raw-q-used"],
+)
+def test_it_stays_where_the_guard_says_so(function: Callable[..., Any], reason: str) -> None:
+    found = compiled(function)
+    assert found.operators == ["short_conv", "l2norm", "l2norm"]
+    assert [name for name, why in found.refused if reason in why] == ["short_conv_qkv"]
+
+
+@pytest.mark.parametrize("normalise", [other_axis, clamped])
+def test_another_norm_stays(normalise: Callable[[Tensor, float], Tensor]) -> None:
+    assert compiled(model(normalise)).operators == ["short_conv"]
+
+
+def test_uneven_parts_stay() -> None:
+    function = model(cut=lambda y: y.split([KEY, KEY + K, V - K], dim=-1))
+    assert compiled(function).operators == ["short_conv", "l2norm", "l2norm"]
