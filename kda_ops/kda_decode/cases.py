@@ -140,7 +140,7 @@ def _case(name: str, *sizes: int, perf: bool = False, **options: Any) -> Case:
     writes = rows if options.get("num_spec") is not None else N
     return Case(
         name=name,
-        make=lambda device: kda_decode_inputs(*sizes, device=device, **options),
+        make=lambda device: kda_decode_inputs(N, H, HV, K, V, device=device, **options),
         mutated=("conv_state", "state"),
         bytes_moved=(N + writes) * HV * V * K * state_bytes
         + rows * (D + HV * (K + 2 * V + 1)) * 2
