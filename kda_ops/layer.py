@@ -340,10 +340,12 @@ class KimiDeltaAttention(nn.Module):
         if batch.num_decodes == 0:
             return self._prefill_pages(x, f, beta, z, state, batch, layout)
         rows = batch.num_decode_tokens
-        decodes = (y[:, :rows] for y in (x, f, beta, z))
-        prefills = (y[:, rows:] for y in (x, f, beta, z))
-        decoded = self._decode(*decodes, state, batch, layout)
-        prefilled = self._prefill_pages(*prefills, state, batch, layout)
+        decoded = self._decode(
+            x[:, :rows], f[:, :rows], beta[:, :rows], z[:, :rows], state, batch, layout
+        )
+        prefilled = self._prefill_pages(
+            x[:, rows:], f[:, rows:], beta[:, rows:], z[:, rows:], state, batch, layout
+        )
         return torch.cat([decoded, prefilled], dim=1)
 
     def _decode(
