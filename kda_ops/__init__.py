@@ -5,6 +5,7 @@ Importing this package loads neither Triton nor Inductor.
 
 from kda_ops.chunk_cumsum import chunk_cumsum
 from kda_ops.chunk_kda import chunk_kda
+from kda_ops.chunk_kda_gated import chunk_kda_gated
 from kda_ops.conv_split import conv_split
 from kda_ops.gate import gate
 from kda_ops.gate_cumsum import gate_cumsum
@@ -19,6 +20,7 @@ from kda_ops.state_copy import state_copy
 __all__ = [
     "chunk_cumsum",
     "chunk_kda",
+    "chunk_kda_gated",
     "conv_split",
     "gate",
     "gate_cumsum",

@@ -15,6 +15,8 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+MAX_HEAD_DIM = 256
+STATES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_shape(name: str, x: Tensor, *allowed: Sequence[int]) -> None:
@@ -189,6 +191,125 @@ def check_conv_state(conv_state: Tensor, layout: str, D: int, W: int) -> None:
             f"conv_state must have shape {axes} with L at least {W - 1} in layout {layout}, "
             f"got {tuple(conv_state.shape)}"
         )
+
+
+def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> None:
+    """Shapes and dtypes of `q, k [B, T, H, K]`, `v [B, T, HV, V]` and `beta [B, T, HV]`."""
+    check_rank("q", q, 4)
+    check_dtype("q", q)
+    check_rank("v", v, 4)
+    B, T, H, K = q.shape
+    HV, V = v.shape[2], v.shape[3]
+    check_shape("k", k, (B, T, H, K))
+    check_dtype("k", k, (q.dtype,))
+    check_shape("v", v, (B, T, HV, V))
+    check_dtype("v", v, (q.dtype,))
+    if H < 1 or HV < 1 or HV % H:
+        raise ValueError(f"v must have a multiple of the {H} heads of q, got {HV}")
+    for name, size in (("q", K), ("v", V)):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} must have a head dimension in [1, {MAX_HEAD_DIM}], got {size}"
+            )
+    check_shape("beta", beta, (B, T, HV))
+    check_dtype("beta", beta, FLOATS)
+
+
+def check_chunk_states(
+    q: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    state: Tensor | None,
+    state_indices: Tensor | None,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """The states of whole sequences: initial and final ones, or paged ones written in place."""
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    HV, V, K = v.shape[2], v.shape[3], q.shape[3]
+    if state is None:
+        if state_indices is not None:
+            raise ValueError("state_indices must come with state, got state_indices alone")
+        if has_initial_state is not None:
+            raise ValueError("has_initial_state must come with state, got has_initial_state alone")
+        if initial_state is not None:
+            check_shape("initial_state", initial_state, (N, HV, V, K))
+            check_dtype("initial_state", initial_state, STATES)
+            check_device(q=q, initial_state=initial_state)
+        return
+    if initial_state is not None:
+        raise ValueError("initial_state must be None with state, which holds the initial states")
+    if output_final_state:
+        raise ValueError(
+            "output_final_state must be False with state, which receives the final states"
+        )
+    if state_indices is None:
+        raise ValueError("state_indices must be given with state, got None")
+    check_rank("state", state, 4)
+    check_shape("state", state, (state.shape[0], HV, V, K))
+    check_dtype("state", state, STATES)
+    check_shape("state_indices", state_indices, (N,))
+    check_dtype("state_indices", state_indices, INTEGERS)
+    if has_initial_state is not None:
+        check_shape("has_initial_state", has_initial_state, (N,))
+        check_dtype("has_initial_state", has_initial_state, (torch.bool,))
+    check_device(q=q, state=state, state_indices=state_indices, has_initial_state=has_initial_state)
+
+
+def check_conv_sequences(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_state: Tensor | None,
+    slots: Tensor | None,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+) -> None:
+    """The arguments of a convolution of whole sequences `x [B, T, D]` or `[T, D]`, with a state or
+    without.
+    """
+    check_conv(x, weight, bias)
+    sequences = 1 if x.dim() == 2 else x.shape[0]
+    if cu_seqlens is not None:
+        check_cu_seqlens_shape(cu_seqlens)
+        if sequences != 1:
+            raise ValueError(f"x must have batch size 1 with cu_seqlens, got {sequences}")
+        sequences = cu_seqlens.shape[0] - 1
+    if conv_state is None:
+        for name, value in (("slots", slots), ("has_initial_state", has_initial_state)):
+            if value is not None:
+                raise ValueError(f"{name} must come with conv_state, got {name} alone")
+    else:
+        check_conv_state(conv_state, layout, x.shape[-1], weight.shape[1])
+        if slots is None:
+            raise ValueError("slots must be given with conv_state, got None")
+        check_dtype("slots", slots, INTEGERS)
+        check_shape("slots", slots, (sequences,))
+    if has_initial_state is not None:
+        check_dtype("has_initial_state", has_initial_state, (torch.bool,))
+        check_shape("has_initial_state", has_initial_state, (sequences,))
+    check_device(
+        x=x,
+        weight=weight,
+        bias=bias,
+        conv_state=conv_state,
+        slots=slots,
+        has_initial_state=has_initial_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def check_conv_values(
+    x: Tensor, cu_seqlens: Tensor | None, conv_state: Tensor | None, slots: Tensor | None
+) -> None:
+    """Contents of the offsets and slots of a convolution of whole sequences."""
+    if cu_seqlens is not None:
+        check_cu_seqlens_values(cu_seqlens, x.shape[-2])
+    if conv_state is not None and slots is not None:
+        check_slot_values("slots", slots, conv_state.shape[0])
+        check_distinct_slots("slots", slots)
 
 
 def check_step_values(

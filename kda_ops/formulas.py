@@ -72,6 +72,31 @@ def chunk_tokens(cu_seqlens: Tensor, chunks: Tensor, chunk_size: int, total_toke
     return torch.where(real[:, None] & (token < last[:, None]), token, total_tokens)
 
 
+def real_rows(x: Tensor, cu_seqlens: Tensor | None, fill: float) -> Tensor:
+    """`x [B, T, ...]` with `fill` in the rows past the last sequence.
+
+    What is computed of padding is discarded, but its derivatives would be NaN where it holds NaN.
+    """
+    if cu_seqlens is None:
+        return x
+    token = torch.arange(x.shape[1], device=x.device).view(-1, *(1,) * (x.dim() - 2))
+    return torch.where(token < cu_seqlens[-1], x, fill)
+
+
+def cumulative_gate(
+    x: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    """The chunks' prefix sums of the gate in log2, `x [B, T, HV, K]`, in the accumulation dtype."""
+    g = gate_nats(real_rows(x, cu_seqlens, 0.0), A_log, dt_bias, lower_bound)
+    return chunk_local_cumsum(g, chunk_size, cu_seqlens, chunks) * RCP_LN2
+
+
 def extended_rows(
     history: Tensor, x: Tensor, starts: Tensor, sequence: Tensor, index: Tensor
 ) -> Tensor:

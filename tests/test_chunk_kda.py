@@ -42,6 +42,10 @@ def kernel_module() -> Any:
     return importlib.import_module("kda_ops.chunk_kda.kernel")
 
 
+def shared_module() -> Any:
+    return importlib.import_module("kda_ops.device.chunk.kernel")
+
+
 def step_by_step(inputs: dict[str, Any], y: Tensor, start: int, end: int, b: int, n: int) -> Any:
     """The definition, token by token: outputs `[tokens, HV, V]` and final state `[HV, V, K]`."""
     q, k, v, beta = (inputs[name][b, start:end] for name in ("q", "k", "v", "beta"))
@@ -233,7 +237,7 @@ def test_kernels_of_a_gpu_with_much_shared_memory(dtype: torch.dtype, K: int) ->
     torch.manual_seed(0)
     inputs = with_states(chunk_kda_inputs(CPU, T=150, K=K, dtype=dtype, cu_seqlens=[0, 70, 140]))
     expected = kda_ops.chunk_kda(**copy_inputs(inputs, FP64))
-    with mock.patch.object(kernel_module(), "shared_memory", return_value=227 << 10):
+    with mock.patch.object(shared_module(), "shared_memory", return_value=227 << 10):
         result = run_kernels(kda_ops.chunk_kda)(**inputs)
     for out, exact in zip(result, expected, strict=True):
         assert relative_error(out, exact) <= FROBENIUS * torch.finfo(dtype).eps / 2**-7
@@ -303,14 +307,15 @@ def test_compiled_for_a_gpu_it_is_two_launches(dynamic: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nvidia_launches_compile(dtype: torch.dtype, target: str) -> None:
     """With the instructions and the shared memory that only a launch on that GPU takes."""
-    kernels = kernel_module()
+    kernels, shared = kernel_module(), shared_module()
     gpu = test_cubin.TARGETS[target]
     recorder = test_cubin.Recorder()
     inputs = with_states(chunk_kda_inputs(CPU, T=128, H=32, dtype=dtype, cu_seqlens=[0, 128]))
     with (
         mock.patch.object(kernels, "traceable", recorder),
+        mock.patch.object(shared, "traceable", recorder),
         mock.patch.object(kernels, "is_nvidia", return_value=True),
-        mock.patch.object(kernels, "shared_memory", return_value=gpu.shared),
+        mock.patch.object(shared, "shared_memory", return_value=gpu.shared),
         torch.no_grad(),
         RunKernels(),
     ):
@@ -322,7 +327,7 @@ def test_nvidia_launches_compile(dtype: torch.dtype, target: str) -> None:
 
 
 def test_the_state_is_pipelined_as_far_as_shared_memory_goes() -> None:
-    kernels = kernel_module()
+    kernels = shared_module()
     depths = []
     for shared in (64 << 10, 99 << 10, 163 << 10, 227 << 10):
         with mock.patch.object(kernels, "shared_memory", return_value=shared):

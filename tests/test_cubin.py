@@ -4,6 +4,7 @@ launches that its cases make, and fits their shared memory.
 
 import importlib
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -83,9 +84,11 @@ def launches_of(name: str) -> list[Launch]:
     """A few distinct launches of each of an operator's kernels, those at the benchmark's sizes
     first.
     """
-    importlib.import_module(f"kda_ops.{name}.kernel")
     recorder = Recorder()
-    with mock.patch.multiple(sys.modules[f"kda_ops.{name}.kernel"], traceable=recorder):
+    with ExitStack() as patches:
+        for module in (f"kda_ops.{name}.kernel", "kda_ops.device.chunk.kernel"):
+            importlib.import_module(module)
+            patches.enter_context(mock.patch.multiple(sys.modules[module], traceable=recorder))
         for case in [*cases(name, perf=True)[:1], *cases(name)]:
             with torch.no_grad(), RunKernels():
                 public_function(name)(**case.make(torch.device("cpu")))

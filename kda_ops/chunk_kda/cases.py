@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kda_ops._cases import Case
+from kda_ops._cases import Case, with_pages, with_states
 from kda_ops.formulas import CHUNK, RCP_LN2
 
 
@@ -87,36 +87,6 @@ def chunk_kda_inputs(
     if cu_seqlens is not None:
         inputs["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=index_dtype, device=device)
     return inputs
-
-
-def with_states(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Adds random initial states and asks for the final ones."""
-    N = len(inputs["cu_seqlens"]) - 1 if "cu_seqlens" in inputs else len(inputs["q"])
-    (HV, V), K = inputs["v"].shape[2:], inputs["q"].shape[3]
-    initial = torch.randn(N, HV, V, K, device=inputs["q"].device).to(dtype)
-    return {**inputs, "initial_state": initial, "output_final_state": True}
-
-
-def with_pages(
-    inputs: dict[str, Any], slots: list[int], fresh: list[int], dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    """Adds paged states with padded pages; the null block is NaN and so are the pages of sequences
-    that start `fresh`.
-    """
-    (HV, V), K = inputs["v"].shape[2:], inputs["q"].shape[3]
-    device = inputs["q"].device
-    pages = torch.randn(max(slots) + 2, HV * V * K + 32, device=device).to(dtype)
-    pages[0] = torch.nan
-    for n in fresh:
-        pages[slots[n]] = torch.nan
-    return {
-        **inputs,
-        "state": pages[:, 16 : 16 + HV * V * K].unflatten(1, (HV, V, K)),
-        "state_indices": torch.tensor(slots, dtype=torch.int32, device=device),
-        "has_initial_state": torch.tensor(
-            [n not in fresh for n in range(len(slots))], device=device
-        ),
-    }
 
 
 def large_states(device: torch.device) -> dict[str, Any]:

@@ -1,22 +1,10 @@
 """Chunked KDA as two Triton kernels: `prepare` works on all chunks at once, `scan` carries the
 state through them.
 
-Between them lies a workspace with one row per (chunk, value head): `w`, `kg`, `qg [64, K]`, `u [64,
-V]`, `Aqk [64, 64]` and the chunk's decay `[K]`. The row of chunk c of sequence n is `cu_seqlens[n]
-// 64 + n + c`, which needs no table, is different for every chunk and below `T // 64 + N`.
-
-There are two pairs. The fast one is for 16-bit inputs with K and V of 64 or 128. The general one
-takes fp32 (computed in fp32 throughout) and any K and V; 16-bit inputs with other K or V use the
-general `prepare` and the fast `scan`.
-
-Every power of two has an exponent <= 0, whatever the gate. Rows i and j < i of a chunk meet at
-exactly one level s of 1, 2, ..., 32: in one block of 2s rows, i in its right and j in its left
-half. With a the last row of the left half, 2^(G_i - G_j) = 2^(G_i - G_a) 2^(G_a - G_j), so one tile
-2^-|G - G_a| per level serves as the row factor on the right and as the column factor on the left.
-The inverse of I + L is joined level by level in the same way: X <- X - X L_s X.
+Here is the fast `prepare`, for 16-bit inputs with K and V of 64 or 128. `kda_ops.device.chunk` has
+the rest: the general `prepare`, which takes fp32 (computed in fp32 throughout) and any K and V,
+both forms of `scan`, and what lies between the two.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -25,144 +13,19 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
-
-CHUNK = 64
-
-
-@triton.jit
-def _sequence(cu_ptr, n, T, N, VARLEN: tl.constexpr):
-    """Batch row, first token and end of sequence n, and its first workspace row; in bounds for any
-    offsets.
-    """
-    if VARLEN:
-        b = n * 0
-        start = tl.load(cu_ptr + n, mask=n < N, other=0).to(tl.int64)
-        start = tl.minimum(tl.maximum(start, 0), T)
-        end = tl.load(cu_ptr + n + 1, mask=n < N, other=0).to(tl.int64)
-        end = tl.minimum(tl.maximum(end, start), T)
-        row = start // 64 + n
-    else:
-        b = n
-        start = n * 0
-        end = n * 0 + T
-        row = n * T // 64 + n
-    return b, start, end, row
-
-
-@triton.jit
-def _chunk(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN: tl.constexpr):
-    """Batch row, first token, token count (0: nothing to do) and workspace row of program p's
-    chunk.
-
-    With `cu_seqlens` NC is the number of rows of the chunk table, of which any may be wrong;
-    without, NC programs per batch row are launched.
-    """
-    if VARLEN:
-        listed = p < NC
-        n = tl.load(chunks_ptr + 2 * p, mask=listed, other=-1).to(tl.int64)
-        c = tl.load(chunks_ptr + 2 * p + 1, mask=listed, other=-1).to(tl.int64)
-        real = (n >= 0) & (n < N) & (c >= 0)
-        n = tl.where(real, n, 0)
-        c = tl.where(real, c, T // 64 + 1)
-    else:
-        n = p // NC
-        c = p % NC
-    b, start, end, row = _sequence(cu_ptr, n, T, N, VARLEN)
-    first = start + c * 64
-    count = tl.maximum(tl.minimum(end - first, 64), 0).to(tl.int32)
-    return b, first, count, row + c
-
-
-@triton.jit
-def _clear_padding(
-    o_ptr, cu_ptr, p, h, T, N, NC, HV: tl.constexpr, V: tl.constexpr, VP: tl.constexpr
-):
-    """Zeroes 64 of the rows that lie past the last sequence, counted from the end of the tokens.
-
-    The programs without a chunk do it. They are the last of the NC + 1, and they suffice: there are
-    at most `end // 64 + N` chunks.
-    """
-    end = tl.minimum(tl.maximum(tl.load(cu_ptr + N).to(tl.int64), 0), T)
-    t = T - (NC + 1 - p) * 64 + tl.arange(0, 64)
-    d = tl.arange(0, VP)
-    zero = tl.zeros((64, VP), tl.float32).to(o_ptr.dtype.element_ty)
-    ok = ((t >= end) & (t < T))[:, None] & (d < V)[None, :]
-    tl.store(o_ptr + (t[:, None] * HV + h) * V + d[None, :], zero, mask=ok)
-
-
-@triton.jit
-def _multiply(a, b, PACKED: tl.constexpr):
-    """A product of 16-bit tiles, on NVIDIA GPUs two per instruction."""
-    if PACKED:
-        if a.dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                "{.reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z;}",
-                "=r,r,r",
-                [a, b],
-                dtype=tl.bfloat16,
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
-            )
-    else:
-        return (a.to(tl.float32) * b.to(tl.float32)).to(a.dtype)
-
-
-@triton.jit
-def _half(mask):
-    """A mask as fp16 zeros and ones."""
-    return tl.where(mask, 1.0, 0.0).to(tl.float16)
-
-
-@triton.jit
-def _meet(i, j, s):
-    """Whether rows i and columns j meet at level s."""
-    return (i // (2 * s) == j // (2 * s)) & ((i // s) % 2 == 1) & ((j // s) % 2 == 0)
-
-
-@triton.jit
-def _between(i, t, s):
-    """The 0/1 matrix that sums the tokens' gates between row i and its anchor at level s: its
-    product with y is -|G_i - G_a|.
-    """
-    a = (i // (2 * s)) * (2 * s) + s - 1
-    return _half((t > tl.minimum(i, a)) & (t <= tl.maximum(i, a)))
-
-
-@triton.jit
-def _join(X, L):
-    """The inverse with one more level L of the lower triangle. Entries stay bounded (`|k| <= 1`),
-    so fp16 does as well as tf32.
-    """
-    Xh = X.to(tl.float16)
-    return X - tl.dot(tl.dot(Xh, L.to(tl.float16)).to(tl.float16), Xh)
-
-
-@triton.jit
-def _small_level(X, A, i, j, q, k, y, beta, s: tl.constexpr, PACKED: tl.constexpr):
-    """A level s <= 8 of the four 16-row blocks: q, k, y [4, 16, K] -> inverse and q k^T, [4, 16,
-    16].
-    """
-    between = tl.broadcast_to(_between(i, j, s)[None, :, :], (4, 16, 16))
-    e = tl.exp2(tl.dot(between, y)).to(k.dtype)  # [4, 16, K]
-    ke = _multiply(k, e, PACKED)
-    qe = _multiply(q, e, PACKED)
-    columns = tl.permute(ke, (0, 2, 1))
-    meet = _meet(i, j, s)[None, :, :]
-    L = tl.where(meet, tl.dot(ke, columns) * beta, 0.0)
-    A = tl.where(meet, tl.dot(qe, columns), A)
-    X = X - L if s == 1 else _join(X, L)
-    return X, A
-
-
-@triton.jit
-def _block_diagonal(x, same):
-    """[4, 16, 16] -> [64, 64]."""
-    x = tl.broadcast_to(tl.reshape(x, (4, 16, 1, 16)), (4, 16, 4, 16))
-    return tl.where(same, tl.reshape(x, (64, 64)), 0.0)
+from kda_ops.device.chunk.kernel import (
+    Batch,
+    block_diagonal,
+    chunk_levels,
+    chunk_rows,
+    clear_padding,
+    dense_rows,
+    is_nvidia,
+    join,
+    launch_general_prepare,
+    launch_scan,
+    make_workspace,
+)
 
 
 @triton.jit
@@ -215,10 +78,10 @@ def chunk_prepare_kernel(
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    b, first, count, row = _chunk(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
+    b, first, count, row = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
     if count == 0:
         if VARLEN:
-            _clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, V)
+            clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, V)
         return
     hk = h // (HV // H)
     r = tl.arange(0, 64)
@@ -241,39 +104,12 @@ def chunk_prepare_kernel(
         (beta_ptr + b * beta_b + h * beta_h + first * beta_t) + r * beta_t, mask=ok, other=0.0
     ).to(tl.float32)
 
-    i = tl.arange(0, 16)[:, None]
-    j = tl.arange(0, 16)[None, :]
-    diagonal = (i == j)[None, :, :]
-    y_blocks = tl.reshape(y, (4, 16, K))
-    beta_blocks = tl.reshape(beta, (4, 16))[:, :, None]
-    X = tl.where(diagonal, 1.0, 0.0) + tl.zeros((4, 16, 16), tl.float32)
-    A = tl.where(diagonal, tl.dot(q, tl.permute(k, (0, 2, 1))), 0.0)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 1, PACKED)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 2, PACKED)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 4, PACKED)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 8, PACKED)
+    A, X, L16, L32 = chunk_levels(q, k, y, beta, beta, False, PACKED)
     i = r[:, None]
     j = r[None, :]
-    same = i // 16 == j // 16
-    A = _block_diagonal(A, same)
-
-    meet = _meet(i, j, 16)
-    e = tl.reshape(tl.exp2(tl.dot(_between(i, j, 16), y)).to(k.dtype), (4, 16, K))
-    ke = tl.reshape(_multiply(k, e, PACKED), (64, K))
-    columns = tl.trans(ke)
-    A = tl.where(meet, tl.dot(tl.reshape(_multiply(q, e, PACKED), (64, K)), columns), A)
-    L16 = tl.where(meet, tl.dot(ke, columns) * beta[:, None], 0.0).to(tl.float16)
-
-    meet = _meet(i, j, 32)
-    e = tl.reshape(tl.exp2(tl.dot(_between(i, j, 32), y)).to(k.dtype), (4, 16, K))
-    ke = tl.reshape(_multiply(k, e, PACKED), (64, K))
-    columns = tl.trans(ke)
-    A = tl.where(meet, tl.dot(tl.reshape(_multiply(q, e, PACKED), (64, K)), columns), A)
-    L32 = tl.where(meet, tl.dot(ke, columns) * beta[:, None], 0.0).to(tl.float16)
-
     work = row * HV + h
     tl.store((A_ptr + work * 4096) + (i * 64 + j), (A * SCALE).to(A_ptr.dtype.element_ty))
-    X = _join(_join(_block_diagonal(X, same), L16), L32)
+    X = join(join(block_diagonal(X), L16), L32)
     X = X * beta[None, :]
 
     at = r[:, None] * K + d[None, :]
@@ -301,440 +137,6 @@ def chunk_prepare_kernel(
     )
 
 
-@triton.jit
-def _dot(a, b):
-    """A product whose fp32 operands keep all their bits."""
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def chunk_prepare_general_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    G_ptr,
-    beta_ptr,
-    o_ptr,
-    w_ptr,
-    u_ptr,
-    kg_ptr,
-    qg_ptr,
-    A_ptr,
-    decay_ptr,
-    cu_ptr,
-    chunks_ptr,
-    T,
-    N,
-    NC,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    G_b,
-    G_t,
-    G_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    SCALE: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    VARLEN: tl.constexpr,
-    KP: tl.constexpr,
-    VP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FP32: tl.constexpr,
-):
-    """One program prepares one chunk of one value head, in blocks of BLOCK key or value columns.
-    Grid: (chunks, HV).
-
-    The workspace is KP columns wide, and zero past K. Products are made in the inputs' dtype, those
-    of the inverse in fp16, or all in full fp32.
-    """
-    p = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
-    b, first, count, row = _chunk(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
-    if count == 0:
-        if VARLEN:
-            _clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, VP)
-        return
-    dtype: tl.constexpr = k_ptr.dtype.element_ty
-    inverse: tl.constexpr = tl.float32 if FP32 else tl.float16
-    hk = h // (HV // H)
-    r = tl.arange(0, 64)
-    d = tl.arange(0, BLOCK)
-    ok = (r < count)[:, None]
-    t = first + r
-    q_head = q_ptr + b * q_b + hk * q_h + t[:, None] * q_t
-    k_head = k_ptr + b * k_b + hk * k_h + t[:, None] * k_t
-    G_head = G_ptr + b * G_b + h * G_h
-    # padding lanes repeat the last token's G, so that their exponents stay <= 0
-    G_row = G_head + (first + tl.minimum(r, count - 1))[:, None] * G_t
-    beta = tl.load(beta_ptr + b * beta_b + h * beta_h + t * beta_t, mask=r < count, other=0.0).to(
-        tl.float32
-    )
-    i = r[:, None]
-    j = r[None, :]
-
-    A = tl.zeros((64, 64), tl.float32)
-    L = tl.zeros((64, 64), tl.float32)
-    for k0 in range(0, K, BLOCK):
-        cols = (k0 + d)[None, :]
-        q = tl.load(q_head + cols, mask=ok & (cols < K), other=0.0).to(tl.float32)
-        k = tl.load(k_head + cols, mask=ok & (cols < K), other=0.0).to(tl.float32)
-        G = tl.load(G_row + cols, mask=cols < K, other=0.0)
-        A += tl.where(i == j, _dot(q.to(dtype), tl.trans(k.to(dtype))), 0.0)
-        for level in range(6):
-            s = 1 << level
-            a = tl.minimum((r // (2 * s)) * (2 * s) + s - 1, count - 1)
-            e = tl.exp2(
-                -tl.abs(
-                    G
-                    - tl.load(G_head + (first + a)[:, None] * G_t + cols, mask=cols < K, other=0.0)
-                )
-            )
-            columns = tl.trans((k * e).to(dtype))
-            meet = _meet(i, j, s)
-            A += tl.where(meet, _dot((q * e).to(dtype), columns), 0.0)
-            L += tl.where(meet, _dot((k * e).to(dtype), columns), 0.0)
-    L = L * beta[:, None]
-    X = tl.where(i == j, 1.0, 0.0)
-    for level in range(6):
-        Xi = X.to(inverse)
-        LX = _dot(tl.where(_meet(i, j, 1 << level), L, 0.0).to(inverse), Xi)
-        X = X - _dot(Xi, LX.to(inverse))
-    X = (X * beta[None, :]).to(dtype)
-
-    work = row * HV + h
-    tl.store(A_ptr + work * 4096 + i * 64 + j, (A * SCALE).to(A_ptr.dtype.element_ty))
-    for k0 in range(0, KP, BLOCK):
-        cols = (k0 + d)[None, :]
-        q = tl.load(q_head + cols, mask=ok & (cols < K), other=0.0).to(tl.float32)
-        k = tl.load(k_head + cols, mask=ok & (cols < K), other=0.0).to(tl.float32)
-        G = tl.load(G_row + cols, mask=cols < K, other=0.0)
-        last = tl.load(G_head + (first + count - 1) * G_t + k0 + d, mask=k0 + d < K, other=0.0)
-        tl.store(decay_ptr + work * KP + k0 + d, tl.exp2(last))
-        at = work * (64 * KP) + i * KP + cols
-        e = tl.exp2(G)
-        tl.store(kg_ptr + at, (k * tl.exp2(last[None, :] - G)).to(kg_ptr.dtype.element_ty))
-        tl.store(qg_ptr + at, (q * e * SCALE).to(qg_ptr.dtype.element_ty))
-        w = _dot(X, (k * e).to(dtype))
-        tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty))
-    v_head = v_ptr + b * v_b + h * v_h + t[:, None] * v_t
-    for v0 in range(0, V, BLOCK):
-        cols = (v0 + d)[None, :]
-        u = _dot(X, tl.load(v_head + cols, mask=ok & (cols < V), other=0.0))
-        tl.store(
-            u_ptr + work * (64 * V) + i * V + cols, u.to(u_ptr.dtype.element_ty), mask=cols < V
-        )
-
-
-@triton.jit
-def _page(indices_ptr, n, slots, PAGED: tl.constexpr):
-    """The state's page of sequence n, and whether it is one (slot 0 and slots out of range are
-    not).
-    """
-    if PAGED:
-        page = tl.load(indices_ptr + n).to(tl.int64)
-        live = (page > 0) & (page < slots)
-        page = tl.where(live, page, 0)
-    else:
-        page = n
-        live = n >= 0
-    return page, live
-
-
-@triton.jit
-def _clear_sequence(o_ptr, b, start, end, h, T, v, HV: tl.constexpr, V: tl.constexpr):
-    """Zeroes the output columns v of one sequence and head."""
-    t = start + tl.arange(0, 64)
-    zero = tl.zeros((64, v.shape[0]), tl.float32).to(o_ptr.dtype.element_ty)
-    for c in range(0, tl.cdiv(end - start, 64)):
-        tc = t + c * 64
-        at = ((b * T + tc)[:, None] * HV + h) * V + v[None, :]
-        tl.store(o_ptr + at, zero, mask=(tc < end)[:, None] & (v < V)[None, :])
-
-
-@triton.jit
-def _to_half(x):
-    """The fp16 form of x with every column scaled to at most 1, and the columns' scales."""
-    m = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)[None, :]
-    return (x * (1.0 / m)).to(tl.float16), m
-
-
-@triton.jit
-def chunk_scan_kernel(
-    w_ptr,
-    u_ptr,
-    kg_ptr,
-    qg_ptr,
-    A_ptr,
-    decay_ptr,
-    o_ptr,
-    initial_ptr,
-    final_ptr,
-    indices_ptr,
-    has_initial_ptr,
-    cu_ptr,
-    T,
-    N,
-    slots,
-    initial_n,
-    initial_h,
-    initial_v,
-    initial_k,
-    final_n,
-    final_h,
-    final_v,
-    final_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    KP: tl.constexpr,
-    BV: tl.constexpr,
-    VARLEN: tl.constexpr,
-    INITIAL: tl.constexpr,
-    FINAL: tl.constexpr,
-    PAGED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HALF: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One program carries BV columns of one head's state through one sequence, S [KP, BV] in fp32
-    registers. Grid: (V blocks * HV * N), V blocks innermost: the programs of one head read the same
-    w, kg, qg and Aqk at about the same time.
-
-    With HALF (fp16 inputs) the operands S and vn are scaled by column, so that no value overflows.
-    """
-    blocks: tl.constexpr = (V + BV - 1) // BV
-    p = tl.program_id(0).to(tl.int64)
-    n = p // (blocks * HV)
-    if n >= N:
-        return
-    h = (p // blocks) % HV
-    v = (p % blocks).to(tl.int32) * BV + tl.arange(0, BV)
-    b, start, end, row = _sequence(cu_ptr, n, T, N, VARLEN)
-    page, live = _page(indices_ptr, n, slots, PAGED)
-    if live == 0:
-        _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
-        return
-    r = tl.arange(0, 64)
-    d = tl.arange(0, KP)
-    in_state = (d < K)[:, None] & (v < V)[None, :]
-    S = tl.zeros((KP, BV), tl.float32)
-    if PAGED:
-        read = in_state
-        if HAS_INITIAL:
-            read = in_state & (tl.load(has_initial_ptr + n) != 0)
-        at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
-        S = tl.load(final_ptr + at, mask=read, other=0.0).to(tl.float32)
-    elif INITIAL:
-        at = n * initial_n + h * initial_h + d[:, None] * initial_k + v[None, :] * initial_v
-        S = tl.load(initial_ptr + at, mask=in_state, other=0.0).to(tl.float32)
-
-    step = tl.full((), HV, tl.int64)
-    work = row * HV + h
-    tile = r[:, None] * KP + d[None, :]
-    w_at = w_ptr + work * (64 * KP) + tile
-    kg_at = kg_ptr + work * (64 * KP) + tile
-    qg_at = qg_ptr + work * (64 * KP) + tile
-    u_at = u_ptr + work * (64 * V) + r[:, None] * V + v[None, :]
-    A_at = A_ptr + work * 4096 + r[:, None] * 64 + r[None, :]
-    decay_at = decay_ptr + work * KP + d
-    o_at = o_ptr + ((b * T + start + r)[:, None] * HV + h) * V + v[None, :]
-    in_v = (v < V)[None, :]
-    length = (end - start).to(tl.int32)
-    for c in tl.range(0, tl.cdiv(length, 64), num_stages=STAGES):
-        w = tl.load(w_at + c * step * (64 * KP))
-        if V % BV == 0:
-            u = tl.load(u_at + c * step * (64 * V))
-        else:
-            u = tl.load(u_at + c * step * (64 * V), mask=in_v, other=0.0)
-        kg = tl.load(kg_at + c * step * (64 * KP))
-        qg = tl.load(qg_at + c * step * (64 * KP))
-        A = tl.load(A_at + c * step * 4096)
-        decay = tl.load(decay_at + c * step * KP)
-        if HALF:
-            Sh, S_scale = _to_half(S)
-            vn, vn_scale = _to_half(u.to(tl.float32) - tl.dot(w, Sh) * S_scale)
-            o = tl.dot(qg, Sh) * S_scale + tl.dot(A, vn) * vn_scale
-            S = S * decay[:, None] + tl.dot(tl.trans(kg), vn) * vn_scale
-        else:
-            Sh = S.to(w.dtype)
-            vn = (u.to(tl.float32) - tl.dot(w, Sh)).to(w.dtype)
-            o = tl.dot(qg, Sh)
-            S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
-            o = tl.dot(A, vn, o)
-        ok = (r < length - c * 64)[:, None] & in_v
-        tl.store(o_at + c * step * (64 * V), o.to(o_ptr.dtype.element_ty), mask=ok)
-    if FINAL:
-        at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
-        tl.store(final_ptr + at, S.to(final_ptr.dtype.element_ty), mask=in_state)
-
-
-@triton.jit
-def chunk_scan_fp32_kernel(
-    w_ptr,
-    u_ptr,
-    kg_ptr,
-    qg_ptr,
-    A_ptr,
-    decay_ptr,
-    S_ptr,
-    o_ptr,
-    initial_ptr,
-    final_ptr,
-    indices_ptr,
-    has_initial_ptr,
-    cu_ptr,
-    T,
-    N,
-    slots,
-    initial_n,
-    initial_h,
-    initial_v,
-    initial_k,
-    final_n,
-    final_h,
-    final_v,
-    final_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    KP: tl.constexpr,
-    BV: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VARLEN: tl.constexpr,
-    INITIAL: tl.constexpr,
-    FINAL: tl.constexpr,
-    PAGED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-):
-    """One program carries BV columns of one head's state through one sequence, in full fp32. Grid:
-    (V blocks * HV * N).
-
-    Dots in full fp32 run on ordinary registers, so the state is kept in memory (S [N, HV, KP, V])
-    and vn in the place of u, and both are worked on in blocks of BLOCK rows; a barrier stands
-    before and after each time that a program reads what it wrote.
-    """
-    blocks: tl.constexpr = (V + BV - 1) // BV
-    p = tl.program_id(0).to(tl.int64)
-    n = p // (blocks * HV)
-    if n >= N:
-        return
-    h = (p // blocks) % HV
-    v = (p % blocks).to(tl.int32) * BV + tl.arange(0, BV)
-    b, start, end, row = _sequence(cu_ptr, n, T, N, VARLEN)
-    page, live = _page(indices_ptr, n, slots, PAGED)
-    if live == 0:
-        _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
-        return
-    r = tl.arange(0, 64)
-    d = tl.arange(0, BLOCK)
-    in_v = (v < V)[None, :]
-    S_at = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
-    read = in_v
-    if HAS_INITIAL:
-        read = in_v & (tl.load(has_initial_ptr + n) != 0)
-    for k0 in range(0, KP, BLOCK):
-        rows = (k0 + d)[:, None]
-        S = tl.zeros((BLOCK, BV), tl.float32)
-        if PAGED:
-            at = page * final_n + h * final_h + rows * final_k + v[None, :] * final_v
-            S = tl.load(final_ptr + at, mask=read & (rows < K), other=0.0).to(tl.float32)
-        elif INITIAL:
-            at = n * initial_n + h * initial_h + rows * initial_k + v[None, :] * initial_v
-            S = tl.load(initial_ptr + at, mask=in_v & (rows < K), other=0.0).to(tl.float32)
-        tl.store(S_at + k0 * V, S, mask=in_v)
-    tl.debug_barrier()
-
-    for c in range(0, tl.cdiv(end - start, 64)):
-        work = (row + c) * HV + h
-        tile = work * (64 * KP) + r[:, None] * KP + d[None, :]
-        u_at = u_ptr + work * (64 * V) + v[None, :]
-        vn = tl.load(u_at + r[:, None] * V, mask=in_v, other=0.0)
-        o = tl.zeros((64, BV), tl.float32)
-        for k0 in range(0, KP, BLOCK):
-            S = tl.load(S_at + k0 * V, mask=in_v, other=0.0)
-            vn -= _dot(tl.load(w_ptr + tile + k0), S)
-            o += _dot(tl.load(qg_ptr + tile + k0), S)
-        tl.debug_barrier()
-        tl.store(u_at + r[:, None] * V, vn, mask=in_v)
-        tl.debug_barrier()
-        for r0 in range(0, 64, BLOCK):
-            part = tl.load(u_at + (r0 + d)[:, None] * V, mask=in_v, other=0.0)
-            o += _dot(tl.load(A_ptr + work * 4096 + r[:, None] * 64 + (r0 + d)[None, :]), part)
-        t = start + c * 64 + r
-        tl.store(
-            o_ptr + ((b * T + t)[:, None] * HV + h) * V + v[None, :],
-            o,
-            mask=(t < end)[:, None] & in_v,
-        )
-        for k0 in range(0, KP, BLOCK):
-            S = (
-                tl.load(S_at + k0 * V, mask=in_v, other=0.0)
-                * tl.load(decay_ptr + work * KP + k0 + d)[:, None]
-            )
-            kg_at = kg_ptr + work * (64 * KP) + (k0 + d)[:, None]
-            for r0 in range(0, 64, BLOCK):
-                part = tl.load(u_at + (r0 + d)[:, None] * V, mask=in_v, other=0.0)
-                S += _dot(tl.load(kg_at + (r0 + d)[None, :] * KP), part)
-            tl.debug_barrier()
-            tl.store(S_at + k0 * V, S, mask=in_v)
-        tl.debug_barrier()
-    if FINAL:
-        final_at = final_ptr + page * final_n + h * final_h + v[None, :] * final_v
-        for k0 in range(0, KP, BLOCK):
-            rows = (k0 + d)[:, None]
-            S = tl.load(S_at + k0 * V, mask=in_v, other=0.0)
-            tl.store(
-                final_at + rows * final_k, S.to(final_ptr.dtype.element_ty), mask=in_v & (rows < K)
-            )
-
-
-def is_nvidia(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have; 64 KB, which every GPU has, where it is not
-    known.
-    """
-    if device.type != "cuda":
-        return 64 << 10
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 64 << 10)
-
-
-def value_block(V: int, programs: Any) -> int:
-    """State columns per program: the fewer (sequence, head) pairs there are, the narrower, to fill
-    the GPU.
-    """
-    if not isinstance(programs, int):
-        programs = 64  # a symbolic number of sequences is a batch of them
-    BV = 16 if programs <= 16 else 32 if programs <= 32 else 64
-    return min(BV, max(16, triton.next_power_of_2(V)))
-
-
-def stages(KP: int, BV: int, u_bytes: int, device: torch.device) -> int:
-    """How many chunks' tiles `scan` has in shared memory at a time, 1 for no pipelining."""
-    products = 2 * BV * (KP + CHUNK)  # S and vn as operands
-    for depth in (3, 2):
-        tiles = depth * 2 * CHUNK * (3 * KP + CHUNK)
-        if tiles + (depth - 1) * (CHUNK * BV * u_bytes + 4 * KP) + products <= shared_memory(
-            device
-        ):
-            return depth
-    return 1
-
-
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -749,115 +151,41 @@ def _launch(
     cu_seqlens: Tensor | None,
     chunks: Tensor | None,
 ) -> Tensor:
-    """Returns the output and writes the final states to `final`.
-
-    With `indices`, the sequences' pages, `final` also holds the initial states.
-    """
-    B, T, H, K = q.shape
+    """Returns the output and writes the final states to `final`; see `launch_scan`."""
+    H, K = q.shape[2:]
     HV, V = v.shape[2:]
-    q, k, v, G = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, G))
-    # offsets within a chunk are 32-bit
-    q, k, v, G, beta = (x if x.stride(1) < 1 << 25 else x.contiguous() for x in (q, k, v, G, beta))
-    indices, has_initial, cu_seqlens, chunks = (
-        None if x is None else x.contiguous() for x in (indices, has_initial, cu_seqlens, chunks)
-    )
-    if cu_seqlens is None or chunks is None:
-        N, NC = B, T // CHUNK + 1
-        programs = N * NC
-    else:
-        N, NC = cu_seqlens.shape[0] - 1, chunks.shape[0]
-        programs = NC + 1  # T // 64 + N + 1 blocks of 64 rows cover the padding too
-    wide = q.dtype == torch.float32
-    KP = max(32 if wide else 16, triton.next_power_of_2(K))
-    rows = B * T // CHUNK + N
-
-    def workspace(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty((rows, HV, *shape), dtype=dtype, device=q.device)
-
-    w = workspace(CHUNK, KP, dtype=q.dtype)
-    # sums of 64 values do not always fit fp16
-    u_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-    u = workspace(CHUNK, V, dtype=u_dtype)
-    kg = workspace(CHUNK, KP, dtype=q.dtype)
-    qg = workspace(CHUNK, KP, dtype=q.dtype)
-    A = workspace(CHUNK, CHUNK, dtype=q.dtype)
-    decay = workspace(KP, dtype=torch.float32)
+    q, k, v, G, beta = dense_rows(q, k, v, G, beta)
+    batch = Batch.of(q, cu_seqlens, chunks)
+    workspace = make_workspace(q, v, batch)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-
-    tensors = (q, k, v, G, beta, o, w, u, kg, qg, A, decay, cu_seqlens, chunks)
-    strides = [stride for x in (q, k, v, G, beta) for stride in x.stride()[:3]]
-    sizes: dict[str, Any] = {"HV": HV, "K": K, "V": V, "VARLEN": cu_seqlens is not None}
-    if not wide and K in (64, 128) and V in (64, 128):
-        traceable(chunk_prepare_kernel)[(programs, HV)](
-            *tensors,
-            T,
-            N,
-            NC,
-            *strides,
-            **sizes,
+    if q.dtype != torch.float32 and K in (64, 128) and V in (64, 128):
+        traceable(chunk_prepare_kernel)[(batch.programs, HV)](
+            q,
+            k,
+            v,
+            G,
+            beta,
+            o,
+            *workspace,
+            batch.cu_seqlens,
+            batch.chunks,
+            batch.T,
+            batch.N,
+            batch.NC,
+            *(stride for x in (q, k, v, G, beta) for stride in x.stride()[:3]),
             SCALE=scale,
             H=H,
+            HV=HV,
+            K=K,
+            V=V,
+            VARLEN=batch.cu_seqlens is not None,
             PACKED=is_nvidia(q.device),
             num_warps=4,
             num_stages=1,
         )
     else:
-        traceable(chunk_prepare_general_kernel)[(programs, HV)](
-            *tensors,
-            T,
-            N,
-            NC,
-            *strides,
-            **sizes,
-            SCALE=scale,
-            H=H,
-            KP=KP,
-            VP=triton.next_power_of_2(V),
-            BLOCK=16,
-            FP32=wide,
-            # 16-bit: with 4 warps Triton 3.6 makes warp-group products of these loops and reads
-            # outside shared memory on sm_90; 2 warps keep it at the older instruction
-            num_warps=4 if wide else 2,
-            num_stages=1,
-        )
-
-    sizes |= {
-        "KP": KP,
-        "INITIAL": initial is not None,
-        "FINAL": final is not None,
-        "PAGED": indices is not None,
-        "HAS_INITIAL": has_initial is not None,
-    }
-    slots = 0 if final is None else final.shape[0]
-    states = (initial, final, indices, has_initial, cu_seqlens, T, N, slots)
-    strides = [
-        stride for x in (initial, final) for stride in ((0,) * 4 if x is None else x.stride())
-    ]
-    sequences = torch.sym_max(N, 1)  # no GPU launches an empty grid
-    if wide:
-        BV = 32
-        S = torch.empty((sequences, HV, KP, V), dtype=torch.float32, device=q.device)
-        traceable(chunk_scan_fp32_kernel)[(triton.cdiv(V, BV) * HV * sequences,)](
-            w, u, kg, qg, A, decay, S, o, *states, *strides, **sizes, BV=BV, BLOCK=32, num_warps=4
-        )
-    else:
-        BV = value_block(V, N * HV)
-        traceable(chunk_scan_kernel)[(triton.cdiv(V, BV) * HV * sequences,)](
-            w,
-            u,
-            kg,
-            qg,
-            A,
-            decay,
-            o,
-            *states,
-            *strides,
-            **sizes,
-            BV=BV,
-            HALF=q.dtype == torch.float16,
-            STAGES=stages(KP, BV, u.element_size(), q.device),
-            num_warps=4,
-        )
+        launch_general_prepare(q, k, v, G, beta, scale, o, workspace, batch)
+    launch_scan(o, workspace, batch, K, initial, final, indices, has_initial)
     return o
 
 

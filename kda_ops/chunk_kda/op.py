@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import (
-    FLOATS,
-    INTEGERS,
+    check_attention_inputs,
+    check_chunk_states,
     check_device,
     check_dtype,
-    check_rank,
     check_shape,
     check_slot_values,
     check_varlen,
@@ -18,9 +17,6 @@ from kda_ops._define import define_op
 from kda_ops.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import CHUNK, accumulation_dtype
-
-MAX_HEAD_DIM = 256
-STATES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def chunk_kda_fake(
@@ -177,70 +173,31 @@ def chunk_kda(
             also offsets, chunks or slots with wrong values.
         RuntimeError: `state` is given and an input requires grad.
     """
-    _check(q, k, v, G, beta)
+    check_attention_inputs(q, k, v, beta)
+    check_shape("G", G, (*v.shape[:3], q.shape[3]))
+    check_dtype("G", G, (accumulation_dtype(q),))
+    check_device(q=q, k=k, v=v, G=G, beta=beta)
     check_varlen("q", q, cu_seqlens, chunks, CHUNK)
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    HV, V, K = v.shape[2], v.shape[3], q.shape[3]
+    check_chunk_states(
+        q,
+        v,
+        initial_state,
+        output_final_state,
+        state,
+        state_indices,
+        has_initial_state,
+        cu_seqlens,
+    )
     if scale is None:
-        scale = K**-0.5
+        scale = q.shape[3] ** -0.5
     if cu_seqlens is not None and chunks is None:
         chunks = chunk_table(cu_seqlens, q.shape[1])
     if state is None:
-        if state_indices is not None:
-            raise ValueError("state_indices must come with state, got state_indices alone")
-        if has_initial_state is not None:
-            raise ValueError("has_initial_state must come with state, got has_initial_state alone")
-        if initial_state is not None:
-            check_shape("initial_state", initial_state, (N, HV, V, K))
-            check_dtype("initial_state", initial_state, STATES)
-            check_device(q=q, initial_state=initial_state)
         o, final = chunk_kda_op(
             q, k, v, G, beta, scale, initial_state, output_final_state, cu_seqlens, chunks
         )
         return o, final if output_final_state else None
-    if initial_state is not None:
-        raise ValueError("initial_state must be None with state, which holds the initial states")
-    if output_final_state:
-        raise ValueError(
-            "output_final_state must be False with state, which receives the final states"
-        )
-    if state_indices is None:
-        raise ValueError("state_indices must be given with state, got None")
-    check_rank("state", state, 4)
-    check_shape("state", state, (state.shape[0], HV, V, K))
-    check_dtype("state", state, STATES)
-    check_shape("state_indices", state_indices, (N,))
-    check_dtype("state_indices", state_indices, INTEGERS)
-    if has_initial_state is not None:
-        check_shape("has_initial_state", has_initial_state, (N,))
-        check_dtype("has_initial_state", has_initial_state, (torch.bool,))
-    check_device(q=q, state=state, state_indices=state_indices, has_initial_state=has_initial_state)
     o = chunk_kda_state_op(
         q, k, v, G, beta, scale, state, state_indices, has_initial_state, cu_seqlens, chunks
     )
     return o, None
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor) -> None:
-    """Shapes, dtypes and device of the five inputs."""
-    check_rank("q", q, 4)
-    check_dtype("q", q)
-    check_rank("v", v, 4)
-    B, T, H, K = q.shape
-    HV, V = v.shape[2], v.shape[3]
-    check_shape("k", k, (B, T, H, K))
-    check_dtype("k", k, (q.dtype,))
-    check_shape("v", v, (B, T, HV, V))
-    check_dtype("v", v, (q.dtype,))
-    if H < 1 or HV < 1 or HV % H:
-        raise ValueError(f"v must have a multiple of the {H} heads of q, got {HV}")
-    for name, size in (("q", K), ("v", V)):
-        if not 1 <= size <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"{name} must have a head dimension in [1, {MAX_HEAD_DIM}], got {size}"
-            )
-    check_shape("G", G, (B, T, HV, K))
-    check_dtype("G", G, (accumulation_dtype(q),))
-    check_shape("beta", beta, (B, T, HV))
-    check_dtype("beta", beta, FLOATS)
-    check_device(q=q, k=k, v=v, G=G, beta=beta)

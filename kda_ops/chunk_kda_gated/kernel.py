@@ -1,0 +1,423 @@
+"""Chunked KDA from raw inputs as two Triton kernels, `prepare` and `scan`; see
+`kda_ops.device.chunk` for the second and for what both operators share.
+
+Here is the `prepare` for 16-bit inputs with K and V of 64 or 128. For all other inputs one small
+kernel writes what `chunk_kda` takes, and the general `prepare` follows.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kda_ops._launch import traceable
+from kda_ops.chunk_kda_gated.reference import (
+    chunk_kda_gated_reference,
+    chunk_kda_gated_state_reference,
+)
+from kda_ops.device.chunk.kernel import (
+    Batch,
+    block_diagonal,
+    chunk_levels,
+    chunk_rows,
+    clear_padding,
+    dense_rows,
+    half,
+    is_nvidia,
+    join,
+    launch_general_prepare,
+    launch_scan,
+    make_workspace,
+)
+from kda_ops.device.kernel import softplus
+
+
+@triton.jit
+def _sigmoid(z):
+    r = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
+    return r * r
+
+
+@triton.jit
+def _rate(A_log_ptr, h, HAS_A: tl.constexpr):
+    if HAS_A:
+        return tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
+    else:
+        return 1.0
+
+
+@triton.jit
+def _gate_log2(x, a, bias_ptr, ok, HAS_BIAS: tl.constexpr, BOUND: tl.constexpr):
+    """The gate in log2 of a tile x, with the biases at `bias_ptr`; BOUND is 0 without a bound."""
+    z = x.to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr, mask=ok, other=0.0).to(tl.float32)
+    if BOUND == 0.0:
+        return (a * -1.4426950408889634) * softplus(z)
+    else:
+        return (BOUND * 1.4426950408889634) * _sigmoid(a * z)
+
+
+@triton.jit
+def _reciprocal_norm(x, ok, EPS: tl.constexpr):
+    """1 / sqrt(sum x^2 + EPS) of the rows of x, 0 where not `ok`."""
+    x = x.to(tl.float32)
+    return tl.where(ok, tl.rsqrt(tl.sum(x * x, axis=1) + EPS), 0.0)
+
+
+@triton.jit
+def chunk_gated_prepare_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    x_ptr,
+    beta_ptr,
+    A_log_ptr,
+    bias_ptr,
+    o_ptr,
+    w_ptr,
+    u_ptr,
+    kg_ptr,
+    qg_ptr,
+    A_ptr,
+    decay_ptr,
+    cu_ptr,
+    chunks_ptr,
+    T,
+    N,
+    NC,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    x_b,
+    x_t,
+    x_h,
+    beta_b,
+    beta_t,
+    beta_h,
+    SCALE: tl.constexpr,
+    BOUND: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """One program prepares one chunk of one value head; K and V are 64 or 128. Grid: (chunks, HV).
+
+    The tokens' gates y go to fp16 and every exponent, also G and G_last - G, comes as a 0/1 matrix
+    times y, so that no sum over tokens stays in registers. Their error is at most 2^-12 of the
+    exponent, weighted by its power of two: below 2e-4. The decay over the whole chunk, which the
+    state accumulates, is summed in fp32.
+
+    The norms of q and k are applied to products, never to K-wide operands, but for kg, qg and w.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    b, first, count, row = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
+    if count == 0:
+        if VARLEN:
+            clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, V)
+        return
+    hk = h // (HV // H)
+    r = tl.arange(0, 64)
+    d = tl.arange(0, K)
+    ok = r < count
+    okd = ok[:, None]
+    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + (r[:, None] * q_t + d[None, :])
+    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + (r[:, None] * k_t + d[None, :])
+    x_at = (x_ptr + b * x_b + h * x_h + first * x_t) + (r[:, None] * x_t + d[None, :])
+    work = row * HV + h
+
+    bias_at = bias_ptr + h * K + d[None, :] if HAS_BIAS else d[None, :]
+    x = tl.load(x_at, mask=okd, other=0.0)
+    y = _gate_log2(x, _rate(A_log_ptr, h, HAS_A), bias_at, d[None, :] < K, HAS_BIAS, BOUND)
+    # what is below -30000 decays to zero either way, and fp16 ends at -65504
+    y = tl.where(okd, tl.where(y < -30000.0, -30000.0, y), 0.0)
+    tl.store(decay_ptr + work * K + d, tl.exp2(tl.sum(y, axis=0)))
+    y = y.to(tl.float16)
+    beta = tl.load(
+        (beta_ptr + b * beta_b + h * beta_h + first * beta_t) + r * beta_t, mask=ok, other=0.0
+    ).to(tl.float32)
+    beta = BETA_SCALE * tl.sigmoid(beta)
+
+    k = tl.load(k_at, mask=okd, other=0.0)
+    q = tl.load(q_at, mask=okd, other=0.0)
+    k_norm = ok.to(tl.float32)
+    q_norm = k_norm * SCALE
+    if NORM:
+        k_norm = _reciprocal_norm(k, ok, EPS)
+        q_norm = _reciprocal_norm(q, ok, EPS) * SCALE
+    k = tl.reshape(k, (4, 16, K))
+    q = tl.reshape(q, (4, 16, K))
+    A, X, L16, L32 = chunk_levels(q, k, y, beta, k_norm, NORM, PACKED)
+    i = r[:, None]
+    j = r[None, :]
+    A = A * q_norm[:, None]
+    if NORM:
+        A = A * k_norm[None, :]
+    tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
+    X = join(join(block_diagonal(X), L16), L32)
+    X = X * beta[None, :]
+
+    at = i * K + d[None, :]
+    e = tl.exp2(tl.dot(half(j > i), y))  # 2^(G_last - G)
+    kf = tl.load(k_at, mask=okd, other=0.0).to(tl.float32)
+    if NORM:
+        kf = kf * k_norm[:, None]
+    tl.store((kg_ptr + work * (64 * K)) + at, (kf * e).to(kg_ptr.dtype.element_ty))
+    e = tl.exp2(tl.dot(half(j <= i), y))  # 2^G
+    qf = tl.load(q_at, mask=okd, other=0.0).to(tl.float32)
+    tl.store(
+        (qg_ptr + work * (64 * K)) + at, (qf * q_norm[:, None] * e).to(qg_ptr.dtype.element_ty)
+    )
+    tl.store(
+        (w_ptr + work * (64 * K)) + at,
+        tl.dot(X.to(k.dtype), (kf * e).to(k.dtype)).to(w_ptr.dtype.element_ty),
+    )
+    dv = tl.arange(0, V)
+    v_at = (v_ptr + b * v_b + h * v_h + first * v_t) + (r[:, None] * v_t + dv[None, :])
+    v = tl.load(v_at, mask=okd, other=0.0)
+    u = tl.dot(X.to(v.dtype), v)
+    tl.store((u_ptr + work * (64 * V)) + (i * V + dv[None, :]), u.to(u_ptr.dtype.element_ty))
+
+
+@triton.jit
+def chunk_inputs_kernel(
+    q_ptr,
+    k_ptr,
+    x_ptr,
+    beta_ptr,
+    A_log_ptr,
+    bias_ptr,
+    qn_ptr,
+    kn_ptr,
+    G_ptr,
+    sigmoid_ptr,
+    cu_ptr,
+    chunks_ptr,
+    T,
+    N,
+    NC,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    x_b,
+    x_t,
+    x_h,
+    beta_b,
+    beta_t,
+    beta_h,
+    BOUND: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    """One program turns one chunk of one value head into what the general `prepare` takes: G in
+    log2 and beta after its sigmoid in fp32, and normalised keys. Grid: (chunks, HV).
+
+    G is made in blocks of BLOCK columns. The first value head of a key head writes its keys. Rows
+    of no sequence are not written.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    b, first, count, _ = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
+    if count == 0:
+        return
+    r = tl.arange(0, 64)
+    ok = r < count
+    t = first + r
+    row = b * T + t
+    a = _rate(A_log_ptr, h, HAS_A)
+    x_row = x_ptr + b * x_b + h * x_h + t[:, None] * x_t
+    for k0 in range(0, K, BLOCK):
+        d = (k0 + tl.arange(0, BLOCK))[None, :]
+        inside = ok[:, None] & (d < K)
+        x = tl.load(x_row + d, mask=inside, other=0.0)
+        bias_at = bias_ptr + h * K + d if HAS_BIAS else d
+        y = tl.where(inside, _gate_log2(x, a, bias_at, d < K, HAS_BIAS, BOUND), 0.0)
+        tl.store(G_ptr + (row[:, None] * HV + h) * K + d, tl.cumsum(y, axis=0), mask=inside)
+    beta = tl.load(beta_ptr + b * beta_b + h * beta_h + t * beta_t, mask=ok, other=0.0)
+    tl.store(sigmoid_ptr + row * HV + h, BETA_SCALE * tl.sigmoid(beta.to(tl.float32)), mask=ok)
+    if NORM:
+        hk = h // (HV // H)
+        d = tl.arange(0, KP)[None, :]
+        inside = ok[:, None] & (d < K) & (h % (HV // H) == 0)
+        to = (row[:, None] * H + hk) * K + d
+        k = tl.load(k_ptr + b * k_b + hk * k_h + t[:, None] * k_t + d, mask=inside, other=0.0)
+        kn = k.to(tl.float32) * _reciprocal_norm(k, ok, EPS)[:, None]
+        tl.store(kn_ptr + to, kn.to(kn_ptr.dtype.element_ty), mask=inside)
+        q = tl.load(q_ptr + b * q_b + hk * q_h + t[:, None] * q_t + d, mask=inside, other=0.0)
+        qn = q.to(tl.float32) * _reciprocal_norm(q, ok, EPS)[:, None]
+        tl.store(qn_ptr + to, qn.to(qn_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    initial: Tensor | None,
+    final: Tensor | None,
+    indices: Tensor | None,
+    has_initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    """Returns the output and writes the final states to `final`; see `launch_scan`."""
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    q, k, v, x, beta = dense_rows(q, k, v, x, beta)
+    A_log, dt_bias = (None if y is None else y.contiguous() for y in (A_log, dt_bias))
+    batch = Batch.of(q, cu_seqlens, chunks)
+    workspace = make_workspace(q, v, batch)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    sizes: dict[str, Any] = {
+        "BOUND": 0.0 if lower_bound is None else lower_bound,
+        "BETA_SCALE": beta_scale,
+        "EPS": 0.0 if qk_norm_eps is None else qk_norm_eps,
+        "NORM": qk_norm_eps is not None,
+        "HAS_A": A_log is not None,
+        "HAS_BIAS": dt_bias is not None,
+        "H": H,
+        "HV": HV,
+        "K": K,
+        "VARLEN": batch.cu_seqlens is not None,
+    }
+    tables = (batch.cu_seqlens, batch.chunks, batch.T, batch.N, batch.NC)
+    if q.dtype != torch.float32 and K in (64, 128) and V in (64, 128):
+        traceable(chunk_gated_prepare_kernel)[(batch.programs, HV)](
+            q,
+            k,
+            v,
+            x,
+            beta,
+            A_log,
+            dt_bias,
+            o,
+            *workspace,
+            *tables,
+            *(stride for y in (q, k, v, x, beta) for stride in y.stride()[:3]),
+            **sizes,
+            SCALE=scale,
+            V=V,
+            PACKED=is_nvidia(q.device),
+            num_warps=4,
+            num_stages=1,
+        )
+    else:
+        G = torch.empty((B, T, HV, K), dtype=torch.float32, device=q.device)
+        beta_used = torch.empty((B, T, HV), dtype=torch.float32, device=q.device)
+        qn, kn = q, k
+        if qk_norm_eps is not None:
+            qn, kn = (torch.empty((B, T, H, K), dtype=q.dtype, device=q.device) for _ in range(2))
+        traceable(chunk_inputs_kernel)[(batch.programs, HV)](
+            q,
+            k,
+            x,
+            beta,
+            A_log,
+            dt_bias,
+            qn,
+            kn,
+            G,
+            beta_used,
+            *tables,
+            *(stride for y in (q, k, x, beta) for stride in y.stride()[:3]),
+            **sizes,
+            KP=triton.next_power_of_2(K),
+            BLOCK=32,
+            num_warps=4,
+        )
+        launch_general_prepare(qn, kn, v, G, beta_used, scale, o, workspace, batch)
+    launch_scan(o, workspace, batch, K, initial, final, indices, has_initial)
+    return o
+
+
+def launch_chunk_kda_gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """fp64 is computed by the reference."""
+    gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
+    if q.dtype == torch.float64:
+        return chunk_kda_gated_reference(
+            q, k, v, *gate, scale, initial_state, output_final_state, cu_seqlens, chunks
+        )
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
+    dtype = torch.float32 if initial_state is None else initial_state.dtype
+    final = torch.empty(shape, dtype=dtype, device=q.device)
+    states = (initial_state, final if output_final_state else None, None, None)
+    return _launch(q, k, v, *gate, scale, *states, cu_seqlens, chunks), final
+
+
+def launch_chunk_kda_gated_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    """fp64 is computed by the reference."""
+    gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
+    pages = (state, state_indices, has_initial_state, cu_seqlens, chunks)
+    if q.dtype == torch.float64:
+        return chunk_kda_gated_state_reference(q, k, v, *gate, scale, *pages)
+    return _launch(q, k, v, *gate, scale, None, *pages)

@@ -1,0 +1,17 @@
+"""The chunk operator from the raw gate and beta; its peers are in the `core` stage of
+`bench_chunk_kda`.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+from perf.bench_chunk_kda import with_chunk_table
+from perf.rows import Row, operator_rows
+
+ROWS = [with_chunk_table(row) for row in operator_rows("chunk_kda_gated")]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def bench_chunk_kda_gated(row: Row, measure: Callable[[Row], None]) -> None:
+    measure(row)
