@@ -14,6 +14,7 @@ from kda_ops.l2norm import l2norm
 from kda_ops.recurrent_kda import recurrent_kda
 from kda_ops.rms_norm_gated import rms_norm_gated
 from kda_ops.short_conv import short_conv
+from kda_ops.short_conv_qkv import short_conv_qkv
 from kda_ops.short_conv_update import short_conv_update
 from kda_ops.state_copy import state_copy
 
@@ -29,6 +30,7 @@ __all__ = [
     "recurrent_kda",
     "rms_norm_gated",
     "short_conv",
+    "short_conv_qkv",
     "short_conv_update",
     "state_copy",
 ]

@@ -142,6 +142,27 @@ def fla_short_conv(case: Case) -> Prepare:
     return prepare
 
 
+def fla_short_conv_qkv(case: Case) -> Prepare:
+    """One convolution over q | k | v packed, then a norm each of q and of k."""
+    convolve = fla_short_conv(case)
+
+    def prepare(inputs: Inputs) -> Call:
+        from fla.modules.norm.l2norm import l2norm_fwd
+
+        key_dim, K, eps = (inputs[name] for name in ("key_dim", "head_dim", "norm_eps"))
+        convolved = convolve(inputs)
+        value_dim = inputs["x"].shape[-1] - 2 * key_dim
+
+        def call() -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = convolved().split([key_dim, key_dim, value_dim], dim=-1)
+            q, k = (l2norm_fwd(y.unflatten(-1, (-1, K)), eps)[0] for y in (q, k))
+            return q, k, v
+
+        return call
+
+    return prepare
+
+
 def fla_short_conv_update(case: Case) -> Prepare:
     """One token per sequence. FLA's state is dense, `[N, D, W]`: there is no slot to look up."""
 

@@ -4,17 +4,9 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import (
-    INTEGERS,
-    check_conv,
-    check_conv_state,
-    check_cu_seqlens_shape,
-    check_cu_seqlens_values,
-    check_device,
-    check_distinct_slots,
-    check_dtype,
+    check_conv_sequences,
+    check_conv_values,
     check_rank,
-    check_shape,
-    check_slot_values,
     resolve_activation,
 )
 from kda_ops._define import define_op
@@ -53,8 +45,7 @@ def check_short_conv_values(
     activation: str | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    if cu_seqlens is not None:
-        check_cu_seqlens_values(cu_seqlens, x.shape[-2])
+    check_conv_values(x, cu_seqlens, None, None)
 
 
 def check_short_conv_state_values(
@@ -68,9 +59,7 @@ def check_short_conv_state_values(
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> None:
-    check_short_conv_values(x, weight, bias, activation, cu_seqlens)
-    check_slot_values("slots", slots, conv_state.shape[0])
-    check_distinct_slots("slots", slots)
+    check_conv_values(x, cu_seqlens, conv_state, slots)
 
 
 short_conv_op = define_op(
@@ -145,38 +134,11 @@ def short_conv(
             differentiates).
     """
     activation = resolve_activation(activation)
-    check_rank("x", x, 2, 3)
-    check_conv(x, weight, bias)
-    sequences = 1 if x.dim() == 2 else x.shape[0]
-    if cu_seqlens is not None:
-        check_cu_seqlens_shape(cu_seqlens)
-        if sequences != 1:
-            raise ValueError(f"x must have batch size 1 with cu_seqlens, got {sequences}")
-        sequences = cu_seqlens.shape[0] - 1
-    if conv_state is None:
-        for name, value in (("slots", slots), ("has_initial_state", has_initial_state)):
-            if value is not None:
-                raise ValueError(f"{name} must come with conv_state, got {name} alone")
-        check_device(x=x, weight=weight, bias=bias, cu_seqlens=cu_seqlens)
-        return short_conv_op(x, weight, bias, activation, cu_seqlens)
     layout = resolve_layout(layout)
-    check_conv_state(conv_state, layout, x.shape[-1], weight.shape[1])
-    if slots is None:
-        raise ValueError("slots must be given with conv_state, got None")
-    check_dtype("slots", slots, INTEGERS)
-    check_shape("slots", slots, (sequences,))
-    if has_initial_state is not None:
-        check_dtype("has_initial_state", has_initial_state, (torch.bool,))
-        check_shape("has_initial_state", has_initial_state, (sequences,))
-    check_device(
-        x=x,
-        weight=weight,
-        bias=bias,
-        conv_state=conv_state,
-        slots=slots,
-        has_initial_state=has_initial_state,
-        cu_seqlens=cu_seqlens,
-    )
+    check_rank("x", x, 2, 3)
+    check_conv_sequences(x, weight, bias, conv_state, slots, has_initial_state, cu_seqlens, layout)
+    if conv_state is None:
+        return short_conv_op(x, weight, bias, activation, cu_seqlens)
     return short_conv_state_op(
         x, weight, bias, activation, conv_state, slots, has_initial_state, cu_seqlens, layout
     )

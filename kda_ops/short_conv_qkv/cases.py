@@ -1,0 +1,147 @@
+"""Inputs of short_conv_qkv for tests and benchmarks."""
+
+from typing import Any
+
+import torch
+
+from kda_ops._cases import Case, paged_conv_state
+
+
+def short_conv_qkv_inputs(
+    B: int,
+    T: int,
+    H: int,
+    K: int,
+    value_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    W: int = 4,
+    bias: bool = False,
+    strided: bool = False,
+    zero: bool = False,
+    activation: str | None = "silu",
+    norm_eps: float = 1e-6,
+    lengths: tuple[int, ...] | None = None,
+    layout: str | None = None,
+    slots: tuple[int, ...] = (),
+    initial: tuple[int, ...] | None = None,
+    num_spec: int = 0,
+    num_slots: int = 7,
+    state_dtype: torch.dtype | None = None,
+    index_dtype: torch.dtype = torch.int32,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Arguments of `short_conv_qkv`, with a state where a layout is given.
+
+    Args:
+        B: Sequences of a dense batch.
+        T: Tokens of each.
+        H: Heads of q and k.
+        K: Channels of a head.
+        value_dim: Channels of v.
+        dtype: Of x, weight and bias.
+        W: Taps.
+        bias: Whether there is a bias.
+        strided: Whether the rows of x lie further apart than D.
+        zero: Whether the first half of the tokens is zero.
+        activation: As in `short_conv_qkv`.
+        norm_eps: As in `short_conv_qkv`.
+        lengths: Tokens of each sequence; what is left of T is padding, which holds NaN.
+        layout: Of the state; None for a call without one.
+        slots: Of each sequence.
+        initial: 0 or 1 for each sequence, or None for none.
+        num_spec: Rows of the state beyond W - 1.
+        num_slots: Slots of the state.
+        state_dtype: Of the state, None for that of x.
+        index_dtype: Of offsets and slots.
+        device: Where.
+    """
+    D = 2 * H * K + value_dim
+    wide = torch.randn(B, T, 2 * D if strided else D, device=device).to(dtype)
+    x = wide[..., :D]
+    if zero:
+        x[:, : T // 2] = 0
+    inputs: dict[str, Any] = {
+        "x": x,
+        "weight": torch.randn(D, W, device=device).to(dtype) * W**-0.5,
+        "bias": torch.randn(D, device=device).to(dtype) if bias else None,
+        "key_dim": H * K,
+        "head_dim": K,
+        "norm_eps": norm_eps,
+        "activation": activation,
+    }
+    if lengths is not None:
+        x[:, sum(lengths) :] = float("nan")
+        offsets = torch.tensor((0, *lengths)).cumsum(0)
+        inputs["cu_seqlens"] = offsets.to(device, index_dtype)
+    if layout is not None:
+        inputs["conv_state"] = paged_conv_state(
+            num_slots, W - 1 + num_spec, D, layout, state_dtype or dtype, device
+        )
+        inputs["slots"] = torch.tensor(slots, dtype=index_dtype, device=device)
+        inputs["layout"] = layout
+        if initial is not None:
+            inputs["has_initial_state"] = torch.tensor(initial, device=device).bool()
+    return inputs
+
+
+def _case(name: str, *sizes: Any, perf: bool = False, **options: Any) -> Case:
+    B, T, H, K, value_dim = sizes[:5]
+    itemsize = (sizes[5] if len(sizes) > 5 else torch.bfloat16).itemsize
+    return Case(
+        name=name,
+        make=lambda device: short_conv_qkv_inputs(*sizes, **options, device=device),
+        mutated=("conv_state",) if "layout" in options else (),
+        bytes_moved=2 * B * T * (2 * H * K + value_dim) * itemsize,
+        perf=perf,
+    )
+
+
+RAGGED: dict[str, Any] = {
+    "lengths": (1, 0, 20, 2, 3, 5),
+    "slots": (3, 5, 1, 0, 6, 2),
+    "initial": (1, 1, 1, 1, 0, 1),
+}
+THREE: dict[str, Any] = {"slots": (2, 0, 5), "initial": (1, 1, 0)}
+
+CASES = [
+    _case("fp32-K5-linear", 1, 6, 2, 5, 7, torch.float32, W=2, activation=None, bias=True),
+    _case("K128", 2, 19, 3, 128, 520),
+    _case("K64-fp16-bias", 1, 21, 5, 64, 192, torch.float16, bias=True),
+    _case("K96-fp32-strided", 2, 9, 3, 96, 300, torch.float32, strided=True),
+    _case("K24-W3-swish", 1, 11, 11, 24, 130, W=3, activation="swish", bias=True),
+    _case("K256", 1, 9, 1, 256, 64),
+    _case("zero-tokens", 1, 14, 2, 64, 128, zero=True),
+    _case("large-eps", 1, 9, 2, 32, 40, norm_eps=0.5),
+    _case("ragged-padding", 1, 40, 2, 64, 96, lengths=(1, 0, 20, 2, 3, 5)),
+    _case("fp64", 1, 7, 2, 8, 12, torch.float64, bias=True),
+    _case("empty", 2, 0, 2, 64, 64),
+    _case("no-sequences", 1, 3, 2, 16, 16, lengths=()),
+    _case("SD", 3, 8, 2, 64, 72, layout="SD", **THREE, bias=True),
+    _case("DS", 3, 8, 2, 24, 72, layout="DS", **THREE, num_spec=2),
+    _case("SD-no-initial-short", 2, 2, 1, 12, 12, layout="SD", slots=(4, 1)),
+    _case("SD-ragged", 1, 40, 1, 128, 260, **RAGGED, layout="SD", num_spec=3),
+    _case("DS-ragged-fp16-K96", 1, 40, 3, 96, 96, torch.float16, **RAGGED, layout="DS"),
+    _case(
+        "DS-ragged-fp32-W2",
+        *(1, 40, 2, 24, 50, torch.float32),
+        W=2,
+        **RAGGED,
+        layout="DS",
+        index_dtype=torch.int64,
+        strided=True,
+    ),
+    _case("SD-fp32-state", 1, 40, 2, 16, 40, **RAGGED, layout="SD", state_dtype=torch.float32),
+    _case("DS-fp64", 2, 5, 1, 6, 9, torch.float64, layout="DS", slots=(3, 0), initial=(1, 1)),
+    _case("T8192-H32", 1, 8192, 32, 128, 4096, perf=True),
+    _case("SD-T8192-H32", 1, 8192, 32, 128, 4096, perf=True, layout="SD", slots=(3,), initial=(1,)),
+    _case(
+        "DS-T8192-H32-varlen",
+        *(1, 8192, 32, 128, 4096),
+        perf=True,
+        layout="DS",
+        lengths=(4096, 1000, 2096, 1000),
+        slots=(3, 1, 2, 4),
+        initial=(1, 0, 1, 0),
+    ),
+]

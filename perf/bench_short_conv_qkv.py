@@ -1,0 +1,17 @@
+"""The prefill convolution of q, k and v with the norms of q and k, against FLA's kernels for the
+same.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+from perf.peers import fla, fla_short_conv_qkv
+from perf.rows import Row, operator_rows
+
+ROWS = operator_rows("short_conv_qkv", peers=fla(fla_short_conv_qkv))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def bench_short_conv_qkv(row: Row, measure: Callable[[Row], None]) -> None:
+    measure(row)
