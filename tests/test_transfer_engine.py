@@ -431,6 +431,9 @@ def test_a_read_that_does_not_end_times_out_and_keeps_its_pages() -> None:
     assert "not done within 5 s" in result.error
     with pytest.raises(ValueError, match="request must not be read twice at once"):
         start(fleet, "r", [[4], [8]])
+    for page, lists in ((4, [[4], []]), (8, [[5], [8]])):
+        with pytest.raises(ValueError, match=rf"no other read writes, got {page}, .* to 'r'"):
+            reader.engine.read("other", "P", lists, REMOTE)
     assert reader.engine.poll().drained == []
     fleet.check()
     # the transport comes to life again: what it still writes are the pages that were kept

@@ -173,6 +173,7 @@ class _Reading:
     request: str
     remote: _Remote
     matches: list[GroupMatch]
+    pages: set[tuple[int, int]]
     transfers: list[Any]
     started: float
     deadline: float
@@ -231,6 +232,7 @@ class TransferEngine:
         self._closing: list[_Remote] = []
         self._readings: dict[str, _Reading] = {}
         self._draining: list[_Reading] = []
+        self._written: dict[tuple[int, int], str] = {}
         self._ended: list[ReadResult] = []
         self._read_before: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._offers: dict[str, _Offer] = {}
@@ -451,8 +453,8 @@ class TransferEngine:
                 of an expired offer may hold something else.
 
         Raises:
-            ValueError: Blocks that do not match or do not exist, a request that is being read or
-                has been read already. Nothing was read.
+            ValueError: Blocks that do not match, do not exist or may still be written by another
+                read, a request that is being read or has been read already. Nothing was read.
             TransferError: The engine is not connected.
         """
         take_name("request", request)
@@ -474,9 +476,22 @@ class TransferEngine:
             written = [(c.local_page, c.local_token) for c in match.copies]
             if len(set(written)) < len(written):
                 raise ValueError(f"local group {i} must not repeat a block, got {list(local[i])}")
+        pages = {
+            (i, page)
+            for i, match in enumerate(matches)
+            for page in [*(c.local_page for c in match.copies), *(t.page for t in match.zero)]
+        }
+        taken = pages & self._written.keys()
+        if taken:
+            i, page = min(taken)
+            raise ValueError(
+                f"local group {i} must hold pages that no other read writes, got {page}, "
+                f"which belongs to {self._written[i, page]!r}"
+            )
         now = self._clock()
         limit = self.timeout_s if timeout_s is None else timeout_s
-        reading = _Reading(request, peer, matches, [], now, now + limit, Counter())
+        reading = _Reading(request, peer, matches, pages, [], now, now + limit, Counter())
+        self._written.update(dict.fromkeys(pages, request))
         self._readings[request] = reading
         peer.active += 1
         try:
@@ -602,6 +617,8 @@ class TransferEngine:
                 log.warning("read of %s: %s", reading.request, error)
         reading.transfers = []
         reading.remote.active -= 1
+        for page in reading.pages:
+            del self._written[page]
 
     def _lose(self, remote: _Remote) -> None:
         """After a failed read an engine has to be connected again."""
