@@ -27,9 +27,14 @@ OPERATORS = (
     "state_copy",
 )
 FUSIONS = (  # in the order in which they run
+    "fuse_plain_l2norm",
+    "fuse_plain_gate",
+    "fuse_plain_norm",
     "fuse_cumsum_scale",
     "fuse_gate_cumsum",
     "fuse_kda_decode",
+    "fuse_short_conv_qkv",
+    "fuse_chunk_kda_gated",
 )
 
 _installed = False

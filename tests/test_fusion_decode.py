@@ -96,6 +96,32 @@ def variant(**attributes: object) -> Step:
     return type("Variant", (Step,), attributes)()
 
 
+def in_plain_pytorch(self, o, z, o_weight, cu):
+    x = wide(o)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return (o_weight * x.to(o.dtype) * torch.sigmoid(wide(z))).to(o.dtype)
+
+
+def l2norm_in_plain_pytorch(self, x, eps):
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+def gate_in_plain_pytorch(self, f, A_log, bias):
+    z = wide(f) + bias.view(HV, K)
+    return -A_log.exp()[:, None] * torch.nn.functional.softplus(z)
+
+
+def wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+PLAIN = {
+    "finish": in_plain_pytorch,
+    "normalise": l2norm_in_plain_pytorch,
+    "decay": gate_in_plain_pytorch,
+}
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     "attributes",
@@ -104,13 +130,14 @@ def variant(**attributes: object) -> Step:
         {"layout": "DS", "lower_bound": -5.0, "scaled": doubled},
         {"varlen": False},
         {"cleared": False},
+        PLAIN,
     ],
-    ids=["plain", "DS-bounded-negative", "one-each", "padding-kept"],
+    ids=["SD", "DS-bounded-negative", "one-each", "padding-kept", "plain-pytorch"],
 )
 def test_a_step_is_one_operator(attributes: dict[str, object], dynamic: bool) -> None:
     found = compiled(variant(**attributes), dynamic=dynamic)
     assert found.refused == []
-    assert found.fired == ["kda_decode"]
+    assert found.fired[-1] == "kda_decode"
     assert found.operators == ["kda_decode"]
     assert found.copies == 0
 
@@ -152,6 +179,18 @@ def tripled(self, x, eps):
     return kda_ops.l2norm(x, eps=eps) * 3
 
 
+def another_mean(self, o, z, o_weight, cu):
+    x = wide(o)
+    x = x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + 1e-5)
+    return (o_weight * x * torch.sigmoid(wide(z))).to(o.dtype)
+
+
+def unrounded(self, o, z, o_weight, cu):
+    x = wide(o)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return o_weight * x * torch.sigmoid(wide(z))
+
+
 def axis(self, o, z, o_weight, cu):
     y = kda_ops.rms_norm_gated(o.flatten(-2), z.flatten(-2), o_weight.repeat(HV))
     return y.unflatten(-1, (HV, V))
@@ -167,6 +206,8 @@ def axis(self, o, z, o_weight, cu):
         ({"finish": both}, "does not go into rms_norm_gated alone"),
         ({"finish": unfinished}, "does not go into rms_norm_gated alone"),
         ({"finish": axis}, "does not normalise the value heads"),
+        ({"finish": another_mean}, "does not go into rms_norm_gated alone"),
+        ({"finish": unrounded}, "does not go into rms_norm_gated alone"),
         ({"between": erased}, "is the recurrent state, written after"),
         ({"between": conv_erased}, "uses the convolution state before"),
     ],
