@@ -9,6 +9,7 @@ The operator computes `log(1 + e^z)` without its cancellation below z = -17.
 
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
@@ -65,7 +66,8 @@ def product(node: fx.Node) -> Product:
 
 
 def pattern(node: fx.Node) -> Found | None:
-    g = Call.of(node).args["g"]
+    call: Any = Call.of(node)
+    g = call.args["g"]
     whole = product(g)
     found = softplus_gate(whole) if len(whole.factors) == 2 else bounded_gate(whole)
     if found is None or g not in whole.inner:

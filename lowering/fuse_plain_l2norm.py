@@ -17,7 +17,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def pattern(node: fx.Node) -> Found | None:
-    x = squared(node.args[0])
+    x: Any = squared(node.args[0])
     rank = 0 if x is None else value(x).dim()
     keepdim = len(node.args) > 2 and node.args[2]
     if not rank or not keepdim or [axis % rank for axis in node.args[1]] != [rank - 1]:
@@ -28,7 +28,7 @@ def pattern(node: fx.Node) -> Found | None:
     root = only_user(add)
     if root is None or root.target not in (aten.rsqrt.default, aten.sqrt.default):
         return None
-    y = only_user(root)
+    y: Any = only_user(root)
     inverse = root.target is aten.rsqrt.default
     if y is None or not scales(y, x, root, inverse):
         return None

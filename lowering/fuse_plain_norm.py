@@ -6,6 +6,7 @@
 In generated code the two are one kernel either way; the operator is what a decode step is found by.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -32,20 +33,20 @@ RECURRENCES = (chunk_kda_op, chunk_kda_state_op, recurrent_kda_op)
 
 
 def pattern(node: fx.Node) -> Found | None:
-    x = squared(node.args[0])
+    x: Any = squared(node.args[0])
     rank = 0 if x is None else value(x).dim()
     keepdim = len(node.args) > 2 and node.args[2]
     if not rank or not keepdim or [axis % rank for axis in node.args[1]] != [rank - 1]:
         return None
     result, _ = wide_origin(x)
-    call = Call.of(result.args[0] if result.target.__name__ == "getitem" else result)
+    call = Call.of(result.args[0] if result.target is operator.getitem else result)
     add = only_user(node)
     if call is None or call.op not in RECURRENCES or add is None:
         return None
     root = only_user(add)
     if add.target not in (aten.add.Tensor, aten.add.Scalar) or root is None:
         return None
-    y = only_user(root)
+    y: Any = only_user(root)
     if root.target is not aten.rsqrt.default or y is None or not scales(y, x, root, True):
         return None
     o = x.args[0] if x.target is prims.convert_element_type.default else x

@@ -21,13 +21,13 @@ class Heads:
     Attributes:
         inner: Nodes from the packed tensor to the parts and the norms, both included.
         parts: The parts of q, k and v.
-        norms: The `l2norm` of q and of k, None where something else follows.
+        norms: The `Call` of `l2norm` for q and for k, None where something else follows.
         key_dim: Channels of q and of k.
     """
 
     inner: list[fx.Node]
     parts: list[fx.Node]
-    norms: list[Call | None]
+    norms: list[Any]
     key_dim: int
 
     @property
@@ -66,7 +66,8 @@ def heads_of(packed: fx.Node) -> Heads | None:
     if (q0, q1, k1, v0, v1) != (0, k0, 2 * q1, k1, D):
         return None
     nodes = [node for _, node in parts]
-    norms, inner = [], [*path, *cuts, *nodes]
+    norms: list[Call | None] = []
+    inner = [*path, *cuts, *nodes]
     for part in nodes[:2]:
         *moves, last = moved(part)
         norm = Call.of(only_user(last))
