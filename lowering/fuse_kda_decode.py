@@ -151,7 +151,9 @@ def state_used_between(conv: Call, step: Call) -> str | None:
             if user is not step.node and user < step.node:
                 return f"{user.name} uses the convolution state before the recurrence"
     for base in step.bases():
-        if base not in news and conv.node < base:
+        # another layer's step on the same cache may be anywhere before this one
+        by_operator = base.op == "call_function" and Call.of(base.args[0]) is not None
+        if base not in news and conv.node < base and not by_operator:
             return f"{base.name} is the recurrent state, written after the convolution"
         if base in news and len(base.users) > 1:
             return f"{base.name} is used before the recurrence"

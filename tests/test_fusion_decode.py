@@ -231,3 +231,35 @@ def test_other_slots_stay() -> None:
     found = compiled(variant(convolve=other))
     assert "kda_decode" not in found.operators
     assert "other state_indices" in found.refused[0][1]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_both_states_may_lie_in_the_same_pages(dynamic: bool) -> None:
+    """Each written view is one of the same base, and the second write follows the first."""
+    conv_size = (W - 1) * D
+
+    def step(x, f, beta, z, pages, _, slots, cu, *weights):
+        conv = pages[:, :conv_size].unflatten(1, (W - 1, D))
+        state = pages[:, conv_size : conv_size + HV * V * K].unflatten(1, (HV, V, K))
+        return Step()(x, f, beta, z, conv, state, slots, cu, *weights)
+
+    pages = torch.randn(SLOTS, conv_size + HV * V * K + 3)
+    found = compiled(step, dynamic=dynamic, conv=pages)
+    assert found.refused == []
+    assert found.operators == ["kda_decode"]
+    assert found.copies == 0
+
+
+def test_layers_of_one_cache_are_steps_of_it() -> None:
+    """Slices of one tensor: the second layer's states are views of what the first has written."""
+
+    def layers(x, f, beta, z, conv, state, *rest):
+        first = Step()(x, f, beta, z, conv[:SLOTS], state[:SLOTS], *rest)
+        z = z + first
+        return Step()(x, f, beta, z, conv[SLOTS:], state[SLOTS:], *rest)
+
+    conv = torch.randn(2 * SLOTS, W - 1, D, dtype=torch.bfloat16)
+    found = compiled(layers, conv=conv, state=torch.randn(2 * SLOTS, HV, V, K))
+    assert found.refused == []
+    assert found.operators == ["kda_decode", "kda_decode"]
+    assert found.copies == 0
