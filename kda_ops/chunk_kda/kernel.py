@@ -104,7 +104,7 @@ def chunk_prepare_kernel(
         (beta_ptr + b * beta_b + h * beta_h + first * beta_t) + r * beta_t, mask=ok, other=0.0
     ).to(tl.float32)
 
-    A, X, L16, L32 = chunk_levels(q, k, y, beta, beta, False, PACKED)
+    A, X, L16, L32 = chunk_levels(q, k, y, beta, PACKED)
     i = r[:, None]
     j = r[None, :]
     work = row * HV + h

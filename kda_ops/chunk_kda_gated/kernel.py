@@ -157,19 +157,18 @@ def chunk_gated_prepare_kernel(
 
     k = tl.load(k_at, mask=okd, other=0.0)
     q = tl.load(q_at, mask=okd, other=0.0)
-    k_norm = ok.to(tl.float32)
-    q_norm = k_norm * SCALE
+    q_scale = tl.zeros((64,), tl.float32) + SCALE
+    k_scale = q_scale
     if NORM:
-        k_norm = _reciprocal_norm(k, ok, EPS)
-        q_norm = _reciprocal_norm(q, ok, EPS) * SCALE
+        q_scale = _reciprocal_norm(q, ok, EPS) * SCALE
+        k_scale = _reciprocal_norm(k, ok, EPS)
+        k = (k.to(tl.float32) * k_scale[:, None]).to(k.dtype)
     k = tl.reshape(k, (4, 16, K))
     q = tl.reshape(q, (4, 16, K))
-    A, X, L16, L32 = chunk_levels(q, k, y, beta, k_norm, NORM, PACKED)
+    A, X, L16, L32 = chunk_levels(q, k, y, beta, PACKED)
     i = r[:, None]
     j = r[None, :]
-    A = A * q_norm[:, None]
-    if NORM:
-        A = A * k_norm[None, :]
+    A = A * q_scale[:, None]
     tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
     X = join(join(block_diagonal(X), L16), L32)
     X = X * beta[None, :]
@@ -178,12 +177,12 @@ def chunk_gated_prepare_kernel(
     e = tl.exp2(tl.dot(half(j > i), y))  # 2^(G_last - G)
     kf = tl.load(k_at, mask=okd, other=0.0).to(tl.float32)
     if NORM:
-        kf = kf * k_norm[:, None]
+        kf = kf * k_scale[:, None]
     tl.store((kg_ptr + work * (64 * K)) + at, (kf * e).to(kg_ptr.dtype.element_ty))
     e = tl.exp2(tl.dot(half(j <= i), y))  # 2^G
     qf = tl.load(q_at, mask=okd, other=0.0).to(tl.float32)
     tl.store(
-        (qg_ptr + work * (64 * K)) + at, (qf * q_norm[:, None] * e).to(qg_ptr.dtype.element_ty)
+        (qg_ptr + work * (64 * K)) + at, (qf * q_scale[:, None] * e).to(qg_ptr.dtype.element_ty)
     )
     tl.store(
         (w_ptr + work * (64 * K)) + at,
@@ -239,7 +238,7 @@ def chunk_inputs_kernel(
     VARLEN: tl.constexpr,
 ):
     """One program turns one chunk of one value head into what the general `prepare` takes: G in
-    log2 and beta after its sigmoid in fp32, and normalised keys. Grid: (chunks, HV).
+    log2, beta after its sigmoid and normalised keys, all in fp32. Grid: (chunks, HV).
 
     G is made in blocks of BLOCK columns. The first value head of a key head writes its keys. Rows
     of no sequence are not written.
@@ -271,10 +270,10 @@ def chunk_inputs_kernel(
         to = (row[:, None] * H + hk) * K + d
         k = tl.load(k_ptr + b * k_b + hk * k_h + t[:, None] * k_t + d, mask=inside, other=0.0)
         kn = k.to(tl.float32) * _reciprocal_norm(k, ok, EPS)[:, None]
-        tl.store(kn_ptr + to, kn.to(kn_ptr.dtype.element_ty), mask=inside)
+        tl.store(kn_ptr + to, kn, mask=inside)
         q = tl.load(q_ptr + b * q_b + hk * q_h + t[:, None] * q_t + d, mask=inside, other=0.0)
         qn = q.to(tl.float32) * _reciprocal_norm(q, ok, EPS)[:, None]
-        tl.store(qn_ptr + to, qn.to(qn_ptr.dtype.element_ty), mask=inside)
+        tl.store(qn_ptr + to, qn, mask=inside)
 
 
 def _launch(
@@ -342,7 +341,9 @@ def _launch(
         beta_used = torch.empty((B, T, HV), dtype=torch.float32, device=q.device)
         qn, kn = q, k
         if qk_norm_eps is not None:
-            qn, kn = (torch.empty((B, T, H, K), dtype=q.dtype, device=q.device) for _ in range(2))
+            qn, kn = (
+                torch.empty((B, T, H, K), dtype=torch.float32, device=q.device) for _ in range(2)
+            )
         traceable(chunk_inputs_kernel)[(batch.programs, HV)](
             q,
             k,

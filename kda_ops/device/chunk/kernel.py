@@ -162,12 +162,11 @@ def block_diagonal(x):
 
 
 @triton.jit
-def chunk_levels(q, k, y, beta, norm, NORM: tl.constexpr, PACKED: tl.constexpr):
+def chunk_levels(q, k, y, beta, PACKED: tl.constexpr):
     """All levels of one chunk: q, k [4, 16, K], the tokens' gates y [64, K] in fp16, beta [64].
 
     Returns q k^T with the decays [64, 64], the inverse of the 16-row blocks [4, 16, 16], and levels
-    16 and 32 of L, [64, 64] in fp16. With NORM, row i of k is yet to be multiplied by norm[i]; L is
-    that of the normalised k.
+    16 and 32 of L, [64, 64] in fp16.
     """
     K: tl.constexpr = k.shape[2]
     r = tl.arange(0, 64)
@@ -175,19 +174,13 @@ def chunk_levels(q, k, y, beta, norm, NORM: tl.constexpr, PACKED: tl.constexpr):
     j = tl.arange(0, 16)[None, :]
     diagonal = (i == j)[None, :, :]
     y_blocks = tl.reshape(y, (4, 16, K))
-    if NORM:
-        beta = beta * norm
-    block_scale = tl.reshape(beta, (4, 16))[:, :, None]
-    scale = beta[:, None]
-    if NORM:
-        block_scale = block_scale * tl.reshape(norm, (4, 16))[:, None, :]
-        scale = scale * norm[None, :]
+    beta_blocks = tl.reshape(beta, (4, 16))[:, :, None]
     X = tl.where(diagonal, 1.0, 0.0) + tl.zeros((4, 16, 16), tl.float32)
     A = tl.where(diagonal, tl.dot(q, tl.permute(k, (0, 2, 1))), 0.0)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, block_scale, 1, PACKED)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, block_scale, 2, PACKED)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, block_scale, 4, PACKED)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, block_scale, 8, PACKED)
+    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 1, PACKED)
+    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 2, PACKED)
+    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 4, PACKED)
+    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 8, PACKED)
     i = r[:, None]
     j = r[None, :]
     A = block_diagonal(A)
@@ -197,14 +190,14 @@ def chunk_levels(q, k, y, beta, norm, NORM: tl.constexpr, PACKED: tl.constexpr):
     ke = tl.reshape(_multiply(k, e, PACKED), (64, K))
     columns = tl.trans(ke)
     A = tl.where(meet, tl.dot(tl.reshape(_multiply(q, e, PACKED), (64, K)), columns), A)
-    L16 = tl.where(meet, tl.dot(ke, columns) * scale, 0.0).to(tl.float16)
+    L16 = tl.where(meet, tl.dot(ke, columns) * beta[:, None], 0.0).to(tl.float16)
 
     meet = _meet(i, j, 32)
     e = tl.reshape(tl.exp2(tl.dot(_between(i, j, 32), y)).to(k.dtype), (4, 16, K))
     ke = tl.reshape(_multiply(k, e, PACKED), (64, K))
     columns = tl.trans(ke)
     A = tl.where(meet, tl.dot(tl.reshape(_multiply(q, e, PACKED), (64, K)), columns), A)
-    L32 = tl.where(meet, tl.dot(ke, columns) * scale, 0.0).to(tl.float16)
+    L32 = tl.where(meet, tl.dot(ke, columns) * beta[:, None], 0.0).to(tl.float16)
     return A, X, L16, L32
 
 
@@ -262,8 +255,8 @@ def chunk_prepare_general_kernel(
     """One program prepares one chunk of one value head, in blocks of BLOCK key or value columns.
     Grid: (chunks, HV).
 
-    The workspace is KP columns wide, and zero past K. Products are made in the inputs' dtype, those
-    of the inverse in fp16, or all in full fp32.
+    The workspace is KP columns wide, and zero past K. Products are made in v's dtype, those of
+    the inverse in fp16, or all in full fp32.
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -272,7 +265,7 @@ def chunk_prepare_general_kernel(
         if VARLEN:
             clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, VP)
         return
-    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
     inverse: tl.constexpr = tl.float32 if FP32 else tl.float16
     hk = h // (HV // H)
     r = tl.arange(0, 64)
@@ -652,7 +645,7 @@ class Workspace(NamedTuple):
 def make_workspace(q: Tensor, v: Tensor, batch: Batch) -> Workspace:
     B, T = q.shape[:2]
     HV, V = v.shape[2:]
-    KP = padded_keys(q)
+    KP = max(32 if q.dtype == torch.float32 else 16, triton.next_power_of_2(q.shape[3]))
     rows = B * T // CHUNK + batch.N
 
     def make(*shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
@@ -667,11 +660,6 @@ def make_workspace(q: Tensor, v: Tensor, batch: Batch) -> Workspace:
         A=make(CHUNK, CHUNK),
         decay=make(KP, dtype=torch.float32),
     )
-
-
-def padded_keys(q: Tensor) -> int:
-    """Columns of the workspace's keys."""
-    return max(32 if q.dtype == torch.float32 else 16, triton.next_power_of_2(q.shape[3]))
 
 
 def dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -729,12 +717,12 @@ def launch_general_prepare(
     workspace: Workspace,
     batch: Batch,
 ) -> None:
-    """`prepare` for any size and dtype, from normalised keys, the cumulative gate in log2 and beta
-    after its sigmoid.
+    """`prepare` for any size and dtype, from normalised keys (in v's dtype or fp32), the cumulative
+    gate in log2 and beta after its sigmoid.
     """
     H, K = q.shape[2:]
     HV, V = v.shape[2:]
-    wide = q.dtype == torch.float32
+    wide = v.dtype == torch.float32
     traceable(chunk_prepare_general_kernel)[(batch.programs, HV)](
         q,
         k,
@@ -755,7 +743,7 @@ def launch_general_prepare(
         K=K,
         V=V,
         VARLEN=batch.cu_seqlens is not None,
-        KP=padded_keys(q),
+        KP=workspace.w.shape[3],
         VP=triton.next_power_of_2(V),
         BLOCK=16,
         FP32=wide,
