@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kda_ops import chunk_kda, gate_cumsum, l2norm
+from kda_ops import chunk_kda, chunk_kda_gated, gate_cumsum, l2norm
 from kda_ops._cases import Case
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import CHUNK
 from perf.peers import fla, fla_chunk_kda, fla_core
-from perf.rows import Row, function_rows, operator_rows
+from perf.rows import OURS, Row, direct, function_rows, operator_rows
 
 
 def core_inputs(
@@ -48,6 +48,10 @@ def core(
 ) -> tuple[Tensor, Tensor | None]:
     G = gate_cumsum(x, A_log, dt_bias, lower_bound=lower_bound)
     return chunk_kda(l2norm(q), l2norm(k), v, G, beta.sigmoid(), output_final_state=True)
+
+
+def fused_core(**inputs: Any) -> tuple[Tensor, Tensor | None]:
+    return chunk_kda_gated(**inputs, qk_norm_eps=1e-6, output_final_state=True)
 
 
 def core_flops(T: int, H: int, K: int, V: int, C: int = CHUNK) -> int:
@@ -88,10 +92,16 @@ def with_chunk_table(row: Row) -> Row:
     return dataclasses.replace(row, make=make)
 
 
+def with_fused(rows: list[Row]) -> list[Row]:
+    """The rows, and our own in one operator."""
+    (own,) = (row for row in rows if row.who == OURS)
+    return [*rows, dataclasses.replace(own, who=f"{OURS}, fused", prepare=direct(fused_core))]
+
+
 ROWS = [with_chunk_table(row) for row in operator_rows("chunk_kda", peers=fla(fla_chunk_kda))] + [
     row
     for case in CORES
-    for row in function_rows("core", case, core, peers=fla(fla_core), compile_too=True)
+    for row in with_fused(function_rows("core", case, core, peers=fla(fla_core), compile_too=True))
 ]
 
 
