@@ -125,16 +125,18 @@ class Rewrite:
             report(outcome if reason is None else replace(outcome, reason=reason))
 
     def _replace(self, graph: fx.Graph, found: Found) -> str | None:
-        before = set(graph.nodes)
+        last = max(found.inner)
+        before = last.prev
         try:
-            with graph.inserting_before(max(found.inner)):
+            with graph.inserting_before(last):
                 news = self.replacement(graph, found)
         except UnknownSizeError as error:
-            for node in reversed([node for node in graph.nodes if node not in before]):
-                graph.erase_node(node)
+            while last.prev is not before:
+                graph.erase_node(last.prev)
             return str(error)
         for old, new in news.items():
             old.replace_all_uses_with(new)
+        out_of_order = any(user < new for new in news.values() for user in new.users)
         unused = [node for inner in found.inner for node in inner.all_input_nodes]
         for node in sorted(found.inner, reverse=True):
             graph.erase_node(node)
@@ -143,7 +145,8 @@ class Rewrite:
             if not node._erased and not node.users and (moves(node) or widens(node)):
                 unused += node.all_input_nodes
                 graph.erase_node(node)
-        stable_topological_sort(graph)
+        if out_of_order:
+            stable_topological_sort(graph)
         return None
 
 

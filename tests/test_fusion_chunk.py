@@ -185,7 +185,7 @@ def deeper(z: Tensor, A_log: Tensor) -> Tensor:
 
 def rounded(z: Tensor, A_log: Tensor) -> Tensor:
     narrow = z.dtype if z.dtype == torch.float64 else torch.bfloat16
-    return softplus(z.to(narrow), A_log.to(narrow))
+    return spelled_out(z.to(narrow), A_log.to(narrow))
 
 
 def earlier(z: Tensor, A_log: Tensor) -> Tensor:
