@@ -145,7 +145,8 @@ def short_convolution(
     """
     acc = accumulation_dtype(x)
     rows = torch.arange(x.shape[0], device=x.device)
-    sequence = torch.searchsorted(cu_seqlens[1:], rows, right=True)  # N past the last sequence
+    # N past the last sequence
+    sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1
     read = F.pad(active, (0, 1))[sequence][:, None]
     position = rows - cu_seqlens[sequence]
     history = F.pad(history.to(acc), (0, 0, 0, 0, 0, 1))

@@ -70,6 +70,6 @@ def kda_decode_reference(
     )
     normed = gated_rms_norm(o, z.reshape(1, T, HV, V), norm_weight, norm_eps)
     source = source_slots(state_indices, num_accepted)
-    sequence = torch.searchsorted(offsets[1:], torch.arange(T, device=x.device), right=True)
+    sequence = torch.searchsorted(offsets, torch.arange(T, device=x.device), right=True) - 1
     live = F.pad((source > 0) & (source < len(state)), (0, 1))[sequence]
     return torch.where(live[:, None, None], normed, 0.0).to(x.dtype)

@@ -150,8 +150,9 @@ def _launch(
     head_dim: int, norm_eps: float, conv_state: Tensor | None, slots: Tensor | None,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    B, T, D = x.shape
-    W, H = int(weight.shape[1]), key_dim // head_dim
+    B, T = x.shape[:2]
+    # static: with a symbolic D - 2 * key_dim Inductor does not see that v is dense, and copies it
+    D, W, H = int(weight.shape[0]), int(weight.shape[1]), key_dim // head_dim
     q, k = (torch.empty((B, T, H, head_dim), dtype=x.dtype, device=x.device) for _ in range(2))
     v = torch.empty((B, T, D - 2 * key_dim), dtype=x.dtype, device=x.device)
     if x.stride(2) != 1:
