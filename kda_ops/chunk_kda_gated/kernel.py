@@ -49,11 +49,17 @@ def _rate(A_log_ptr, h, HAS_A: tl.constexpr):
 
 
 @triton.jit
-def _gate_log2(x, a, bias_ptr, ok, HAS_BIAS: tl.constexpr, BOUND: tl.constexpr):
-    """The gate in log2 of a tile x, with the biases at `bias_ptr`; BOUND is 0 without a bound."""
-    z = x.to(tl.float32)
+def _bias(bias_ptr, d, ok, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
-        z += tl.load(bias_ptr, mask=ok, other=0.0).to(tl.float32)
+        return tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(d.shape, tl.float32)
+
+
+@triton.jit
+def _gate_log2(x, a, bias, BOUND: tl.constexpr):
+    """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound."""
+    z = x.to(tl.float32) + bias[None, :]
     if BOUND == 0.0:
         return (a * -1.4426950408889634) * softplus(z)
     else:
@@ -143,9 +149,9 @@ def chunk_gated_prepare_kernel(
     x_at = (x_ptr + b * x_b + h * x_h + first * x_t) + (r[:, None] * x_t + d[None, :])
     work = row * HV + h
 
-    bias_at = bias_ptr + h * K + d[None, :] if HAS_BIAS else d[None, :]
     x = tl.load(x_at, mask=okd, other=0.0)
-    y = _gate_log2(x, _rate(A_log_ptr, h, HAS_A), bias_at, d[None, :] < K, HAS_BIAS, BOUND)
+    bias = _bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+    y = _gate_log2(x, _rate(A_log_ptr, h, HAS_A), bias, BOUND)
     # what is below -30000 decays to zero either way, and fp16 ends at -65504
     y = tl.where(okd, tl.where(y < -30000.0, -30000.0, y), 0.0)
     tl.store(decay_ptr + work * K + d, tl.exp2(tl.sum(y, axis=0)))
@@ -255,12 +261,13 @@ def chunk_inputs_kernel(
     a = _rate(A_log_ptr, h, HAS_A)
     x_row = x_ptr + b * x_b + h * x_h + t[:, None] * x_t
     for k0 in range(0, K, BLOCK):
-        d = (k0 + tl.arange(0, BLOCK))[None, :]
-        inside = ok[:, None] & (d < K)
-        x = tl.load(x_row + d, mask=inside, other=0.0)
-        bias_at = bias_ptr + h * K + d if HAS_BIAS else d
-        y = tl.where(inside, _gate_log2(x, a, bias_at, d < K, HAS_BIAS, BOUND), 0.0)
-        tl.store(G_ptr + (row[:, None] * HV + h) * K + d, tl.cumsum(y, axis=0), mask=inside)
+        d = k0 + tl.arange(0, BLOCK)
+        inside = ok[:, None] & (d < K)[None, :]
+        x = tl.load(x_row + d[None, :], mask=inside, other=0.0)
+        bias = _bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+        y = tl.where(inside, _gate_log2(x, a, bias, BOUND), 0.0)
+        at = (row[:, None] * HV + h) * K + d[None, :]
+        tl.store(G_ptr + at, tl.cumsum(y, axis=0), mask=inside)
     beta = tl.load(beta_ptr + b * beta_b + h * beta_h + t * beta_t, mask=ok, other=0.0)
     tl.store(sigmoid_ptr + row * HV + h, BETA_SCALE * tl.sigmoid(beta.to(tl.float32)), mask=ok)
     if NORM:
