@@ -66,7 +66,8 @@ def chunk_kda_gated_inputs(
         rows[:, cu_seqlens[-1] :] = torch.nan
     parts = list(rows.to(dtype).split([y.shape[-1] for y in parts], dim=-1))
     if not packed:
-        parts = [y.contiguous() for y in parts]
+        # an empty slice counts as contiguous, whatever its strides
+        parts = [y.clone(memory_format=torch.contiguous_format) for y in parts]
     rates = {"harsh": torch.full((HV,), 16.0), "slow": torch.full((HV,), 1e-3)}
     A_log = rates.get(gate, torch.empty(HV).uniform_(1, 16)).log().to(device)
     inputs: dict[str, Any] = {
