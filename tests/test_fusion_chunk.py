@@ -133,7 +133,7 @@ def bounded(z: Tensor, A_log: Tensor) -> Tensor:
 def test_it_is_one_operator(function: Callable[..., Any], dynamic: bool) -> None:
     found = compiled(function, dynamic)
     assert found.refused == []
-    assert found.operators == ["chunk_kda_gated"]
+    assert [name for name in found.operators if name != "l2norm"] == ["chunk_kda_gated"]
     assert found.copies == 0
 
 
@@ -170,9 +170,8 @@ def test_it_stays_where_the_guard_says_so(function: Callable[..., Any], reason: 
     assert [name for name, why in found.refused if reason in why] == ["chunk_kda_gated"]
 
 
-def test_a_norm_with_another_user_stays() -> None:
-    found = compiled(model(extra=lambda G, beta, q: q))
-    assert found.operators == ["l2norm", "l2norm", "chunk_kda_gated"]
+def test_norms_stay_in_front() -> None:
+    assert compiled(model()).operators == ["l2norm", "l2norm", "chunk_kda_gated"]
 
 
 def faster(z: Tensor, A_log: Tensor) -> Tensor:

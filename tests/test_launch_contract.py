@@ -91,11 +91,14 @@ def test_decode_is_one_launch(layout: str, lower_bound: float | None, dynamic: b
     expect(compiled(stack, 3, dynamic, paged(stack), batch=batch), DECODE)
 
 
-def test_speculative_decode_is_one_launch() -> None:
+def test_speculative_decode_keeps_the_recurrence_apart() -> None:
+    """Several tokens per sequence are faster in kernels of their own."""
     stack = Stack(1, "DS", None)
     batch = KDABatch.decode([[1, 2], [3, 4]], lengths=[2, 1], num_accepted=[2, 1], num_tokens=5)
     states = [layer.state_spec(num_spec=1).allocate(6) for layer in stack.layers]
-    expect(compiled(stack, 5, False, states, batch=batch), DECODE)
+    found = compiled(stack, 5, False, states, batch=batch)
+    ours = [name for name in found.launches if not name.startswith("triton_")]
+    assert ours == ["short_conv_update_kernel", "recurrent_kda_kernel"]
 
 
 @lengths

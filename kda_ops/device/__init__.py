@@ -1,1 +1,1 @@
-"""Triton device functions that more than one kernel uses (in `kernel.py`, which alone imports Triton)."""
+"""Triton device functions that more than one kernel uses; `kernel.py` alone imports Triton."""

@@ -13,7 +13,7 @@ from kda_ops.short_conv_qkv.reference import (
 )
 
 # As in short_conv: a thread owns 8 channels; with one warp a head's sum stays within the warp.
-CONFIG = {"STEP_T": 8, "BLOCK_D": 256, "num_warps": 1}
+CONFIG = {"STEP_T": 8, "BLOCK_D": 256, "num_warps": 2}
 MAX_STEPS = 2
 PROGRAMS = 4096
 
