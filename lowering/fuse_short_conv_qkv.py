@@ -8,10 +8,10 @@ The convolved queries and keys are not written and read again, and the three par
 
 from typing import Any
 
-from kda_ops.short_conv_qkv.op import short_conv_qkv_op, short_conv_qkv_state_op
 from torch import fx
 
 from kda_ops.short_conv.op import short_conv_op, short_conv_state_op
+from kda_ops.short_conv_qkv.op import short_conv_qkv_op, short_conv_qkv_state_op
 from lowering.heads import heads_of
 from lowering.rewrite import Call, Found, emit, register, reshape, value
 
