@@ -116,11 +116,12 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="perf.report", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="JSON files of pytest-benchmark")
+    parser.add_argument("runs", nargs="+", type=Path, help="JSON files of pytest-benchmark, later ones win")
     parser.add_argument("--readme", type=Path, help="put the table between this file's markers")
     parser.add_argument("--picture", type=Path, help="draw bars into this PNG (needs matplotlib)")
     options = parser.parse_args(arguments)
-    rows = [row for path in options.runs for row in results(json.loads(path.read_text()))]
+    measured = [row for path in options.runs for row in results(json.loads(path.read_text()))]
+    rows = list({(row["stage"], row["case"], row["who"]): row for row in measured}.values())
     if not rows:
         print("perf.report: no rows in " + ", ".join(map(str, options.runs)), file=sys.stderr)
         return 1
