@@ -174,11 +174,11 @@ def _layers(value: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Exits with 0 if all tokens match."""
-    if importlib.util.find_spec("nixl") is None:
-        print("pd-demo needs NIXL: pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1")
-        return 2
     if args.tokens < 17:
         print(f"--tokens must be at least 17, got {args.tokens}")
+        return 2
+    if importlib.util.find_spec("nixl") is None:
+        print("pd-demo needs NIXL: pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1")
         return 2
     config = StackConfig(layers=args.layers, layout=args.layout, num_spec=args.spec)
     plain = replace(config, num_spec=0)
