@@ -1,7 +1,4 @@
-"""The chunk table of a variable-length batch:
-
-which sequence, and which chunk of it, each program works on.
-"""
+"""The chunk table of a variable-length batch: each program's sequence, and its chunk of that."""
 
 import torch
 from torch import Tensor

@@ -1,9 +1,7 @@
-"""How Inductor sees the operators:
-
-lowerings, templates and graph rewrites. `install()` is the only entry.
+"""How Inductor sees the operators: lowerings and graph rewrites. `install()` is the only entry.
 
 Importing this package costs nothing; `install()` imports `torch._inductor`. `kda_ops` calls it by
-itself once Inductor is loaded.
+itself on the first trace.
 """
 
 import hashlib
@@ -41,8 +39,7 @@ _installed = False
 
 
 def install() -> None:
-    """Registers every lowering, and a cache key that changes when any of their sources does
-    (idempotent).
+    """Registers lowerings, rewrites and a cache key of their sources (idempotent).
 
     Inductor's and AOTAutograd's disk caches do not look at lowerings: without the key, a process
     with a changed lowering is served the code of the old one.
@@ -63,10 +60,7 @@ def install() -> None:
 
 
 def source_hash() -> str:
-    """SHA-256 over the sources that decide what the compiler generates:
-
-    lowerings, rewrites, references and kernels.
-    """
+    """SHA-256 of all sources: lowerings, rewrites, references and kernels."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
     for root in (here, here.parent / "kda_ops"):

@@ -116,7 +116,7 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="perf.report", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="JSON files of pytest-benchmark, later ones win")
+    parser.add_argument("runs", nargs="+", type=Path, help="JSON files, later ones win")
     parser.add_argument("--readme", type=Path, help="put the table between this file's markers")
     parser.add_argument("--picture", type=Path, help="draw bars into this PNG (needs matplotlib)")
     options = parser.parse_args(arguments)

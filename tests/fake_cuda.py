@@ -41,10 +41,7 @@ CAPABILITY = (H200.major, H200.minor)
 
 
 class DescribedDriver:
-    """Stands in for Triton's active driver:
-
-    the analysis of a hand-written kernel's writes asks it for a target.
-    """
+    """Triton's active driver, whose target the analysis of a hand-written kernel asks for."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget

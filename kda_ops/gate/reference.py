@@ -1,7 +1,4 @@
-"""The KDA gate in eager PyTorch:
-
-the definition, the CPU implementation and, from fp64 inputs, the oracle.
-"""
+"""The KDA gate in eager PyTorch: definition, CPU implementation and, in fp64, the oracle."""
 
 from torch import Tensor
 
