@@ -1,4 +1,4 @@
-"""Which tests run where:
+"""Which tests run where.
 
 `gpu` needs a CUDA device, `nixl` the package of that name, `interpreter` needs TRITON_INTERPRET=1,
 the rest needs it unset.

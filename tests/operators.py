@@ -32,7 +32,7 @@ def all_cases() -> Iterator[tuple[str, Case]]:
 
 
 class RunKernels(TorchDispatchMode):
-    """Runs the Triton launcher of every operator, whatever the device:
+    """Runs the Triton launcher of every operator, whatever the device.
 
     CPU tensors go through Triton's interpreter.
     """
