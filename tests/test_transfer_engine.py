@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from kda_ops.state import KDAStateSpec
-from kda_ops.transfer.engine import TransferEngine, TransferError, buffer_pages
-from kda_ops.transfer.geometry import GeometryError
+from kda_ops.transfer.engine import TransferEngine
+from kda_ops.transfer.pages import buffer_pages
+from kda_ops.transfer.results import TransferError
+from kda_ops.transfer.schema import GeometryError
 from kda_ops.transfer.transport import InProcessNetwork, InProcessTransport, Ranges, TransportError
 from tests.transfer_fleet import (
     Fleet,

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from kda_ops.transfer.engine import Progress, TransferError
-from kda_ops.transfer.geometry import GeometryError
+from kda_ops.transfer.results import Progress, TransferError
+from kda_ops.transfer.schema import GeometryError
 from kda_ops.transfer.wire import tcp_caller
 from tests.transfer_fleet import Side, content, geometry
 

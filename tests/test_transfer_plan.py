@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 from kda_ops.state import KDAStateSpec, Segment
 from kda_ops.transfer.geometry import (
     EngineGeometry,
-    GeometryError,
     PageGeometry,
     PlacedSegment,
     check_compatible,
     decode_geometry,
-    decode_json,
     encode_geometry,
     packed_geometry,
     state_geometry,
@@ -32,6 +30,7 @@ from kda_ops.transfer.plan import (
     plan_zero,
     source_ranks,
 )
+from kda_ops.transfer.schema import GeometryError, decode_json
 
 SIZES = [(p, d) for p in range(1, 17) for d in range(1, 17) if p % d == 0 or d % p == 0]
 CANARY = 0xEE

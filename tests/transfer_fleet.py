@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from kda_ops.state import KDAStateSpec, Segment
-from kda_ops.transfer.engine import Progress, TransferEngine
+from kda_ops.transfer.engine import TransferEngine
 from kda_ops.transfer.geometry import (
     EngineGeometry,
     PageGeometry,
     packed_geometry,
     state_geometry,
 )
+from kda_ops.transfer.results import Progress
 from kda_ops.transfer.transport import Transport
 
 LAYERS, TOKEN_BYTES, GUARD = 2, 6, 64

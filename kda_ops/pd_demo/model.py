@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kda_ops.batch import KDABatch
 from kda_ops.layer import KimiDeltaAttention
 from kda_ops.state import KDAStateSpec, Segment, units_held
-from kda_ops.transfer.engine import buffer_pages
 from kda_ops.transfer.geometry import EngineGeometry, packed_geometry, state_geometry
+from kda_ops.transfer.pages import buffer_pages
 
 DTYPE = torch.float32
 

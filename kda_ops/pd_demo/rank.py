@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kda_ops.pd_demo.model import Caches, Stack, StackConfig
 from kda_ops.pd_demo.sequence import Sequences
-from kda_ops.transfer.engine import TransferEngine, TransferError
+from kda_ops.transfer.engine import TransferEngine
+from kda_ops.transfer.results import TransferError
 from kda_ops.transfer.wire import HandshakeServer, tcp_caller
 
 IDLE_S = 0.001

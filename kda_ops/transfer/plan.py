@@ -7,7 +7,8 @@ units a rank needs with the units a source rank holds. Pure data in, data out.
 import math
 from typing import NamedTuple
 
-from kda_ops.transfer.geometry import EngineGeometry, GeometryError, PageGeometry, check_compatible
+from kda_ops.transfer.geometry import EngineGeometry, PageGeometry, check_compatible
+from kda_ops.transfer.schema import GeometryError
 
 
 class Read(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from kda_ops.transfer.geometry import decode_json, take_fields, take_list, take_name
+from kda_ops.transfer.schema import decode_json, take_fields, take_list, take_name
 
 ACTIVE, DONE, FAILED = "active", "done", "failed"
 

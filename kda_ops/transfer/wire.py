@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from kda_ops.transfer.engine import MAX_HANDSHAKE, Call
+from kda_ops.transfer.messages import MAX_HANDSHAKE
+from kda_ops.transfer.peers import Call
 
 HEADER = struct.Struct("!I")
 LOOPBACK = "127.0.0.1"

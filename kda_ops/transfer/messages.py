@@ -1,0 +1,215 @@
+"""What engines say to one another: a reader's hello, a source rank's card, a consumer's notice.
+
+JSON of limited length, every field checked by name and type. What comes from a peer is not trusted.
+"""
+
+import base64
+import binascii
+import json
+from typing import Any, NamedTuple
+
+from kda_ops.transfer.geometry import EngineGeometry, decode_geometry, encode_geometry
+from kda_ops.transfer.schema import (
+    VERSION,
+    GeometryError,
+    decode_json,
+    take_count,
+    take_fields,
+    take_list,
+    take_name,
+)
+from kda_ops.transfer.transport import Region
+
+MAX_HANDSHAKE = 16 << 20
+MAX_NOTICE = 4096
+MAX_ERROR = 1000
+
+
+class Hello(NamedTuple):
+    """How a rank that wants to read introduces itself.
+
+    Attributes:
+        engine: Name of its engine.
+        rank: Of the reader.
+        agent: Name of its transport.
+        geometry: Of its engine.
+    """
+
+    engine: str
+    rank: int
+    agent: str
+    geometry: EngineGeometry
+
+
+class Card(NamedTuple):
+    """How a source rank answers.
+
+    Attributes:
+        engine: Name of its engine.
+        rank: Of the source.
+        geometry: Of its engine.
+        agent: Metadata of its transport.
+        regions: Per group and layer, where its pages are.
+    """
+
+    engine: str
+    rank: int
+    geometry: EngineGeometry
+    agent: bytes
+    regions: list[list[Region]]
+
+
+class Notice(NamedTuple):
+    """That a consumer rank has read a request.
+
+    Attributes:
+        engine: Name of the consumer's engine.
+        rank: Of the consumer.
+        request: Id of what it has read.
+    """
+
+    engine: str
+    rank: int
+    request: str
+
+
+def encode_hello(hello: Hello) -> bytes:
+    """The inverse of `decode_hello`."""
+    return _encode({**hello._asdict(), "geometry": encode_geometry(hello.geometry)})
+
+
+def decode_hello(message: bytes) -> Hello:
+    """A hello from a peer.
+
+    Raises:
+        GeometryError: Anything but a well-formed hello of this version.
+    """
+    found = _decode("handshake", message, _HELLO)
+    hello = Hello(**found | {"geometry": decode_geometry(found["geometry"])})
+    if hello.rank >= hello.geometry.tp_size:
+        raise GeometryError(
+            f"rank of handshake must be below {hello.geometry.tp_size}, got {hello.rank}"
+        )
+    return hello
+
+
+def encode_card(card: Card) -> bytes:
+    """The inverse of `decode_card`."""
+    return _encode(
+        {
+            **card._asdict(),
+            "geometry": encode_geometry(card.geometry),
+            "agent": base64.b64encode(card.agent).decode(),
+            "regions": [[list(region) for region in layers] for layers in card.regions],
+        }
+    )
+
+
+def encode_refusal(error: Exception) -> bytes:
+    """The answer to a hello that does not fit."""
+    return _encode({"error": str(error)[:MAX_ERROR]})
+
+
+def decode_card(answer: bytes, engine: str, rank: int) -> Card:
+    """The card of a rank that was asked for.
+
+    Args:
+        answer: From a peer.
+        engine: Whom the hello was sent to.
+        rank: Likewise.
+
+    Raises:
+        GeometryError: A refusal, the card of another rank, regions too short for the geometry, or
+            anything but a well-formed card of this version.
+    """
+    value = decode_json(answer, limit=MAX_HANDSHAKE)
+    if isinstance(value, dict) and "error" in value:
+        raise GeometryError(f"rank {rank} refused: {str(value['error'])[:MAX_ERROR]}")
+    found = _check("answer", value, _CARD)
+    for name, expected in (("engine", engine), ("rank", rank)):
+        if found[name] != expected:
+            raise GeometryError(f"{name} of answer must be {expected!r}, got {found[name]!r}")
+    geometry = decode_geometry(found["geometry"])
+    regions = _take_regions(geometry, found["regions"])
+    try:
+        agent = base64.b64decode(found["agent"], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise GeometryError(f"agent of answer must be base64, got {error}") from None
+    return Card(engine, rank, geometry, agent, regions)
+
+
+def encode_notice(notice: Notice) -> bytes:
+    """The inverse of `decode_notice`."""
+    return _encode(notice._asdict())
+
+
+def decode_notice(message: bytes) -> Notice:
+    """A notice from a peer.
+
+    Raises:
+        GeometryError: Anything but a well-formed notice of this version.
+    """
+    return Notice(**_decode("notice", message, _NOTICE, limit=MAX_NOTICE))
+
+
+def _encode(fields: dict[str, Any]) -> bytes:
+    return json.dumps({"version": VERSION, **fields}).encode()
+
+
+def _decode(
+    name: str, message: bytes, schema: dict[str, Any], *, limit: int = MAX_HANDSHAKE
+) -> dict[str, Any]:
+    return _check(name, decode_json(message, limit=limit), schema)
+
+
+def _check(name: str, value: Any, schema: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a message of this version, without its version."""
+    found = take_fields(name, value, {"version": take_count, **schema})
+    version = found.pop("version")
+    if version != VERSION:
+        raise GeometryError(f"version must be {VERSION}, got {version}")
+    return found
+
+
+def _take_regions(geometry: EngineGeometry, value: Any) -> list[list[Region]]:
+    """Regions of a peer, long enough for what it says to have."""
+    value = take_list("regions", value)
+    if len(value) != len(geometry.groups):
+        raise GeometryError(f"regions must have {len(geometry.groups)} groups, got {len(value)}")
+    regions = []
+    for group, layers in zip(geometry.groups, value, strict=True):
+        layers = take_list(f"regions of group {group.name}", layers)
+        if len(layers) != group.layers:
+            raise GeometryError(
+                f"regions of group {group.name} must have {group.layers} layers, got {len(layers)}"
+            )
+        found = []
+        for layer in layers:
+            numbers = take_list("region", layer)
+            if len(numbers) != 3 or any(type(n) is not int or n < 0 for n in numbers):
+                raise GeometryError(f"region must be address, bytes, device, got {layer!r:.80}")
+            address, nbytes, _ = numbers
+            if nbytes < group.pages * group.page_bytes or address + nbytes >= 1 << 64:
+                raise GeometryError(
+                    f"region of group {group.name} must have at least "
+                    f"{group.pages * group.page_bytes} bytes, got {nbytes} at {address}"
+                )
+            found.append(Region(*numbers))
+        regions.append(found)
+    return regions
+
+
+def _take_any(name: str, value: Any) -> Any:
+    return value
+
+
+def _take_text(name: str, value: Any) -> str:
+    if type(value) is not str:
+        raise GeometryError(f"{name} must be a string, got {type(value).__name__}")
+    return value
+
+
+_WHO = {"engine": take_name, "rank": take_count}
+_HELLO = {**_WHO, "agent": take_name, "geometry": _take_any}
+_CARD = {**_WHO, "agent": _take_text, "geometry": _take_any, "regions": _take_any}
+_NOTICE = {**_WHO, "request": take_name}

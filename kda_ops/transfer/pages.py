@@ -1,0 +1,61 @@
+"""The pages of an engine as bytes in memory."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kda_ops.transfer.geometry import EngineGeometry
+from kda_ops.transfer.transport import Region
+
+
+def buffer_pages(state: Tensor, page_bytes: int) -> list[Tensor]:
+    """The pages of a state as bytes, one `[slots, page_bytes]` per layer.
+
+    Args:
+        state: `conv` as `KDAStateSpec.allocate` makes it with `layers`, the first view of its
+            buffer.
+        page_bytes: Of the spec.
+
+    Raises:
+        ValueError: The state does not begin its buffer, or the buffer is shorter than its pages.
+    """
+    layers, slots = state.shape[:2]
+    storage = state.untyped_storage()
+    if state.storage_offset() != 0 or storage.nbytes() < layers * slots * page_bytes:
+        raise ValueError(
+            f"state must begin a buffer of at least {layers * slots * page_bytes} bytes, got "
+            f"offset {state.storage_offset()} in {storage.nbytes()} bytes"
+        )
+    whole = torch.empty(0, dtype=torch.uint8, device=state.device)
+    whole.set_(storage, 0, (layers, slots, page_bytes))
+    return list(whole.unbind(0))
+
+
+def page_regions(geometry: EngineGeometry, pages: Sequence[Sequence[Tensor]]) -> list[list[Region]]:
+    """Where the pages of every group and layer lie.
+
+    Args:
+        geometry: What they must look like.
+        pages: Per group and layer, uint8 `[pages, page_bytes]` without gaps.
+
+    Raises:
+        ValueError: Pages that do not fit the geometry.
+    """
+    if len(pages) != len(geometry.groups):
+        raise ValueError(f"pages must have {len(geometry.groups)} groups, got {len(pages)}")
+    regions = []
+    for group, layers in zip(geometry.groups, pages, strict=True):
+        where = f"pages of group {group.name}"
+        if len(layers) != group.layers:
+            raise ValueError(f"{where} must have {group.layers} layers, got {len(layers)}")
+        for x in layers:
+            if x.dtype != torch.uint8 or tuple(x.shape) != (group.pages, group.page_bytes):
+                raise ValueError(
+                    f"{where} must be uint8 {[group.pages, group.page_bytes]}, "
+                    f"got {x.dtype} {tuple(x.shape)}"
+                )
+            if not x.is_contiguous():
+                raise ValueError(f"{where} must have no gaps, got strides {x.stride()}")
+        regions.append([Region(x.data_ptr(), x.numel(), max(x.get_device(), 0)) for x in layers])
+    return regions
