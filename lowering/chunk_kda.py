@@ -1,28 +1,7 @@
-"""Chunked KDA: on a GPU its two kernels become launches of the graph, elsewhere it is a call of the
-reference.
-"""
+"""Chunked KDA is two hand-written kernels."""
 
-from typing import Any
-
-import torch
-
-from kda_ops._define import OPERATORS
 from kda_ops.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
-from lowering.inline import call_operator, inline_launcher, lowers, on_gpu
+from lowering.inline import lower_to_kernel
 
-
-def _lower(op: Any, *args: Any) -> Any:
-    # fp64 has no kernel: the launcher would trace the whole reference
-    if on_gpu(args[0]) and args[0].get_dtype() != torch.float64:
-        return inline_launcher(OPERATORS[op].launcher, *args)
-    return call_operator(*args)
-
-
-@lowers(chunk_kda_op)
-def lower_chunk_kda(*args: Any) -> Any:
-    return _lower(chunk_kda_op, *args)
-
-
-@lowers(chunk_kda_state_op)
-def lower_chunk_kda_state(*args: Any) -> Any:
-    return _lower(chunk_kda_state_op, *args)
+lower_to_kernel(chunk_kda_op)
+lower_to_kernel(chunk_kda_state_op)

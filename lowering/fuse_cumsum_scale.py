@@ -12,74 +12,73 @@ order in the loop of the multiplication. (Under `dynamic=True` a global Python f
 from typing import Any
 
 import torch
-from torch._inductor.pattern_matcher import (
-    CallFunction,
-    KeywordArg,
-    Match,
-    register_graph_pattern,
-)
+from torch import fx
 
 from kda_ops.chunk_cumsum.op import chunk_cumsum_op
-from lowering.rewrite import pattern_pass
-
-aten = torch.ops.aten
-VIEWS = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.permute.default,
+from lowering.rewrite import (
+    VIEWS,
+    Call,
+    Found,
+    compute,
+    only_user,
+    register,
+    replay,
+    value,
+    widens,
 )
 
+aten, prims = torch.ops.aten, torch.ops.prims
+PASSES = (*VIEWS, aten.permute.default, prims.convert_element_type.default)
 
-def cumsum_and_views(match: Match) -> list[torch.fx.Node]:
-    """The cumsum under a match and what leads from it to the product; empty if it cannot fuse."""
-    node, factor, product = match.kwargs["x"], match.kwargs["factor"], match.output_node()
-    if node.meta["val"].dtype != product.meta["val"].dtype:
-        return []
+
+def pattern(node: fx.Node) -> Found | None:
+    call: Any = Call.of(node)
     path = [node]
-    while path[0].target in VIEWS or widens(path[0]):
-        path.insert(0, path[0].args[0])
-    cumsum = path[0]
-    if cumsum.target != chunk_cumsum_op or any(len(node.users) != 1 for node in path):
-        return []
-    if isinstance(factor, torch.fx.Node):
-        g = cumsum.args[0].meta["val"]
-        scalar = isinstance(factor.meta["val"], torch.Tensor) and factor.meta["val"].dim() == 0
-        return path if scalar and g.dtype == cumsum.meta["val"].dtype else []
-    return path if type(factor) in (int, float) else []
+    while (found := product_of(path[-1])) is None:
+        user = only_user(path[-1])
+        if user is None or user.target not in PASSES:
+            return None
+        path.append(user)
+    product, factor = found
+    inputs = [x for x in (*call.inputs(), factor) if isinstance(x, fx.Node)]
+    values = {"call": call, "path": path, "product": product, "factor": factor}
+    return Found([*path, product], [product], inputs, values)
 
 
-def widens(node: torch.fx.Node) -> bool:
-    """Whether a node is a cast that loses nothing, so that it commutes with a multiplication."""
-    if node.target != torch.ops.prims.convert_element_type.default:
-        return False
-    source, dtype = node.args[0].meta["val"].dtype, node.meta["val"].dtype
-    return dtype.is_floating_point and torch.promote_types(source, dtype) == dtype
+def product_of(x: fx.Node) -> tuple[fx.Node, Any] | None:
+    """The product that a number or a scalar tensor makes of `x`, and that factor."""
+    for user in x.users:
+        if user.target is not aten.mul.Tensor:
+            continue
+        factor = user.args[1] if user.args[0] is x else user.args[0]
+        scalar = value(factor)
+        if type(scalar) in (int, float) or (isinstance(scalar, torch.Tensor) and not scalar.dim()):
+            return user, factor
+    return None
 
 
-@register_graph_pattern(
-    CallFunction(aten.mul.Tensor, KeywordArg("x"), KeywordArg("factor")),
-    pass_dict=pattern_pass(),
-    extra_check=lambda match: bool(cumsum_and_views(match)),
-)
-def fuse_cumsum_scale(match: Match, *, x: Any, factor: Any) -> None:
-    graph, product = match.graph, match.output_node()
-    path = cumsum_and_views(match)
-    g, chunk_size, scale, *rest = path[0].args
-    with graph.inserting_before(product):  # where the factor exists
-        if isinstance(factor, torch.fx.Node):
-            scaled = graph.call_function(aten.mul.Tensor, (g, factor))
-            scaled.meta["val"] = g.meta["val"] * factor.meta["val"]
-            g = scaled
-        else:
-            scale = scale * factor
-        copies: dict[torch.fx.Node, torch.fx.Node] = {}
-        for node in path:
-            copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
-        copies[path[0]].args = (g, chunk_size, scale, *rest)
-    product.replace_all_uses_with(copies[path[-1]])
-    for node in (product, *reversed(path)):
-        graph.erase_node(node)
+def guard(found: Found) -> str | None:
+    call, path, product = (found.values[name] for name in ("call", "path", "product"))
+    for node in path:
+        if node.target is prims.convert_element_type.default and not widens(node):
+            return f"{node.name} rounds before the product"
+    if value(product).dtype != value(path[-1]).dtype:
+        return f"the product is in {value(product).dtype}"
+    g = call.args["g"]
+    if isinstance(found.values["factor"], fx.Node) and value(g).dtype != value(path[0]).dtype:
+        return f"{g.name} times a tensor would be rounded to {value(g).dtype}"
+    return None
+
+
+def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
+    call, path, factor = (found.values[name] for name in ("call", "path", "factor"))
+    args = dict(call.args)
+    if isinstance(factor, fx.Node):
+        args["g"] = compute(graph, aten.mul.Tensor, args["g"], factor)
+    else:
+        args["scale"] *= factor
+    scaled = compute(graph, chunk_cumsum_op, *args.values())
+    return {found.values["product"]: replay(graph, path[1:], path[0], scaled)}
+
+
+register("cumsum_scale", (chunk_cumsum_op,), pattern, guard, replacement)

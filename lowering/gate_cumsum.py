@@ -1,14 +1,6 @@
-"""The cumulative gate: its hand-written kernel on a GPU, its own implementation elsewhere."""
+"""The cumulative gate is one hand-written kernel."""
 
-from typing import Any
-
-from kda_ops._define import OPERATORS
 from kda_ops.gate_cumsum.op import gate_cumsum_op
-from lowering.inline import call_operator, inline_launcher, lowers, on_gpu
+from lowering.inline import lower_to_kernel
 
-
-@lowers(gate_cumsum_op)
-def lower_gate_cumsum(*args: Any) -> Any:
-    if on_gpu(args[0]):
-        return inline_launcher(OPERATORS[gate_cumsum_op].launcher, *args)
-    return call_operator(*args)
+lower_to_kernel(gate_cumsum_op)

@@ -24,6 +24,7 @@ from torch._inductor.lowering import (
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kda_ops._define import OPERATORS
 from lowering import compat
 
 
@@ -71,6 +72,22 @@ def inline_launcher(launcher: Callable[..., Any], *args: Any) -> Any:
     exactly those strides.
     """
     return _inline(launcher, args, exact_strides=True)
+
+
+def lower_to_kernel(op: Any) -> None:
+    """Registers the lowering of an operator with a hand-written kernel: its launches on a GPU, a
+    call of its own implementation elsewhere.
+    """
+
+    def lower(*args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, ir.TensorBox)]
+        fp64 = any(x.get_dtype() == torch.float64 for x in tensors)
+        # fp64 has no kernel: the launcher would trace the whole reference
+        if on_gpu(tensors[0]) and not fp64:
+            return inline_launcher(OPERATORS[op].launcher, *args)
+        return call_operator(*args)
+
+    lowers(op)(lower)
 
 
 def _inline(function: Callable[..., Any], args: tuple[Any, ...], *, exact_strides: bool) -> Any:

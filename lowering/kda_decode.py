@@ -1,14 +1,6 @@
-"""The whole decode step is one hand kernel on the GPU, launched from the generated code."""
+"""The whole decode step is one hand-written kernel, on its states in place."""
 
-from typing import Any
-
-from kda_ops._define import OPERATORS
 from kda_ops.kda_decode.op import kda_decode_op
-from lowering.inline import call_operator, inline_launcher, lowers, on_gpu
+from lowering.inline import lower_to_kernel
 
-
-@lowers(kda_decode_op)
-def lower_kda_decode(*args: Any) -> Any:
-    if on_gpu(args[0]):
-        return inline_launcher(OPERATORS[kda_decode_op].launcher, *args)
-    return call_operator(*args)
+lower_to_kernel(kda_decode_op)

@@ -55,8 +55,7 @@ def cumulative_gate_under(G: fx.Node, cu_seqlens: Any, chunks: Any) -> Gate | No
         if gate is None:
             return None
         inner, args = [*gate.inner, *inner], gate.args
-        if abs(call.args["scale"] / RCP_LN2 - 1) > SAME_NUMBER:
-            reason = f"the scale of {node.name} is {call.args['scale']}, not 1 / ln 2"
+        reason = other_scale(call)
     if call.args["chunk_size"] != CHUNK:
         reason = f"the chunk size of {node.name} is {call.args['chunk_size']}, not {CHUNK}"
     for name, expected in (("cu_seqlens", cu_seqlens), ("chunks", chunks)):
@@ -65,6 +64,14 @@ def cumulative_gate_under(G: fx.Node, cu_seqlens: Any, chunks: Any) -> Gate | No
     if not same_shape(value(node).shape, value(G).shape):
         reason = f"{node.name} is used in another shape"
     return Gate(inner, args, reason)
+
+
+def other_scale(cumsum: Call) -> str | None:
+    """Why a chunk cumsum of nats is not in log2, or None."""
+    scale = cumsum.args["scale"]
+    if abs(scale / RCP_LN2 - 1) > SAME_NUMBER:
+        return f"the scale of {cumsum.node.name} is {scale}, not 1 / ln 2"
+    return None
 
 
 def gate_args(call: Call) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.fx_passes.post_grad import pass_patterns
-from torch._inductor.pattern_matcher import PatternMatcherPass, stable_topological_sort
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
@@ -121,10 +121,10 @@ class Rewrite:
             reason = self.guard(found) or escapes(found) or depends_on_itself(found)
             outcome = outcome_of(self.name, node, found)
             if reason is None:
-                reason = self._replace(graph, found)
+                reason = self._replace(graph, node, found)
             report(outcome if reason is None else replace(outcome, reason=reason))
 
-    def _replace(self, graph: fx.Graph, found: Found) -> str | None:
+    def _replace(self, graph: fx.Graph, anchor: fx.Node, found: Found) -> str | None:
         last = max(found.inner)
         before = last.prev
         try:
@@ -134,6 +134,10 @@ class Rewrite:
             while last.prev is not before:
                 graph.erase_node(last.prev)
             return str(error)
+        made = last.prev
+        while made is not before:
+            describe(made, anchor)
+            made = made.prev
         for old, new in news.items():
             old.replace_all_uses_with(new)
         out_of_order = any(user < new for new in news.values() for user in new.users)
@@ -314,6 +318,24 @@ def compute(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     return node
 
 
+def describe(node: fx.Node, anchor: fx.Node) -> None:
+    """Gives a new node its place in the model, and its operator a place in kernel names."""
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in anchor.meta:
+            node.meta.setdefault(key, anchor.meta[key])
+    if isinstance(node.target, torch._ops.OpOverload):
+        node.meta.setdefault("original_aten", node.target)
+
+
+def replay(graph: fx.Graph, path: list[fx.Node], old: fx.Node, new: fx.Node) -> fx.Node:
+    """What the nodes of `path`, each the argument of the next, make of `new` instead of `old`."""
+    copies = {old: new}
+    for node in path:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
+        copies[node] = new = compute(graph, node.target, *args, **kwargs)
+    return new
+
+
 def reshape(graph: fx.Graph, x: fx.Node, shape: Iterable[Any]) -> fx.Node:
     """`x` in another shape.
 
@@ -448,7 +470,7 @@ def _bytes(node: fx.Node) -> int:
     return x.dtype.itemsize * math.prod(sizes) if None not in sizes else 0
 
 
-_steps: list[Callable[[fx.Graph], Any]] = []
+_steps: list[Callable[[fx.Graph], None]] = []
 _listeners: list[list[Outcome]] = []
 
 
@@ -475,13 +497,6 @@ def register(
 ) -> None:
     """Adds a rewrite behind those that are registered."""
     _steps.append(Rewrite(name, anchors, pattern, guard, replacement))
-
-
-def pattern_pass() -> PatternMatcherPass:
-    """A pass for patterns written with Inductor's pattern matcher, in the same sequence."""
-    patterns = PatternMatcherPass()
-    _steps.append(patterns.apply)
-    return patterns
 
 
 class Rewrites:

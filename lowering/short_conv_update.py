@@ -1,14 +1,6 @@
-"""The convolution update: its kernel on GPUs, its CPU implementation elsewhere."""
+"""The convolution update is one hand-written kernel, on its state in place."""
 
-from typing import Any
-
-from kda_ops._define import OPERATORS
 from kda_ops.short_conv_update.op import short_conv_update_op
-from lowering.inline import call_operator, inline_launcher, lowers, on_gpu
+from lowering.inline import lower_to_kernel
 
-
-@lowers(short_conv_update_op)
-def lower_short_conv_update(x: Any, *args: Any) -> Any:
-    if on_gpu(x):
-        return inline_launcher(OPERATORS[short_conv_update_op].launcher, x, *args)
-    return call_operator(x, *args)
+lower_to_kernel(short_conv_update_op)

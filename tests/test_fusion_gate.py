@@ -155,6 +155,89 @@ def test_a_narrowing_cast_stays_before_the_scale() -> None:
     assert len(launches(rounded, *gate_inputs(256))) == 2
 
 
+def outcomes(function: Callable[..., Any], *args: Tensor) -> list[tuple[str, str | None]]:
+    from lowering.rewrite import recording
+
+    with recording() as found:
+        code(function, *args)
+    return [(outcome.rewrite, outcome.reason) for outcome in found]
+
+
+def test_both_rewrites_are_recorded_with_their_place() -> None:
+    from lowering.rewrite import recording
+
+    class Gate(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return scaled_after_views(*args)
+
+    model = torch.nn.Sequential()
+    model.add_module("forget", Gate())
+    with recording() as found:
+        cuda_code(lambda *args: model.forget(*args), *gate_inputs(200))
+    assert [(o.rewrite, o.reason) for o in found] == [("cumsum_scale", None), ("gate_cumsum", None)]
+    # the second is found at a node that the first one made
+    assert all("forget" in o.layer for o in found)
+    assert found[1].removed == ("kda_ops.gate.default", "kda_ops.chunk_cumsum.default")
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (
+            lambda g, f: (s := kda_ops.chunk_cumsum(g)).bfloat16().float() * RCP_LN2 + s.sum(),
+            [],
+        ),
+        (
+            lambda g, f: kda_ops.chunk_cumsum(g).bfloat16().float() * 2,
+            [("cumsum_scale", "rounds before the product")],
+        ),
+        (
+            lambda g, f: (s := kda_ops.chunk_cumsum(g), s * 2),
+            [("cumsum_scale", "is returned")],
+        ),
+        (
+            lambda g, f: kda_ops.chunk_cumsum(g.bfloat16()) * f,
+            [("cumsum_scale", "would be rounded to torch.bfloat16")],
+        ),
+        (lambda g, f: kda_ops.chunk_cumsum(g) * f, [("cumsum_scale", None)]),
+        (lambda g, f: f * kda_ops.chunk_cumsum(g).flatten(2), [("cumsum_scale", None)]),
+        (lambda g, f: kda_ops.chunk_cumsum(g) * g, []),
+    ],
+    ids=["other-user", "rounded", "returned", "bf16", "tensor", "before", "no-scalar"],
+)
+def test_when_a_factor_moves_into_the_cumsum(
+    function: Callable[..., Any], expected: list[tuple[str, str | None]]
+) -> None:
+    found = outcomes(function, torch.randn(1, 100, H, K), torch.tensor(1.5))
+    assert [name for name, _ in found] == [name for name, _ in expected]
+    for (_, reason), (_, part) in zip(found, expected, strict=True):
+        assert reason is part is None or part in reason
+
+
+@pytest.mark.parametrize(
+    ("function", "part"),
+    [
+        (produced, "fuses with the scan"),
+        (lambda *a: kda_ops.chunk_cumsum(kda_ops.gate(*a)), "not 1 / ln 2"),
+        (
+            lambda *a: kda_ops.chunk_cumsum(
+                kda_ops.gate(*a)[0].unflatten(0, (2, -1)), scale=RCP_LN2
+            ),
+            "has another batch or length",
+        ),
+        (
+            lambda *a: (g := kda_ops.gate(*a), kda_ops.chunk_cumsum(g, scale=RCP_LN2)),
+            "is returned",
+        ),
+    ],
+    ids=["producer", "nats", "folded", "returned"],
+)
+def test_when_gate_and_cumsum_stay_apart(function: Callable[..., Any], part: str) -> None:
+    found = outcomes(function, *gate_inputs(200))
+    (reason,) = [reason for name, reason in found if name == "gate_cumsum"]
+    assert part in reason
+
+
 @pytest.mark.parametrize("lengths", ["static", "dynamic-length"])
 def test_the_cumulative_gate_is_its_kernel(lengths: str) -> None:
     assert launches(kda_ops.gate_cumsum, *gate_inputs(200), lengths=lengths) == [
