@@ -62,8 +62,8 @@ test-gpu: $(VENV)/.installed
 
 perf: $(VENV)/.perf-installed
 	@mkdir -p $(dir $(PERF_JSON))
-	$(RUN) -m pytest perf -q --benchmark-json=$(PERF_JSON) $(ARGS)
-	$(RUN) -m perf.report $(PERF_JSON)
+	@status=0; $(RUN) -m pytest perf -q --benchmark-json=$(PERF_JSON) $(ARGS) || status=$$?; \
+	$(RUN) -m perf.report $(PERF_JSON) && exit $$status
 
 perf-compare: $(VENV)/.perf-installed
 	$(if $(and $(A),$(B)),,$(error name two runs: make perf-compare A=one.json B=other.json))

@@ -1,6 +1,4 @@
-"""The chunk operator from the raw gate and beta; its peers are in the `core` stage of
-`bench_chunk_kda`.
-"""
+"""The chunk operator from the raw gate and beta; its peers are in the rows of `bench_core`."""
 
 from collections.abc import Callable
 

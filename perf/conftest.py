@@ -1,6 +1,6 @@
 """Benchmarks need a CUDA device; without one they are deselected, and the run says so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from perf import machine
 from perf.rows import Measurer, Row
 from perf.timing import CLOCK
+from perf.tuning import quick_tuning
 
 NO_DEVICE = "perf: no CUDA device, all benchmarks deselected (nothing was measured)"
 DESELECTED = pytest.StashKey[int]()
@@ -44,6 +45,12 @@ def pytest_benchmark_update_json(
 ) -> None:
     for benchmark in output_json["benchmarks"]:
         benchmark["params"] = None  # a row holds functions; `extra_info` says all of it
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tuned_quickly() -> Iterator[None]:
+    with quick_tuning():
+        yield
 
 
 @pytest.fixture(scope="session")

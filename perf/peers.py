@@ -252,6 +252,7 @@ def fla_core(case: Case) -> Prepare:
                 safe_gate=lower_bound is not None,
                 lower_bound=lower_bound,
                 state_v_first=True,
+                cu_seqlens=inputs.get("cu_seqlens"),
             )
 
         return call
@@ -359,10 +360,7 @@ def fla_kda_decode(case: Case) -> Prepare | None:
 
 @functools.cache
 def fla_layer_like(ours: "KimiDeltaAttention") -> torch.nn.Module:
-    """FLA's layer with the weights of ours.
-
-    It is measured eager: compiled, it breaks the graph at every operator and gets slower.
-    """
+    """FLA's layer with the weights of ours."""
     from fla.layers import KimiDeltaAttention as FlaLayer
 
     theirs = FlaLayer(

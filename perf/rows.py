@@ -2,9 +2,11 @@
 it.
 """
 
+import contextlib
 import gc
 import importlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,7 @@ AGREEMENT = (
     0.02  # relative Frobenius error to the fp32-accumulating reference; bf16 operands reach 0.005
 )
 SEED = 0
+REMEMBERED_BYTES = 4 << 30  # expected results that are kept for the next row of the same case
 
 Inputs = dict[str, Any]
 Call = Callable[[], Any]
@@ -180,13 +183,23 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     return error if scale == 0.0 else error / scale
 
 
-def check(row: Row, device: torch.device) -> float:
-    """The row's error against the eager references; raises when it computes something else."""
+def expected_tensors(row: Row, device: torch.device) -> list[Tensor]:
+    """What the row is to compute, by the eager references."""
     if row.expected is None:
-        return 0.0
+        return []
     torch.manual_seed(SEED)
     inputs = row.make(device)
-    expected = tensors(row.expected(inputs)()) + tensors([inputs[name] for name in row.mutated])
+    return tensors(row.expected(inputs)()) + tensors([inputs[name] for name in row.mutated])
+
+
+def check(row: Row, device: torch.device, expected: list[Tensor] | None = None) -> float:
+    """The row's error against the eager references (`expected`, computed if None); raises when it
+    computes something else.
+    """
+    if row.expected is None:
+        return 0.0
+    if expected is None:
+        expected = expected_tensors(row, device)
     torch.manual_seed(SEED)
     inputs = row.make(device)
     call = row.prepare(inputs)
@@ -215,13 +228,31 @@ def check(row: Row, device: torch.device) -> float:
 
 
 @dataclass
+class Stopwatch:
+    """Host seconds of each step of measuring a row: where a run's minutes go."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+@dataclass
 class Measurer:
-    """Checks and measures rows; remembers the peers, so that ours can be told as a ratio."""
+    """Checks and measures rows; remembers the peers, so that ours can be told as a ratio, and the
+    last case's expected results, which its next row shares.
+    """
 
     device: torch.device
     l2_bytes: int
     facts: dict[str, Any]
     peer_seconds: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    remembered: tuple[Any, list[Tensor]] | None = None
 
     def __call__(self, row: Row, benchmark: Any) -> None:
         with torch.no_grad():
@@ -231,29 +262,51 @@ class Measurer:
                 gc.collect()
                 torch.cuda.empty_cache()
 
+    def _expected(self, row: Row) -> list[Tensor]:
+        """The expected results, computed once for neighbouring rows of a case."""
+        key = (row.stage, row.case, row.mutated, row.expected)
+        if self.remembered is None or self.remembered[0] != key:
+            self.remembered = None
+            self.remembered = (key, expected_tensors(row, self.device))
+        expected = self.remembered[1]
+        if sum(x.numel() * x.element_size() for x in expected) > REMEMBERED_BYTES:
+            self.remembered = None
+        return expected
+
     def _measure(self, row: Row, benchmark: Any) -> None:
+        watch = Stopwatch()
         torch._dynamo.reset()
-        error = check(row, self.device)
+        with watch.step("reference"):
+            expected = self._expected(row)
+        with watch.step("check"):
+            error = check(row, self.device, expected)
+        del expected
         torch.cuda.empty_cache()
-        torch.manual_seed(SEED)
-        sets = [row.make(self.device)]
-        sets += [
-            row.make(self.device)
-            for _ in range(timing.rotations(_input_bytes(sets[0]), self.l2_bytes) - 1)
-        ]
-        calls = [row.prepare(inputs) for inputs in sets]
+        with watch.step("inputs"):
+            torch.manual_seed(SEED)
+            sets = [row.make(self.device)]
+            sets += [
+                row.make(self.device)
+                for _ in range(timing.rotations(_input_bytes(sets[0]), self.l2_bytes) - 1)
+            ]
+            calls = [row.prepare(inputs) for inputs in sets]
         benchmark.group = f"{row.stage} {row.case}"
-        seconds = _measured_seconds(calls, benchmark, row.graph)
-        launched = timing.kernels(calls[0])
-        eager = timing.eager_seconds(calls)
+        with watch.step("measure"):
+            seconds = _measured_seconds(calls, benchmark, row.graph)
+        with watch.step("profile"):
+            launched = timing.kernels(calls[0])
+        with watch.step("eager"):
+            eager = timing.eager_seconds(calls)
         benchmark.extra_info.update(
             describe(row, seconds, ceilings(), self.peer_seconds.get((row.stage, row.case), {}))
             | {
                 "eager_us": round(eager * 1e6, 2),
+                "kernel_us": round(sum(us for _, us in launched.values()), 2),
                 "error": error,
                 "input_sets": len(calls),
                 "launches": sum(count for count, _ in launched.values()),
                 "kernels": {name: [count, round(us, 2)] for name, (count, us) in launched.items()},
+                "host_seconds": watch.seconds,
             }
             | self.facts
         )
