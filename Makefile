@@ -8,14 +8,15 @@ RUN := $(VENV)/bin/python
 CHECKED := kda_ops lowering tests perf
 PERF_JSON ?= build/perf.json
 
-.PHONY: help demo test check format format-check lint types test-nixl test-gpu perf perf-compare clean
+.PHONY: help demo test check format format-check lint types nixl test-nixl test-gpu perf perf-compare clean
 
 help:
 	@echo 'make demo           compile a Kimi Linear layer, prefill a text and decode, checked against fp64'
 	@echo 'make test           all tests that need no GPU (ARGS="-k gate" for some of them)'
-	@echo 'make check          format, lint, types, tests: what continuous integration runs'
+	@echo 'make check          format, lint, types, tests; after make nixl, all that continuous integration runs'
 	@echo 'make format         rewrite the sources in the one format'
-	@echo 'make test-nixl      transfers between processes over real NIXL (installs it, 70 MB)'
+	@echo 'make nixl           install NIXL (Linux, 70 MB): make test then also runs the transfers over it'
+	@echo 'make test-nixl      the transfers over NIXL alone'
 	@echo 'make test-gpu       the same cases on a CUDA device'
 	@echo 'make perf           benchmarks on a CUDA device against flash-linear-attention'
 	@echo 'make perf-compare   A=one.json B=other.json, two runs side by side'
@@ -53,9 +54,15 @@ format: $(VENV)/.installed
 	$(RUN) -m ruff format $(CHECKED)
 
 # --no-deps: the meta-package asks for the libraries of every CUDA version
-test-nixl: $(VENV)/.installed
-	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps nixl==1.5.1 nixl-cu12==1.5.1
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:benchmark -m nixl tests $(ARGS)
+$(VENV)/.nixl-installed: $(VENV)/.installed
+	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps nixl nixl-cu12
+	$(RUN) -c 'import nixl._api'
+	@touch $@
+
+nixl: $(VENV)/.nixl-installed
+
+test-nixl: $(VENV)/.nixl-installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:benchmark --nixl only tests $(ARGS)
 
 test-gpu: $(VENV)/.installed
 	$(RUN) -m pytest -q -p no:benchmark -m gpu tests $(ARGS)

@@ -1,30 +1,49 @@
 """Runs every test that needs no GPU: `python -m tests [pytest arguments]`.
 
-Two processes, since Triton decides at import whether its kernels are interpreted: one with kernels
-compiled, one with `TRITON_INTERPRET=1`. Fails when either fails; ends with both of pytest's own
-summary lines.
+Three processes, one after the other. Triton decides at import whether its kernels are interpreted:
+one with kernels compiled, one with `TRITON_INTERPRET=1`, each with a worker per core. Then, where
+NIXL is installed, the transfers between processes, which have the machine to themselves. Fails when
+any fails; ends with pytest's own summary line of each.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 WORKERS = max(2, min(8, os.cpu_count() or 2))
 NO_TESTS = 5
-PASSES = (("compiled kernels", {}), ("kernels in Triton's interpreter", {"TRITON_INTERPRET": "1"}))
+NO_NIXL = "not run: NIXL is not installed (make nixl)"
 
 
-def run_pass(environment: dict[str, str], arguments: Sequence[str]) -> tuple[int, str]:
+class Pass(NamedTuple):
+    """One run of pytest."""
+
+    title: str
+    environment: dict[str, str]
+    options: tuple[str, ...]
+
+
+PARALLEL = ("-n", str(WORKERS), "--dist", "worksteal", "--nixl", "without")
+PASSES = (
+    Pass("compiled kernels", {}, PARALLEL),
+    Pass("kernels in Triton's interpreter", {"TRITON_INTERPRET": "1"}, PARALLEL),
+)
+NIXL_PASS = Pass("transfers over NIXL", {}, ("--nixl", "only"))
+
+
+def run_pass(one: Pass, arguments: Sequence[str]) -> tuple[int, str]:
     """Exit status and last line of one pytest run, whose output is passed on as it comes."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark"]
-    command += ["-n", str(WORKERS), "--dist", "worksteal", *(arguments or ["tests"])]
-    # one thread per worker, and no pool of compiler processes beside the workers
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", *one.options]
+    command += arguments or ["tests"]
+    # one thread per process, and no pool of compiler processes beside the workers
     threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     last = ""
     with subprocess.Popen(
         command,
-        env={**os.environ, **threads, **environment},
+        env={**os.environ, **threads, **one.environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -37,15 +56,19 @@ def run_pass(environment: dict[str, str], arguments: Sequence[str]) -> tuple[int
 
 
 def main(arguments: Sequence[str]) -> int:
+    found = importlib.util.find_spec("nixl") is not None
+    passes = (*PASSES, NIXL_PASS) if found else PASSES
     summary, failed, empty = [], False, 0
-    for title, environment in PASSES:
-        print(f"\n{title}", flush=True)
-        status, last = run_pass(environment, arguments)
+    for one in passes:
+        print(f"\n{one.title}", flush=True)
+        status, last = run_pass(one, arguments)
         empty += status == NO_TESTS
         failed |= status not in ((0, NO_TESTS) if arguments else (0,))
-        summary += [f"{title}:", last]
+        summary += [f"{one.title}:", last]
+    if not found:
+        summary += [f"{NIXL_PASS.title}:", NO_NIXL]
     print("\n" + "\n".join(summary), flush=True)
-    return 1 if failed or empty == len(PASSES) else 0
+    return 1 if failed or empty == len(passes) else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Which tests run where.
 
 `gpu` needs a CUDA device, `nixl` the package of that name, `interpreter` needs TRITON_INTERPRET=1,
-the rest needs it unset.
+the rest needs it unset. `--nixl` leaves the second kind out, or everything else.
 """
 
 import importlib.util
@@ -18,15 +18,28 @@ if INTERPRETER:
     patch_interpreter()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--nixl",
+        choices=("with", "without", "only"),
+        default="with",
+        help="tests between processes over NIXL, which want the machine to themselves",
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept, dropped = [], []
+    nixl = config.getoption("--nixl")
+    installed = importlib.util.find_spec("nixl") is not None
     for item in items:
         if item.get_closest_marker("gpu"):
             keep = torch.cuda.is_available() and not INTERPRETER
         else:
             keep = bool(item.get_closest_marker("interpreter")) == INTERPRETER
-        if item.get_closest_marker("nixl") and importlib.util.find_spec("nixl") is None:
-            keep = False
+        if item.get_closest_marker("nixl"):
+            keep = keep and installed and nixl != "without"
+        else:
+            keep = keep and nixl != "only"
         (kept if keep else dropped).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept

@@ -71,7 +71,7 @@ def test_without_nixl_it_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
     assert main(["pd-demo"]) == 2
-    assert "pip install --no-deps nixl" in capsys.readouterr().out
+    assert "pd-demo needs NIXL: pip install 'kda-ops[nixl]'" in capsys.readouterr().out
 
 
 def test_too_few_tokens(capsys: pytest.CaptureFixture[str]) -> None:

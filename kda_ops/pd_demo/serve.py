@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"--tokens must be at least 17, got {args.tokens}")
         return 2
     if importlib.util.find_spec("nixl") is None:
-        print("pd-demo needs NIXL: pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1")
+        print("pd-demo needs NIXL: pip install 'kda-ops[nixl]', or make nixl in a checkout")
         return 2
     config = StackConfig(layers=args.layers, layout=args.layout, num_spec=args.spec)
     plain = replace(config, num_spec=0)
