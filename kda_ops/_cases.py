@@ -21,6 +21,7 @@ class Case:
             counts).
         operand_dtype: The dtype that kernels round matrix operands to, where it is coarser than a
             result's; the tolerance rule takes its eps from it.
+        cpu_only: Has no kernel: fp64.
         perf: A benchmark size, not run by the tests.
     """
 
@@ -30,6 +31,7 @@ class Case:
     bytes_moved: int = 0
     flops: int = 0
     operand_dtype: torch.dtype | None = None
+    cpu_only: bool = False
     perf: bool = False
 
 

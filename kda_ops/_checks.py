@@ -40,6 +40,14 @@ def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype] = FLOATS) -
         )
 
 
+def check_kernel_dtype(name: str, x: Tensor) -> None:
+    """Kernels compute in fp32: fp64 is for the CPU, and no fp64 result comes from them."""
+    if x.dtype is torch.float64:
+        raise ValueError(
+            f"{name} must have dtype float16, bfloat16 or float32 on a GPU, got float64"
+        )
+
+
 def check_device(**tensors: Tensor | None) -> None:
     """All given tensors are on the device of the first one."""
     first: tuple[str, Tensor] | None = None

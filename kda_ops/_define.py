@@ -3,7 +3,7 @@
 `define_op` turns a schema, a reference and a fake implementation into `torch.ops.kda_ops.<name>`:
 
 * CPU runs the reference, CUDA runs the launcher (imported on the first launch, so that importing
-  the package never loads Triton);
+  the package never loads Triton), which takes no fp64;
 * the fake implementation calls `lowering.install()` as soon as something is traced, which is before
   anything is lowered or looked up in a cache;
 * a functional operator differentiates through an operator of its own, `<name>_backward`, whose
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 
 from kda_ops import config
+from kda_ops._checks import check_kernel_dtype
 
 NAMESPACE = "kda_ops"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -67,6 +68,7 @@ def define_op(
     fake: Callable[..., Any],
     cuda: str,
     check_values: Callable[..., None] | None = None,
+    moves_only: bool = False,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Any:
     """Registers one operator and returns its `OpOverload`.
@@ -83,12 +85,19 @@ def define_op(
         check_values: Raises `ValueError` for bad tensor *values*. Called with the same arguments
             before the implementation, for CPU tensors always, for CUDA tensors when
             `kda_ops.config.check_values`.
+        moves_only: Whether the kernel copies elements and computes nothing, so that fp64 is a dtype
+            like any other. All other operators refuse fp64 on a GPU, also while they are traced.
         tags: Extra operator tags.
     """
     name = schema[: schema.index("(")]
     mutates = "!" in schema
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    launcher = _lazy(cuda)
+    load = _lazy(cuda)
+
+    def launcher(*args: Any) -> Any:
+        if not moves_only:
+            _refuse_fp64(op, args)
+        return load(*args)
 
     def cpu_impl(*args: Any) -> Any:
         if check_values is not None:
@@ -102,6 +111,8 @@ def define_op(
 
     def fake_impl(*args: Any) -> Any:
         activate_lowerings()
+        if not moves_only and any(isinstance(x, Tensor) and x.is_cuda for x in args):
+            _refuse_fp64(op, args)
         return fake(*args)
 
     _LIBRARY.impl(name, cpu_impl, "CPU")
@@ -128,6 +139,12 @@ def _lazy(target: str) -> Callable[..., Any]:
         return found[0](*args)
 
     return call
+
+
+def _refuse_fp64(op: Any, args: tuple[Any, ...]) -> None:
+    for i, x in enumerate(args):
+        if isinstance(x, Tensor) and x.dtype is torch.float64:
+            check_kernel_dtype(op._schema.arguments[i].name, x)
 
 
 def _refuse_gradients(name: str, op: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kda_ops._checks import (
     check_cu_seqlens_shape,
     check_device,
+    check_kernel_dtype,
     check_lower_bound,
     check_rank,
     check_shape,
@@ -542,5 +543,13 @@ class KimiDeltaAttention(nn.Module):
             if fewest > L:
                 raise ValueError(f"conv must have a state length of at least {fewest}, got {L}")
         check_device(hidden_states=hidden_states, conv=conv, recurrent=recurrent, slots=batch.slots)
+        if recurrent.is_cuda:  # what the operators behind the first write would refuse
+            for name, x in (
+                ("recurrent", recurrent),
+                ("A_log", self.A_log),
+                ("dt_bias", self.dt_bias),
+                ("o_norm_weight", self.o_norm_weight),
+            ):
+                check_kernel_dtype(name, x)
         if recurrent.device.type == "cpu" and not torch.compiler.is_compiling():
             batch.check_slots(recurrent.shape[0])

@@ -80,10 +80,7 @@ def lower_to_kernel(op: Any) -> None:
     """
 
     def lower(*args: Any) -> Any:
-        tensors = [x for x in args if isinstance(x, ir.TensorBox)]
-        fp64 = any(x.get_dtype() == torch.float64 for x in tensors)
-        # fp64 has no kernel: the launcher would trace the whole reference
-        if on_gpu(tensors[0]) and not fp64:
+        if on_gpu(args[0]):
             return inline_launcher(OPERATORS[op].launcher, *args)
         return call_operator(*args)
 

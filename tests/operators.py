@@ -19,15 +19,15 @@ def public_function(name: str) -> Callable[..., Any]:
     return getattr(kda_ops, name)
 
 
-def cases(name: str, *, perf: bool = False) -> list[Case]:
-    return [
-        case for case in importlib.import_module(f"kda_ops.{name}.cases").CASES if case.perf == perf
-    ]
+def cases(name: str, *, perf: bool = False, kernels: bool = False) -> list[Case]:
+    """An operator's cases; with `kernels` those that its kernels take."""
+    module = importlib.import_module(f"kda_ops.{name}.cases")
+    return [c for c in module.CASES if c.perf == perf and not (kernels and c.cpu_only)]
 
 
-def all_cases() -> Iterator[tuple[str, Case]]:
+def all_cases(*, kernels: bool = False) -> Iterator[tuple[str, Case]]:
     for name in NAMES:
-        for case in cases(name):
+        for case in cases(name, kernels=kernels):
             yield name, case
 
 

@@ -7,14 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kda_ops._cases import Case
-from tests.operators import all_cases, public_function, run_kernels
-from tests.oracle import assert_accurate
+from tests.operators import NAMES, all_cases, cases, public_function, run_kernels
+from tests.oracle import assert_accurate, copy_inputs
 
-every_case = pytest.mark.parametrize(
-    ("name", "case"), [pytest.param(n, c, id=f"{n}-{c.name}") for n, c in all_cases()]
-)
+MOVES_ONLY = {"conv_split", "state_copy"}  # elements of any dtype
+FP64_ERROR = r"\w+ must have dtype float16, bfloat16 or float32 on a GPU, got float64"
+
+
+def cases_as_parameters(*, kernels: bool) -> Any:
+    params = [pytest.param(n, c, id=f"{n}-{c.name}") for n, c in all_cases(kernels=kernels)]
+    return pytest.mark.parametrize(("name", "case"), params)
+
+
+every_case = cases_as_parameters(kernels=False)
+every_case_with_kernels = cases_as_parameters(kernels=True)
 
 
 def compiled(name: str, *, dynamic: bool | None = None) -> Any:
@@ -22,7 +32,7 @@ def compiled(name: str, *, dynamic: bool | None = None) -> Any:
 
 
 @pytest.mark.interpreter
-@every_case
+@every_case_with_kernels
 def test_kernel_in_the_interpreter(name: str, case: Case) -> None:
     assert_accurate(run_kernels(public_function(name)), public_function(name), case)
 
@@ -33,13 +43,56 @@ def test_compiled_cpu(name: str, case: Case) -> None:
 
 
 @pytest.mark.gpu
-@every_case
+@every_case_with_kernels
 def test_kernel_on_the_gpu(name: str, case: Case) -> None:
     assert_accurate(public_function(name), public_function(name), case, "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@every_case
+@every_case_with_kernels
 def test_compiled_gpu(name: str, case: Case, dynamic: bool) -> None:
     assert_accurate(compiled(name, dynamic=dynamic), public_function(name), case, "cuda")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_refuse_fp64(name: str) -> None:
+    """Nothing falls back to the reference, and nothing is written."""
+    inputs = copy_inputs(cases(name)[0].make(torch.device("cpu")), torch.float64)
+    before = {n: x.clone() for n, x in inputs.items() if isinstance(x, Tensor)}
+    call = run_kernels(public_function(name))
+    if name in MOVES_ONLY:
+        call(**inputs)
+        return
+    with pytest.raises(ValueError, match=FP64_ERROR):
+        call(**inputs)
+    for n, x in before.items():
+        assert torch.equal(inputs[n].nan_to_num(), x.nan_to_num())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fp64_on_a_gpu_is_an_error_while_traced(name: str) -> None:
+    inputs = copy_inputs(cases(name)[0].make(torch.device("cpu")), torch.float64)
+    with FakeTensorMode():
+        fakes = {
+            n: torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
+            for n, x in inputs.items()
+        }
+        if name in MOVES_ONLY:
+            public_function(name)(**fakes)
+            return
+        with pytest.raises(ValueError, match=FP64_ERROR):
+            public_function(name)(**fakes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", sorted({*NAMES} - MOVES_ONLY))
+def test_fp64_on_the_gpu_is_an_error(name: str, compile: bool) -> None:
+    inputs = copy_inputs(cases(name)[0].make(torch.device("cpu")), torch.float64)
+    inputs = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    call = compiled(name) if compile else public_function(name)
+    with pytest.raises(Exception, match=FP64_ERROR) as error:
+        call(**inputs)
+    assert compile or type(error.value) is ValueError

@@ -221,7 +221,7 @@ def test_kernel_skips_slots_out_of_range(slot: int) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("case", cases("short_conv_qkv"), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases("short_conv_qkv", kernels=True), ids=lambda case: case.name)
 def test_kernel_in_several_steps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the large sizes: programs that carry their window from step to step."""
     kernel = importlib.import_module("kda_ops.short_conv_qkv.kernel")

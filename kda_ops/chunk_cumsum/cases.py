@@ -49,6 +49,7 @@ def _case(
 ) -> Case:
     return Case(
         name=name,
+        cpu_only=dtype == torch.float64,
         make=lambda device: chunk_cumsum_inputs(shape, dtype, device=device, **kw),
         bytes_moved=prod(shape) * (dtype.itemsize + 4),
         perf=perf,

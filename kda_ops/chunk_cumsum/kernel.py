@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
-from kda_ops.chunk_cumsum.reference import chunk_cumsum_reference
 from kda_ops.device.kernel import chunk_span, padding_start
 
 
@@ -73,8 +72,6 @@ def chunk_cumsum_kernel(
 def launch_chunk_cumsum(
     g: Tensor, chunk_size: int, scale: float, cu_seqlens: Tensor | None, chunks: Tensor | None
 ) -> Tensor:
-    if g.dtype == torch.float64:  # the kernel sums in fp32
-        return chunk_cumsum_reference(g, chunk_size, scale, cu_seqlens, chunks)
     B, T = g.shape[:2]
     out = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     if g.numel() == 0:

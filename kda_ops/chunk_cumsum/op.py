@@ -50,7 +50,7 @@ def chunk_cumsum(
     Source: Kimi Linear (arXiv:2510.26692), section 4, the cumulative decay of the chunkwise form.
 
     Args:
-        g: `[B, T, ...]`, fp16, bf16, fp32 or fp64, any strides.
+        g: `[B, T, ...]`, fp16, bf16, fp32, on a CPU fp64, any strides.
         chunk_size: Tokens per chunk, a power of two from 16 to 256.
         scale: Factor of the result; `RCP_LN2` turns nats into log2.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0, non-decreasing,

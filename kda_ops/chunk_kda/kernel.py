@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
-from kda_ops.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
 from kda_ops.device.chunk.kernel import (
     Batch,
     block_diagonal,
@@ -201,11 +200,6 @@ def launch_chunk_kda(
     cu_seqlens: Tensor | None,
     chunks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """fp64 is computed by the reference."""
-    if q.dtype == torch.float64:
-        return chunk_kda_reference(
-            q, k, v, G, beta, scale, initial_state, output_final_state, cu_seqlens, chunks
-        )
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
     dtype = torch.float32 if initial_state is None else initial_state.dtype
@@ -240,11 +234,6 @@ def launch_chunk_kda_state(
     cu_seqlens: Tensor | None,
     chunks: Tensor | None,
 ) -> Tensor:
-    """fp64 is computed by the reference."""
-    if q.dtype == torch.float64:
-        return chunk_kda_state_reference(
-            q, k, v, G, beta, scale, state, state_indices, has_initial_state, cu_seqlens, chunks
-        )
     return _launch(
         q, k, v, G, beta, scale, None, state, state_indices, has_initial_state, cu_seqlens, chunks
     )

@@ -141,15 +141,15 @@ def chunk_kda(
     WY form.
 
     Args:
-        q: `[B, T, H, K]`, as it is to be used: apply `l2norm` first. fp16, bf16, fp32 or fp64, any
-            strides with the last one 1 (others are copied).
+        q: `[B, T, H, K]`, as it is to be used: apply `l2norm` first. fp16, bf16, fp32, on a CPU
+            fp64, any strides with the last one 1 (others are copied).
         k: `[B, T, H, K]`, dtype of q. `|k| <= 1` and `beta <= 2` keep the recurrence stable.
         v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
         G: `[B, T, HV, K]` in **log2**, the cumulative gate as `gate_cumsum` returns it: it restarts
             every 64 tokens and at every sequence start. fp32 (fp64 with fp64 q).
         beta: `[B, T, HV]` after its sigmoid, any floating dtype.
         scale: Factor of the output, `K ** -0.5` if None.
-        initial_state: `[N, HV, V, K]`, bf16, fp32 or fp64; zeros if None.
+        initial_state: `[N, HV, V, K]`, bf16, fp32, on a CPU fp64; zeros if None.
         output_final_state: Whether to return the states after the last token.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
             it every batch row is a sequence, `N = B`.

@@ -13,10 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
-from kda_ops.chunk_kda_gated.reference import (
-    chunk_kda_gated_reference,
-    chunk_kda_gated_state_reference,
-)
 from kda_ops.device.chunk.kernel import (
     Batch,
     block_diagonal,
@@ -391,12 +387,7 @@ def launch_chunk_kda_gated(
     cu_seqlens: Tensor | None,
     chunks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """fp64 is computed by the reference."""
     gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
-    if q.dtype == torch.float64:
-        return chunk_kda_gated_reference(
-            q, k, v, *gate, scale, initial_state, output_final_state, cu_seqlens, chunks
-        )
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
     dtype = torch.float32 if initial_state is None else initial_state.dtype
@@ -423,9 +414,6 @@ def launch_chunk_kda_gated_state(
     cu_seqlens: Tensor | None,
     chunks: Tensor | None,
 ) -> Tensor:
-    """fp64 is computed by the reference."""
     gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
     pages = (state, state_indices, has_initial_state, cu_seqlens, chunks)
-    if q.dtype == torch.float64:
-        return chunk_kda_gated_state_reference(q, k, v, *gate, scale, *pages)
     return _launch(q, k, v, *gate, scale, None, *pages)

@@ -166,8 +166,8 @@ def chunk_kda_gated(
     is computed exactly. Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
 
     Args:
-        q: `[B, T, H, K]`, fp16, bf16, fp32 or fp64, any strides with the last one 1 (others are
-            copied). As it is to be used, or before its norm with `qk_norm_eps`.
+        q: `[B, T, H, K]`, fp16, bf16, fp32, on a CPU fp64, any strides with the last one 1 (others
+            are copied). As it is to be used, or before its norm with `qk_norm_eps`.
         k: `[B, T, H, K]`, dtype of q; likewise.
         v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
         x: `[B, T, HV, K]`, any floating dtype, the gate's input (the gate itself is in nats).
@@ -180,7 +180,7 @@ def chunk_kda_gated(
         qk_norm_eps: None if q and k are normalised already; else they are normalised here, with
             this under the root.
         scale: Factor of the output, `K ** -0.5` if None.
-        initial_state: `[N, HV, V, K]`, bf16, fp32 or fp64; zeros if None.
+        initial_state: `[N, HV, V, K]`, bf16, fp32, on a CPU fp64; zeros if None.
         output_final_state: Whether to return the states after the last token.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
             it every batch row is a sequence, `N = B`.

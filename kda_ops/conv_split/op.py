@@ -22,6 +22,7 @@ conv_split_op = define_op(
     reference=conv_split_reference,
     fake=conv_split_fake,
     cuda="kda_ops.conv_split.kernel:launch_conv_split",
+    moves_only=True,
 )
 
 

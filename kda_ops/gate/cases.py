@@ -45,6 +45,7 @@ def _case(
         elements *= n
     return Case(
         name=name,
+        cpu_only=dtype == torch.float64,
         make=lambda device: gate_inputs(shape, dtype, device=device, **kw),
         bytes_moved=elements * (dtype.itemsize + 4),
         perf=perf,

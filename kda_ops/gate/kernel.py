@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.device.kernel import gate_nats
-from kda_ops.gate.reference import gate_reference
 
 
 @triton.jit
@@ -52,8 +51,6 @@ def gate_kernel(
 def launch_gate(
     x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
 ) -> Tensor:
-    if x.dtype == torch.float64:  # the kernel computes in fp32
-        return gate_reference(x, A_log, dt_bias, lower_bound)
     HV, K = x.shape[-2:]
     g = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     rows = x.numel() // (HV * K)

@@ -41,7 +41,7 @@ def gate(
     GLM-5-Next.
 
     Args:
-        x: `[..., HV, K]`, fp16, bf16, fp32 or fp64, any strides.
+        x: `[..., HV, K]`, fp16, bf16, fp32, on a CPU fp64, any strides.
         A_log: `[HV]`, natural log of the decay rate. None means `a = 1` and needs `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to x.
         lower_bound: None, or a bound in `[-5, 0)` in nats.

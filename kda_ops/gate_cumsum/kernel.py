@@ -8,7 +8,6 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.device.kernel import chunk_span, padding_start, softplus
 from kda_ops.formulas import RCP_LN2
-from kda_ops.gate_cumsum.reference import gate_cumsum_reference
 
 
 @triton.jit
@@ -101,8 +100,6 @@ def launch_gate_cumsum(
     cu_seqlens: Tensor | None,
     chunks: Tensor | None,
 ) -> Tensor:
-    if x.dtype == torch.float64:  # the kernel computes in fp32
-        return gate_cumsum_reference(x, A_log, dt_bias, lower_bound, chunk_size, cu_seqlens, chunks)
     B, T, HV, K = x.shape
     G = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if x.numel() == 0:

@@ -69,7 +69,7 @@ def gate_cumsum(
     Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
 
     Args:
-        x: `[B, T, HV, K]`, fp16, bf16, fp32 or fp64, any strides.
+        x: `[B, T, HV, K]`, fp16, bf16, fp32, on a CPU fp64, any strides.
         A_log: `[HV]`, natural log of the decay rate. None means `a = 1` and needs `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to x.
         lower_bound: None, or a bound in `[-5, 0)` in nats.

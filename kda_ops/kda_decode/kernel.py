@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.device.kernel import conv_row, conv_taps, gate_nats
-from kda_ops.kda_decode.reference import kda_decode_reference
 
 
 @triton.jit
@@ -311,12 +310,6 @@ def launch_kda_decode(
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> Tensor:
-    if x.dtype == torch.float64:  # the kernel computes in fp32
-        return kda_decode_reference(
-            x, conv_state, weight, bias, activation, f, beta, z, A_log, dt_bias, lower_bound,
-            beta_scale, norm_weight, norm_eps, qk_norm_eps, scale, state, state_indices,
-            num_accepted, cu_seqlens, layout,
-        )  # fmt: skip
     HV, K, V, W = int(f.shape[-2]), int(f.shape[-1]), int(z.shape[-1]), int(weight.shape[1])
     H = (int(x.shape[1]) - HV * V) // (2 * K)
     T, N = x.shape[0], state_indices.shape[0]

@@ -170,7 +170,7 @@ def kda_decode(
         norm_eps: Added to the mean of squares of the output.
         qk_norm_eps: Added to the sum of squares of q and of k.
         scale: Scale of the output, `K ** -0.5` by default.
-        state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 for an oracle), any strides.
+        state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 on a CPU), any strides.
         state_indices: `[N]` or `[N, 1 + num_spec]`, int32 or int64; see `recurrent_kda`.
         num_accepted: `[N]`, int32 or int64, in `[1, 1 + num_spec]`: how many tokens of the step
             before were kept. Only with a two-dimensional `state_indices`; None means 1.

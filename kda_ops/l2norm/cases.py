@@ -45,6 +45,7 @@ def _case(
 ) -> Case:
     return Case(
         name=name,
+        cpu_only=dtype == torch.float64,
         make=lambda device: l2norm_inputs(shape, dtype, device=device, **kw),
         bytes_moved=prod(shape) * 2 * dtype.itemsize,
         perf=perf,

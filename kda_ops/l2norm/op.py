@@ -26,7 +26,7 @@ def l2norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     Source: Kimi Linear (arXiv:2510.26692), section 4.
 
     Args:
-        x: `[..., K]`, fp16, bf16, fp32 or fp64, any strides. Up to three leading axes of any
+        x: `[..., K]`, fp16, bf16, fp32, on a CPU fp64, any strides. Up to three leading axes of any
             strides are read in place.
         eps: Added to the sum of squares, not negative.
 

@@ -61,7 +61,7 @@ def recurrent_kda_kernel(
     none and gets zeros.
     """
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    ACC: tl.constexpr = tl.float64 if v_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ACC: tl.constexpr = tl.float32
     program = tl.program_id(0)
     n = (program // (HV * V_BLOCKS)).to(tl.int64)
     hv = (program // V_BLOCKS % HV).to(tl.int64)

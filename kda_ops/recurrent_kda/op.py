@@ -84,12 +84,12 @@ def recurrent_kda(
     Args:
         q: `[N, tokens, H, K]`, the same number of tokens for every sequence (1 in plain decode), or
             with `cu_seqlens` `[1, T, H, K]`. As it is to be used (apply `l2norm` first). fp16,
-            bf16, fp32 or fp64; any strides.
+            bf16, fp32, on a CPU fp64; any strides.
         k: Like q.
         v: `[..., HV, V]` with `HV % H == 0`; value head i uses key head `i // (HV // H)`.
         g: `[..., HV, K]`, log decay in **nats**, any float dtype.
         beta: `[..., HV]`, after its sigmoid.
-        state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 for an oracle), any strides: pages may be
+        state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 on a CPU), any strides: pages may be
             padded. Read and written in place.
         state_indices: int32 or int64. `[N]`: the one slot of each sequence, which then holds the
             state after its last token. `[N, 1 + num_spec]`: one slot per token; the state after

@@ -43,6 +43,7 @@ def _case(
 ) -> Case:
     return Case(
         name=name,
+        cpu_only=dtype == torch.float64,
         make=lambda device: rms_norm_gated_inputs(shape, dtype, device=device, **kw),
         bytes_moved=prod(shape) * 3 * dtype.itemsize,
         perf=perf,

@@ -27,7 +27,7 @@ def rms_norm_gated(o: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-5
     Source: Kimi Linear (arXiv:2510.26692), section 4, output gate.
 
     Args:
-        o: `[..., V]`, fp16, bf16, fp32 or fp64, any strides. Up to three leading axes of any
+        o: `[..., V]`, fp16, bf16, fp32, on a CPU fp64, any strides. Up to three leading axes of any
             strides are read in place.
         gate: Shape of `o`, any of these dtypes, before its sigmoid.
         weight: `[V]`, any of these dtypes.

@@ -87,12 +87,13 @@ def short_conv_qkv_inputs(
 
 def _case(name: str, *sizes: Any, perf: bool = False, **options: Any) -> Case:
     B, T, H, K, value_dim = sizes[:5]
-    itemsize = (sizes[5] if len(sizes) > 5 else torch.bfloat16).itemsize
+    dtype = sizes[5] if len(sizes) > 5 else torch.bfloat16
     return Case(
         name=name,
+        cpu_only=dtype == torch.float64,
         make=lambda device: short_conv_qkv_inputs(*sizes, **options, device=device),
         mutated=("conv_state",) if "layout" in options else (),
-        bytes_moved=2 * B * T * (2 * H * K + value_dim) * itemsize,
+        bytes_moved=2 * B * T * (2 * H * K + value_dim) * dtype.itemsize,
         perf=perf,
     )
 

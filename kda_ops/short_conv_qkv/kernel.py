@@ -7,10 +7,6 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.device.kernel import conv_blocks, conv_sequence, conv_state_strides
-from kda_ops.short_conv_qkv.reference import (
-    short_conv_qkv_reference,
-    short_conv_qkv_state_reference,
-)
 
 # As in short_conv: a thread owns 8 channels; with one warp a head's sum stays within the warp.
 CONFIG = {"STEP_T": 8, "BLOCK_D": 256, "num_warps": 2}
@@ -124,10 +120,6 @@ def launch_short_conv_qkv(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
     head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if x.dtype == torch.float64:  # the kernel computes in fp32
-        return short_conv_qkv_reference(
-            x, weight, bias, activation, key_dim, head_dim, norm_eps, cu_seqlens
-        )
     return _launch(
         x, weight, bias, activation, key_dim, head_dim, norm_eps, None, None, None, cu_seqlens, "SD"
     )
@@ -138,8 +130,7 @@ def launch_short_conv_qkv_state(
     head_dim: int, norm_eps: float, conv_state: Tensor, slots: Tensor,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    run = short_conv_qkv_state_reference if x.dtype == torch.float64 else _launch
-    return run(
+    return _launch(
         x, weight, bias, activation, key_dim, head_dim, norm_eps, conv_state, slots,
         has_initial_state, cu_seqlens, layout,
     )  # fmt: skip

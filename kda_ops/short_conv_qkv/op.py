@@ -131,7 +131,7 @@ def short_conv_qkv(
 
     Args:
         x: `[B, T, D]`, the packed projections, `D = 2 * key_dim + value_dim`; fp16, bf16 or fp32
-            (fp64 for an oracle). With `cu_seqlens`, B is 1. The last axis is contiguous, or is
+            (fp64 on a CPU). With `cu_seqlens`, B is 1. The last axis is contiguous, or is
             copied.
         weight: `[D, W]`, W at least 2; the last tap meets the token itself.
         bias: `[D]` or None.

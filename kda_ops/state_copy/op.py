@@ -37,6 +37,7 @@ state_copy_op = define_op(
     fake=state_copy_fake,
     cuda="kda_ops.state_copy.kernel:launch_state_copy",
     check_values=check_state_copy_values,
+    moves_only=True,
 )
 
 
