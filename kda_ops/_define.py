@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 
-from kda_ops import config
+from kda_ops import choice, config
 from kda_ops._checks import check_kernel_dtype
 
 NAMESPACE = "kda_ops"
@@ -90,9 +90,10 @@ def define_op(
         tags: Extra operator tags.
     """
     name = schema[: schema.index("(")]
+    names = [x.name for x in torch._C.parse_schema(f"{NAMESPACE}::{schema}").arguments]
     mutates = "!" in schema
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    load = _lazy(cuda)
+    load = _lazy(cuda, names)
 
     def launcher(*args: Any) -> Any:
         if not moves_only:
@@ -128,15 +129,19 @@ def define_op(
     return op
 
 
-def _lazy(target: str) -> Callable[..., Any]:
-    """A function that imports `module:function` on its first call."""
+def _lazy(target: str, names: list[str]) -> Callable[..., Any]:
+    """A function that imports `module:function` on its first call.
+
+    While the function runs, kernels are chosen for it; `names` are those of its arguments.
+    """
     module, _, attribute = target.partition(":")
     found: list[Callable[..., Any]] = []
 
     def call(*args: Any) -> Any:
         if not found:
             found.append(getattr(importlib.import_module(module), attribute))
-        return found[0](*args)
+        with choice.calling(found[0], names, args):
+            return found[0](*args)
 
     return call
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.device.kernel import chunk_span, padding_start
 
 
@@ -83,7 +84,8 @@ def launch_chunk_cumsum(
     if flat.stride(2) != 1:
         flat = flat.contiguous()
     rows = triton.cdiv(T, chunk_size) if chunks is None else chunks.shape[0]
-    block = min(512, triton.next_power_of_2(D))
+    chosen = choose("chunk_cumsum", g.device, D=D, C=chunk_size, dtype=g.dtype)
+    block = min(chosen["BLOCK"], triton.next_power_of_2(D))
     traceable(chunk_cumsum_kernel)[(B * rows * triton.cdiv(D, block),)](
         flat,
         cu_seqlens,
@@ -98,8 +100,8 @@ def launch_chunk_cumsum(
         SCALE=scale,
         C=chunk_size,
         BLOCK=block,
-        STEP=16,
+        STEP=min(chunk_size, chosen["STEP"]),
         VARLEN=cu_seqlens is not None,
-        num_warps=4,
+        num_warps=chosen["num_warps"],
     )
     return out

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.device.chunk.kernel import (
     Batch,
     block_diagonal,
@@ -179,8 +180,7 @@ def _launch(
             V=V,
             VARLEN=batch.cu_seqlens is not None,
             PACKED=is_nvidia(q.device),
-            num_warps=4,
-            num_stages=1,
+            **choose("chunk_prepare", q.device, K=K, V=V, dtype=q.dtype),
         )
     else:
         launch_general_prepare(q, k, v, G, beta, scale, o, workspace, batch)

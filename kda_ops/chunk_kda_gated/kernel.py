@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.device.chunk.kernel import (
     Batch,
     block_diagonal,
@@ -336,8 +337,7 @@ def _launch(
             SCALE=scale,
             V=V,
             PACKED=is_nvidia(q.device),
-            num_warps=4,
-            num_stages=1,
+            **choose("chunk_gated_prepare", q.device, K=K, V=V, dtype=q.dtype),
         )
     else:
         G = torch.empty((B, T, HV, K), dtype=torch.float32, device=q.device)
@@ -362,8 +362,7 @@ def _launch(
             *(stride for y in (q, k, x, beta) for stride in y.stride()[:3]),
             **sizes,
             KP=triton.next_power_of_2(K),
-            BLOCK=32,
-            num_warps=4,
+            **choose("chunk_inputs", q.device),
         )
         launch_general_prepare(qn, kn, v, G, beta_used, scale, o, workspace, batch)
     launch_scan(o, workspace, batch, K, initial, final, indices, has_initial)

@@ -6,8 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
-
-BLOCK = 1024
+from kda_ops.choice import choose
 
 
 @triton.jit
@@ -30,12 +29,13 @@ def conv_split_kernel(
 
 def launch_conv_split(conv_state: Tensor, sizes: list[int], layout: str) -> list[Tensor]:
     parts = []
+    chosen = choose("conv_split", conv_state.device)
     for part in conv_state.split(sizes, dim=2 if layout == "SD" else 1):
         out = torch.empty(part.shape, dtype=part.dtype, device=part.device)
         slots, outer, inner = part.shape
         if outer * inner > 0:
-            traceable(conv_split_kernel)[(slots * triton.cdiv(outer * inner, BLOCK),)](
-                part, out, outer, inner, *part.stride(), BLOCK=BLOCK
+            traceable(conv_split_kernel)[(slots * triton.cdiv(outer * inner, chosen["BLOCK"]),)](
+                part, out, outer, inner, *part.stride(), **chosen
             )
         parts.append(out)
     return parts

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.device.kernel import gate_nats
 
 
@@ -59,7 +60,8 @@ def launch_gate(
         flat = flat.contiguous()
     bias = None if dt_bias is None else dt_bias.contiguous()
     block_k = triton.next_power_of_2(K)
-    block_rows = max(1, 4096 // block_k)
+    chosen = choose("gate", x.device, K=K, dtype=x.dtype)
+    block_rows = max(1, chosen["TILE"] // block_k)
     if rows == 0:
         return g
     traceable(gate_kernel)[(triton.cdiv(rows, block_rows) * HV,)](
@@ -78,5 +80,6 @@ def launch_gate(
         HAS_A=A_log is not None,
         HAS_BIAS=bias is not None,
         BOUNDED=lower_bound is not None,
+        num_warps=chosen["num_warps"],
     )
     return g

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.device.kernel import chunk_span, padding_start, softplus
 from kda_ops.formulas import RCP_LN2
 
@@ -110,9 +111,8 @@ def launch_gate_cumsum(
         x = x.contiguous()
     bias = None if dt_bias is None else dt_bias.contiguous()
     rows = triton.cdiv(T, chunk_size) if chunks is None else chunks.shape[0]
-    # swept on an H200 at HV * K = 4096: 32 loads in flight beat 16 by 6 %, 128 to 512 channels are
-    # alike
-    block = min(256, triton.next_power_of_2(HV * K))
+    chosen = choose("gate_cumsum", x.device, D=HV * K, C=chunk_size, dtype=x.dtype)
+    block = min(chosen["BLOCK"], triton.next_power_of_2(HV * K))
     traceable(gate_cumsum_kernel)[(B * rows * triton.cdiv(HV * K, block),)](
         x,
         A_log,
@@ -132,11 +132,11 @@ def launch_gate_cumsum(
         HV=HV,
         K=K,
         BLOCK=block,
-        STEP=min(chunk_size, 32),
+        STEP=min(chunk_size, chosen["STEP"]),
         HAS_A=A_log is not None,
         HAS_BIAS=bias is not None,
         BOUNDED=lower_bound is not None,
         VARLEN=cu_seqlens is not None,
-        num_warps=4,
+        num_warps=chosen["num_warps"],
     )
     return G

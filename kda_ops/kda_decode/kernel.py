@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.device.kernel import conv_row, conv_taps, gate_nats
 
 
@@ -273,17 +274,18 @@ def kda_decode_kernel(
             shift(conv_k_ptr, stride_conv_row, x_k, conv_count, ok_k, W, TOKENS)
 
 
-def tile_of(V: int, K: int, itemsize: int) -> dict[str, int]:
+def tile_of(V: int, K: int, state: Tensor, layout: str) -> dict[str, int]:
     """The tile of the state that a program holds in registers, and its warps.
 
     A segment of INNER_K elements is one line of 128 bytes.
     """
+    chosen = choose("kda_decode", state.device, K=K, V=V, state=state.dtype, layout=layout)
     block_k = triton.next_power_of_2(K)
-    block_v = min(triton.next_power_of_2(V), 16384 // block_k)
+    block_v = min(triton.next_power_of_2(V), chosen["TILE"] // block_k)
     return {
         "BLOCK_V": block_v,
-        "INNER_K": min(block_k, 128 // itemsize),
-        "num_warps": min(max(block_v * block_k // 2048, 1), 4),
+        "INNER_K": min(block_k, 128 // state.element_size()),
+        "num_warps": min(max(block_v * block_k // 2048, 1), chosen["num_warps"]),
     }
 
 
@@ -379,7 +381,7 @@ def launch_kda_decode(
         PER_TOKEN=per_token,
         HAS_ACCEPTED=num_accepted is not None,
         VARLEN=varlen,
-        **tile_of(V, K, state.element_size()),
+        **tile_of(V, K, state, layout),
     )
     return o
 

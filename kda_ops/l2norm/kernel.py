@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.device.kernel import row_offset
 
 
@@ -49,7 +50,8 @@ def launch_l2norm(x: Tensor, eps: float) -> Tensor:
         four = four.contiguous()
     rows = x.numel() // K
     block_k = triton.next_power_of_2(K)
-    block_rows = max(1, 2048 // block_k)
+    chosen = choose("l2norm", x.device, K=K, dtype=x.dtype)
+    block_rows = max(1, chosen["TILE"] // block_k)
     traceable(l2norm_kernel)[(triton.cdiv(rows, block_rows),)](
         four,
         y,
@@ -63,6 +65,6 @@ def launch_l2norm(x: Tensor, eps: float) -> Tensor:
         K=K,
         BLOCK_K=block_k,
         BLOCK_ROWS=block_rows,
-        num_warps=4,
+        num_warps=chosen["num_warps"],
     )
     return y

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 
 
 @triton.jit
@@ -124,15 +125,6 @@ def recurrent_kda_kernel(
             tl.store(o_ptr + ((end + j) * HV + hv) * V + i_v, zero, mask=ok_v)
 
 
-def tile_of(V: int, K: int) -> dict[str, int]:
-    """Rows of the state per program, and warps: enough programs at batch 1, wide enough at 256.
-
-    Swept on an H200 at K = V = 128: 16 rows and 8 warps win from batch 1 to 64, 1 % is lost at 256.
-    """
-    block_v = max(1, min(triton.next_power_of_2(V), 2048 // triton.next_power_of_2(K)))
-    return {"BLOCK_V": block_v, "num_warps": 8}
-
-
 def launch_recurrent_kda(
     q: Tensor,
     k: Tensor,
@@ -152,8 +144,10 @@ def launch_recurrent_kda(
     beta = beta.reshape(rows, HV)
     per_token = state_indices.dim() == 2
     varlen = cu_seqlens is not None
-    tile = tile_of(V, K)
-    programs = HV * triton.cdiv(V, tile["BLOCK_V"])
+    chosen = choose("recurrent_kda", q.device, K=K, V=V, state=state.dtype, per_token=per_token)
+    block_k = triton.next_power_of_2(K)
+    block_v = max(1, min(triton.next_power_of_2(V), chosen["TILE"] // block_k))
+    programs = HV * triton.cdiv(V, block_v)
     # without cu_seqlens an empty batch still launches: CUDA has no empty grid
     sequences = N + 1 if varlen else torch.sym_max(N, 1)
     traceable(recurrent_kda_kernel)[(sequences * programs,)](
@@ -185,11 +179,12 @@ def launch_recurrent_kda(
         HV=HV,
         K=K,
         V=V,
-        BLOCK_K=triton.next_power_of_2(K),
+        BLOCK_K=block_k,
+        BLOCK_V=block_v,
         PER_TOKEN=per_token,
         HAS_ACCEPTED=num_accepted is not None,
         VARLEN=varlen,
-        **tile,
+        num_warps=chosen["num_warps"],
     )
     return o
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.device.kernel import row_offset
 
 
@@ -67,7 +68,8 @@ def launch_rms_norm_gated(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -
     rows = o.numel() // V
     block_v = triton.next_power_of_2(V)
     dense = o4.is_contiguous() and gate4.is_contiguous()
-    block_rows = max(1, (1024 if dense else 2048) // block_v)
+    chosen = choose("rms_norm_gated", o.device, V=V, dtype=o.dtype, dense=dense)
+    block_rows = max(1, chosen["TILE"] // block_v)
     traceable(rms_norm_gated_kernel)[(triton.cdiv(rows, block_rows),)](
         o4,
         gate4,
@@ -83,6 +85,6 @@ def launch_rms_norm_gated(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -
         BLOCK_V=block_v,
         BLOCK_ROWS=block_rows,
         DENSE=dense,
-        num_warps=4,
+        num_warps=chosen["num_warps"],
     )
     return y

@@ -6,14 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.device.kernel import conv_blocks, conv_sequence, conv_state_strides
-
-# A thread owns 8 channels (16 bytes of bf16) and walks down the tokens, STEP_T rows in flight at a
-# time, the last W - 1 of them kept in registers.
-CONFIG = {"STEP_T": 8, "BLOCK_D": 256, "num_warps": 1}
-# A program takes up to MAX_STEPS steps, fewer where there would not be PROGRAMS of them.
-MAX_STEPS = 2
-PROGRAMS = 4096
 
 
 @triton.jit
@@ -128,9 +122,10 @@ def _launch(
     T, D = x.shape[-2:]
     W = int(weight.shape[1])
     batch, stride_batch = (x.shape[0], x.stride(0)) if x.dim() == 3 else (1, 0)
-    d_blocks = triton.cdiv(D, CONFIG["BLOCK_D"])
+    chosen = choose("short_conv", x.device, D=D, W=W, dtype=x.dtype)
+    d_blocks = triton.cdiv(D, chosen["BLOCK_D"])
     block_t, blocks_per_sequence, N, blocks = conv_blocks(
-        batch, T, cu_seqlens, d_blocks, CONFIG["STEP_T"], MAX_STEPS, PROGRAMS
+        batch, T, cu_seqlens, d_blocks, chosen["STEP_T"], chosen["MAX_STEPS"], chosen["PROGRAMS"]
     )
     stride_slot, stride_row, stride_dim = conv_state_strides(conv_state, layout)
     traceable(short_conv_kernel)[(d_blocks * blocks,)](
@@ -161,6 +156,8 @@ def _launch(
         HAS_STATE=conv_state is not None,
         HAS_INITIAL=has_initial_state is not None,
         VARLEN=cu_seqlens is not None,
-        **CONFIG,
+        STEP_T=chosen["STEP_T"],
+        BLOCK_D=chosen["BLOCK_D"],
+        num_warps=chosen["num_warps"],
     )
     return y

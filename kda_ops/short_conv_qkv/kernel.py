@@ -6,12 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.device.kernel import conv_blocks, conv_sequence, conv_state_strides
-
-# As in short_conv: a thread owns 8 channels; with one warp a head's sum stays within the warp.
-CONFIG = {"STEP_T": 8, "BLOCK_D": 256, "num_warps": 2}
-MAX_STEPS = 2
-PROGRAMS = 4096
 
 
 @triton.jit
@@ -149,11 +145,12 @@ def _launch(
     if x.stride(2) != 1:
         x = x.contiguous()
     block_k = triton.next_power_of_2(head_dim)
-    config = {**CONFIG, "BLOCK_D": max(CONFIG["BLOCK_D"], block_k)}
-    key_blocks = triton.cdiv(H, config["BLOCK_D"] // block_k)
-    d_blocks = 2 * key_blocks + triton.cdiv(D - 2 * key_dim, config["BLOCK_D"])
+    chosen = choose("short_conv_qkv", x.device, D=D, W=W, K=head_dim, dtype=x.dtype)
+    block_d = max(chosen["BLOCK_D"], block_k)
+    key_blocks = triton.cdiv(H, block_d // block_k)
+    d_blocks = 2 * key_blocks + triton.cdiv(D - 2 * key_dim, block_d)
     block_t, blocks_per_sequence, N, blocks = conv_blocks(
-        B, T, cu_seqlens, d_blocks, config["STEP_T"], MAX_STEPS, PROGRAMS
+        B, T, cu_seqlens, d_blocks, chosen["STEP_T"], chosen["MAX_STEPS"], chosen["PROGRAMS"]
     )
     stride_slot, stride_row, stride_dim = conv_state_strides(conv_state, layout)
     traceable(short_conv_qkv_kernel)[(d_blocks * blocks,)](
@@ -190,6 +187,8 @@ def _launch(
         HAS_STATE=conv_state is not None,
         HAS_INITIAL=has_initial_state is not None,
         VARLEN=cu_seqlens is not None,
-        **config,
+        STEP_T=chosen["STEP_T"],
+        BLOCK_D=block_d,
+        num_warps=chosen["num_warps"],
     )
     return q, k, v

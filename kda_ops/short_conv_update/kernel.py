@@ -6,9 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.device.kernel import conv_row, conv_taps
-
-CONFIG = {"BLOCK_D": 256, "num_warps": 2}
 
 
 @triton.jit
@@ -110,12 +109,13 @@ def launch_short_conv_update(
     stride_row, stride_dim = strides if layout == "SD" else strides[::-1]
     L = conv_state.shape[1 if layout == "SD" else 2]
     N = slots.shape[0]
+    chosen = choose("short_conv_update", x.device, D=D, W=W, dtype=x.dtype, layout=layout)
     if cu_seqlens is not None:
         programs, max_tokens, stride_sequence = N + 1, int(L) - W + 2, 0
     else:
         tokens = int(x.shape[1]) if x.dim() == 3 else 1
         programs, max_tokens, stride_sequence = N, tokens, x.stride(0)
-    traceable(short_conv_update_kernel)[(programs * triton.cdiv(D, CONFIG["BLOCK_D"]),)](
+    traceable(short_conv_update_kernel)[(programs * triton.cdiv(D, chosen["BLOCK_D"]),)](
         x,
         conv_state,
         weight.contiguous(),
@@ -142,6 +142,6 @@ def launch_short_conv_update(
         HAS_BIAS=bias is not None,
         HAS_ACCEPTED=num_accepted is not None,
         VARLEN=cu_seqlens is not None,
-        **CONFIG,
+        **chosen,
     )
     return y

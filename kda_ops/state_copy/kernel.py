@@ -6,8 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
-
-BLOCK_BYTES = 32768
+from kda_ops.choice import choose
 
 
 @triton.jit
@@ -112,14 +111,24 @@ def launch_state_copy(
     dim_first = layout == "DS"
     L, D = (int(n) for n in (conv.shape[:-3:-1] if dim_first else conv.shape[-2:]))
     elements = int(recurrent.shape[-3] * recurrent.shape[-2] * recurrent.shape[-1])
+    chosen = choose(
+        "state_copy",
+        conv.device,
+        L=L,
+        D=D,
+        conv=conv.dtype,
+        recurrent=recurrent.dtype,
+        layout=layout,
+    )
+    block_bytes = chosen["BYTES"]
     block_l = triton.next_power_of_2(L)
     block_columns = triton.next_power_of_2(
-        min(D, max(16, BLOCK_BYTES // 2 // (conv.element_size() * block_l)))
+        min(D, max(16, block_bytes // 2 // (conv.element_size() * block_l)))
     )
     columns = block_columns
     if dim_first:  # no lane idles on the padding of L, and every block starts at an aligned column
         columns = max(1, block_columns * block_l // L // 16 * 16)
-    block = BLOCK_BYTES // recurrent.element_size()
+    block = block_bytes // recurrent.element_size()
     block = min(block, triton.next_power_of_2(elements))
     blocks = triton.cdiv(D, columns) + triton.cdiv(elements, block)
     # a plan without requests still launches: CUDA has no empty grid
@@ -148,5 +157,5 @@ def launch_state_copy(
         BLOCK_COLUMNS=block_columns,
         BLOCK_L=block_l,
         BLOCK=block,
-        num_warps=8,
+        num_warps=chosen["num_warps"],
     )

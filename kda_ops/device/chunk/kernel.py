@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.choice import choose
 from kda_ops.formulas import CHUNK
 
 
@@ -684,14 +685,16 @@ def shared_memory(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 64 << 10)
 
 
-def value_block(V: int, programs: Any) -> int:
-    """State columns per program: the fewer (sequence, head) pairs there are, the narrower, to fill
-    the GPU.
+def scan_values(K: int, V: int, programs: Any, o: Tensor) -> dict[str, Any]:
+    """What is chosen for `scan` by its number of (sequence, head) pairs: at most 16, 32, or more.
+
+    BV, the state columns per program, is at most V.
     """
     if not isinstance(programs, int):
         programs = 64  # a symbolic number of sequences is a batch of them
-    BV = 16 if programs <= 16 else 32 if programs <= 32 else 64
-    return min(BV, max(16, triton.next_power_of_2(V)))
+    programs = 16 if programs <= 16 else 32 if programs <= 32 else 64
+    chosen = choose("chunk_scan", o.device, K=K, V=V, programs=programs, dtype=o.dtype)
+    return {**chosen, "BV": min(chosen["BV"], max(16, triton.next_power_of_2(V)))}
 
 
 def stages(KP: int, BV: int, u_bytes: int, device: torch.device) -> int:
@@ -789,21 +792,20 @@ def launch_scan(
     ]
     sequences = torch.sym_max(batch.N, 1)  # no GPU launches an empty grid
     if o.dtype == torch.float32:
-        BV = 32
+        chosen = choose("chunk_scan_fp32", o.device)
         S = torch.empty((sequences, HV, KP, V), dtype=torch.float32, device=o.device)
-        traceable(chunk_scan_fp32_kernel)[(triton.cdiv(V, BV) * HV * sequences,)](
-            *workspace, S, o, *states, *strides, **sizes, BV=BV, BLOCK=32, num_warps=4
+        traceable(chunk_scan_fp32_kernel)[(triton.cdiv(V, chosen["BV"]) * HV * sequences,)](
+            *workspace, S, o, *states, *strides, **sizes, **chosen
         )
     else:
-        BV = value_block(V, batch.N * HV)
-        traceable(chunk_scan_kernel)[(triton.cdiv(V, BV) * HV * sequences,)](
+        chosen = scan_values(K, V, batch.N * HV, o)
+        depth = stages(KP, chosen["BV"], workspace.u.element_size(), o.device)
+        traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * HV * sequences,)](
             *workspace,
             o,
             *states,
             *strides,
             **sizes,
-            BV=BV,
             HALF=o.dtype == torch.float16,
-            STAGES=stages(KP, BV, workspace.u.element_size(), o.device),
-            num_warps=4,
+            **{**chosen, "STAGES": min(chosen["STAGES"], depth)},
         )

@@ -1,0 +1,106 @@
+"""The kernel choices that are shipped: what was measured on known GPUs, what to start from on
+others, and what is tried there.
+
+A kernel has a list of rows `(condition, values)`; the first row whose condition holds for the
+launcher's key counts. A condition names keys and what they must equal; an empty one always holds.
+
+Values in capitals that a kernel takes as constants go there unchanged. The others size them:
+
+* `TILE`: elements of the tile that one program holds; the launcher divides it by the row length.
+* `BYTES`: likewise, in bytes.
+* `MAX_STEPS`, `PROGRAMS`: a program takes up to MAX_STEPS steps along the tokens, fewer where there
+  would not be PROGRAMS of them.
+* `STAGES`: chunks in shared memory at a time, fewer where they do not fit.
+
+`perf/NOTES.md` has the measurements behind the rows of SM90, at K = V = 128.
+"""
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+Values = Mapping[str, Any]
+Rows = list[tuple[Values, Values]]
+
+SM90: dict[str, Rows] = {
+    "chunk_cumsum": [({}, {"BLOCK": 512, "STEP": 16, "num_warps": 4})],
+    "chunk_gated_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
+    "chunk_inputs": [({}, {"BLOCK": 32, "num_warps": 4})],
+    "chunk_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
+    # the fewer (sequence, head) pairs there are, the narrower the blocks, to fill the GPU
+    "chunk_scan": [
+        ({"programs": 16}, {"BV": 16, "STAGES": 3, "num_warps": 4}),
+        ({"programs": 32}, {"BV": 32, "STAGES": 3, "num_warps": 4}),
+        ({}, {"BV": 64, "STAGES": 3, "num_warps": 4}),
+    ],
+    "chunk_scan_fp32": [({}, {"BV": 32, "BLOCK": 32, "num_warps": 4})],
+    "conv_split": [({}, {"BLOCK": 1024, "num_warps": 4})],
+    "gate": [({}, {"TILE": 4096, "num_warps": 4})],
+    # 32 loads in flight beat 16 by 6 %, 128 to 512 channels are alike
+    "gate_cumsum": [({}, {"BLOCK": 256, "STEP": 32, "num_warps": 4})],
+    # fewer warps where the tile is small
+    "kda_decode": [({}, {"TILE": 16384, "num_warps": 4})],
+    "l2norm": [({}, {"TILE": 2048, "num_warps": 4})],
+    # best at batch 1 to 64, 1 % is lost at 256
+    "recurrent_kda": [({}, {"TILE": 2048, "num_warps": 8})],
+    "rms_norm_gated": [
+        ({"dense": True}, {"TILE": 1024, "num_warps": 4}),
+        ({}, {"TILE": 2048, "num_warps": 4}),
+    ],
+    # a thread owns 8 channels, 16 bytes of bf16
+    "short_conv": [
+        ({}, {"STEP_T": 8, "BLOCK_D": 256, "MAX_STEPS": 2, "PROGRAMS": 4096, "num_warps": 1})
+    ],
+    # 2 warps instead of 1: the norm across a head needs the registers
+    "short_conv_qkv": [
+        ({}, {"STEP_T": 8, "BLOCK_D": 256, "MAX_STEPS": 2, "PROGRAMS": 4096, "num_warps": 2})
+    ],
+    "short_conv_update": [({}, {"BLOCK_D": 256, "num_warps": 2})],
+    "state_copy": [({}, {"BYTES": 32768, "num_warps": 8})],
+}
+
+# By architecture: `sm_90`, or AMD's name such as `gfx942`.
+TABLE: dict[str, dict[str, Rows]] = {"sm_90": SM90}
+
+# Of a GPU that is not in the table before anything was timed, and of the CPU.
+DEFAULTS: dict[str, Rows] = SM90
+
+
+def _grid(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
+    return [dict(zip(values, point, strict=True)) for point in product(*values.values())]
+
+
+# What is timed on a GPU that is not in the table, beside its default. Kernels without an entry
+# keep the default: their speed is secondary.
+CANDIDATES: dict[str, list[dict[str, Any]]] = {
+    "chunk_cumsum": _grid(BLOCK=(128, 256, 512), STEP=(16, 32), num_warps=(4,)),
+    "chunk_gated_prepare": _grid(num_warps=(4, 8), num_stages=(1,)),
+    "chunk_prepare": _grid(num_warps=(4, 8), num_stages=(1,)),
+    "chunk_scan": _grid(BV=(16, 32, 64), STAGES=(2, 3), num_warps=(4,)),
+    "gate": _grid(TILE=(2048, 4096, 8192), num_warps=(4, 8)),
+    "gate_cumsum": _grid(BLOCK=(128, 256, 512), STEP=(16, 32), num_warps=(4,)),
+    "kda_decode": _grid(TILE=(4096, 8192, 16384), num_warps=(4, 8)),
+    "l2norm": _grid(TILE=(1024, 2048, 4096), num_warps=(4, 8)),
+    "recurrent_kda": _grid(TILE=(2048, 4096, 8192), num_warps=(4, 8)),
+    "rms_norm_gated": _grid(TILE=(1024, 2048, 4096), num_warps=(4, 8)),
+    "short_conv": _grid(
+        STEP_T=(4, 8, 16), BLOCK_D=(256,), MAX_STEPS=(2, 8), PROGRAMS=(4096,), num_warps=(1, 2)
+    ),
+    "short_conv_qkv": _grid(
+        STEP_T=(4, 8), BLOCK_D=(256,), MAX_STEPS=(2, 8), PROGRAMS=(4096,), num_warps=(1, 2, 4)
+    ),
+    "short_conv_update": _grid(BLOCK_D=(128, 256, 512), num_warps=(1, 2, 4)),
+    "state_copy": _grid(BYTES=(8192, 16384, 32768), num_warps=(4, 8)),
+}
+
+
+def row_for(rows: Rows, key: Values) -> Values:
+    """The values of the first row whose condition holds for the key.
+
+    Raises:
+        LookupError: No condition holds.
+    """
+    for condition, values in rows:
+        if all(key.get(name) == wanted for name, wanted in condition.items()):
+            return values
+    raise LookupError(f"no row for {dict(key)}")
