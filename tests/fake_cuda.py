@@ -19,6 +19,8 @@ from unittest import mock
 import torch
 from torch.utils._pytree import tree_map
 
+from kda_ops import choice
+
 H200 = types.SimpleNamespace(
     name="NVIDIA H200 (described, not present)",
     major=9,
@@ -85,6 +87,7 @@ def _described_device() -> Iterator[None]:
             for value in list(vars(module).values()):
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()
+        choice.forget()
         hints.DeviceProperties.create.cache_clear()
         device_interface.caching_worker_device_properties.pop("cuda", None)
         device_interface.caching_worker_current_devices.pop("cuda", None)

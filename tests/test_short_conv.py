@@ -1,6 +1,5 @@
 """short_conv against the definition token by token, its state, its errors and its compiled code."""
 
-import importlib
 from typing import Any
 
 import pytest
@@ -9,6 +8,8 @@ from torch import Tensor
 
 from kda_ops import config, short_conv, short_conv_update
 from kda_ops._cases import Case, paged_conv_state
+from kda_ops.choice import forcing
+from kda_ops.choice.table import DEFAULTS
 from tests.fake_cuda import cuda_code, summary
 from tests.operators import cases, run_kernels
 from tests.oracle import assert_accurate
@@ -189,12 +190,11 @@ def test_kernel_skips_slots_out_of_range(slot: int) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("case", cases("short_conv"), ids=lambda case: case.name)
-def test_kernel_in_several_steps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_in_several_steps(case: Case) -> None:
     """As in the large sizes: programs that carry their window from step to step."""
-    kernel = importlib.import_module("kda_ops.short_conv.kernel")
-    monkeypatch.setattr(kernel, "PROGRAMS", 1)
-    monkeypatch.setattr(kernel, "MAX_STEPS", 3)
-    assert_accurate(run_kernels(short_conv), short_conv, case)
+    ((_, values),) = DEFAULTS["short_conv"]
+    with forcing({"short_conv": {**values, "PROGRAMS": 1, "MAX_STEPS": 3}}):
+        assert_accurate(run_kernels(short_conv), short_conv, case)
 
 
 def test_gradients_of_padding_are_zero() -> None:

@@ -1,0 +1,310 @@
+"""How kernels are chosen: by the table, by timing (here with a timer that is told the answer), and
+from what an earlier process remembered.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from kda_ops import choice, config
+from kda_ops.choice import choose, forcing, store, timing
+from kda_ops.choice.table import CANDIDATES, DEFAULTS, SM90, TABLE, row_for
+from tests.operators import NAMES, cases, public_function, run_kernels
+from tests.oracle import assert_accurate
+
+CPU = torch.device("cpu")
+KERNEL = "recurrent_kda"
+DEFAULT = SM90[KERNEL][0][1]
+
+
+class Timer:
+    """Takes the place of the GPU and its clock: the candidate with the given values is fastest."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, gpu: tuple[str, str] = ("sm_80", "A100")):
+        self.fastest: dict[str, Any] = {"TILE": 4096, "num_warps": 4}
+        self.current: dict[str, Any] = {}
+        self.timed: list[dict[str, Any]] = []
+        self.capturing = False
+        monkeypatch.setattr(timing, "gpu", Gpu(gpu))
+        monkeypatch.setattr(timing, "capturing", lambda: self.capturing)
+        monkeypatch.setattr(timing, "time_call", self.time_call)
+
+    def time_call(self, call: Callable[[], Any], device: torch.device) -> float:
+        call()
+        self.timed.append(self.current)
+        return 1.0 if self.current == self.fastest else 2.0 + len(self.timed)
+
+    def bench(self, values: dict[str, Any]) -> Callable[[], Any]:
+        """What `choose` calls for each candidate."""
+
+        def run() -> None:
+            self.current = values
+
+        return run
+
+    def choose(self, **key: Any) -> Any:
+        return choose(KERNEL, CPU, bench=self.bench, **(key or {"K": 128, "V": 128}))
+
+
+class Gpu:
+    """A GPU in the place of whatever the device is."""
+
+    def __init__(self, gpu: tuple[str, str]) -> None:
+        self.gpu = gpu
+
+    def __call__(self, device: torch.device) -> tuple[str, str]:
+        return self.gpu
+
+    def cache_clear(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Nothing is remembered before a test, and nothing after it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    choice.forget()
+    yield tmp_path / "kda_ops"
+    choice.forget()
+
+
+@pytest.fixture
+def timer(monkeypatch: pytest.MonkeyPatch) -> Timer:
+    return Timer(monkeypatch)
+
+
+def test_the_fastest_is_chosen_once(timer: Timer) -> None:
+    assert timer.choose() == timer.fastest
+    assert timer.timed == [DEFAULT, *(x for x in CANDIDATES[KERNEL] if x != DEFAULT)]
+    assert timer.choose() == timer.fastest
+    assert len(timer.timed) == len(CANDIDATES[KERNEL])
+
+
+def test_each_key_is_a_choice_of_its_own(timer: Timer) -> None:
+    timer.choose(K=128)
+    timer.fastest = {"TILE": 8192, "num_warps": 8}
+    assert timer.choose(K=64) == timer.fastest
+    assert timer.choose(K=128) == {"TILE": 4096, "num_warps": 4}
+
+
+def test_a_second_process_does_not_time(timer: Timer, folder: Path) -> None:
+    timer.choose()
+    (file,) = folder.iterdir()
+    assert json.loads(file.read_text())["answer"] == timer.fastest
+    timed = len(timer.timed)
+    choice.forget()
+    assert timer.choose() == timer.fastest
+    assert len(timer.timed) == timed
+
+
+@pytest.mark.parametrize("other", ["gpu", "torch", "kernels"])
+def test_another_gpu_or_version_measures_again(
+    timer: Timer, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timer.choose()
+    timed = len(timer.timed)
+    choice.forget()
+    if other == "gpu":
+        monkeypatch.setattr(timing, "gpu", Gpu(("sm_80", "A100 with more memory")))
+    else:
+        versions = {**store.versions(), other: "another"}
+        monkeypatch.setattr(store, "versions", lambda: versions)
+    timer.fastest = {"TILE": 8192, "num_warps": 8}
+    assert timer.choose() == timer.fastest
+    assert len(timer.timed) == 2 * timed
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "not JSON",
+        "[]",
+        '{"question": 1, "answer": {"TILE": 4096, "num_warps": 4}}',
+        '{"answer": {"TILE": 4096, "num_warps": 4}}',
+    ],
+)
+def test_a_damaged_or_foreign_file_is_measured_again(
+    timer: Timer, folder: Path, content: str
+) -> None:
+    timer.choose()
+    (file,) = folder.iterdir()
+    file.write_text(content)
+    choice.forget()
+    timed = len(timer.timed)
+    assert timer.choose() == timer.fastest
+    assert len(timer.timed) == 2 * timed
+    assert json.loads(file.read_text())["answer"] == timer.fastest
+
+
+def test_an_answer_that_is_no_candidate_is_not_taken(timer: Timer, folder: Path) -> None:
+    timer.choose()
+    (file,) = folder.iterdir()
+    file.write_text(file.read_text().replace('"TILE": 4096', '"TILE": 4000'))
+    choice.forget()
+    assert timer.choose() == timer.fastest
+
+
+def test_a_folder_that_cannot_be_written(
+    timer: Timer, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.parent.joinpath("kda_ops").write_text("a file in the folder's place")
+    assert timer.choose() == timer.fastest
+    assert "not remembered" in caplog.text
+
+
+def test_deterministic_choice_is_the_table_alone(
+    timer: Timer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timer.choose()  # also what was timed before does not count
+    timed = len(timer.timed)
+    monkeypatch.setattr(config, "deterministic_choice", True)
+    assert timer.choose() == DEFAULT
+    choice.forget()
+    assert timer.choose() == DEFAULT
+    assert len(timer.timed) == timed
+    monkeypatch.setattr(config, "deterministic_choice", False)
+    assert timer.choose() == timer.fastest
+
+
+def test_nothing_is_timed_while_a_stream_is_captured(timer: Timer, folder: Path) -> None:
+    timer.capturing = True
+    assert timer.choose() == DEFAULT
+    assert timer.timed == []
+    assert not folder.exists()
+    timer.capturing = False
+    assert timer.choose() == timer.fastest
+    timer.capturing = True
+    assert timer.choose() == timer.fastest
+
+
+def test_a_known_gpu_takes_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = Timer(monkeypatch, ("sm_90", "H200"))
+    for kernel in SM90:
+        values = choose(kernel, CPU, bench=timer.bench, K=7)
+        assert values == row_for(TABLE["sm_90"][kernel], {"K": 7})
+    assert timer.timed == []
+
+
+def test_the_cpu_takes_the_default() -> None:
+    assert choose(KERNEL, CPU, K=128) == DEFAULT
+
+
+def test_a_candidate_that_does_not_run_is_left_out(
+    timer: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(call: Any, device: torch.device) -> float:
+        call()
+        if timer.current == DEFAULT:
+            raise RuntimeError("out of resources")
+        return timer.time_call(call, device)
+
+    monkeypatch.setattr(timing, "time_call", fail)
+    assert timer.choose() == timer.fastest
+    assert DEFAULT not in timer.timed
+
+    def never(call: Any, device: torch.device) -> float:
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(timing, "time_call", never)
+    assert timer.choose(K=64) == DEFAULT
+
+
+def test_a_symbolic_number_stays_symbolic(timer: Timer) -> None:
+    """A choice neither needs its value nor makes it static."""
+    seen = []
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[0])
+        timer.choose(D=x.shape[0])
+        return x * x.shape[0]
+
+    traced = make_fx(f, tracing_mode="symbolic")(torch.ones(13))
+    assert isinstance(seen[-1], torch.SymInt)
+    assert torch.equal(traced(torch.ones(5)), torch.full((5,), 5.0))
+    assert timer.choose(D="dynamic") == timer.fastest
+    assert len(timer.timed) == len(CANDIDATES[KERNEL])
+
+
+def test_each_choice_is_one_line_of_the_log(
+    timer: Timer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level(logging.INFO, logger="kda_ops.choice"):
+        timer.choose()
+        timer.choose()
+        choice.forget()
+        timer.choose()
+        monkeypatch.setattr(timing, "gpu", Gpu(("sm_90", "H200")))
+        timer.choose(K=64)
+    measured, remembered, table = caplog.messages
+    assert re.match(
+        r"recurrent_kda\(K=128 V=128\) on cpu: TILE=4096 num_warps=4 \(measured\): "
+        r"TILE=2048 num_warps=8 3.0 us, .*TILE=4096 num_warps=4 1.0 us",
+        measured,
+    )
+    assert remembered == "recurrent_kda(K=128 V=128) on cpu: TILE=4096 num_warps=4 (remembered)"
+    assert table == "recurrent_kda(K=64) on cpu: TILE=2048 num_warps=8 (table of sm_90)"
+
+
+def test_tables_fit_together() -> None:
+    """Every kernel has a row for every key, and its candidates name what its rows name."""
+    for kernel, rows in DEFAULTS.items():
+        default = row_for(rows, {})
+        for values in [x for _, x in rows] + CANDIDATES.get(kernel, []):
+            assert values.keys() == default.keys(), kernel
+    assert CANDIDATES.keys() <= DEFAULTS.keys()
+    for table in TABLE.values():
+        assert table.keys() <= DEFAULTS.keys()
+
+
+CASE = {
+    "chunk_cumsum": "varlen",
+    "chunk_kda": "pages",
+    "chunk_kda_gated": "pages",
+    "conv_split": "DS-bf16",
+    "gate": "softplus-bf16",
+    "gate_cumsum": "varlen",
+    "kda_decode": "DS-ragged-several",
+    "l2norm": "strided",
+    "recurrent_kda": "ragged",
+    "rms_norm_gated": "strided",
+    "short_conv": "SD-ragged",
+    "short_conv_qkv": "SD-ragged",
+    "short_conv_update": "SD-speculative",
+    "state_copy": "mixed-SD",
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", NAMES)
+def test_every_candidate_runs_and_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the arguments that are made for timing, and then in the place of the default."""
+    Timer(monkeypatch)
+    timed: dict[str, Any] = {}
+
+    def measure(kernel: str, device: torch.device, candidates: Any, bench: Any) -> Any:
+        distinct = {  # the interpreter knows no warps
+            str({k: x for k, x in values.items() if k[:4] != "num_"}): values
+            for values in candidates
+        }
+        timed[kernel] = list(distinct.values())
+        for values in timed[kernel]:
+            bench(values)()
+        return {0: 1.0}
+
+    monkeypatch.setattr(choice, "_measure", measure)
+    function = public_function(name)
+    (case,) = [case for case in cases(name) if case.name == CASE[name]]
+    run_kernels(function)(**case.make(CPU))
+    assert timed or name not in CANDIDATES
+    for kernel, candidates in timed.items():
+        for values in candidates:
+            with forcing({kernel: values}):
+                assert_accurate(run_kernels(function), function, case)
