@@ -11,8 +11,8 @@ from triton.runtime.autotuner import Autotuner
 
 import kda_ops
 from kda_ops.gate.cases import CASES
-from perf import rows, timing, tuning
-from perf.bench_core import RAGGED, core_case, core_rows
+from perf import bench_core_accuracy, rows, timing, tuning
+from perf.bench_core import RAGGED, core, core_case, core_rows, fused_core
 from perf.machine import Ceilings
 from perf.rows import OURS, Row
 
@@ -147,3 +147,15 @@ def test_both_of_our_cores_compute_the_core(
     assert len(found) == 2
     for row in found:
         assert rows.check(row, CPU) <= rows.AGREEMENT
+
+
+@pytest.mark.parametrize("name", bench_core_accuracy.CASES)
+def test_accuracy_is_held_against_the_definition(name: str) -> None:
+    """Our references in fp64 agree with the loop over tokens to rounding, on each case's inputs."""
+    with mock.patch.multiple(bench_core_accuracy, T=70, H=2):
+        inputs = bench_core_accuracy.make(name, CPU)
+    exact = bench_core_accuracy.step_recurrence(**inputs)
+    double = {key: x.double() if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
+    for function in (core, fused_core):
+        for out, expected in zip(function(**double), exact, strict=True):
+            assert rows.relative_error(out, expected) <= 1e-10

@@ -1,0 +1,131 @@
+"""How exact the prefill core is: relative Frobenius errors of the output and of the final state to
+the recurrence itself, token by token in fp64, ours beside FLA's on the same inputs.
+
+Runs after `bench_core`: FLA tunes itself at the first size it meets, and these are short.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from perf.bench_core import core, core_inputs, fused_core
+from perf.machine import gpu, software
+from perf.peers import fla, fla_core
+from perf.rows import OURS, SEED, Inputs, Prepare, direct, relative_error
+from perf.timing import CLOCK, event_seconds
+
+T, H = 512, 32
+NORM_EPS = 1e-6
+
+
+def plain(inputs: Inputs) -> Inputs:
+    return inputs
+
+
+def harsh(inputs: Inputs) -> Inputs:
+    """Tokens that forget everything: decays down to e^-60 and below, or to the bound."""
+    return inputs | {"x": 4 * inputs["x"], "A_log": torch.full_like(inputs["A_log"], 2.77)}
+
+
+def near_identical_keys(inputs: Inputs) -> Inputs:
+    """Keys a percent apart that hardly decay: every token corrects what the one before it wrote."""
+    k, rates = inputs["k"], torch.full_like(inputs["A_log"], -6.9)
+    return inputs | {"k": k[:, :1] + 0.01 * k, "A_log": rates}
+
+
+CASES: dict[str, tuple[float | None, Callable[[Inputs], Inputs]]] = {
+    "softplus": (None, plain),
+    "bounded": (-5.0, plain),
+    "softplus-harsh": (None, harsh),
+    "bounded-harsh": (-5.0, harsh),
+    "softplus-near-identical-keys": (None, near_identical_keys),
+    "bounded-near-identical-keys": (-5.0, near_identical_keys),
+}
+
+
+def make(name: str, device: torch.device) -> Inputs:
+    """The same inputs for everyone, `[1, T, H, 128]`."""
+    lower_bound, change = CASES[name]
+    torch.manual_seed(SEED)
+    return change(core_inputs(device, (T,), H, lower_bound))
+
+
+def step_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    lower_bound: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The definition in fp64: `[1, T, H, V]` outputs and `[1, H, V, K]` final states."""
+    q, k, v, x, beta = (y[0].double() for y in (q, k, v, x, beta))
+    q, k = (y / (y.square().sum(-1, keepdim=True) + NORM_EPS).sqrt() for y in (q, k))
+    rate, z = A_log.double().exp()[:, None], x + dt_bias.double()
+    if lower_bound is None:
+        decay = (-rate * torch.logaddexp(z, torch.zeros_like(z))).exp()
+    else:
+        decay = (lower_bound * torch.sigmoid(rate * z)).exp()
+    beta = beta.sigmoid()
+    S = torch.zeros(q.shape[1], v.shape[2], q.shape[2], dtype=torch.float64, device=q.device)
+    o = torch.empty_like(v)
+    for t in range(len(q)):
+        S = S * decay[t, :, None, :]
+        rest = v[t] - (S @ k[t, :, :, None])[..., 0]
+        S = S + beta[t, :, None, None] * rest[:, :, None] * k[t, :, None, :]
+        o[t] = (S @ q[t, :, :, None])[..., 0] * q.shape[2] ** -0.5
+    return o[None], S[None]
+
+
+def who_computes() -> dict[str, Prepare]:
+    """Peers first, so that ours can be held against them."""
+    return {
+        **{who: peer(None) for who, peer in fla(fla_core).items()},
+        OURS: direct(core),
+        f"{OURS}, fused": direct(fused_core),
+    }
+
+
+@pytest.fixture(scope="module")
+def exact() -> dict[str, tuple[Tensor, Tensor]]:
+    """Filled case by case."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def peer_errors() -> dict[str, dict[str, Any]]:
+    return {}
+
+
+@pytest.mark.parametrize("who", who_computes())
+@pytest.mark.parametrize("name", CASES)
+def bench_core_accuracy(
+    name: str,
+    who: str,
+    exact: dict[str, tuple[Tensor, Tensor]],
+    peer_errors: dict[str, dict[str, Any]],
+    benchmark: Any,
+) -> None:
+    device = torch.device("cuda")
+    with torch.no_grad():
+        if name not in exact:
+            exact[name] = step_recurrence(**make(name, device))
+        call = who_computes()[who](make(name, device))
+        o, S = call()
+        benchmark.pedantic(lambda: CLOCK.advance(event_seconds(call)), rounds=1)
+    errors = {
+        "error_o": relative_error(o, exact[name][0]),
+        "error_S": relative_error(S, exact[name][1]),
+    }
+    if not who.startswith(OURS):
+        peer_errors[name] = {"peer": who} | {f"peer_{key}": x for key, x in errors.items()}
+    beside = peer_errors.get(name, {}) if who.startswith(OURS) else {}
+    versions = {key: software()[key] for key in ("torch", "triton", "fla")}
+    benchmark.extra_info.update(
+        {"accuracy": name, "who": who, **errors, **beside, "gpu": gpu()["gpu"], **versions}
+    )
