@@ -12,30 +12,44 @@ import time
 from typing import Any
 
 from kda_ops.transfer.nixl import SHARED_MEMORY, NixlTransport
+from kda_ops.transfer.transport import Region
 from kda_ops.transfer.wire import HandshakeServer
+from tests.transfer_faults import Counted
 from tests.transfer_fleet import Side, content, geometry
 
 
-class Host:
-    """The engines of this process: name to ranks, `S...` over shared memory."""
+class Short(Counted):
+    """Registers less than its engine believes."""
 
-    def __init__(self, engines: dict[str, int], pages: int, progress_thread: bool) -> None:
-        self.sides = {
-            name: [
-                Side(
-                    NixlTransport(
-                        environment=SHARED_MEMORY if name.startswith("S") else None,
-                        progress_thread=progress_thread,
-                    ),
-                    geometry(tp, pages=pages),
-                    rank,
-                    name,
-                    time.monotonic,
+    def register(self, regions: list[Region], memory: str) -> Any:
+        return super().register([r._replace(nbytes=r.nbytes - 100) for r in regions], memory)
+
+
+class Host:
+    """The engines of this process.
+
+    Args:
+        engines: Per name how many `ranks`, `shared` memory instead of TCP, `short` registrations,
+            `device` for pages on a GPU, `shape` for other arguments of `geometry`.
+        pages: Of each layer.
+        progress_thread: Of the transports.
+    """
+
+    def __init__(
+        self, engines: dict[str, dict[str, Any]], pages: int, progress_thread: bool
+    ) -> None:
+        self.sides = {name: [] for name in engines}
+        for name, options in engines.items():
+            for rank in range(options["ranks"]):
+                transport = NixlTransport(
+                    environment=SHARED_MEMORY if options.get("shared") else None,
+                    progress_thread=progress_thread,
                 )
-                for rank in range(tp)
-            ]
-            for name, tp in engines.items()
-        }
+                counted = (Short if options.get("short") else Counted)(transport)
+                shape = geometry(options["ranks"], pages=pages, **options.get("shape", {}))
+                device = options.get("device", "cpu")
+                side = Side(counted, shape, rank, name, time.monotonic, device=device)
+                self.sides[name].append(side)
         self.servers = {
             name: [HandshakeServer(side.engine.answer) for side in sides]
             for name, sides in self.sides.items()
@@ -51,11 +65,13 @@ class Host:
     def addresses(self) -> dict[str, list[tuple[str, int]]]:
         return {name: [s.address for s in servers] for name, servers in self.servers.items()}
 
-    def put(self, engine: str, requests: list[tuple[str, int, list[list[int]]]]) -> None:
+    def put(
+        self, engine: str, requests: list[tuple[str, int, list[list[int]]]], ttl_s: float = 60
+    ) -> None:
         """Prefills requests: ids, seeds of their content, blocks."""
         made = [(request, content(24, seed), blocks) for request, seed, blocks in requests]
         for side in self.sides[engine]:
-            side.put_many(made, ttl_s=60)
+            side.put_many(made, ttl_s=ttl_s)
 
     def check(self) -> list[int]:
         """Own pages are as they were; how many notices were strays."""
@@ -67,6 +83,15 @@ class Host:
     def take_released(self) -> list[tuple[str, int, str, str]]:
         taken, self.released = self.released, []
         return taken
+
+    def close(self) -> list[dict[str, int]]:
+        """Ends all engines; what they have not given back."""
+        sides = [side for sides in self.sides.values() for side in sides]
+        self.sides = {}
+        for servers in self.servers.values():
+            for server in servers:
+                server.close()
+        return [{"reads": len(s.engine.close())} | s.engine.transport.left() for s in sides]
 
 
 def main() -> None:

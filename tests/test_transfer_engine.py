@@ -1,6 +1,5 @@
 """The transfer engine over a transport inside the process, with faults."""
 
-import base64
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +10,11 @@ import torch
 
 from kda_ops.state import KDAStateSpec
 from kda_ops.transfer.engine import TransferEngine
-from kda_ops.transfer.pages import buffer_pages
+from kda_ops.transfer.pages import buffer_pages, page_memory
 from kda_ops.transfer.results import TransferError
 from kda_ops.transfer.schema import GeometryError
 from kda_ops.transfer.transport import InProcessNetwork, InProcessTransport, Ranges, TransportError
+from tests.transfer_faults import WRONG_FIELDS, Counted, tampered
 from tests.transfer_fleet import (
     Fleet,
     Side,
@@ -213,88 +213,42 @@ def test_no_source_is_prepared_twice() -> None:
     fleet.check_nothing_left()
 
 
-def _tamper(fleet: Local, where: str, path: tuple[Any, ...], value: Any) -> Callable[..., bytes]:
-    """A channel that replaces one field on its way."""
-
-    def change(message: bytes) -> bytes:
-        decoded = json.loads(message)
-        at = decoded
-        for key in path[:-1]:
-            at = at[key]
-        at[path[-1]] = value
-        return json.dumps(decoded).encode()
-
-    def call(rank: int, message: bytes) -> bytes:
-        if where == "hello":
-            return fleet.call(rank, change(message))
-        return change(fleet.call(rank, message))
-
-    return call
-
-
-GROUP = ("geometry", "groups", 0)
-SEGMENT = (*GROUP, "segments", 0)
-SHARED = [
-    (("version",), 2),
-    (("version",), "1"),
-    (("engine",), 7),
-    (("engine",), ""),
-    (("rank",), 99),
-    (("rank",), None),
-    (("geometry",), None),
-    (("geometry", "version"), 2),
-    (("geometry", "groups"), []),
-    (("surplus",), 1),
-    ((*GROUP, "name"), "mamba"),
-    ((*GROUP, "kind"), "attention"),
-    ((*GROUP, "layout"), "SD"),
-    ((*GROUP, "rows"), 3),
-    ((*GROUP, "tp_size"), 2),
-    ((*GROUP, "tp_size"), 3),
-    ((*GROUP, "layers"), 3),
-    ((*GROUP, "pages"), 0),
-    ((*GROUP, "page_bytes"), 8),
-    ((*GROUP, "pages_per_block"), 2),
-    (("geometry", "groups", 1, "block_tokens"), 4),
-    ((*SEGMENT, "name"), "x"),
-    ((*SEGMENT, "units"), 8),
-    ((*SEGMENT, "bytes_per_unit"), 16),
-    ((*SEGMENT, "dtype"), "float16"),
-    ((*SEGMENT, "offset"), 1),
-]
-CARD = [
-    (("engine",), "Q"),
-    (("rank",), 1),
-    (("agent",), "not base64!"),
-    (("agent",), base64.b64encode(b"garbage").decode()),
-    (("agent",), base64.b64encode(b'{"agent": "nobody", "regions": []}').decode()),
-    (("regions",), []),
-    (("regions", 0), []),
-    (("regions", 0, 0), [1, 2]),
-    (("regions", 0, 0), [1 << 63, 1 << 63, 0]),
-    (("regions", 0, 0, 0), -1),
-    (("regions", 0, 0, 0), 4096),
-    (("regions", 0, 0, 1), 100),
-]
-HELLO = [(("engine",), "P"), (("rank",), 1), (("agent",), None), (("agent",), "x" * 300)]
-
-
-@pytest.mark.parametrize(
-    ("where", "path", "value"),
-    [("hello", *c) for c in SHARED + HELLO] + [("card", *c) for c in SHARED + CARD],
-    ids=str,
-)
+@pytest.mark.parametrize(("where", "path", "value"), WRONG_FIELDS, ids=str)
 def test_every_wrong_handshake_field_is_refused(
     where: str, path: tuple[Any, ...], value: Any
 ) -> None:
     fleet = Local(1, 1)
     with pytest.raises((GeometryError, TransferError)):
-        fleet.readers[0].engine.connect("P", 1, _tamper(fleet, where, path, value))
+        fleet.readers[0].engine.connect("P", 1, tampered(fleet.call, where, path, value))
     transport = fleet.readers[0].engine.transport
     assert (transport.open_lists, transport.peers) == (0, {})
     refused = fleet.sources[0].engine.counters.refused
     assert refused == (where == "hello")
     fleet.connect()
+    fleet.check_nothing_left()
+
+
+def test_no_handshake_field_is_left_out() -> None:
+    """`WRONG_FIELDS` names every field that a hello and a card carry."""
+    fleet = Local(1, 1)
+    seen: dict[str, Any] = {}
+
+    def call(rank: int, message: bytes) -> bytes:
+        seen.update(hello=json.loads(message), card=json.loads(fleet.call(rank, message)))
+        return fleet.call(rank, message)
+
+    fleet.readers[0].engine.connect("P", 1, call)
+
+    def fields(value: Any) -> set[str]:
+        if isinstance(value, list):
+            return set().union(*map(fields, value))
+        if isinstance(value, dict):
+            return value.keys() | set().union(*map(fields, value.values()))
+        return set()
+
+    for where, message in seen.items():
+        wrong = {path[-1] for place, path, _ in WRONG_FIELDS if place == where}
+        assert fields(message) <= wrong, where
     fleet.check_nothing_left()
 
 
@@ -390,6 +344,35 @@ def test_own_pages_must_be_what_the_geometry_says(spoil: Callable[[Any], Any], m
         TransferEngine(other, side.shape, 0, spoil(pages))
     with pytest.raises(ValueError, match=r"rank must be in \[0, 1\), got 1"):
         TransferEngine(other, side.shape, 1, pages)
+
+
+def test_the_kind_of_memory_travels_with_the_card() -> None:
+    """Lists of own ranges are of the own memory, those of a peer's of the peer's."""
+    prepared = []
+
+    class Recording(Counted):
+        def prepare(self, peer: str | None, ranges: list[Ranges], memory: str) -> Any:
+            prepared.append((peer, memory))
+            return super().prepare(peer, ranges, "cpu")
+
+    network = InProcessNetwork()
+    fleet = Fleet(1, 1, lambda name: Recording(InProcessTransport(network, name)))
+    on_gpu = tampered(fleet.call, "card", ("memory",), "cuda")
+    fleet.readers[0].engine.connect("P", 1, on_gpu)
+    assert prepared == [(None, "cpu"), ("P0", "cuda")]
+    fleet.close()
+    assert [side.engine.transport.left() for side in (*fleet.readers, *fleet.sources)] == [{}, {}]
+
+
+def test_pages_are_all_in_one_kind_of_memory() -> None:
+    host, other = torch.zeros(2, 8), torch.zeros(2, 8, device="meta")
+    assert page_memory([[host], [host]]) == "cpu"
+    for pages in ([[host], [other]], [[other]]):
+        with pytest.raises(ValueError, match="pages must all be on cpu or all on cuda, got"):
+            page_memory(pages)
+    transport = InProcessTransport(InProcessNetwork(), "a")
+    with pytest.raises(TransportError, match="memory must be cpu in a process, got cuda"):
+        transport.register([], "cuda")
 
 
 def test_pages_registered_too_short() -> None:
@@ -685,4 +668,4 @@ def test_the_transport_refuses_what_is_not_registered() -> None:
     with pytest.raises(TransportError, match="agent 'b' is unknown"):
         a.notify("b", b"")
     with pytest.raises(TransportError, match="not registered"):
-        a.prepare(None, [Ranges(64, 8, 0, 8, 1)])
+        a.prepare(None, [Ranges(64, 8, 0, 8, 1)], "cpu")

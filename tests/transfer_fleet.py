@@ -106,6 +106,7 @@ class Side:
         rank: int,
         name: str,
         clock: Callable[[], float] | None = None,
+        device: str = "cpu",
     ) -> None:
         self.shape, self.rank = shape, rank
         rng = np.random.default_rng(rank)
@@ -113,14 +114,16 @@ class Side:
         for group in shape.groups:
             nbytes = group.pages * group.page_bytes
             buffers = [
-                torch.from_numpy(rng.integers(0, 256, nbytes + 2 * GUARD, dtype=np.uint8))
+                torch.from_numpy(rng.integers(0, 256, nbytes + 2 * GUARD, dtype=np.uint8)).to(
+                    device
+                )
                 for _ in range(LAYERS)
             ]
             self.whole.append(buffers)
             self.pages.append(
                 [b[GUARD:-GUARD].view(group.pages, group.page_bytes) for b in buffers]
             )
-        self.expected = [[b.clone() for b in buffers] for buffers in self.whole]
+        self.expected = [[b.cpu().clone() for b in buffers] for buffers in self.whole]
         self.clock = clock or Clock()
         self.engine = TransferEngine(
             transport, shape, rank, self.pages, name=name, timeout_s=10, clock=self.clock
@@ -169,17 +172,24 @@ class Side:
             self.engine.offer(request, **offer)
         self.fill()
 
+    def accept(self, group: int, page: int) -> None:
+        """Takes a page as it is: what a read that ended early has left in it."""
+        for layer in range(LAYERS):
+            self.expect(group, layer, page)[:] = self.pages[group][layer][page].cpu().numpy()
+
     def fill(self) -> None:
         """Makes the pages what they are expected to be."""
         for buffers, expected in zip(self.whole, self.expected, strict=True):
             for buffer, right in zip(buffers, expected, strict=True):
                 buffer.copy_(right)
+        if any(buffer.is_cuda for buffers in self.whole for buffer in buffers):
+            torch.cuda.synchronize()
 
     def check(self) -> None:
         """Every byte, guards and padding and other requests' pages included."""
         for buffers, expected in zip(self.whole, self.expected, strict=True):
             for buffer, right in zip(buffers, expected, strict=True):
-                assert torch.equal(buffer, right)
+                assert torch.equal(buffer.cpu(), right)
 
 
 class Clock:

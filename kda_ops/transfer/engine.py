@@ -26,7 +26,7 @@ from kda_ops.transfer.blocks import GroupMatch, block_groups, match_blocks
 from kda_ops.transfer.geometry import EngineGeometry
 from kda_ops.transfer.messages import Card, Hello, Notice, encode_notice
 from kda_ops.transfer.offers import Offers
-from kda_ops.transfer.pages import page_regions
+from kda_ops.transfer.pages import page_memory, page_regions
 from kda_ops.transfer.peers import Call, Peer, Peers, Source
 from kda_ops.transfer.plan import plan_zero
 from kda_ops.transfer.results import Counters, Progress, ReadResult, TransferError
@@ -60,7 +60,8 @@ class TransferEngine:
         geometry: Of this engine; every rank has the same.
         rank: Tensor-parallel rank in `[0, geometry.tp_size)`.
         pages: Per group and layer, uint8 `[pages, page_bytes]`: the bytes of the pages, rows
-            without gaps. `buffer_pages` makes them from a state.
+            without gaps, all on the CPU or all on CUDA devices. `buffer_pages` makes them from a
+            state.
         name: Of the engine, the same on every rank. Must change when an engine restarts. None
             makes one, for an engine of one rank.
         timeout_s: Of a read, and the default time to live of an offer.
@@ -91,12 +92,12 @@ class TransferEngine:
         self.counters = Counters()
         self._pages = pages
         self._clock = clock
-        regions = page_regions(geometry, pages)
-        self._registration = transport.register([r for layers in regions for r in layers])
-        card = Card(self.name, rank, geometry, transport.metadata(), regions)
+        regions, memory = page_regions(geometry, pages), page_memory(pages)
+        self._registration = transport.register([r for layers in regions for r in layers], memory)
+        card = Card(self.name, rank, geometry, transport.metadata(), memory, regions)
         self._offers = Offers(card, self.counters)
         hello = Hello(self.name, rank, transport.name, geometry)
-        self._peers = Peers(transport, hello, regions)
+        self._peers = Peers(transport, hello, regions, memory)
         self._readings: dict[str, _Reading] = {}
         self._draining: list[_Reading] = []
         self._written: dict[tuple[int, int], str] = {}
@@ -250,7 +251,10 @@ class TransferEngine:
         self._end(self._readings[request], "cancelled", "cancelled")
 
     def poll(self) -> Progress:
-        """Moves everything on, without waiting."""
+        """Moves everything on, without waiting.
+
+        On a GPU, tokens that no remote page covers are zeroed on the current stream.
+        """
         now = self._clock()
         for reading in list(self._readings.values()):
             states = self._states(reading)
@@ -330,6 +334,8 @@ class TransferEngine:
 
     def offer(self, request: str, *, ttl_s: float | None = None) -> None:
         """Promises that a request's pages stay as they are until `poll` releases them.
+
+        They are read without regard to a GPU's streams: what writes them must have ended.
 
         Args:
             request: An id; what its blocks are is told to the reader by other means.

@@ -18,7 +18,7 @@ from kda_ops.transfer.schema import (
     take_list,
     take_name,
 )
-from kda_ops.transfer.transport import Region
+from kda_ops.transfer.transport import MEMORIES, Region
 
 MAX_HANDSHAKE = 16 << 20
 MAX_NOTICE = 4096
@@ -49,6 +49,7 @@ class Card(NamedTuple):
         rank: Of the source.
         geometry: Of its engine.
         agent: Metadata of its transport.
+        memory: `"cpu"` or `"cuda"`, where its pages are.
         regions: Per group and layer, where its pages are.
     """
 
@@ -56,6 +57,7 @@ class Card(NamedTuple):
     rank: int
     geometry: EngineGeometry
     agent: bytes
+    memory: str
     regions: list[list[Region]]
 
 
@@ -135,7 +137,11 @@ def decode_card(answer: bytes, engine: str, rank: int) -> Card:
         agent = base64.b64decode(found["agent"], validate=True)
     except (binascii.Error, ValueError) as error:
         raise GeometryError(f"agent of answer must be base64, got {error}") from None
-    return Card(engine, rank, geometry, agent, regions)
+    if found["memory"] not in MEMORIES:
+        raise GeometryError(
+            f"memory of answer must be {' or '.join(MEMORIES)}, got {found['memory']!r}"
+        )
+    return Card(engine, rank, geometry, agent, found["memory"], regions)
 
 
 def encode_notice(notice: Notice) -> bytes:
@@ -211,5 +217,11 @@ def _take_text(name: str, value: Any) -> str:
 
 _WHO = {"engine": take_name, "rank": take_count}
 _HELLO = {**_WHO, "agent": take_name, "geometry": _take_any}
-_CARD = {**_WHO, "agent": _take_text, "geometry": _take_any, "regions": _take_any}
+_CARD = {
+    **_WHO,
+    "geometry": _take_any,
+    "agent": _take_text,
+    "memory": take_name,
+    "regions": _take_any,
+}
 _NOTICE = {**_WHO, "request": take_name}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from nixl._api import nixl_agent, nixl_agent_config
 
 from kda_ops.transfer.transport import ACTIVE, DONE, FAILED, Ranges, Region, TransportError
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 LOOPBACK = {"UCX_NET_DEVICES": "lo", "UCX_TLS": "tcp,self"}
 SHARED_MEMORY = {"UCX_TLS": "sm,self"}
+GPU_TRANSPORTS = ("cuda_copy", "cuda_ipc")
+SEGMENTS = {"cpu": "DRAM", "cuda": "VRAM"}
 
 
 @contextmanager
@@ -42,15 +45,22 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _with_gpu(environment: dict[str, str]) -> dict[str, str]:
+    """UCX warns of transports that a machine does not have: they are named where it has them."""
+    if environment not in (LOOPBACK, SHARED_MEMORY) or not torch.cuda.is_available():
+        return environment
+    return {**environment, "UCX_TLS": ",".join((environment["UCX_TLS"], *GPU_TRANSPORTS))}
+
+
 class NixlTransport:
     """A `Transport` of NIXL's UCX backend.
 
     Args:
         name: Of the agent, unique among all that meet. None makes one.
-        memory: `"DRAM"` or `"VRAM"`: where the registered pages are.
         environment: UCX settings for this agent. The default talks over loopback TCP and listens
             nowhere else; `SHARED_MEMORY` between processes of one machine; `{}` leaves UCX as the
-            process's environment has it, which is what to use between machines.
+            process's environment has it, which is what to use between machines. Where there is a
+            GPU, `UCX_TLS` of the first two also gets what UCX reaches its memory with.
         error_handling: UCX's mode, `"peer"` or `"none"`. None is "peer", which notices the death
             of a peer, except for shared memory, where UCX only has "none".
         progress_thread: Whether NIXL moves things on by itself, with a thread that never sleeps.
@@ -65,24 +75,22 @@ class NixlTransport:
         self,
         name: str | None = None,
         *,
-        memory: str = "DRAM",
         environment: dict[str, str] | None = None,
         error_handling: str | None = None,
         progress_thread: bool = False,
     ) -> None:
         self.name = uuid.uuid4().hex if name is None else name
-        self._memory = memory
         environment = LOOPBACK if environment is None else environment
         if error_handling is None:
             error_handling = "none" if environment == SHARED_MEMORY else "peer"
-        with _errors("nixl"), _environment(environment):
+        with _errors("nixl"), _environment(_with_gpu(environment)):
             settings = nixl_agent_config(enable_prog_thread=progress_thread, backends=[])
             self._agent = nixl_agent(self.name, settings)
             self._agent.create_backend("UCX", {"ucx_error_handling_mode": error_handling})
 
-    def register(self, regions: Sequence[Region]) -> Any:
+    def register(self, regions: Sequence[Region], memory: str) -> Any:
         with _errors("register"):
-            return self._agent.register_memory([(*r, "") for r in regions], self._memory)
+            return self._agent.register_memory([(*r, "") for r in regions], SEGMENTS[memory])
 
     def deregister(self, registration: Any) -> None:
         with _errors("deregister"):
@@ -101,12 +109,12 @@ class NixlTransport:
         with _errors("remove_peer"):
             self._agent.remove_remote_agent(peer)
 
-    def prepare(self, peer: str | None, ranges: Sequence[Ranges]) -> Any:
+    def prepare(self, peer: str | None, ranges: Sequence[Ranges], memory: str) -> Any:
         with _errors("prepare"):
             return self._agent.prep_xfer_dlist(
                 "NIXL_INIT_AGENT" if peer is None else peer,
                 np.array(ranges, np.uint64).reshape(-1, 5),
-                self._memory,
+                SEGMENTS[memory],
             )
 
     def release(self, prepared: Any) -> None:

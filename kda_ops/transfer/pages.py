@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kda_ops.transfer.geometry import EngineGeometry
-from kda_ops.transfer.transport import Region
+from kda_ops.transfer.transport import MEMORIES, Region
 
 
 def buffer_pages(state: Tensor, page_bytes: int) -> list[Tensor]:
@@ -59,3 +59,15 @@ def page_regions(geometry: EngineGeometry, pages: Sequence[Sequence[Tensor]]) ->
                 raise ValueError(f"{where} must have no gaps, got strides {x.stride()}")
         regions.append([Region(x.data_ptr(), x.numel(), max(x.get_device(), 0)) for x in layers])
     return regions
+
+
+def page_memory(pages: Sequence[Sequence[Tensor]]) -> str:
+    """Where the pages of an engine are, all of them: `"cpu"` or `"cuda"`.
+
+    Raises:
+        ValueError: They are elsewhere, or not all in one kind of memory.
+    """
+    found = sorted({x.device.type for layers in pages for x in layers})
+    if len(found) != 1 or found[0] not in MEMORIES:
+        raise ValueError(f"pages must all be on {' or all on '.join(MEMORIES)}, got {found}")
+    return found[0]

@@ -89,10 +89,14 @@ class Peers:
         transport: Of the rank.
         own: How the rank introduces itself.
         regions: Its registered pages, per group and layer.
+        memory: Where they are, `"cpu"` or `"cuda"`.
     """
 
-    def __init__(self, transport: Transport, own: Hello, regions: list[list[Region]]) -> None:
-        self._transport, self._own, self._regions = transport, own, regions
+    def __init__(
+        self, transport: Transport, own: Hello, regions: list[list[Region]], memory: str
+    ) -> None:
+        self._transport, self._own = transport, own
+        self._regions, self._memory = regions, memory
         self._connected: dict[str, Peer] = {}
         self._closing: list[Peer] = []
 
@@ -160,8 +164,8 @@ class Peers:
         source = Source(card.rank, agent, None, None, groups)
         if ours:
             try:
-                source.local = self._transport.prepare(None, ours)
-                source.remote = self._transport.prepare(agent, theirs)
+                source.local = self._transport.prepare(None, ours, self._memory)
+                source.remote = self._transport.prepare(agent, theirs, card.memory)
             except BaseException:
                 self._drop([source])
                 raise

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from kda_ops.transfer.schema import decode_json, take_fields, take_list, take_name
 
 ACTIVE, DONE, FAILED = "active", "done", "failed"
+MEMORIES = ("cpu", "cuda")
 
 
 class TransportError(RuntimeError):
@@ -16,7 +17,7 @@ class TransportError(RuntimeError):
 
 
 class Region(NamedTuple):
-    """Registered memory: `nbytes` from an address on a device."""
+    """Registered memory: `nbytes` from an address, of the GPU `device` if it is a GPU's."""
 
     address: int
     nbytes: int
@@ -37,7 +38,7 @@ class Transport(Protocol):
     """One-sided reads between registered memory of agents, and short messages.
 
     Calls come from one thread, `metadata` after all `register`. Everything but `close` may raise
-    `TransportError`.
+    `TransportError`. A memory is `"cpu"` or `"cuda"`; both ends of a read may differ in it.
 
     Attributes:
         name: Of this agent, unique among those that meet.
@@ -45,7 +46,7 @@ class Transport(Protocol):
 
     name: str
 
-    def register(self, regions: Sequence[Region]) -> Any:
+    def register(self, regions: Sequence[Region], memory: str) -> Any:
         """Makes memory readable by peers and writable by own reads; returns a handle."""
 
     def deregister(self, registration: Any) -> None:
@@ -60,7 +61,7 @@ class Transport(Protocol):
     def remove_peer(self, peer: str) -> None:
         """Forgets an agent. No read of it may be active."""
 
-    def prepare(self, peer: str | None, ranges: Sequence[Ranges]) -> Any:
+    def prepare(self, peer: str | None, ranges: Sequence[Ranges], memory: str) -> Any:
         """A list of ranges to refer to by index, own ones with None; all must be registered.
 
         Index i of the list is range `i - first` of the entry it falls into, entries in order.
@@ -129,7 +130,9 @@ class InProcessTransport:
             raise TransportError(f"name must be unique in the network, got {self.name!r}")
         self.network.agents[self.name] = self
 
-    def register(self, regions: Sequence[Region]) -> list[Region]:
+    def register(self, regions: Sequence[Region], memory: str) -> list[Region]:
+        if memory != "cpu":
+            raise TransportError(f"memory must be cpu in a process, got {memory}")
         self.registered.append(list(regions))
         return self.registered[-1]
 
@@ -153,7 +156,9 @@ class InProcessTransport:
     def remove_peer(self, peer: str) -> None:
         del self.peers[peer]
 
-    def prepare(self, peer: str | None, ranges: Sequence[Ranges]) -> Any:
+    def prepare(self, peer: str | None, ranges: Sequence[Ranges], memory: str) -> Any:
+        if memory != "cpu":
+            raise TransportError(f"memory must be cpu in a process, got {memory}")
         owner = self if peer is None else self._peer(peer)
         listed = [(r.address + i * r.stride, r.nbytes) for r in ranges for i in range(r.number)]
         for address, nbytes in listed:

@@ -1,0 +1,287 @@
+"""Faults of the transfer engine over real NIXL: each ends in time, with a clear error or a clean
+retry, without a byte outside the request's own pages and without anything left registered.
+"""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kda_ops.transfer.results import ReadResult, TransferError
+from kda_ops.transfer.schema import GeometryError
+from tests.nixl_fleet import REMOTE, Decode, Prefill, all_finished, expect, wait
+from tests.transfer_faults import WRONG_FIELDS, tampered
+from tests.transfer_fleet import Side
+
+pytestmark = pytest.mark.nixl
+
+
+@pytest.fixture(scope="module")
+def prefill() -> Iterator[Prefill]:
+    """A process that lives on, and answers reads also while it is not polled."""
+    process = Prefill({"P": 1, "P2": 2, "short": {"ranks": 1, "short": True}}, progress_thread=True)
+    yield process
+    assert all(left == {"reads": 0} for left in process.do("close"))
+    process.stop()
+
+
+@pytest.fixture
+def mortal() -> Iterator[Prefill]:
+    """A process of the test's own."""
+    process = Prefill({"P": 1}, progress_thread=True)
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def decode(request: pytest.FixtureRequest) -> Iterator[Decode]:
+    made = Decode(request.node.name)
+    yield made
+    made.close()
+
+
+def connected(decode: Decode, prefill: Prefill, tp: int = 1) -> Side:
+    """A reader of one rank, connected to an engine."""
+    (reader,) = decode(1)
+    engine = "P" if tp == 1 else f"P{tp}"
+    reader.engine.connect(engine, tp, prefill.call(engine, timeout_s=5))
+    return reader
+
+
+def put(prefill: Prefill, *requests: str, engine: str = "P", ttl_s: float = 60) -> None:
+    """Requests of one content in `REMOTE`."""
+    offered = [(request, 0, REMOTE) for request in requests]
+    prefill.do("put", engine=engine, requests=offered, ttl_s=ttl_s)
+
+
+def ended(reader: Side) -> ReadResult:
+    """The end of the reader's only read."""
+    ((result,),) = [progress.finished for progress in wait([reader], all_finished)]
+    return result
+
+
+def read_all(reader: Side, request: str, engine: str = "P") -> None:
+    """A read of everything into pages 4 and 1, 2, 8, every byte of it right."""
+    reader.engine.read(request, engine, [[4], [1, 2, 8]], REMOTE)
+    expect(reader, 4, [1, 2, 8], 0)
+    assert ended(reader).outcome == "done"
+    reader.check()
+
+
+# ---------------------------------------------------------------------- death
+
+
+def test_a_peer_that_dies_before_a_read_and_comes_back(mortal: Prefill, decode: Decode) -> None:
+    """With another geometry under its old name it is refused, with its own under a new one read."""
+    reader = connected(decode, mortal)
+    put(mortal, "r")
+    mortal.kill()
+    reader.engine.read("r", "P", [[4], [1, 2, 8]], REMOTE, timeout_s=20)
+    result = ended(reader)
+    assert (result.outcome, result.in_flight) == ("failed", False)
+    reader.check()
+    with pytest.raises(TransferError, match="engine P is not connected"):
+        reader.engine.read("r", "P", [[4], [8]], REMOTE)
+    with pytest.raises(TransferError, match="engine P cannot be reached"):
+        reader.engine.connect("P", 1, mortal.call("P", timeout_s=1))
+    other = {"ranks": 1, "shape": {"layout": "SD"}}
+    again = Prefill({"P": other, "restarted": 1}, progress_thread=True)
+    try:
+        with pytest.raises(GeometryError, match=r"refused: group kda: layout .* 'SD' and 'DS'"):
+            reader.engine.connect("P", 1, again.call("P"))
+        put(again, "r", engine="restarted")
+        reader.engine.connect("restarted", 1, again.call("restarted"))
+        read_all(reader, "r", "restarted")
+        assert again.released(1, [reader]) == {("restarted", 0, "r", "done")}
+        assert all(left == {"reads": 0} for left in again.do("close"))
+    finally:
+        again.stop()
+
+
+def test_a_peer_that_stalls_and_then_dies_while_it_is_read(mortal: Prefill, decode: Decode) -> None:
+    """A stalled read times out but is not over: its bytes come when the peer wakes up."""
+    reader = connected(decode, mortal)
+    put(mortal, "first", "stalled", "killed")
+    read_all(reader, "first")
+
+    with mortal.stalled():
+        reader.engine.read("stalled", "P", [[5], [9]], REMOTE, timeout_s=0.5)
+        (progress,) = wait([reader], all_finished)
+        (result,) = progress.finished
+        assert (result.outcome, result.in_flight) == ("timeout", True)
+        assert 0.5 <= result.seconds < 10
+        assert progress.drained == []
+        reader.check()
+    wait([reader], lambda t: t[0].drained == ["stalled"])
+    expect(reader, 5, [9], 0, first_block=2)
+    reader.check()
+    assert mortal.released(1, [reader]) == {("P", 0, "first", "done")}
+
+    with mortal.stalled():
+        reader.engine.read("killed", "P", [[6], [10]], REMOTE)
+        reader.engine.poll()
+        mortal.kill()
+    result = ended(reader)
+    assert (result.outcome, result.in_flight) == ("failed", False)
+    # the pages of the read that died may hold anything, no others
+    reader.accept(0, 6)
+    reader.accept(1, 10)
+    reader.check()
+
+
+def test_a_peer_that_dies_after_a_read(mortal: Prefill, decode: Decode) -> None:
+    """What was read stays; the notice that nobody takes any more hurts nobody."""
+    reader = connected(decode, mortal)
+    put(mortal, "read", "hit")
+    read_all(reader, "read")
+    with mortal.stalled():
+        reader.engine.read("hit", "P", [[], []], REMOTE)  # a full hit: only its notice goes out
+        mortal.kill()
+    assert ended(reader).outcome == "done"
+    for _ in range(20):
+        reader.engine.poll()
+    reader.check()
+
+
+def test_a_peer_that_dies_with_many_reads_in_flight(mortal: Prefill, decode: Decode) -> None:
+    reader = connected(decode, mortal)
+    requests = {f"r{i}": [[4 + i], [1 + 2 * i, 2 + 2 * i]] for i in range(200)}
+    put(mortal, *requests)
+    with mortal.stalled():
+        for request, local in requests.items():
+            reader.engine.read(request, "P", local, REMOTE, timeout_s=30)
+        reader.engine.poll()
+        mortal.kill()
+    (progress,) = wait([reader], lambda t: len(t[0].finished) == 200)
+    assert {result.outcome for result in progress.finished} == {"failed"}
+    assert not any(result.in_flight for result in progress.finished)
+    for state, kv in requests.values():
+        reader.accept(0, state[0])
+        for page in kv:
+            reader.accept(1, page)
+    reader.check()
+
+
+# ---------------------------------------------------------------------- handshakes
+
+
+def test_every_wrong_handshake_field_is_refused(prefill: Prefill, decode: Decode) -> None:
+    """Also what only NIXL itself can see: metadata that is none, memory that is not registered."""
+    (reader,) = decode(1)
+    honest = prefill.call("P")
+    begin = time.monotonic()
+    for where, path, value in WRONG_FIELDS:
+        with pytest.raises((GeometryError, TransferError)):
+            reader.engine.connect("P", 1, tampered(honest, where, path, value))
+        assert reader.engine.transport.left() == {"registrations": 1}, (where, path, value)
+    assert time.monotonic() - begin < 60
+    put(prefill, "fields")
+    reader.engine.connect("P", 1, honest)
+    read_all(reader, "fields")
+    assert prefill.released(1, [reader]) == {("P", 0, "fields", "done")}
+    prefill.do("check")
+
+
+def test_pages_registered_too_short(prefill: Prefill, decode: Decode) -> None:
+    """The peer has registered less than its card says, or its card says more than there is."""
+    (reader,) = decode(1)
+    with pytest.raises(TransferError, match="engine short cannot be reached: prepare"):
+        reader.engine.connect("short", 1, prefill.call("short"))
+    honest = prefill.call("P")
+    many = tampered(honest, "card", ("geometry", "groups", 0, "pages"), 1 << 20)
+    for layer in range(2):
+        many = tampered(many, "card", ("regions", 0, layer, 1), 1 << 40)
+    with pytest.raises(TransferError, match="engine P cannot be reached: prepare"):
+        reader.engine.connect("P", 1, many)
+    assert reader.engine.transport.left() == {"registrations": 1}
+
+
+def test_blocks_that_do_not_exist(prefill: Prefill, decode: Decode) -> None:
+    reader = connected(decode, prefill)
+    put(prefill, "blocks")
+    for local, remote, match in (
+        ([[4], [420]], REMOTE, r"local group 1 must hold pages in \[0, 420\), got 420"),
+        ([[-4], [8]], REMOTE, r"local group 0 must hold pages in \[0, 420\), got -4"),
+        ([[4], [8]], [[420], [5, 6, 7]], r"remote group 0 must hold pages in \[0, 420\), got 420"),
+        ([[4], [8]], [[3], [5, 6, 1 << 40]], "remote group 1 must hold pages"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            reader.engine.read("blocks", "P", local, remote)
+    assert reader.engine.counters.reads == 0
+    read_all(reader, "blocks")
+    assert prefill.released(1, [reader]) == {("P", 0, "blocks", "done")}
+
+
+# ---------------------------------------------------------------------- loss
+
+
+def test_a_handshake_that_is_not_answered(mortal: Prefill, decode: Decode) -> None:
+    (reader,) = decode(1)
+    begin = time.monotonic()
+    with mortal.stalled(), pytest.raises(TransferError, match="engine P cannot be reached"):
+        reader.engine.connect("P", 1, mortal.call("P", timeout_s=0.5))
+    assert time.monotonic() - begin < 10
+    put(mortal, "r")
+    reader.engine.connect("P", 1, mortal.call("P"))
+    read_all(reader, "r")
+
+
+def test_a_notice_that_is_lost(prefill: Prefill, decode: Decode) -> None:
+    """The source keeps its pages until the offer expires, and says so."""
+    reader = connected(decode, prefill, 2)
+    put(prefill, "unheard", engine="P2", ttl_s=1)
+    reader.engine.transport.loses_notices = True
+    read_all(reader, "unheard", "P2")
+    assert prefill.released(2, [reader]) == {("P2", r, "unheard", "expired") for r in range(2)}
+    prefill.do("check")
+
+
+# ---------------------------------------------------------------------- twice, cancelled
+
+
+def test_a_request_is_read_once(prefill: Prefill, decode: Decode) -> None:
+    """Twice at once and again afterwards are errors; another engine's read releases nothing."""
+    reader, late = connected(decode, prefill), connected(decode, prefill)
+    put(prefill, "once")
+    strays = prefill.do("check")[0]
+    with prefill.stalled():
+        reader.engine.read("once", "P", [[4], [1, 2, 8]], REMOTE)
+        with pytest.raises(ValueError, match="request must not be read twice at once, got 'once'"):
+            reader.engine.read("once", "P", [[5], [9]], REMOTE)
+        with pytest.raises(ValueError, match="must hold pages that no other read writes, got 4"):
+            reader.engine.read("other", "P", [[4], []], REMOTE)
+    expect(reader, 4, [1, 2, 8], 0)
+    assert ended(reader).outcome == "done"
+    reader.check()
+    with pytest.raises(ValueError, match="must not be read again after its notice, got 'once'"):
+        reader.engine.read("once", "P", [[4], [8]], REMOTE)
+    assert prefill.released(1, [reader]) == {("P", 0, "once", "done")}
+    read_all(late, "once")
+    deadline = time.monotonic() + 30
+    while prefill.do("check")[0] == strays and time.monotonic() < deadline:
+        late.engine.poll()
+    assert prefill.do("check")[0] == strays + 1
+    assert prefill.do("take_released") == []
+
+
+def test_cancelled_while_it_is_read(prefill: Prefill, decode: Decode) -> None:
+    reader = connected(decode, prefill)
+    put(prefill, "cancelled")
+    with prefill.stalled():
+        reader.engine.read("cancelled", "P", [[4], [1, 2, 8]], REMOTE)
+        reader.engine.poll()
+        reader.engine.cancel("cancelled")
+        (progress,) = wait([reader], all_finished)
+        (result,) = progress.finished
+        assert (result.outcome, result.in_flight, progress.drained) == ("cancelled", True, [])
+        reader.check()
+        with pytest.raises(ValueError, match="must hold pages that no other read writes"):
+            reader.engine.read("other", "P", [[4], []], REMOTE)
+    wait([reader], lambda t: t[0].drained == ["cancelled"])
+    for group, pages in enumerate(([4], [1, 2, 8])):
+        for page in pages:
+            reader.accept(group, page)
+    reader.check()
+    assert prefill.do("take_released") == []  # it sent no notice
+    read_all(reader, "cancelled")
+    assert prefill.released(1, [reader]) == {("P", 0, "cancelled", "done")}
