@@ -91,6 +91,10 @@ def test_only_the_engine_imports_nixl() -> None:
     assert offenders("nixl", *ROOMS[:2]) <= {"kda_ops.transfer.nixl"}
 
 
+def test_nobody_imports_vllm() -> None:
+    assert offenders("vllm", *ROOMS) == set()
+
+
 def test_only_lowering_imports_inductor() -> None:
     assert offenders("torch._inductor", "kda_ops", "perf") == set()
 
