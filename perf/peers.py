@@ -113,50 +113,72 @@ def _fla_conv_history(inputs: Inputs, width: int, keep: Tensor | None) -> Tensor
     return torch.nn.functional.pad(rows, (1, 0)).contiguous()
 
 
+def _fla_convolution(
+    inputs: Inputs, x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None
+) -> Call:
+    """FLA's convolution of some of a case's channels."""
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    varlen = _chunk_arguments(inputs, 64)
+    del varlen["chunk_size"]  # its own choice
+    activation = inputs.get("activation", "silu")
+
+    def call() -> Tensor:
+        return causal_conv1d(
+            x,
+            weight,
+            bias,
+            initial_state=history,
+            output_final_state=history is not None,
+            activation=activation,
+            **varlen,
+        )[0]
+
+    return call
+
+
 def fla_short_conv(case: Case) -> Prepare:
     """One call over q | k | v packed: FLA's own layer makes three."""
 
     def prepare(inputs: Inputs) -> Call:
-        from fla.modules.causal_conv1d import causal_conv1d
-
-        x, weight, bias = inputs["x"], inputs["weight"], inputs.get("bias")
+        x, weight = inputs["x"], inputs["weight"]
         batched = x if x.dim() == 3 else x.unsqueeze(0)
         history = _fla_conv_history(inputs, weight.shape[1], inputs.get("has_initial_state"))
-        activation = inputs.get("activation", "silu")
-        varlen = _chunk_arguments(inputs, 64)
-        del varlen["chunk_size"]  # its own choice
-
-        def call() -> Tensor:
-            return causal_conv1d(
-                batched,
-                weight,
-                bias,
-                initial_state=history,
-                output_final_state=history is not None,
-                activation=activation,
-                **varlen,
-            )[0]
-
-        return call
+        return _fla_convolution(inputs, batched, weight, inputs.get("bias"), history)
 
     return prepare
 
 
 def fla_short_conv_qkv(case: Case) -> Prepare:
-    """One convolution over q | k | v packed, then a norm each of q and of k."""
-    convolve = fla_short_conv(case)
+    """A convolution each of q, k and v, and a norm each of q and k, as in FLA's own layer (its norm
+    does not take the slices of a packed result).
+    """
 
     def prepare(inputs: Inputs) -> Call:
         from fla.modules.norm.l2norm import l2norm_fwd
 
         key_dim, K, eps = (inputs[name] for name in ("key_dim", "head_dim", "norm_eps"))
-        convolved = convolve(inputs)
-        value_dim = inputs["x"].shape[-1] - 2 * key_dim
+        x, weight, bias = inputs["x"], inputs["weight"], inputs.get("bias")
+        sizes = [key_dim, key_dim, x.shape[-1] - 2 * key_dim]
+        history = _fla_conv_history(inputs, weight.shape[1], inputs.get("has_initial_state"))
+        biases = [None] * 3 if bias is None else bias.split(sizes)
+        histories = [None] * 3 if history is None else history.split(sizes, dim=1)
+        q_call, k_call, v_call = (
+            _fla_convolution(
+                inputs,
+                part.contiguous(),
+                taps.contiguous(),
+                offset,
+                None if past is None else past.contiguous(),
+            )
+            for part, taps, offset, past in zip(
+                x.split(sizes, dim=-1), weight.split(sizes), biases, histories, strict=True
+            )
+        )
 
         def call() -> tuple[Tensor, Tensor, Tensor]:
-            q, k, v = convolved().split([key_dim, key_dim, value_dim], dim=-1)
-            q, k = (l2norm_fwd(y.unflatten(-1, (-1, K)), eps)[0] for y in (q, k))
-            return q, k, v
+            q, k = (l2norm_fwd(make().unflatten(-1, (-1, K)), eps)[0] for make in (q_call, k_call))
+            return q, k, v_call()
 
         return call
 
