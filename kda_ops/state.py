@@ -31,7 +31,7 @@ class Segment:
     """One part of a state, over all ranks.
 
     Attributes:
-        name: `"q"`, `"k"`, `"v"` or `"recurrent"`.
+        name: `"q"`, `"k"`, `"v"` or `"recurrent"` of a `KDAStateSpec`.
         units: Heads of the whole layer, before tensor parallelism.
         bytes_per_unit: Bytes of one head in one page, the same on every rank.
     """
@@ -68,9 +68,64 @@ def units_held(units: int, tp_size: int, rank: int) -> range:
     return range(unit, unit + 1)
 
 
+def mamba2_segments(
+    num_heads: int,
+    head_dim: int,
+    n_groups: int,
+    state_size: int,
+    *,
+    conv_size: int = 4,
+    num_spec: int = 0,
+    conv_dtype: torch.dtype,
+    state_dtype: torch.dtype = torch.float32,
+) -> tuple[Segment, Segment, Segment, Segment]:
+    """The states of a Mamba2 layer, which hybrid models keep beside their KDA layers.
+
+    For `kda_ops.transfer.geometry.packed_geometry`. Fewer groups than ranks are replicated.
+
+    Args:
+        num_heads: Heads of x and of the state.
+        head_dim: Channels of a head of x.
+        n_groups: Groups of heads that share B and C.
+        state_size: Channels of a group of B or C.
+        conv_size: Width of the short convolution.
+        num_spec: Speculative tokens per step; each adds a row to the conv state.
+        conv_dtype: Of the conv state.
+        state_dtype: Of the recurrent state.
+
+    Returns:
+        x, B, C (conv, layout DS) and ssm `[heads, head_dim, state_size]`, in page order.
+
+    Raises:
+        ValueError: A size below its minimum, or heads that the groups do not divide.
+    """
+    for name, size, least in (
+        ("num_heads", num_heads, 1),
+        ("head_dim", head_dim, 1),
+        ("n_groups", n_groups, 1),
+        ("state_size", state_size, 1),
+        ("conv_size", conv_size, 2),
+        ("num_spec", num_spec, 0),
+    ):
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}, got {size}")
+    if num_heads % n_groups:
+        raise ValueError(f"num_heads must be a multiple of n_groups = {n_groups}, got {num_heads}")
+    row = (conv_size - 1 + num_spec) * conv_dtype.itemsize
+    return (
+        Segment("x", num_heads, head_dim * row),
+        Segment("B", n_groups, state_size * row),
+        Segment("C", n_groups, state_size * row),
+        Segment("ssm", num_heads, head_dim * state_size * state_dtype.itemsize),
+    )
+
+
 @dataclass(frozen=True)
 class KDAStateSpec:
     """Shapes, dtypes, segments and page of the two states of a KDA layer.
+
+    A Gated DeltaNet layer, whose gate is one number per head, keeps the same two states: this spec
+    describes it as well.
 
     Head counts and segments are those of the whole layer; shapes, `conv_dim`, `conv_sizes`,
     `offset` and `page_bytes` are those of one tensor-parallel rank (all ranks hold equally much).

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kda_ops.state import KDAStateSpec, Segment
+from kda_ops.state import KDAStateSpec
 from kda_ops.transfer.geometry import (
     EngineGeometry,
     PageGeometry,
@@ -19,7 +19,6 @@ from kda_ops.transfer.geometry import (
     check_compatible,
     decode_geometry,
     encode_geometry,
-    packed_geometry,
     state_geometry,
 )
 from kda_ops.transfer.plan import (
@@ -31,8 +30,8 @@ from kda_ops.transfer.plan import (
     source_ranks,
 )
 from kda_ops.transfer.schema import GeometryError, decode_json
+from tests.transfer_fleet import TP_SIZES
 
-SIZES = [(p, d) for p in range(1, 17) for d in range(1, 17) if p % d == 0 or d % p == 0]
 CANARY = 0xEE
 
 
@@ -116,7 +115,7 @@ def check_reads(src: PageGeometry, dst: PageGeometry) -> None:
 
 @st.composite
 def geometries(draw: st.DrawFn) -> tuple[PageGeometry, PageGeometry]:
-    p, d = draw(st.sampled_from(SIZES))
+    p, d = draw(st.sampled_from(TP_SIZES))
     counts = st.sampled_from([n for n in range(1, 65) if shardable(n, p, d)])
     segments = [
         (f"s{i}", draw(counts), draw(st.integers(1, 9))) for i in range(draw(st.integers(1, 5)))
@@ -180,26 +179,6 @@ def test_the_first_source_that_holds_a_unit_provides_it() -> None:
     assert [(r.src_rank, r.dst_offset) for r in reads] == [(0, 0), (4, 8)]
 
 
-def test_mamba2_and_scalar_gate_states_are_segments_too() -> None:
-    mamba = [Segment("x", 64, 6), Segment("B", 2, 12), Segment("C", 2, 12), Segment("ssm", 64, 32)]
-    deltanet = [Segment("q", 16, 6), Segment("k", 16, 6), Segment("v", 32, 6), Segment("s", 32, 64)]
-    for segments in (mamba, deltanet):
-        src, dst = (
-            packed_geometry(
-                segments,
-                name="m",
-                kind="state",
-                dtypes={s.name: "bfloat16" for s in segments},
-                tp_size=tp,
-                pages=4,
-                block_tokens=64,
-                rows=3,
-            )
-            for tp in (2, 8)
-        )
-        check_reads(src, dst)
-
-
 def test_row_interleaved_states_are_read_whole() -> None:
     spec = KDAStateSpec(2, 4, 8, 8, conv_dtype=torch.bfloat16, layout="SD", tp_size=2)
     geometry = state_geometry(spec, pages=1, block_tokens=16)
@@ -212,7 +191,7 @@ def test_row_interleaved_states_are_read_whole() -> None:
     assert covered.sum() == conv + spec.local_bytes("recurrent")
 
 
-@pytest.mark.parametrize(("p", "d"), SIZES)
+@pytest.mark.parametrize(("p", "d"), TP_SIZES)
 def test_source_and_consumer_ranks_are_inverse(p: int, d: int) -> None:
     pairs = {(s, r) for r in range(d) for s in source_ranks(p, d, r)}
     assert pairs == {(s, r) for s in range(p) for r in consumer_ranks(p, d, s)}
