@@ -1,37 +1,74 @@
 """Compile-time configuration, read in traced code.
 
-Each value is a plain attribute of this module, so `torch.compile` guards on it: assign to it and
-the next call of a compiled function recompiles once and gives the answer of the new value. Values
-are checked where they are used, not where they are set.
+Each value is a plain attribute of this module. `torch.compile` guards on `conv_layout` and
+`check_values`: assign to them and the next call of a compiled function recompiles once and gives
+the answer of the new value. Values are checked where they are used, not where they are set.
 
 Attributes:
     conv_layout: Layout of every short-convolution state whose call does not name one. `"SD"` is
-        `(slots, L, D)`, `"DS"` is `(slots, D, L)`. Taken from the environment variable
-        `KDA_OPS_CONV_LAYOUT` at import, `"SD"` without it.
+        `(slots, L, D)`, `"DS"` is `(slots, D, L)`. `"auto"` is decided when a state is allocated
+        (see `KDAStateSpec.decide_layout`); calls then go by the shape of the state that they get.
+        Taken from the environment variable `KDA_OPS_CONV_LAYOUT` at import, `"SD"` without it.
     check_values: Also check tensor *values* (offsets, slots, counts) of CUDA tensors. Costs a
         synchronisation per operator, off by default. Values of CPU tensors are always checked.
         Without it every kernel stays memory-safe for any values.
-    deterministic_choice: Take kernel choices from the shipped tables alone, never from timing.
-        Today every choice comes from a table, so it changes nothing.
+    deterministic_choice: Take kernel choices and the layout `"auto"` from the shipped table alone
+        (`kda_ops.choice`), never from timing. It counts where something is chosen: eager calls and
+        compilations from then on, with caches of their own. What is compiled already stays.
 """
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAYOUTS = ("SD", "DS")
+AUTO = "auto"
 
 conv_layout: str = os.environ.get("KDA_OPS_CONV_LAYOUT", "SD")
 check_values: bool = False
 deterministic_choice: bool = False
 
 
-def resolve_layout(layout: str | None) -> str:
-    """The layout a call uses: its own argument, else `conv_layout`.
+def configured_layout(layout: str | None) -> str:
+    """A layout as it was asked for, which may be `"auto"`: the argument, else `conv_layout`.
 
     Raises:
-        ValueError: The layout is not one of `LAYOUTS`.
+        ValueError: The layout is neither `"auto"` nor one of `LAYOUTS`.
     """
     if layout is None:
         layout = conv_layout
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if layout != AUTO and layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, {AUTO}, got {layout!r}")
     return layout
+
+
+def resolve_layout(
+    layout: str | None, conv_state: "Tensor | None" = None, channels: int | None = None
+) -> str:
+    """The layout a call uses: its own argument, else `conv_layout`.
+
+    For `"auto"` it is read off the state: the axis of `channels` is D. A state that has no such
+    axis counts as SD (checks of its shape follow), and so does a call without a state.
+
+    Args:
+        layout: The call's argument.
+        conv_state: `[..., L, D]` or `[..., D, L]`.
+        channels: D, or None where the call does not know it.
+
+    Raises:
+        ValueError: The layout is not allowed, or `"auto"` for a state that does not tell: D is not
+            known, or equal to L.
+    """
+    layout = configured_layout(layout)
+    if layout != AUTO:
+        return layout
+    if conv_state is None or conv_state.dim() < 2:
+        return LAYOUTS[0]
+    if channels is None or conv_state.shape[-1] == conv_state.shape[-2]:
+        raise ValueError(
+            f"layout must be one of {', '.join(LAYOUTS)} where the shape of the state does not "
+            f"tell (take the layout of its spec), got {AUTO!r}"
+        )
+    return "DS" if conv_state.shape[-2] == channels else "SD"

@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=_positive, default=32, help="heads of the layer")
     parser.add_argument(
         "--layout",
-        choices=config.LAYOUTS,
+        choices=(*config.LAYOUTS, config.AUTO),
         default=config.conv_layout,
-        help="layout of the convolution state, SD: (slots, L, D), DS: (slots, D, L)",
+        help="layout of the convolution state, SD: (slots, L, D), DS: (slots, D, L), or the faster",
     )
     parser.add_argument(
         "--text", type=_text, default=README, metavar="FILE", help="the prompt and what follows it"
@@ -128,10 +128,12 @@ def run(args: argparse.Namespace) -> int:
         ids = torch.tensor(list(text[: tokens + STEPS]))
         hidden = torch.nn.functional.embedding(ids, torch.randn(256, HIDDEN, dtype=DTYPE))[None]
         layer = copy.deepcopy(original).to(args.device)
+        layout = layer.state_spec().layout
+        original.conv_layout = layer.conv_layout = layout
         phases, outputs, state = _measure(layer, hidden.to(args.device), tokens)
         with _progress("checking against fp64"):
             accuracies = _check(original, hidden, tokens, outputs, state)
-    print(f"\n{_table(phases, accuracies, args.layout)}")
+    print(f"\n{_table(phases, accuracies, layout)}")
     wrong = _faults(phases, accuracies)
     print("\n".join(["", *(f"FAILED: {fault}" for fault in wrong)]) if wrong else "\nall is well")
     return 1 if wrong else 0

@@ -18,9 +18,10 @@ from kda_ops._checks import (
 )
 from kda_ops.batch import KDABatch
 from kda_ops.checkpoints import convert_state_dict
+from kda_ops.choice.layout import faster_layout
 from kda_ops.chunk_kda import chunk_kda
 from kda_ops.chunks import chunk_table
-from kda_ops.config import resolve_layout
+from kda_ops.config import AUTO, configured_layout, resolve_layout
 from kda_ops.formulas import accumulation_dtype
 from kda_ops.gate import gate
 from kda_ops.gate_cumsum import gate_cumsum
@@ -76,7 +77,8 @@ class KimiDeltaAttention(nn.Module):
         output_gate_rank: Rank of `g_proj`, likewise (None: Kimi K3).
         output_gate_bias: Whether `g_proj` ends in a bias (FLA has one, Moonshot's checkpoints have
             none).
-        conv_layout: `"SD"`, `"DS"`, or None to follow `kda_ops.config.conv_layout`.
+        conv_layout: `"SD"`, `"DS"`, `"auto"`, or None to follow `kda_ops.config.conv_layout`.
+            `"auto"` goes by the shape of the state that a call gets.
         device: Where the parameters are made.
         dtype: Of all parameters but `A_log` and `dt_bias`.
 
@@ -136,7 +138,7 @@ class KimiDeltaAttention(nn.Module):
             raise ValueError("lower_bound must be given with safe_gate, got None")
         check_lower_bound(lower_bound)
         if conv_layout is not None:
-            resolve_layout(conv_layout)
+            configured_layout(conv_layout)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_v_heads = num_v_heads
@@ -252,9 +254,15 @@ class KimiDeltaAttention(nn.Module):
         """
         self.load_state_dict(convert_state_dict(state_dict, self, prefix))
 
-    def state_spec(self, *, num_spec: int = 0, recurrent_dtype: Any = "auto") -> KDAStateSpec:
-        """The two states of this layer; its `allocate` makes what `forward` takes as `state`."""
-        return KDAStateSpec(
+    def state_spec(
+        self, *, num_spec: int = 0, recurrent_dtype: Any = "auto", transfer: bool = False
+    ) -> KDAStateSpec:
+        """The two states of this layer; its `allocate` makes what `forward` takes as `state`.
+
+        Layout `"auto"` is decided here, for the device of the weights. `transfer`: the states will
+        be moved between ranks or engines.
+        """
+        spec = KDAStateSpec(
             self.num_heads,
             self.num_v_heads,
             self.head_k_dim,
@@ -263,8 +271,9 @@ class KimiDeltaAttention(nn.Module):
             num_spec=num_spec,
             conv_dtype=self.qkv_proj.weight.dtype,
             recurrent_dtype=recurrent_dtype,
-            layout=resolve_layout(self.conv_layout),
+            layout=self.conv_layout,
         )
+        return spec.decide_layout(self.qkv_proj.weight.device, transfer=transfer)
 
     def forward(
         self,
@@ -306,7 +315,8 @@ class KimiDeltaAttention(nn.Module):
             RuntimeError: Gradients were asked for together with a state.
         """
         self._check(hidden_states, state, batch, cu_seqlens, chunks)
-        layout = resolve_layout(self.conv_layout)
+        conv = None if state is None else state[0]
+        layout = resolve_layout(self.conv_layout, conv, self.conv_dim)
         x = self.qkv_proj(hidden_states)
         f = self.f_proj(hidden_states).unflatten(-1, (self.num_v_heads, self.head_k_dim))
         beta = self.b_proj(hidden_states)
@@ -318,6 +328,7 @@ class KimiDeltaAttention(nn.Module):
             if cu_seqlens is not None and chunks is None:
                 chunks = chunk_table(cu_seqlens, x.shape[1])
             if output_state:
+                layout = self._fresh_layout(x)
                 sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
                 state = self._fresh_state(sequences + 1, x, layout)
                 slots = torch.arange(1, sequences + 1, device=x.device)
@@ -488,7 +499,25 @@ class KimiDeltaAttention(nn.Module):
         q, k = (y.unflatten(-1, (self.num_heads, self.head_k_dim)) for y in (q, k))
         return l2norm(q), l2norm(k), v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
 
+    def _fresh_layout(self, x: Tensor) -> str:
+        """The layout of a state that is allocated here."""
+        layout = configured_layout(self.conv_layout)
+        if layout != AUTO:
+            return layout
+        return faster_layout(
+            self.num_heads,
+            self.num_v_heads,
+            self.head_k_dim,
+            self.head_v_dim,
+            self.conv_size,
+            0,
+            str(x.dtype),
+            str(accumulation_dtype(x)),
+            str(x.device),
+        )
+
     def _fresh_state(self, slots: int, x: Tensor, layout: str) -> State:
+        """Zeroed states for `slots`, without the padding of pages."""
         conv = None
         if self.use_short_conv:
             L = self.conv_size - 1
@@ -533,8 +562,8 @@ class KimiDeltaAttention(nn.Module):
             expected = "a tensor" if self.use_short_conv else "None"
             raise ValueError(f"conv must be {expected}, got {type(conv).__name__}")
         if conv is not None:
-            layout = resolve_layout(self.conv_layout)
             check_rank("conv", conv, 3)
+            layout = resolve_layout(self.conv_layout, conv, self.conv_dim)
             L = conv.shape[1 if layout == "SD" else 2]
             shape = (L, self.conv_dim) if layout == "SD" else (self.conv_dim, L)
             check_shape("conv", conv, (recurrent.shape[0], *shape))

@@ -7,12 +7,13 @@ heads and the bytes of one; whoever allocates, copies, splits or ships a state a
 infers a size from a total: q, k and v are no equal thirds as soon as heads or dimensions differ.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from kda_ops.config import resolve_layout
+from kda_ops.choice.layout import faster_layout
+from kda_ops.config import AUTO, configured_layout
 
 CONV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RECURRENT_DTYPES = {
@@ -141,7 +142,8 @@ class KDAStateSpec:
         conv_dtype: bf16, fp16 or fp32: the dtype of the model.
         recurrent_dtype: fp32 or bf16, as a dtype or its name; `"auto"` is fp32. Resolved on
             construction.
-        layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`. Resolved on construction.
+        layout: `"SD"`, `"DS"` or `"auto"`; None means `kda_ops.config.conv_layout`. Resolved on
+            construction, `"auto"` only for more than one rank (to DS), else by `decide_layout`.
         tp_size: Tensor-parallel ranks.
         page_bytes: Size of a page, where a caller needs it larger than the two states (an
             allocator shared with attention layers, for one). None means the states rounded up to
@@ -185,7 +187,8 @@ class KDAStateSpec:
                 f"got {_dtype_name(self.recurrent_dtype)}"
             )
         self._resolve("recurrent_dtype", RECURRENT_DTYPES[self.recurrent_dtype])
-        self._resolve("layout", resolve_layout(self.layout))
+        layout = configured_layout(self.layout)
+        self._resolve("layout", "DS" if layout == AUTO and self.tp_size > 1 else layout)
         for segment in self.segments:
             self.units_held(segment.name, 0)
         needed = self.offset("recurrent") + self.local_bytes("recurrent")
@@ -199,6 +202,45 @@ class KDAStateSpec:
 
     def _resolve(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def decide_layout(
+        self, device: torch.device | str | None = None, *, transfer: bool = False
+    ) -> "KDAStateSpec":
+        """This spec with its layout decided; itself, unless that is `"auto"`.
+
+        DS for states that will be transferred: each of q, k and v is one range of a page there.
+        Else the faster of the two, timed once per GPU and shapes (see `kda_ops.choice`), SD on the
+        CPU. The answer stays the same for the life of the process.
+
+        Args:
+            device: Where the state will be; None is the default device.
+            transfer: The state will be moved between ranks or engines.
+        """
+        if self.layout != AUTO:
+            return self
+        if transfer:
+            return replace(self, layout="DS")
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return replace(
+            self,
+            layout=faster_layout(
+                self.num_k_heads,
+                self.num_v_heads,
+                self.head_k_dim,
+                self.head_v_dim,
+                self.conv_size,
+                self.num_spec,
+                str(self.conv_dtype),
+                str(self.recurrent_dtype),
+                str(device),
+            ),
+        )
+
+    def _check_decided(self) -> None:
+        if self.layout == AUTO:
+            raise ValueError('layout must be decided first (decide_layout), got "auto"')
 
     @property
     def conv_length(self) -> int:
@@ -218,7 +260,12 @@ class KDAStateSpec:
 
     @property
     def conv_shape(self) -> tuple[int, int]:
-        """One slot's conv state on one rank: `(L, D)` in layout SD, `(D, L)` in DS."""
+        """One slot's conv state on one rank: `(L, D)` in layout SD, `(D, L)` in DS.
+
+        Raises:
+            ValueError: The layout is `"auto"`.
+        """
+        self._check_decided()
         shape = (self.conv_length, self.conv_dim)
         return shape if self.layout == "SD" else shape[::-1]
 
@@ -269,7 +316,12 @@ class KDAStateSpec:
         fit for vector loads. In layout DS each of q, k and v is one range of `local_bytes` from its
         offset. In SD they are interleaved row by row: there the offset is that of the segment's
         first row.
+
+        Raises:
+            ValueError: There is no such segment, or its place depends on a layout that is `"auto"`.
         """
+        if name != "recurrent":
+            self._check_decided()
         row_bytes = self.conv_dtype.itemsize * (self.conv_length if self.layout == "DS" else 1)
         q, k, v = self.conv_sizes
         channels = {"q": 0, "k": q, "v": q + k}
@@ -285,6 +337,7 @@ class KDAStateSpec:
         *,
         layers: int | None = None,
         device: torch.device | str | None = None,
+        transfer: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Both states of every slot, zeroed, as views of one buffer of pages.
 
@@ -296,6 +349,7 @@ class KDAStateSpec:
             layers: Layers to allocate in one buffer, layer first; None is one layer without the
                 axis.
             device: Where to allocate.
+            transfer: For layout `"auto"`: the states will be moved; see `decide_layout`.
 
         Returns:
             conv `[slots, *conv_shape]` and recurrent `[slots, *recurrent_shape]`, or with `layers`
@@ -308,6 +362,9 @@ class KDAStateSpec:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
         if layers is not None and layers < 1:
             raise ValueError(f"layers must be None or at least 1, got {layers}")
+        if self.layout == AUTO:
+            decided = self.decide_layout(device, transfer=transfer)
+            return decided.allocate(num_slots, layers=layers, device=device)
         lead = (num_slots,) if layers is None else (layers, num_slots)
         pages = torch.zeros(*lead, self.page_bytes, dtype=torch.uint8, device=device)
         # the recurrent states view the same bytes through a storage object of their own: compiled

@@ -6,10 +6,14 @@ from torch._inductor.codegen.common import custom_backend_passes
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
 
 import lowering
+from kda_ops import config
 
 
 class SourceHash(CustomGraphModulePass):
-    """A graph pass that changes nothing and is there for its `uuid`."""
+    """A graph pass that changes nothing and is there for its `uuid`: our sources, and the
+    configuration that counts while a graph is lowered. (What counts while it is traced is in the
+    graph.)
+    """
 
     def __init__(self) -> None:
         self._hash = lowering.source_hash()
@@ -18,7 +22,8 @@ class SourceHash(CustomGraphModulePass):
         pass
 
     def uuid(self) -> str:
-        return f"kda_ops-{self._hash}"
+        choice = "table" if config.deterministic_choice else "timed"
+        return f"kda_ops-{self._hash}-{choice}"
 
 
 def install_cache_key() -> None:

@@ -4,21 +4,30 @@ from what an earlier process remembered.
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import kda_ops
 from kda_ops import choice, config
 from kda_ops.choice import choose, forcing, store, timing
+from kda_ops.choice.examples import examples
 from kda_ops.choice.table import CANDIDATES, DEFAULTS, SM90, TABLE, row_for
+from tests.fake_cuda import cuda_code
 from tests.operators import NAMES, cases, public_function, run_kernels
 from tests.oracle import assert_accurate
 
+ROOT = Path(kda_ops.__file__).parent.parent
 CPU = torch.device("cpu")
 KERNEL = "recurrent_kda"
 DEFAULT = SM90[KERNEL][0][1]
@@ -262,6 +271,64 @@ def test_tables_fit_together() -> None:
     assert CANDIDATES.keys() <= DEFAULTS.keys()
     for table in TABLE.values():
         assert table.keys() <= DEFAULTS.keys()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_kernel_is_timed_while_it_is_compiled(
+    dynamic: bool, timer: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On real tensors of the hinted sizes, though the launcher is traced on fake ones; what was
+    chosen is in the generated code.
+    """
+    fastest = {"BLOCK": 128, "STEP": 16, "num_warps": 4}
+    calls = []
+
+    def on_the_cpu(names: Any, arguments: Any, device: torch.device) -> Any:
+        assert device.type == "cuda"
+        calls.append(examples(names, arguments, CPU))
+        return calls[-1]
+
+    def measure(kernel: str, device: torch.device, candidates: Any, bench: Any) -> Any:
+        assert kernel == "gate_cumsum"
+        return {candidates.index(fastest): 1.0}
+
+    monkeypatch.setattr(choice, "examples", on_the_cpu)
+    monkeypatch.setattr(choice, "_measure", measure)
+    x, A_log = torch.randn(2, 100, 2, 64, dtype=torch.bfloat16), torch.zeros(2)
+    _, (source,) = cuda_code(lambda *args: kda_ops.gate_cumsum(*args), x, A_log, dynamic=dynamic)
+    ((found, rates, *_),) = calls
+    assert type(found) is torch.Tensor
+    assert (found.shape, found.stride(), found.dtype) == (x.shape, x.stride(), x.dtype)
+    assert rates.shape == (2,)
+    assert found.float().std() > 0.5
+    constants = re.findall(r"'BLOCK': (\d+).*?'STEP': (\d+)", source)
+    assert set(constants) == {("128", "16")}
+
+
+def test_deterministic_choice_is_part_of_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def misses() -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        x = torch.ones(3, 2, 4)
+        torch.compile(lambda x: kda_ops.gate(x, torch.zeros(2)) * 3, fullgraph=True)(x)
+        return counters["inductor"]["fxgraph_cache_miss"]
+
+    with fresh_cache():
+        assert (misses(), misses()) == (1, 0)
+        monkeypatch.setattr(config, "deterministic_choice", True)
+        assert (misses(), misses()) == (1, 0)
+
+
+def test_the_log_switch(tmp_path: Path) -> None:
+    """`TORCH_LOGS` takes the name of the log as it is."""
+    script = "import torch, kda_ops.choice as c; c.choose('gate', torch.device('cpu'), K=64)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "TORCH_LOGS": "kda_ops.choice", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "gate(K=64) on cpu: TILE=4096 num_warps=4 (default)" in done.stderr
 
 
 CASE = {

@@ -49,7 +49,7 @@ def test_parts_are_not_views(layout: str) -> None:
         ({"sizes": (8, 8, 8)}, r"sizes must add up to 40, .* layout SD, got \[8, 8, 8\] = 24"),
         ({"sizes": (48, -8)}, r"sizes must not be negative, got \[48, -8\]"),
         ({"layout": "DS"}, r"sizes must add up to 3, .* layout DS, got \[8, 8, 24\] = 40"),
-        ({"layout": "sd"}, r"layout must be one of SD, DS, got 'sd'"),
+        ({"layout": "sd"}, r"layout must be one of SD, DS, auto, got 'sd'"),
         ({"conv_state": torch.zeros(3, 40)}, r"conv_state must have 3 dimensions, got .*\(3, 40\)"),
         (
             {"conv_state": torch.zeros(2, 3, 40, dtype=torch.int32)},

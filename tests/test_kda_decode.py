@@ -291,7 +291,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"x": lambda x: x[:10]}, "f must have 10 tokens like x, got shape (1, 11, 3, 48)"),
     ({"weight": lambda x: x[1:]}, "weight must have shape [192, 4], got (191, 4)"),
     ({"weight": lambda x: x[:, :1]}, "weight must have shape [D, W] with W at least 2"),
-    ({"layout": lambda x: "ds"}, "layout must be one of SD, DS, got 'ds'"),
+    ({"layout": lambda x: "ds"}, "layout must be one of SD, DS, auto, got 'ds'"),
     ({"layout": lambda x: "DS"}, "conv_state must have shape [slots, 192, L]"),
     ({"activation": lambda x: "relu"}, "activation must be 'silu', 'swish' or None, got 'relu'"),
     ({"f": lambda x: x.int()}, "f must have dtype float16, bfloat16, float32, float64, got int32"),

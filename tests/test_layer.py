@@ -585,7 +585,7 @@ def test_layers_of_one_allocation_share_a_graph() -> None:
         ({"conv_size": 1}, "conv_size must be at least 2, got 1"),
         ({"safe_gate": True}, "lower_bound must be given with safe_gate, got None"),
         ({"lower_bound": -6.0}, r"lower_bound must be None or in \[-5, 0\), got -6.0"),
-        ({"conv_layout": "XY"}, "layout must be one of SD, DS, got 'XY'"),
+        ({"conv_layout": "XY"}, "layout must be one of SD, DS, auto, got 'XY'"),
         ({"forget_gate_rank": 0}, "forget_gate_rank must be a positive number, .* got 0"),
         ({"output_gate_rank": "full"}, "output_gate_rank must be .* got 'full'"),
     ],

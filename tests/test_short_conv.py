@@ -219,7 +219,7 @@ def test_gradients_of_padding_are_zero() -> None:
         ({"weight": torch.zeros(8, 4)}, r"weight must have shape \[12, 4\], got \(8, 4\)"),
         ({"bias": torch.zeros(4)}, r"bias must have shape \[12\], got \(4,\)"),
         ({"activation": "gelu"}, r"activation must be 'silu', 'swish' or None, got 'gelu'"),
-        ({"layout": "LD"}, r"layout must be one of SD, DS, got 'LD'"),
+        ({"layout": "LD"}, r"layout must be one of SD, DS, auto, got 'LD'"),
         ({"layout": "DS"}, r"conv_state must have shape \[slots, 12, L\] with L at least 3 in"),
         (
             {"conv_state": torch.zeros(7, 2, 12)},

@@ -245,7 +245,7 @@ def test_kernel_in_several_steps(case: Case) -> None:
         ({"key_dim": 0}, r"key_dim must be a multiple of head_dim = 6, got 0"),
         ({"key_dim": 18}, r"D more than 2 \* key_dim = 36, got \(1, 24, 33\)"),
         ({"norm_eps": 0.0}, r"norm_eps must be positive, got 0.0"),
-        ({"layout": "LD"}, r"layout must be one of SD, DS, got 'LD'"),
+        ({"layout": "LD"}, r"layout must be one of SD, DS, auto, got 'LD'"),
         ({"layout": "DS"}, r"conv_state must have shape \[slots, 33, L\] with L at least 3 in"),
         ({"conv_state": None}, r"slots must come with conv_state, got slots alone"),
         ({"slots": None}, r"slots must be given with conv_state, got None"),

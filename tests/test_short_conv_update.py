@@ -178,7 +178,7 @@ def test_kernel_stays_in_bounds_whatever_the_values(
         ({"weight": torch.zeros(8, 4)}, r"weight must have shape \[12, 4\], got \(8, 4\)"),
         ({"bias": torch.zeros(12).long()}, r"bias must have dtype .*, got int64"),
         ({"activation": "relu"}, r"activation must be 'silu', 'swish' or None, got 'relu'"),
-        ({"layout": "ds"}, r"layout must be one of SD, DS, got 'ds'"),
+        ({"layout": "ds"}, r"layout must be one of SD, DS, auto, got 'ds'"),
         (
             {"conv_state": torch.zeros(7, 2, 12)},
             r"with L at least 3 in layout SD, got \(7, 2, 12\)",

@@ -175,7 +175,7 @@ def test_spec_is_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
             "recurrent_dtype must be auto, float32 or bfloat16, got float16",
         ),
         ({"recurrent_dtype": "fp8"}, "recurrent_dtype must be auto, float32 or bfloat16, got fp8"),
-        ({"layout": "DL"}, "layout must be one of SD, DS, got 'DL'"),
+        ({"layout": "DL"}, "layout must be one of SD, DS, auto, got 'DL'"),
         ({"tp_size": 3}, "tp_size must divide 4 heads, got 3"),
         ({"tp_size": 6, "num_v_heads": 12}, "tp_size must be a multiple of 4 replicated heads"),
         ({"page_bytes": 2560}, "page_bytes must be at least 2816, got 2560"),

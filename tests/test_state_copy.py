@@ -239,7 +239,7 @@ def test_value_errors(
         ),
         ({"plan": lambda x: x.float()}, "plan must have dtype int32, int64, got float32"),
         ({"plan": lambda x: x[:, :3]}, "plan must have shape [R, 4], got (9, 3)"),
-        ({"layout": lambda _: "LD"}, "layout must be one of SD, DS, got 'LD'"),
+        ({"layout": lambda _: "LD"}, "layout must be one of SD, DS, auto, got 'LD'"),
         ({"num_spec": lambda _: 6}, "num_spec must be in [0, 6), got 6"),
     ],
 )

@@ -147,6 +147,7 @@ def _decide(kernel: str, device: torch.device, key: Values, bench: Bench | None)
         except NoHintError as error:
             return Choice(default, f"default, {error}", final=False)
     if not times:
+        logger.warning("%s on %s: no candidate ran, the default is taken", kernel, device)
         return Choice(default, "default, no candidate ran")
     fastest = min(times, key=lambda n: times[n])
     named = {_text(candidates[n]): time for n, time in times.items()}
@@ -180,7 +181,7 @@ def _measure(
         try:
             times[n] = timing.time_call(bench(values), device)
         except Exception as error:  # more registers or shared memory than this GPU has, for one
-            logger.debug("%s: %s does not run: %s", kernel, _text(values), error)
+            logger.info("%s: %s does not run: %s", kernel, _text(values), error)
     return times
 
 

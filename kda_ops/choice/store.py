@@ -40,7 +40,7 @@ def folder() -> Path:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of torch and Triton, and a hash of everything that is timed."""
+    """Versions of torch and Triton, and a hash of what is timed and how."""
     triton = "none"
     for package in TRITON_PACKAGES:
         try:
@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
             continue
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("kernel.py")):
+    for path in sorted([*root.rglob("kernel.py"), *root.glob("choice/*.py")]):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return {"torch": torch.__version__, "triton": triton, "kernels": digest.hexdigest()}

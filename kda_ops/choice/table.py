@@ -62,8 +62,9 @@ SM90: dict[str, Rows] = {
 # By architecture: `sm_90`, or AMD's name such as `gfx942`.
 TABLE: dict[str, dict[str, Rows]] = {"sm_90": SM90}
 
-# Of a GPU that is not in the table before anything was timed, and of the CPU.
-DEFAULTS: dict[str, Rows] = SM90
+# Of a GPU that is not in the table before anything was timed, and of the CPU. The layout of the
+# convolution state is in no table: it depends on the sizes of the model.
+DEFAULTS: dict[str, Rows] = {**SM90, "conv_layout": [({}, {"layout": "SD"})]}
 
 
 def _grid(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
@@ -76,6 +77,7 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "chunk_cumsum": _grid(BLOCK=(128, 256, 512), STEP=(16, 32), num_warps=(4,)),
     "chunk_gated_prepare": _grid(num_warps=(4, 8), num_stages=(1,)),
     "chunk_prepare": _grid(num_warps=(4, 8), num_stages=(1,)),
+    "conv_layout": _grid(layout=("SD", "DS")),
     "chunk_scan": _grid(BV=(16, 32, 64), STAGES=(2, 3), num_warps=(4,)),
     "gate": _grid(TILE=(2048, 4096, 8192), num_warps=(4, 8)),
     "gate_cumsum": _grid(BLOCK=(128, 256, 512), STEP=(16, 32), num_warps=(4,)),

@@ -49,7 +49,7 @@ def conv_split(
         ValueError: A shape, dtype or layout that does not fit, or sizes that are negative or do not
             add up to D.
     """
-    layout = resolve_layout(layout)
+    layout = resolve_layout(layout, conv_state, sum(sizes))
     check_dtype("conv_state", conv_state)
     check_rank("conv_state", conv_state, 3)
     D = conv_state.shape[2 if layout == "SD" else 1]

@@ -190,10 +190,10 @@ def kda_decode(
         RuntimeError: An argument requires grad while grad mode is on.
     """
     activation = resolve_activation(activation)
-    layout = resolve_layout(layout)
     check_rank("x", x, 2)
     check_conv(x, weight, bias)
     T, D = x.shape
+    layout = resolve_layout(layout, conv_state, D)
     check_conv_state(conv_state, layout, D, weight.shape[1])
     check_gate_parameters(f, A_log, dt_bias, lower_bound, name="f")
     HV, K = f.shape[-2:]

@@ -134,8 +134,8 @@ def short_conv(
             differentiates).
     """
     activation = resolve_activation(activation)
-    layout = resolve_layout(layout)
     check_rank("x", x, 2, 3)
+    layout = resolve_layout(layout, conv_state, x.shape[-1])
     check_conv_sequences(x, weight, bias, conv_state, slots, has_initial_state, cu_seqlens, layout)
     if conv_state is None:
         return short_conv_op(x, weight, bias, activation, cu_seqlens)

@@ -158,8 +158,8 @@ def short_conv_qkv(
             differentiates).
     """
     activation = resolve_activation(activation)
-    layout = resolve_layout(layout)
     check_rank("x", x, 3)
+    layout = resolve_layout(layout, conv_state, x.shape[-1])
     check_conv_sequences(x, weight, bias, conv_state, slots, has_initial_state, cu_seqlens, layout)
     if not 1 <= head_dim <= MOST_HEAD_DIM:
         raise ValueError(f"head_dim must be in [1, {MOST_HEAD_DIM}], got {head_dim}")

@@ -128,7 +128,6 @@ def short_conv_update(
         RuntimeError: An argument requires grad.
     """
     activation = resolve_activation(activation)
-    layout = resolve_layout(layout)
     if cu_seqlens is None:
         check_rank("x", x, 2, 3)
         sequences = x.shape[0]
@@ -137,6 +136,7 @@ def short_conv_update(
         check_cu_seqlens_shape(cu_seqlens)
         sequences = cu_seqlens.shape[0] - 1
     check_conv(x, weight, bias)
+    layout = resolve_layout(layout, conv_state, x.shape[-1])
     W = weight.shape[1]
     check_conv_state(conv_state, layout, x.shape[-1], W)
     most = conv_state.shape[1 if layout == "SD" else 2] - W + 2

@@ -79,7 +79,7 @@ def state_copy(
             is skipped.
         RuntimeError: A state requires grad while grad mode is on.
     """
-    layout = resolve_layout(layout)
+    layout = resolve_layout(layout, conv)
     check_rank("conv", conv, 3, 4)
     check_rank("recurrent", recurrent, conv.dim() + 1)
     leading = conv.dim() - 2

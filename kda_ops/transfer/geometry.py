@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kda_ops.config import AUTO, LAYOUTS
 from kda_ops.state import KDAStateSpec, Segment, units_held
 from kda_ops.transfer.schema import (
     VERSION,
@@ -20,7 +21,6 @@ from kda_ops.transfer.schema import (
 )
 
 KINDS = ("state", "attention")
-LAYOUTS = ("SD", "DS")
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,8 @@ def state_geometry(
     layout, page_bytes = spec.layout, spec.page_bytes
     if layout is None or page_bytes is None:
         raise ValueError(f"spec must have been resolved by its constructor, got {spec}")
+    if layout == AUTO:
+        raise ValueError(f"spec must have a layout; spec.decide_layout(transfer=True), got {spec}")
     dtypes = {"recurrent": str(spec.recurrent_dtype).removeprefix("torch.")}
     conv_dtype = str(spec.conv_dtype).removeprefix("torch.")
     placed = []
