@@ -18,7 +18,6 @@ from kda_ops._checks import (
 )
 from kda_ops.batch import KDABatch
 from kda_ops.checkpoints import convert_state_dict
-from kda_ops.choice.layout import faster_layout
 from kda_ops.chunk_kda import chunk_kda
 from kda_ops.chunks import chunk_table
 from kda_ops.config import AUTO, configured_layout, resolve_layout
@@ -271,7 +270,7 @@ class KimiDeltaAttention(nn.Module):
             num_spec=num_spec,
             conv_dtype=self.qkv_proj.weight.dtype,
             recurrent_dtype=recurrent_dtype,
-            layout=self.conv_layout,
+            layout=configured_layout(self.conv_layout),
         )
         return spec.decide_layout(self.qkv_proj.weight.device, transfer=transfer)
 
@@ -504,6 +503,8 @@ class KimiDeltaAttention(nn.Module):
         layout = configured_layout(self.conv_layout)
         if layout != AUTO:
             return layout
+        from kda_ops.choice.layout import faster_layout  # loads Dynamo
+
         return faster_layout(
             self.num_heads,
             self.num_v_heads,

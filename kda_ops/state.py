@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kda_ops.choice.layout import faster_layout
 from kda_ops.config import AUTO, configured_layout
 
 CONV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -220,6 +219,8 @@ class KDAStateSpec:
             return self
         if transfer:
             return replace(self, layout="DS")
+        from kda_ops.choice.layout import faster_layout  # loads Dynamo
+
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kda_ops.chunk_kda import chunk_kda
 from kda_ops.chunk_kda_gated import chunk_kda_gated
-from kda_ops.config import LAYOUTS, resolve_layout
+from kda_ops.config import LAYOUTS, configured_layout
 from kda_ops.formulas import CHUNK
 from kda_ops.gate_cumsum import gate_cumsum
 from kda_ops.l2norm import l2norm
@@ -91,7 +91,7 @@ def kda_state_spec(
         num_spec=num_spec,
         conv_dtype=conv_dtype,
         recurrent_dtype=recurrent_dtype,
-        layout=resolve_layout(layout),
+        layout=configured_layout(layout),
         tp_size=tp_world_size,
     )
 
@@ -170,7 +170,7 @@ def kda_state_copy_func(layout: str | None = None, *, num_spec: int | None = Non
         less one, conv rows from `b` on come from block `cur`, the recurrent state from block
         `cur + b`. Raises ValueError for positions that the list does not have.
     """
-    resolved = resolve_layout(layout)
+    resolved = configured_layout(layout)
 
     def copy(
         conv: Tensor,
