@@ -1,4 +1,6 @@
-"""Benchmarks need a CUDA device; without one they are deselected, and the run says so."""
+"""Benchmarks need a CUDA device, but those marked `host`; without one they are deselected, and the
+run says so.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,12 +13,16 @@ from perf.rows import Measurer, Row
 from perf.timing import CLOCK
 from perf.tuning import quick_tuning
 
-NO_DEVICE = "perf: no CUDA device, all benchmarks deselected (nothing was measured)"
+NO_DEVICE = "perf: no CUDA device, its benchmarks deselected"
 DESELECTED = pytest.StashKey[int]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    ours = [item for item in items if item.path.name.startswith("bench_")]
+    ours = [
+        item
+        for item in items
+        if item.path.name.startswith("bench_") and not item.get_closest_marker("host")
+    ]
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(items=ours)
         config.stash[DESELECTED] = len(ours)

@@ -23,6 +23,20 @@ def results(run: dict[str, Any]) -> list[Result]:
     return [b["extra_info"] for b in run["benchmarks"] if "stage" in b.get("extra_info", {})]
 
 
+def rates(run: dict[str, Any]) -> list[Result]:
+    """What benchmarks of the host have counted, in their order."""
+    return [b["extra_info"] for b in run["benchmarks"] if "per_second" in b.get("extra_info", {})]
+
+
+def rate_table(found: Iterable[Result]) -> str:
+    """A Markdown table of rates."""
+    lines = ["| on the host | case | what | million per second |", "| --- | --- | --- | ---: |"]
+    lines += [
+        f"| {r['step']} | {r['case']} | {r['what']} | {r['per_second'] * 1e-6:.3g} |" for r in found
+    ]
+    return "\n".join(lines)
+
+
 def _number(value: float) -> str:
     if value == 0:
         return ""
@@ -120,11 +134,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, help="put the table between this file's markers")
     parser.add_argument("--picture", type=Path, help="draw bars into this PNG (needs matplotlib)")
     options = parser.parse_args(arguments)
-    measured = [row for path in options.runs for row in results(json.loads(path.read_text()))]
+    runs = [json.loads(path.read_text()) for path in options.runs]
+    measured = [row for run in runs for row in results(run)]
     rows = list({(row["stage"], row["case"], row["who"]): row for row in measured}.values())
-    if not rows:
+    counted = list({(r["step"], r["case"]): r for run in runs for r in rates(run)}.values())
+    if counted:
+        print(f"{rate_table(counted)}\n")
+    if not rows and not counted:
         print("perf.report: no rows in " + ", ".join(map(str, options.runs)), file=sys.stderr)
         return 1
+    if not rows:
+        return 0
     print(f"{machine_line(rows)}\n\n{table(rows)}")
     for row in slower_than_peer(rows):
         peer = f"{row['peer']} ({row['peer_ratio']:.2f})"

@@ -138,6 +138,27 @@ def test_the_table_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     )
 
 
+def test_rates_of_the_host_need_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run.json"
+    found = {"step": "plan", "case": "8-to-2", "what": "reads", "per_second": 1.25e6}
+    run.write_text(json.dumps({"benchmarks": [{"extra_info": found}]}))
+    assert report.main([str(run)]) == 0
+    assert "| plan | 8-to-2 | reads | 1.25 |\n" in capsys.readouterr().out
+
+
+def test_errors_of_large_results_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, expected = torch.randn(2, 7, 5), torch.randn(2, 7, 5)
+    whole = float((out - expected).double().norm() / expected.double().norm())
+    for at_once in (1, 9, 1000):
+        monkeypatch.setattr(rows, "COMPARED_AT_ONCE", at_once)
+        assert rows.relative_error(out, expected) == pytest.approx(whole)
+        assert rows.relative_error(expected, expected) == 0.0
+        out[1, 6, 4] = float("nan")
+        assert rows.relative_error(out, expected) == float("inf")
+        out[1, 6, 4] = 0.0
+        whole = float((out - expected).double().norm() / expected.double().norm())
+
+
 def test_a_row_that_a_peer_beats_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,7 +138,7 @@ CASES = [
             padding=0,
             perf=True,
         )
-        for count, layers in ((1, 4), (64, 20))
+        for count, layers in ((1, 4), (64, 20), (256, 20))
         for layout in ("SD", "DS")
         for bias in (0, 2)
     ],

@@ -5,6 +5,7 @@ units a rank needs with the units a source rank holds. Pure data in, data out.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from kda_ops.transfer.geometry import EngineGeometry, PageGeometry, check_compatible
@@ -27,6 +28,14 @@ class Read(NamedTuple):
     src_offset: int
     dst_offset: int
     nbytes: int
+
+
+class _Overlap(NamedTuple):
+    """Whole units as one read, and the bytes of a unit in either page."""
+
+    read: Read
+    dst_unit_bytes: int
+    src_unit_bytes: int
 
 
 def source_ranks(src_tp: int, dst_tp: int, dst_rank: int) -> range:
@@ -88,7 +97,7 @@ def plan_reads(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> list[Read
             f"group {dst.name}: page_tokens must be the same on both engines, "
             f"got {dst.page_tokens} and {src.page_tokens}"
         )
-    return _merge(_unit_reads(src, dst, dst_rank))
+    return [overlap.read for overlap in _overlaps(src, dst, dst_rank)]
 
 
 class Granules(NamedTuple):
@@ -123,8 +132,13 @@ def plan_granules(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> Granul
     tokens = math.gcd(src.page_tokens, dst.page_tokens)
     # heads come first in a page: some of its tokens are one range per head
     reads = [
-        read._replace(nbytes=read.nbytes // dst.page_tokens * tokens)
-        for read in _unit_reads(src, dst, dst_rank)
+        overlap.read._replace(
+            src_offset=overlap.read.src_offset + unit * overlap.src_unit_bytes,
+            dst_offset=overlap.read.dst_offset + unit * overlap.dst_unit_bytes,
+            nbytes=overlap.dst_unit_bytes // dst.page_tokens * tokens,
+        )
+        for overlap in _overlaps(src, dst, dst_rank)
+        for unit in range(overlap.read.nbytes // overlap.dst_unit_bytes)
     ]
     return Granules(
         src.page_tokens // tokens, dst.page_tokens // tokens, reads, [r.nbytes for r in reads]
@@ -157,38 +171,26 @@ def _check(src: PageGeometry, dst: PageGeometry) -> None:
     check_compatible(EngineGeometry((dst,)), EngineGeometry((src,)))
 
 
-def _unit_reads(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> list[Read]:
-    """One read per unit that `dst_rank` holds, sized as the unit is in the reader's page."""
+def _overlaps(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> Iterator[_Overlap]:
+    """Units that `dst_rank` needs, each of the first source rank that holds it."""
     ranks = source_ranks(src.tp_size, dst.tp_size, dst_rank)
-    reads = []
     for ours, theirs in zip(dst.segments, src.segments, strict=True):
-        held = [(rank, src.units_held(theirs, rank)) for rank in ranks]
-        for i, unit in enumerate(dst.units_held(ours, dst_rank)):
-            rank, units = next((r, u) for r, u in held if unit in u)
-            reads.append(
+        needed = dst.units_held(ours, dst_rank)
+        start = needed.start
+        for rank in ranks:  # what they hold begins later from rank to rank, or is the same
+            held = src.units_held(theirs, rank)
+            stop = min(needed.stop, held.stop)
+            if start >= stop:
+                continue
+            yield _Overlap(
                 Read(
                     rank,
                     ours.name,
-                    theirs.offset + (unit - units.start) * theirs.bytes_per_unit,
-                    ours.offset + i * ours.bytes_per_unit,
-                    ours.bytes_per_unit,
-                )
+                    theirs.offset + (start - held.start) * theirs.bytes_per_unit,
+                    ours.offset + (start - needed.start) * ours.bytes_per_unit,
+                    (stop - start) * ours.bytes_per_unit,
+                ),
+                ours.bytes_per_unit,
+                theirs.bytes_per_unit,
             )
-    return reads
-
-
-def _merge(reads: list[Read]) -> list[Read]:
-    """Neighbours that are contiguous on both sides become one read."""
-    merged: list[Read] = []
-    for read in reads:
-        if merged:
-            last = merged[-1]
-            if (
-                (last.src_rank, last.segment) == (read.src_rank, read.segment)
-                and last.src_offset + last.nbytes == read.src_offset
-                and last.dst_offset + last.nbytes == read.dst_offset
-            ):
-                merged[-1] = last._replace(nbytes=last.nbytes + read.nbytes)
-                continue
-        merged.append(read)
-    return merged
+            start = stop

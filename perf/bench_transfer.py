@@ -1,0 +1,142 @@
+"""What the host does of a transfer: planning, matching blocks, posting reads. Needs no GPU.
+
+Descriptors per second: ranges that a transport is given. A hybrid model at Kimi-Linear's sizes, 20
+KDA layers and 7 of attention with 8 KV heads, prompts of 16384 tokens, no prefix hit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from kda_ops.state import KDAStateSpec, Segment
+from kda_ops.transfer.blocks import block_groups, match_blocks
+from kda_ops.transfer.engine import TransferEngine
+from kda_ops.transfer.geometry import EngineGeometry, packed_geometry, state_geometry
+from kda_ops.transfer.plan import plan_reads
+from kda_ops.transfer.transport import DONE, InProcessNetwork, InProcessTransport
+
+pytestmark = pytest.mark.host
+
+KDA_LAYERS, ATTENTION_LAYERS, KV_HEADS, HEAD_DIM = 20, 7, 8, 128
+BLOCK, PROMPT, REQUESTS = 64, 16384, 8
+STATES, PAGES = REQUESTS + 1, REQUESTS * PROMPT // BLOCK + 1
+PAIRS = [(1, 1), (8, 8), (8, 2), (2, 8)]
+ids = [f"{p}-to-{d}" for p, d in PAIRS]
+
+
+def geometry(tp: int) -> EngineGeometry:
+    """The model on `tp` ranks."""
+    spec = KDAStateSpec(32, 32, 128, 128, conv_dtype=torch.bfloat16, layout="DS", tp_size=tp)
+    unit = BLOCK * HEAD_DIM * 2
+    attention = packed_geometry(
+        [Segment("k", KV_HEADS, unit), Segment("v", KV_HEADS, unit)],
+        name="kv",
+        kind="attention",
+        dtypes={"k": "bfloat16", "v": "bfloat16"},
+        tp_size=tp,
+        pages=PAGES,
+        block_tokens=BLOCK,
+        layers=ATTENTION_LAYERS,
+    )
+    state = state_geometry(spec, pages=STATES, layers=KDA_LAYERS, block_tokens=BLOCK)
+    return EngineGeometry((state, attention))
+
+
+def blocks(request: int) -> list[list[int]]:
+    """Blocks of a request: the running state, and all its keys and values."""
+    count = PROMPT // BLOCK
+    first = 1 + request * count
+    return [[0] * (count - 1) + [request + 1], list(range(first, first + count))]
+
+
+@dataclass(eq=False)
+class Weightless(InProcessTransport):
+    """Takes pages that do not exist, and reads that are done at once."""
+
+    def register(self, regions: Any, memory: str) -> Any:
+        return super().register(regions, "cpu")
+
+    def prepare(self, peer: str | None, ranges: Any, memory: str) -> Any:
+        return (self if peer is None else self.peers[peer]), ranges
+
+    def release(self, prepared: Any) -> None: ...
+
+    def read(self, local: Any, local_indices: Any, remote: Any, remote_indices: Any) -> Any:
+        return None
+
+    def status(self, read: Any) -> str:
+        return DONE
+
+    def finish(self, read: Any) -> None: ...
+
+
+@pytest.fixture
+def count(benchmark: Any) -> Callable[..., None]:
+    """Measures a call and writes down how much of something it makes per second."""
+
+    def measure(step: str, case: str, what: str, number: int, call: Callable[[], Any]) -> None:
+        assert number > 0
+        benchmark.group = step
+        benchmark(call)
+        rate = number / benchmark.stats.stats.median
+        benchmark.extra_info.update(step=step, case=case, what=what, per_second=rate)
+
+    return measure
+
+
+@pytest.mark.parametrize(("p", "d"), PAIRS, ids=ids)
+def bench_plan(count: Callable[..., None], p: int, d: int) -> None:
+    """The reads of one page of every group, for every reading rank."""
+    src, dst = geometry(p), geometry(d)
+
+    def plan() -> int:
+        return sum(
+            len(plan_reads(a, b, rank))
+            for rank in range(d)
+            for a, b in zip(src.groups, dst.groups, strict=True)
+        )
+
+    count("plan", f"{p}-to-{d}", "reads", plan(), plan)
+
+
+def bench_match(count: Callable[..., None]) -> None:
+    """The blocks of a request."""
+    groups = block_groups(geometry(1), geometry(1))
+    local, remote = blocks(0), blocks(1)
+    pages = sum(len(match.copies) for match in match_blocks(local, remote, groups))
+    count("match", f"{PROMPT}-tokens", "pages", pages, lambda: match_blocks(local, remote, groups))
+
+
+@pytest.mark.parametrize(("p", "d"), PAIRS, ids=ids)
+def bench_read(count: Callable[..., None], p: int, d: int) -> None:
+    """Requests of one reading rank from `read` to their end, but for the transport itself."""
+    network = InProcessNetwork()
+
+    def engine(tp: int, rank: int, name: str) -> TransferEngine:
+        shape = geometry(tp)
+        pages = []
+        for group in shape.groups:  # one buffer for all layers, and never touched
+            buffer = torch.empty(group.pages, group.page_bytes, dtype=torch.uint8)
+            pages.append([buffer] * group.layers)
+        return TransferEngine(Weightless(network, f"{name}{rank}"), shape, rank, pages, name=name)
+
+    sources = [engine(p, rank, "prefill") for rank in range(p)]
+    reader = engine(d, 0, "decode")
+    reader.connect("prefill", p, lambda rank, message: sources[rank].answer(message))
+    lists = [blocks(request) for request in range(REQUESTS)]
+    made = 0
+
+    def read() -> None:
+        nonlocal made
+        for one in lists:
+            made += 1
+            reader.read(f"r{made}", "prefill", one, one)
+        assert len(reader.poll().finished) == REQUESTS
+
+    read()
+    ranges = reader.counters.ranges
+    count("read", f"{p}-to-{d}", "descriptors", ranges, read)
+    reader.close()
