@@ -1,7 +1,7 @@
 """One description of a server's batch, shared by all layers of a forward."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ class KDABatch:
         num_prefills: Prefill sequences.
         num_prefill_tokens: Rows of the prefills.
         num_tokens: Rows of `hidden_states`, padding included.
+        num_prefill_rows: Rows of the prefills and the padding. Not an argument; a number of its own
+            so that compiled code has a symbol for it instead of a difference of two, whose products
+            Inductor does not find equal when it decides what fuses.
         prefill_cu_seqlens: `[num_prefills + 1]`, `cu_seqlens` of the prefills counted from their
             first row. Made from `cu_seqlens` where not given.
         chunks: Chunk table of the prefills and the padding after them
@@ -73,9 +76,11 @@ class KDABatch:
     num_tokens: int
     prefill_cu_seqlens: Tensor | None = None
     chunks: Tensor | None = None
+    num_prefill_rows: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._check()
+        object.__setattr__(self, "num_prefill_rows", self.num_tokens - self.num_decode_tokens)
         if config.check_values or self.cu_seqlens.device.type == "cpu":
             self._check_values()
         if self.num_prefills == 0:
@@ -84,7 +89,7 @@ class KDABatch:
             offsets = self.cu_seqlens[self.num_decodes :] - self.num_decode_tokens
             object.__setattr__(self, "prefill_cu_seqlens", offsets)
         if self.chunks is None:
-            table = chunk_table(self.prefill_cu_seqlens, self.num_tokens - self.num_decode_tokens)
+            table = chunk_table(self.prefill_cu_seqlens, self.num_prefill_rows)
             object.__setattr__(self, "chunks", table)
 
     @classmethod

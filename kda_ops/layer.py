@@ -350,13 +350,10 @@ class KimiDeltaAttention(nn.Module):
             return self._decode(x, f, beta, z, state, batch, layout)
         if batch.num_decodes == 0:
             return self._prefill_pages(x, f, beta, z, state, batch, layout)
-        rows = batch.num_decode_tokens
-        decoded = self._decode(
-            x[:, :rows], f[:, :rows], beta[:, :rows], z[:, :rows], state, batch, layout
-        )
-        prefilled = self._prefill_pages(
-            x[:, rows:], f[:, rows:], beta[:, rows:], z[:, rows:], state, batch, layout
-        )
+        rows = (batch.num_decode_tokens, batch.num_prefill_rows)
+        (x, x2), (f, f2), (beta, beta2), (z, z2) = (y.split(rows, dim=1) for y in (x, f, beta, z))
+        decoded = self._decode(x, f, beta, z, state, batch, layout)
+        prefilled = self._prefill_pages(x2, f2, beta2, z2, state, batch, layout)
         return torch.cat([decoded, prefilled], dim=1)
 
     def _decode(

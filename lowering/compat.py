@@ -25,11 +25,28 @@ def inline_subgraph(gm: Any, inputs: list[Any]) -> Any:
             V.graph.current_node = inner
             if inner.op == "placeholder":
                 V.graph.env[inner] = next(arguments)
+            elif inner.target is torch.ops.aten.empty.memory_format:
+                V.graph.env[inner] = empty_like_traced(inner.meta["val"])
             else:
                 V.graph.env[inner] = V.graph.run_node(inner)
     finally:
         V.graph.current_node, V.graph.module = node, module
     return torch.fx.node.map_arg(result, V.graph.env.__getitem__)
+
+
+def empty_like_traced(x: torch.Tensor) -> Any:
+    """An allocation with the strides that it was traced with.
+
+    With a size such as `s0 - s1` those are in terms of `Max(1, s0 - s1)`. Inductor's own lowering
+    leaves that out, takes the two for different layouts and copies what the graph returns.
+    """
+    from torch._inductor.lowering import empty_strided
+
+    def expressions(sizes: Any) -> list[Any]:
+        return [n.node.expr if isinstance(n, torch.SymInt) else n for n in sizes]
+
+    size, stride = expressions(x.shape), expressions(x.stride())
+    return empty_strided(size, stride, dtype=x.dtype, device=x.device)
 
 
 def lower_storage_offset() -> None:

@@ -1,7 +1,8 @@
 """What a compiled Kimi layer launches between its projections, read off generated CUDA code.
 
 Prefill at most four kernels, decode exactly one, whatever the gate, the layout and the lengths; no
-copies of a state, nothing filled, one graph for a stack of layers.
+copies of a state, nothing filled, no host waiting, one graph for a stack of layers. The stack has
+one layer of each kind, so that one compilation counts them all.
 """
 
 from typing import Any
@@ -11,12 +12,18 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+import kda_ops
 from kda_ops.batch import KDABatch
 from kda_ops.chunks import chunk_table
 from kda_ops.layer import KimiDeltaAttention
 from tests.fake_cuda import Summary, cuda_code, summary
 
 HIDDEN, K, H = 64, 64, 2
+KINDS: list[dict[str, Any]] = [
+    {"conv_layout": layout, "lower_bound": bound, "allow_neg_eigval": bound is not None}
+    for layout in ("SD", "DS")
+    for bound in (None, -5.0)
+]
 DECODE = ["kda_decode_kernel"]
 PREFILL = [
     "short_conv_qkv_kernel",
@@ -24,29 +31,20 @@ PREFILL = [
     "chunk_scan_kernel",
     "rms_norm_gated",
 ]
-settings = pytest.mark.parametrize(
-    ("layout", "lower_bound"), [("SD", None), ("DS", -5.0)], ids=["SD-softplus", "DS-bounded"]
-)
+JOIN = ["_cat_"]  # copies the rows of the decodes, which are few, in front of the prefills'
+FORBIDDEN = ("copy_(", "fill_(", "zero_(", ".item()", ".tolist()", ".cpu()", "synchronize()")
+GEMMS = ("extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm")
 lengths = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 
 
 class Stack(nn.Module):
     """Layers one after the other, and nothing between them."""
 
-    def __init__(self, layers: int, layout: str, lower_bound: float | None) -> None:
+    def __init__(self, kinds: list[dict[str, Any]] = KINDS) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            KimiDeltaAttention(
-                HIDDEN,
-                K,
-                H,
-                conv_layout=layout,
-                lower_bound=lower_bound,
-                allow_neg_eigval=lower_bound is not None,
-                layer_idx=i,
-                dtype=torch.bfloat16,
-            )
-            for i in range(layers)
+            KimiDeltaAttention(HIDDEN, K, H, layer_idx=i, dtype=torch.bfloat16, **kind)
+            for i, kind in enumerate(kinds)
         )
 
     def forward(self, x: Tensor, states: Any = None, **how: Any) -> Tensor:
@@ -61,19 +59,15 @@ def compiled(stack: Stack, tokens: int, dynamic: bool, states: Any = None, **how
     x = torch.randn(1, tokens, HIDDEN, dtype=torch.bfloat16)
     with torch.no_grad():
         _, (source,) = cuda_code(stack, x, states, dynamic=dynamic, **how)
-    for forbidden in ("copy_(", "fill_(", "zero_(", ".item()", "synchronize()"):
-        assert forbidden not in source[source.index("def call(") : source.index("\ndef benchmark")]
+    body = source[source.index("def call(") : source.index("\ndef benchmark")]
+    assert [text for text in FORBIDDEN if text in body] == []
     found = summary(source)
-    gemms = ("extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm")
-    return Summary(
-        found.launches,
-        [name for name in found.externs if name not in gemms],
-        found.allocations,
-    )
+    externs = [name for name in found.externs if name not in GEMMS]
+    return Summary(found.launches, externs, found.allocations)
 
 
-def paged(stack: Stack, slots: int = 6) -> list[Any]:
-    return [layer.state_spec().allocate(slots) for layer in stack.layers]
+def paged(stack: Stack, slots: int = 6, num_spec: int = 0) -> list[Any]:
+    return [layer.state_spec(num_spec=num_spec).allocate(slots) for layer in stack.layers]
 
 
 def expect(found: Summary, kernels: list[str]) -> None:
@@ -84,48 +78,61 @@ def expect(found: Summary, kernels: list[str]) -> None:
 
 
 @lengths
-@settings
-def test_decode_is_one_launch(layout: str, lower_bound: float | None, dynamic: bool) -> None:
-    stack = Stack(1, layout, lower_bound)
+def test_decode_is_one_launch(dynamic: bool) -> None:
+    stack = Stack()
     batch = KDABatch.decode([1, 2, 3])
-    expect(compiled(stack, 3, dynamic, paged(stack), batch=batch), DECODE)
-
-
-def test_speculative_decode_keeps_the_recurrence_apart() -> None:
-    """Several tokens per sequence are faster in kernels of their own."""
-    stack = Stack(1, "DS", None)
-    batch = KDABatch.decode([[1, 2], [3, 4]], lengths=[2, 1], num_accepted=[2, 1], num_tokens=5)
-    states = [layer.state_spec(num_spec=1).allocate(6) for layer in stack.layers]
-    found = compiled(stack, 5, False, states, batch=batch)
-    ours = [name for name in found.launches if not name.startswith("triton_")]
-    assert ours == ["short_conv_update_kernel", "recurrent_kda_kernel"]
+    expect(compiled(stack, 3, dynamic, paged(stack), batch=batch), 4 * DECODE)
 
 
 @lengths
-@settings
-def test_paged_prefill_is_four_launches(
-    layout: str, lower_bound: float | None, dynamic: bool
-) -> None:
-    stack = Stack(1, layout, lower_bound)
+def test_paged_prefill_is_four_launches(dynamic: bool) -> None:
+    stack = Stack()
     batch = KDABatch.prefill([70, 30], [1, 2], has_initial_state=[True, False], num_tokens=104)
-    expect(compiled(stack, 104, dynamic, paged(stack), batch=batch), PREFILL)
+    expect(compiled(stack, 104, dynamic, paged(stack), batch=batch), 4 * PREFILL)
+
+
+@lengths
+def test_mixed_batch_is_a_decode_and_a_prefill(dynamic: bool) -> None:
+    stack = Stack(KINDS[::3])
+    batch = KDABatch.mixed(
+        [1, 1, 1], [70, 30], [1, 2, 3, 4, 5], has_initial_state=[True, False], num_tokens=106
+    )
+    found = compiled(stack, 106, dynamic, paged(stack), batch=batch)
+    expect(found, 2 * [*DECODE, *PREFILL, *JOIN])
 
 
 @lengths
 def test_packed_sequences_are_four_launches(dynamic: bool) -> None:
     cu = torch.tensor([0, 50, 130], dtype=torch.int32)
-    found = compiled(Stack(1, "SD", -5.0), 130, dynamic, cu_seqlens=cu, chunks=chunk_table(cu, 130))
-    expect(found, PREFILL)
+    stack = Stack(KINDS[:2])  # without a state there is no layout
+    found = compiled(stack, 130, dynamic, cu_seqlens=cu, chunks=chunk_table(cu, 130))
+    expect(found, 2 * PREFILL)
 
 
 @lengths
 def test_one_sequence_is_four_launches(dynamic: bool) -> None:
-    expect(compiled(Stack(1, "SD", None), 130, dynamic), PREFILL)
+    expect(compiled(Stack(KINDS[:2]), 130, dynamic), 2 * PREFILL)
 
 
-def test_four_layers_are_one_graph() -> None:
-    stack = Stack(4, "DS", -5.0)
-    batch = KDABatch.decode([1, 2, 3])
-    expect(compiled(stack, 3, True, paged(stack), batch=batch), 4 * DECODE)
-    batch = KDABatch.prefill([70, 30], [1, 2])
-    expect(compiled(stack, 100, False, paged(stack), batch=batch), 4 * PREFILL)
+def test_a_length_that_is_a_difference_costs_no_copy() -> None:
+    """Its strides are in terms of `Max(1, T - first)`, what is allocated for it must be too."""
+
+    def some_rows(*args: Any) -> Tensor:
+        *heads, first = args
+        return kda_ops.chunk_kda(*(x[:, first:] for x in heads))[0]
+
+    heads = [torch.nn.functional.normalize(torch.randn(1, 200, H, K), dim=-1) for _ in range(3)]
+    G = -torch.rand(1, 200, H, K).cumsum(1) / 200
+    inputs = [*(x.bfloat16() for x in heads), G, torch.rand(1, 200, H), 37]
+    result, (source,) = cuda_code(some_rows, *inputs, dynamic=True)
+    assert torch.equal(result, some_rows(*inputs))
+    assert summary(source).launches == ["chunk_prepare_kernel", "chunk_scan_kernel"]
+
+
+def test_speculative_decode_keeps_the_recurrence_apart() -> None:
+    """Several tokens per sequence are faster in kernels of their own."""
+    stack = Stack(KINDS[2:3])
+    batch = KDABatch.decode([[1, 2], [3, 4]], lengths=[2, 1], num_accepted=[2, 1], num_tokens=5)
+    found = compiled(stack, 5, False, paged(stack, num_spec=1), batch=batch)
+    ours = [name for name in found.launches if not name.startswith("triton_")]
+    assert ours == ["short_conv_update_kernel", "recurrent_kda_kernel"]
