@@ -6,9 +6,9 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(she
 VENV := .venv
 RUN := $(VENV)/bin/python
 CHECKED := kda_ops lowering tests perf
-PERF_JSON ?= build/perf.json
+HISTORY := perf/history
 
-.PHONY: help demo test check format format-check lint types nixl test-nixl test-gpu perf perf-compare clean
+.PHONY: help demo test check format format-check lint types nixl test-nixl test-gpu perf perf-compare perf-report clean
 
 help:
 	@echo 'make demo           compile a Kimi Linear layer, prefill a text and decode, checked against fp64'
@@ -19,7 +19,8 @@ help:
 	@echo 'make test-nixl      the transfers over NIXL alone'
 	@echo 'make test-gpu       the same cases on a CUDA device'
 	@echo 'make perf           benchmarks on a CUDA device against flash-linear-attention'
-	@echo 'make perf-compare   A=one.json B=other.json, two runs side by side'
+	@echo 'make perf-compare   fails where the newest run is 5 % worse than the committed ones (FILE=one.json)'
+	@echo 'make perf-report    README table and picture from the newest runs in perf/history/h200'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; name it with PYTHON=...))
@@ -67,14 +68,19 @@ test-nixl: $(VENV)/.nixl-installed
 test-gpu: $(VENV)/.installed
 	$(RUN) -m pytest -q -p no:benchmark -m gpu tests $(ARGS)
 
+# a whole run is kept with those of its GPU, a part of one (ARGS="-k gate") in build/
 perf: $(VENV)/.perf-installed
-	@mkdir -p $(dir $(PERF_JSON))
-	@status=0; $(RUN) -m pytest perf -q --benchmark-json=$(PERF_JSON) $(ARGS) || status=$$?; \
-	$(RUN) -m perf.report $(PERF_JSON) && exit $$status
+	@json="$(PERF_JSON)"; \
+	if [ -z "$$json" ]; then json=$(if $(ARGS),build/perf.json,$$($(RUN) -m perf.machine)); fi; \
+	mkdir -p "$$(dirname "$$json")"; status=0; \
+	$(RUN) -m pytest perf -q --durations=15 --benchmark-json="$$json" $(ARGS) || status=$$?; \
+	$(RUN) -m perf.report "$$json" && echo "run kept in $$json" && exit $$status
 
 perf-compare: $(VENV)/.perf-installed
-	$(if $(and $(A),$(B)),,$(error name two runs: make perf-compare A=one.json B=other.json))
-	$(VENV)/bin/pytest-benchmark compare $(A) $(B) --columns=median --group-by=name
+	$(RUN) -m perf.compare $(FILE)
+
+perf-report: $(VENV)/.perf-installed
+	$(RUN) -m perf.report $(wildcard $(HISTORY)/h200/*.json) --readme README.md --picture perf/report.png
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache

@@ -1,10 +1,15 @@
-"""What a run was measured on: the GPU, its software, and the ceilings that make the floors."""
+"""What a run was measured on: the GPU, its software, and the ceilings that make the floors.
 
+`python -m perf.machine` prints where a run made now is kept.
+"""
+
+import datetime
 import functools
 import platform
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +18,7 @@ from perf.timing import gpu_seconds
 
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
+HISTORY = Path(__file__).parent / "history"
 
 
 @dataclass(frozen=True)
@@ -89,3 +95,20 @@ def _nvidia_smi(*fields: str) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(fields, (value.strip() for value in answer.split(",")), strict=False))
+
+
+def folder_of(gpu_name: str) -> Path:
+    """Where the runs of a GPU are kept: those of an `NVIDIA H200` in `history/h200`."""
+    return HISTORY / "-".join(gpu_name.lower().replace("nvidia", "").replace("/", " ").split())
+
+
+def next_run() -> Path:
+    """A new file for a run made now, in the folder of this GPU; in `build/` without one."""
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d-%H%M")
+    if not torch.cuda.is_available():
+        return Path("build") / f"{now}.json"
+    return folder_of(torch.cuda.get_device_name()) / f"{now}.json"
+
+
+if __name__ == "__main__":
+    print(next_run())

@@ -1,7 +1,7 @@
-"""Turns runs into tables: `python -m perf.report RUN.json [--readme FILE.md] [--picture FILE.png]`.
+"""Turns runs into a report: `python -m perf.report RUN.json ... [--readme FILE] [--picture PNG]`.
 
-Without options it prints the table. `--readme` puts it between that file's markers, `--picture`
-draws one bar per way of computing each case, with the floor as a line (needs matplotlib).
+Prints the targets and the table of all rows, each row from the newest run that has it. `--readme`
+puts them between that file's markers, `--picture` draws stacked bars (needs matplotlib).
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from perf.rows import OURS
+from perf import targets
 
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 COLUMNS = ("stage", "case", "who", "us", "floor", "GB/s", "TFLOP/s", "launches", "peer / ours")
@@ -37,7 +37,7 @@ def rate_table(found: Iterable[Result]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
+def short_number(value: float) -> str:
     if value == 0:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -52,10 +52,10 @@ def table(rows: Iterable[Result]) -> str:
             row["stage"],
             row["case"],
             row["who"],
-            _number(row["us"]),
+            short_number(row["us"]),
             f"{row['percent_of_floor']:.0f} %",
-            _number(row["GB_per_s"]),
-            _number(row["TFLOP_per_s"]),
+            short_number(row["GB_per_s"]),
+            short_number(row["TFLOP_per_s"]),
             str(row["launches"]),
             "" if ratio is None else f"{ratio:.2f}",
         )
@@ -79,8 +79,24 @@ def slower_than_peer(rows: Iterable[Result]) -> list[Result]:
     return [row for row in rows if row.get("peer_ratio") is not None and row["peer_ratio"] < 1.0]
 
 
-def write_readme(path: Path, rows: Sequence[Result]) -> None:
-    """Replaces what is between the markers of a Markdown file.
+def slowest(rows: Iterable[Result], count: int = 10) -> list[tuple[Result, float]]:
+    """The rows that took longest to measure, with their seconds: where a run's minutes went."""
+    timed = [(row, sum(row["host_seconds"].values())) for row in rows if "host_seconds" in row]
+    return sorted(timed, key=lambda pair: -pair[1])[:count]
+
+
+def newest(runs: Iterable[dict[str, Any]], rows_of: Any = results) -> list[Result]:
+    """The rows of several runs, each from the newest one that has it."""
+    ordered = sorted(runs, key=lambda run: str(run.get("datetime", "")))
+    found = [row for run in ordered for row in rows_of(run)]
+    return list({(row["stage"], row["case"], row["who"]): row for row in found}.values())
+
+
+def write_readme(
+    path: Path, rows: Sequence[Result], goals: str, picture: Path | None = None
+) -> None:
+    """Replaces what is between the markers of a Markdown file by the picture, the table of targets
+    (`goals`) and the folded table of all rows.
 
     Raises:
         ValueError: The file lacks the markers, or there are no rows.
@@ -92,51 +108,21 @@ def write_readme(path: Path, rows: Sequence[Result]) -> None:
         raise ValueError(f"{path} must hold {BEGIN} and then {END} once each")
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
-    path.write_text(f"{head}{BEGIN}\n{machine_line(rows)}\n\n{table(rows)}\n{END}{tail}")
-
-
-def draw(path: Path, rows: Sequence[Result]) -> None:
-    """Bars of every stage and case, ours darker than the peers', the floor as a black line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups: dict[str, list[Result]] = {}
-    for row in rows:
-        groups.setdefault(f"{row['stage']}\n{row['case']}", []).append(row)
-    columns = min(4, len(groups))
-    lines = -(-len(groups) // columns)
-    figure, axes = pyplot.subplots(
-        lines, columns, figsize=(4 * columns, 2.6 * lines), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(groups) :]:
-        axis.set_axis_off()
-    for axis, (name, members) in zip(axes.flat, groups.items(), strict=False):
-        colours = ["#1b5e9b" if row["who"].startswith(OURS) else "#c3c9d1" for row in members]
-        bars = axis.barh(
-            [row["who"] for row in members], [row["us"] for row in members], color=colours
-        )
-        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
-        axis.axvline(members[0]["floor_us"], color="black", linewidth=1.5)
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("us (line: floor)", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.margins(x=0.2)
-        axis.invert_yaxis()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    parts = [machine_line(rows)]
+    if picture is not None:
+        parts.append(f"![Time of each stage, ours beside the peer's]({picture.as_posix()})")
+    parts += [goals, "<details>\n<summary>All rows</summary>", table(rows), "</details>"]
+    path.write_text(f"{head}{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}{tail}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="perf.report", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="JSON files, later ones win")
-    parser.add_argument("--readme", type=Path, help="put the table between this file's markers")
-    parser.add_argument("--picture", type=Path, help="draw bars into this PNG (needs matplotlib)")
+    parser.add_argument("runs", nargs="+", type=Path, help="JSON files")
+    parser.add_argument("--readme", type=Path, help="put the report between this file's markers")
+    parser.add_argument("--picture", type=Path, help="draw stacked bars into this PNG")
     options = parser.parse_args(arguments)
     runs = [json.loads(path.read_text()) for path in options.runs]
-    measured = [row for run in runs for row in results(run)]
-    rows = list({(row["stage"], row["case"], row["who"]): row for row in measured}.values())
+    rows = newest(runs)
     counted = list({(r["step"], r["case"]): r for run in runs for r in rates(run)}.values())
     if counted:
         print(f"{rate_table(counted)}\n")
@@ -145,14 +131,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if not rows:
         return 0
-    print(f"{machine_line(rows)}\n\n{table(rows)}")
+    goals = targets.table(newest(runs, targets.rows_of))
+    print(f"{machine_line(rows)}\n\n{table(rows)}\n\n{goals}\n")
     for row in slower_than_peer(rows):
         peer = f"{row['peer']} ({row['peer_ratio']:.2f})"
         print(f"slower than {peer}: {row['stage']} {row['case']}, {row['who']}")
-    if options.readme:
-        write_readme(options.readme, rows)
+    for row, seconds in slowest(rows):
+        print(f"{seconds:6.1f} s to measure {row['stage']} {row['case']}, {row['who']}")
     if options.picture:
+        from perf.picture import draw
+
         draw(options.picture, rows)
+    if options.readme:
+        write_readme(options.readme, rows, goals, options.picture)
     return 0
 
 

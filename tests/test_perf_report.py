@@ -11,7 +11,7 @@ import torch
 
 import kda_ops
 from kda_ops.gate.cases import CASES
-from perf import report, rows, timing
+from perf import report, rows, targets, timing
 from perf.machine import Ceilings
 from perf.rows import OURS, Row
 
@@ -135,6 +135,7 @@ def test_the_table_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         "| gate | small | FLA 0.6.0 | 5 | 40 % | 1,600 |  | 1 |  |\n"
         "| gate | small | kda_ops | 4 | 50 % | 2,000 |  | 1 | 1.25 |\n"
+        f"\n{targets.table([])}\n\n"
     )
 
 
@@ -175,10 +176,29 @@ def test_the_readme_gets_the_table_between_its_markers(tmp_path: Path) -> None:
     assert report.main(arguments) == 0
     first = readme.read_text()
     assert first.startswith(f"before\n{report.BEGIN}\nNVIDIA H200")
-    assert first.endswith(f"| 1.25 |\n{report.END}\nafter\n")
+    assert first.endswith(f"| 1.25 |\n\n</details>\n{report.END}\nafter\n")
+    assert targets.table([]) in first
     assert "old" not in first
     assert report.main(arguments) == 0
     assert readme.read_text() == first
+
+
+def test_each_row_is_from_the_newest_run_that_has_it(tmp_path: Path) -> None:
+    old = {"datetime": "2026-01-01", "benchmarks": []}
+    new = {"datetime": "2026-01-02", "benchmarks": []}
+    for run, us, whos in ((old, 6.0, ("FLA 0.6.0", OURS)), (new, 4.0, (OURS,))):
+        run["benchmarks"] = [{"extra_info": make_result(who, us)} for who in whos]
+    for order in ((old, new), (new, old)):
+        found = {row["who"]: row["us"] for row in report.newest(order)}
+        assert found == {"FLA 0.6.0": 6.0, OURS: 4.0}
+
+
+def test_the_slowest_rows_to_measure_are_told() -> None:
+    found = [make_result(OURS, 4.0, host_seconds={"check": x, "measure": 1.0}) for x in (2.0, 5.0)]
+    assert [seconds for _, seconds in report.slowest([*found, make_result(OURS, 1.0)])] == [
+        6.0,
+        3.0,
+    ]
 
 
 def test_a_readme_without_markers_is_left_alone(tmp_path: Path) -> None:
