@@ -1,5 +1,6 @@
 """Handshakes over TCP: length-prefixed messages with a limit and a deadline, on loopback."""
 
+import logging
 import socket
 import struct
 import threading
@@ -11,6 +12,8 @@ from kda_ops.transfer.peers import Call
 
 HEADER = struct.Struct("!I")
 LOOPBACK = "127.0.0.1"
+
+log = logging.getLogger(__name__)
 
 
 class HandshakeServer:
@@ -37,6 +40,7 @@ class HandshakeServer:
         self._timeout_s = timeout_s
         self._slots = threading.Semaphore(clients)
         self._socket = socket.create_server((host, port))
+        self._address = self._socket.getsockname()[:2]
         self._socket.settimeout(0.1)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._accept, daemon=True)
@@ -45,7 +49,7 @@ class HandshakeServer:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port."""
-        return self._socket.getsockname()[:2]
+        return self._address
 
     def _accept(self) -> None:
         while not self._stop.is_set():
@@ -53,8 +57,10 @@ class HandshakeServer:
                 client, _ = self._socket.accept()
             except TimeoutError:
                 continue
-            except OSError:
-                return
+            except OSError as error:  # no more descriptors, for one: others may still be served
+                log.warning("handshake server: %s", error)
+                self._stop.wait(0.1)
+                continue
             if self._slots.acquire(blocking=False):
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
             else:
