@@ -1,5 +1,5 @@
-"""The prefill core from raw projections, against FLA's whole core, at the sizes of the targets:
-q, k, v, gate input and beta in, output and final states out.
+"""The prefill core from raw projections, against whole cores of others, at the sizes of the
+targets: q, k, v, gate input and beta in, output and final states out.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from kda_ops import chunk_kda, chunk_kda_gated, gate_cumsum, l2norm
 from kda_ops._cases import Case
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import CHUNK
+from perf.more_peers import more_peers
 from perf.peers import fla, fla_core
 from perf.rows import OURS, Row, direct, function_rows
 
@@ -108,9 +109,10 @@ COMPILED_TOO = ("softplus-T8192-H32", "softplus-T1024-H32")
 
 
 def core_rows(case: Case) -> list[Row]:
-    """FLA's, the small operators called one by one (and compiled), all in one operator."""
+    """The peers, the small operators called one by one (and compiled), all in one operator."""
     compile_too = case.name in COMPILED_TOO
-    rows = function_rows("core", case, core, peers=fla(fla_core), compile_too=compile_too)
+    peers = fla(fla_core) | more_peers()
+    rows = function_rows("core", case, core, peers=peers, compile_too=compile_too)
     (own,) = (row for row in rows if row.who == OURS)
     return [*rows, dataclasses.replace(own, who=f"{OURS}, fused", prepare=direct(fused_core))]
 
