@@ -80,7 +80,7 @@ def test_a_client_that_dribbles_is_disconnected(server: HandshakeServer) -> None
             time.sleep(0.02)
 
     with connect(server) as client:
-        client.sendall(struct.pack("!I", 1000))
+        client.sendall(struct.pack("!I", MAX_HANDSHAKE))
         with pytest.raises(OSError, match=r"reset|pipe|[Aa]borted"):
             dribble(client)
     check_alive(server)
