@@ -41,13 +41,14 @@ def core_inputs(
     T = sum(lengths)
     q, k, v, x = (torch.randn(1, T, H, D, device=device, dtype=torch.bfloat16) for _ in range(4))
     step = torch.empty(H, D, device=device).uniform_(-6.9, -2.3).exp()
+    A_log = torch.empty(H, device=device).uniform_(1, 16).log()
     inputs: dict[str, Any] = {
         "q": q,
         "k": k,
         "v": v,
         "x": x,
         "beta": torch.randn(1, T, H, device=device, dtype=torch.bfloat16),
-        "A_log": torch.empty(H, device=device).uniform_(1, 16).log(),
+        "A_log": A_log if lower_bound is None else torch.zeros_like(A_log),
         "dt_bias": step.expm1().log(),
         "lower_bound": lower_bound,
     }

@@ -31,9 +31,13 @@ def harsh(inputs: Inputs) -> Inputs:
 
 
 def near_identical_keys(inputs: Inputs) -> Inputs:
-    """Keys a percent apart that hardly decay: every token corrects what the one before it wrote."""
-    k, rates = inputs["k"], torch.full_like(inputs["A_log"], -6.9)
-    return inputs | {"k": k[:, :1] + 0.01 * k, "A_log": rates}
+    """Keys a percent apart that decay by about a thousandth a token: every token corrects what the
+    one before it wrote.
+    """
+    k = inputs["k"]
+    log_rate = -2.3 if inputs["lower_bound"] is None else 0.7  # the bounded gate has it inside
+    A_log = torch.full_like(inputs["A_log"], log_rate)
+    return inputs | {"k": k[:, :1] + 0.01 * k, "A_log": A_log}
 
 
 CASES: dict[str, tuple[float | None, Callable[[Inputs], Inputs]]] = {

@@ -14,7 +14,10 @@ from typing import Any
 from perf import targets
 
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
-COLUMNS = ("stage", "case", "who", "us", "floor", "GB/s", "TFLOP/s", "launches", "peer / ours")
+COLUMNS = (
+    *("stage", "case", "who", "us", "floor, us", "of floor"),
+    *("GB/s", "TFLOP/s", "launches", "peer / ours"),
+)
 Result = dict[str, Any]
 
 
@@ -53,6 +56,7 @@ def table(rows: Iterable[Result]) -> str:
             row["case"],
             row["who"],
             short_number(row["us"]),
+            short_number(row["floor_us"]),
             f"{row['percent_of_floor']:.0f} %",
             short_number(row["GB_per_s"]),
             short_number(row["TFLOP_per_s"]),
