@@ -7,6 +7,7 @@ from kda_ops.chunk_cumsum import chunk_cumsum
 from kda_ops.chunk_kda import chunk_kda
 from kda_ops.chunk_kda_gated import chunk_kda_gated
 from kda_ops.conv_split import conv_split
+from kda_ops.explain import explain
 from kda_ops.gate import gate
 from kda_ops.gate_cumsum import gate_cumsum
 from kda_ops.kda_decode import kda_decode
@@ -23,6 +24,7 @@ __all__ = [
     "chunk_kda",
     "chunk_kda_gated",
     "conv_split",
+    "explain",
     "gate",
     "gate_cumsum",
     "kda_decode",

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from kda_ops import demo, pd_demo
+from kda_ops.explain import command as explain
 
-COMMANDS = {"demo": demo, "pd-demo": pd_demo}
+COMMANDS = {"demo": demo, "explain": explain, "pd-demo": pd_demo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the paragraphs of a module's docstring and shows defaults."""
+    """Keeps the paragraphs of a module's docstring and shows defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,11 @@ def activate_lowerings() -> None:
         lowering.install()
 
 
+def lowering_module(name: str) -> Any:
+    """`lowering.<name>`, imported now: costs seconds, as it loads Inductor."""
+    return importlib.import_module(f"lowering.{name}")
+
+
 def define_op(
     schema: str,
     *,

@@ -16,7 +16,6 @@ import os
 import re
 import statistics
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kda_ops import config
+from kda_ops._progress import progress
 from kda_ops.batch import KDABatch
 from kda_ops.layer import KimiDeltaAttention, State
 
@@ -131,12 +131,26 @@ def run(args: argparse.Namespace) -> int:
         layout = layer.state_spec().layout
         original.conv_layout = layer.conv_layout = layout
         phases, outputs, state = _measure(layer, hidden.to(args.device), tokens)
-        with _progress("checking against fp64"):
+        with progress("checking against fp64"):
             accuracies = _check(original, hidden, tokens, outputs, state)
     print(f"\n{_table(phases, accuracies, layout)}")
     wrong = _faults(phases, accuracies)
     print("\n".join(["", *(f"FAILED: {fault}" for fault in wrong)]) if wrong else "\nall is well")
     return 1 if wrong else 0
+
+
+def prefill() -> tuple[KimiDeltaAttention, tuple[Tensor]]:
+    """The layer and a prompt, for `python -m kda_ops explain kda_ops.demo:prefill`."""
+    return KimiDeltaAttention(HIDDEN, HEAD_DIM, 32, dtype=DTYPE), (
+        torch.randn(1, 1024, HIDDEN, dtype=DTYPE),
+    )
+
+
+def decode() -> tuple[KimiDeltaAttention, tuple[Tensor], dict[str, object]]:
+    """The layer and a token of one sequence, for `... explain kda_ops.demo:decode`."""
+    layer = KimiDeltaAttention(HIDDEN, HEAD_DIM, 32, dtype=DTYPE)
+    how = {"state": layer.state_spec().allocate(SLOTS), "batch": KDABatch.decode([SLOT])}
+    return layer, (torch.randn(1, 1, HIDDEN, dtype=DTYPE),), how
 
 
 def _device_name(device: torch.device) -> str:
@@ -178,12 +192,12 @@ def _measure_phase(
         return torch.cat([call(x, state=pages, batch=batch) for x in steps], dim=1)
 
     before = _graphs_and_breaks()
-    with _progress(f"compiling {name}"):
+    with progress(f"compiling {name}"):
         output = forward(compiled, state)
         _wait_for(device)
     graphs, breaks = (n - m for n, m in zip(_graphs_and_breaks(), before, strict=True))
     pages = layer.state_spec().allocate(SLOTS, device=device)
-    with _progress(f"measuring {name}"):
+    with progress(f"measuring {name}"):
         launches = _launches(lambda: compiled(steps[0], state=pages, batch=batch), device)
         eager = _milliseconds(lambda: forward(layer, pages), device) / len(steps)
         fast = _milliseconds(lambda: forward(compiled, pages), device) / len(steps)
@@ -316,27 +330,3 @@ def _table(phases: list[Phase], accuracies: list[Accuracy], layout: str) -> str:
 
 def _shorten(name: str, most: int = 60) -> str:
     return name if len(name) <= most else f"{name[: most - 3]}..."
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[None]:
-    """One line that says what is being done and, when it is done, how long it took."""
-    start, done = time.perf_counter(), threading.Event()
-    live = sys.stdout.isatty()
-
-    def tick() -> None:
-        while not done.wait(1.0):
-            print(f"\r{what} ... {time.perf_counter() - start:.0f} s", end="", flush=True)
-
-    print(f"{what} ...", end="", flush=True)
-    ticker = threading.Thread(target=tick, daemon=True)
-    if live:
-        ticker.start()
-    try:
-        yield
-    finally:
-        done.set()
-        if live:
-            ticker.join()
-        beginning = f"\r{what} ..." if live else ""
-        print(f"{beginning} {time.perf_counter() - start:.1f} s", flush=True)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch._inductor.virtualized import V
 
+from lowering.provenance import inherit
+
 
 def inline_subgraph(gm: Any, inputs: list[Any]) -> Any:
     """Lowers the nodes of a traced graph in the place of the node that is being lowered.
@@ -22,6 +24,7 @@ def inline_subgraph(gm: Any, inputs: list[Any]) -> Any:
     V.graph.module = gm
     try:
         for inner in gm.graph.nodes:
+            inherit(inner, node)
             V.graph.current_node = inner
             if inner.op == "placeholder":
                 V.graph.env[inner] = next(arguments)
@@ -47,6 +50,13 @@ def empty_like_traced(x: torch.Tensor) -> Any:
 
     size, stride = expressions(x.shape), expressions(x.stride())
     return empty_strided(size, stride, dtype=x.dtype, device=x.device)
+
+
+def size_hint(expression: Any) -> int:
+    """The number that a symbolic size of the graph being lowered had when it was traced."""
+    sizes = V.graph.sizevars
+    hint = sizes.optimization_hint if hasattr(sizes, "optimization_hint") else sizes.size_hint
+    return int(hint(expression, fallback=0))
 
 
 def lower_storage_offset() -> None:

@@ -135,7 +135,7 @@ def described_device() -> Iterator[None]:
 
 
 def on_cuda(graph_module: Any, inputs: Any) -> tuple[Any, list[Any]]:
-    """A copy of an ATen graph, and its inputs, with every tensor on the CPU or on `meta` moved to
+    """A copy of an ATen graph, and its inputs, with the device of every CPU tensor changed to
     cuda.
     """
     from torch._guards import detect_fake_mode
@@ -143,11 +143,11 @@ def on_cuda(graph_module: Any, inputs: Any) -> tuple[Any, list[Any]]:
 
     values = [node.meta.get("val") for node in graph_module.graph.nodes]
     mode = detect_fake_mode(inputs) or detect_fake_mode(values)
-    elsewhere, cuda = (torch.device("cpu"), torch.device("meta")), torch.device("cuda", 0)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     moved: dict[int, tuple[Any, Any]] = {}
 
     def move(x: Any) -> Any:
-        if isinstance(x, FakeTensor) and x.device in elsewhere:
+        if isinstance(x, FakeTensor) and x.device == cpu:
             if id(x) not in moved:
                 with mode:
                     twin = torch.empty_strided(
@@ -159,7 +159,7 @@ def on_cuda(graph_module: Any, inputs: Any) -> tuple[Any, list[Any]]:
                     )
                 moved[id(x)] = (twin, x)  # the original is kept alive: its id is the key
             return moved[id(x)][0]
-        return cuda if isinstance(x, torch.device) and x in elsewhere else x
+        return cuda if isinstance(x, torch.device) and x == cpu else x
 
     graph = torch.fx.Graph()
     copies: dict[Any, Any] = {}

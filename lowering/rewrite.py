@@ -31,6 +31,8 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from lowering.provenance import inherit, layer_of, named, source_of
+
 aten, prims = torch.ops.aten, torch.ops.prims
 functionalized = torch.ops.higher_order.auto_functionalized_v2
 logger = logging.getLogger("kda_ops.lowering")
@@ -55,12 +57,19 @@ class Outcome:
     Attributes:
         rewrite: Name of the rewrite.
         node: The operator call at which it was found.
-        layer: Innermost module the call was traced in, empty if unknown.
+        layer: Path of the innermost module the call was traced in, empty if unknown.
         reason: Why it did not fire; None if it did.
         removed: Operators of the calls that it replaces.
         bytes_saved: Bytes that their intermediate results no longer move through memory (or would
             not, where it did not fire), written once and read once. Symbolic sizes count with
             their hint.
+        nodes: Names of all nodes that it replaces.
+        operator: The operator that is called there.
+        source: The model's line of source of the call.
+        check: What said no: `guard` of the rewrite, `escapes`, `depends_on_itself` or
+            `replacement`; None if it fired.
+        blamed: The node that the reason is about.
+        blamed_source: That node's line of source.
     """
 
     rewrite: str
@@ -69,6 +78,12 @@ class Outcome:
     reason: str | None = None
     removed: tuple[str, ...] = ()
     bytes_saved: int = 0
+    nodes: tuple[str, ...] = ()
+    operator: str = ""
+    source: str = ""
+    check: str | None = None
+    blamed: str = ""
+    blamed_source: str = ""
 
     def __str__(self) -> str:
         where = f"{self.layer or 'graph'}: {self.node}"
@@ -118,11 +133,19 @@ class Rewrite:
             found = self.pattern(node)
             if found is None:
                 continue
-            reason = self.guard(found) or escapes(found) or depends_on_itself(found)
             outcome = outcome_of(self.name, node, found)
+            check, reason = self._refusal(found)
             if reason is None:
-                reason = self._replace(graph, node, found)
-            report(outcome if reason is None else replace(outcome, reason=reason))
+                check, reason = "replacement", self._replace(graph, node, found)
+            report(outcome if reason is None else refused(outcome, found, node, check, reason))
+
+    def _refusal(self, found: Found) -> tuple[str, str | None]:
+        """What says no, and why; the reason is None if nothing does."""
+        checks = {"guard": self.guard, "escapes": escapes, "depends_on_itself": depends_on_itself}
+        for name, check in checks.items():
+            if (reason := check(found)) is not None:
+                return name, reason
+        return "", None
 
     def _replace(self, graph: fx.Graph, anchor: fx.Node, found: Found) -> str | None:
         last = max(found.inner)
@@ -137,6 +160,7 @@ class Rewrite:
         made = last.prev
         while made is not before:
             describe(made, anchor)
+            made.meta["rewrite"] = self.name
             made = made.prev
         for old, new in news.items():
             old.replace_all_uses_with(new)
@@ -320,9 +344,7 @@ def compute(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
 
 def describe(node: fx.Node, anchor: fx.Node) -> None:
     """Gives a new node its place in the model, and its operator a place in kernel names."""
-    for key in ("nn_module_stack", "stack_trace"):
-        if key in anchor.meta:
-            node.meta.setdefault(key, anchor.meta[key])
+    inherit(node, anchor)
     if isinstance(node.target, torch._ops.OpOverload):
         node.meta.setdefault("original_aten", node.target)
 
@@ -447,12 +469,27 @@ def depends_on_itself(found: Found) -> str | None:
 
 def outcome_of(name: str, node: fx.Node, found: Found) -> Outcome:
     """The outcome of a rewrite that fires."""
-    stack = node.meta.get("nn_module_stack") or {}
-    layer = next((path for path, _ in reversed(stack.values())), "")
     removed = [call for call in map(Call.of, found.inner) if call]
     kept = [call.result(i) for call in removed for i in range(call.results)]
     moved = sum(_bytes(node) for node in kept if node is not None and node not in found.outputs)
-    return Outcome(name, node.name, layer, None, tuple(str(call.op) for call in removed), 2 * moved)
+    return Outcome(
+        name,
+        node.name,
+        layer_of(node),
+        removed=tuple(str(call.op) for call in removed),
+        bytes_saved=2 * moved,
+        nodes=tuple(inner.name for inner in found.inner),
+        operator=str(operator_of(node)),
+        source=source_of(node),
+    )
+
+
+def refused(outcome: Outcome, found: Found, node: fx.Node, check: str, reason: str) -> Outcome:
+    """The outcome where a check said no."""
+    blamed = named(reason, found.inner) or node
+    return replace(
+        outcome, reason=reason, check=check, blamed=blamed.name, blamed_source=source_of(blamed)
+    )
 
 
 def report(outcome: Outcome) -> None:

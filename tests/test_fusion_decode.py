@@ -70,11 +70,11 @@ def doubled(self, step):
     return 2 * step
 
 
-def compiled(step: Callable[..., Tensor], dynamic: bool = False, **changed: Tensor) -> Rewritten:
+def inputs(layout: str = "SD") -> dict[str, Tensor]:
+    """The arguments of a step."""
     torch.manual_seed(0)
     bf16 = {"dtype": torch.bfloat16}
-    layout = getattr(step, "layout", "SD")
-    inputs = {
+    return {
         "x": torch.randn(T, D, **bf16),
         "f": torch.randn(1, T, HV, K, **bf16),
         "beta": torch.randn(1, T, HV, **bf16),
@@ -88,7 +88,11 @@ def compiled(step: Callable[..., Tensor], dynamic: bool = False, **changed: Tens
         "bias": torch.randn(HV * K),
         "o_weight": torch.randn(V),
     }
-    return rewritten(step, *(inputs | changed).values(), dynamic=dynamic, written=(4, 5))
+
+
+def compiled(step: Callable[..., Tensor], dynamic: bool = False, **changed: Tensor) -> Rewritten:
+    given = inputs(getattr(step, "layout", "SD")) | changed
+    return rewritten(step, *given.values(), dynamic=dynamic, written=(4, 5))
 
 
 def variant(**attributes: object) -> Step:

@@ -1,0 +1,144 @@
+"""What the graph rewrites make of a model, layer by layer, before and after.
+
+Compiles the model as one graph, twice: without the rewrites and with them. Prints for each layer
+which rewrites fired; which nearly fired, what said no, and the line of source it is about; kernel
+launches and other calls (matrix products); and the bytes of intermediate results that no longer go
+through memory. The model is not run, and no GPU is needed: code is generated for an H200 unless
+`--device cuda` takes the one at hand.
+
+`factory` is called without arguments and returns `(model, args)` or `(model, args, kwargs)`: a
+module or a function, and what to call it with. With a file my_model.py in this directory,
+
+    def factory():
+        return torch.nn.Linear(8, 8), (torch.randn(4, 8),)
+
+the command is `python -m kda_ops explain my_model:factory`.
+
+Exits with 1 if the model does not compile as one graph, with 2 if the specification is wrong.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from kda_ops._progress import progress
+from kda_ops.explain import explain
+
+SUMMARY = "say which rewrites fire in a model, which nearly do, and what they save"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m kda_ops explain`."""
+    parser.add_argument(
+        "factory", type=_factory, metavar="module:factory", help="what makes the model"
+    )
+    parser.add_argument(
+        "--html", type=_file, metavar="FILE", help="also write a page with the graphs drawn"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("described", "cuda"),
+        default="described",
+        help="generate code for an H200 that need not be there, or move the model to the GPU",
+    )
+    parser.add_argument("--dynamic", action="store_true", help="compile with symbolic sizes")
+    parser.add_argument(
+        "--grad", action="store_true", help="compile for training, not under torch.no_grad()"
+    )
+
+
+def _factory(spec: str) -> Callable[[], Any]:
+    module, colon, name = spec.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
+        raise argparse.ArgumentTypeError(f"must be module:factory, got {spec!r}")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there and imports one that is not
+        raise argparse.ArgumentTypeError(f"there is no module {error.name!r}") from None
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise argparse.ArgumentTypeError(f"{module!r} has no {name!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise argparse.ArgumentTypeError(f"{spec} must be callable, got {type(found).__name__}")
+    return found
+
+
+def _file(name: str) -> Path:
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {name}")
+    return path
+
+
+def run(args: argparse.Namespace) -> int:
+    """Explains the model and prints the report; 0, or the exit code of what is wrong."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return _fail(2, "no CUDA device is available")
+    on_cuda = args.device == "cuda"
+    with torch.device("cuda") if on_cuda else contextlib.nullcontext():
+        made = args.factory()
+    fault = _fault(made)
+    if fault is not None:
+        return _fail(2, f"the factory must return (model, args) or (model, args, kwargs), {fault}")
+    model, call, named = (*(_on_cuda(made) if on_cuda else made), {})[:3]
+    from torch._dynamo.exc import Unsupported
+
+    try:
+        grad = contextlib.nullcontext() if args.grad else torch.no_grad()
+        with grad, progress("compiling without and with the rewrites", sys.stderr):
+            explanation = explain(model, *call, dynamic=args.dynamic, **named)
+    except Unsupported as error:
+        return _fail(1, f"the model does not compile as one graph: {error}")
+    print(explanation)
+    if args.html is not None:
+        args.html.write_text(explanation.to_html(), encoding="utf-8")
+        print(f"wrote {args.html}", file=sys.stderr)
+    return 0
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"python -m kda_ops explain: error: {message}", file=sys.stderr)
+    return code
+
+
+def _fault(made: Any) -> str | None:
+    """What is wrong with what a factory returned."""
+    if not isinstance(made, tuple):
+        return f"got {type(made).__name__}"
+    if len(made) not in (2, 3):
+        return f"got {len(made)} values"
+    if not callable(made[0]):
+        return f"got a model that is {type(made[0]).__name__}"
+    if not isinstance(made[1], (tuple, list)):
+        return f"got args that are {type(made[1]).__name__}, not a tuple"
+    if len(made) == 3 and not isinstance(made[2], dict):
+        return f"got kwargs that are {type(made[2]).__name__}, not a dict"
+    return None
+
+
+def _on_cuda(tree: Any) -> Any:
+    """Modules and tensors, also inside of containers and dataclasses, on the GPU."""
+
+    def move(x: Any) -> Any:
+        if isinstance(x, (torch.Tensor, torch.nn.Module)):
+            return x.to("cuda")
+        if dataclasses.is_dataclass(x) and not isinstance(x, type):
+            fields = [field.name for field in dataclasses.fields(x) if field.init]
+            return dataclasses.replace(x, **{name: _on_cuda(getattr(x, name)) for name in fields})
+        return x
+
+    return tree_map(move, tree)

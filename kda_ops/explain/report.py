@@ -1,0 +1,274 @@
+"""What `kda_ops.explain` returns, and its text."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+CHECKS = {
+    "guard": "the guard says no",
+    "escapes": "still needed",
+    "depends_on_itself": "out of order",
+    "replacement": "the replacement cannot be made",
+}
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """One node of the graph that the rewrites see or leave.
+
+    Attributes:
+        name: Its name in the graph.
+        operator: What it calls, `input` for an input of the graph.
+        inputs: Names of the nodes that it reads.
+        value: Dtype and shape of its result, empty if it is not one tensor.
+        source: The model's line of source, empty if unknown.
+        rewrite: Before: the rewrite that takes it away. After: the rewrite that made it. Else None.
+    """
+
+    name: str
+    operator: str
+    inputs: tuple[str, ...]
+    value: str = ""
+    source: str = ""
+    rewrite: str | None = None
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A rewrite that fired.
+
+    Attributes:
+        rewrite: Its name.
+        operator: The operator at whose call it was found.
+        node: That call.
+        source: The model's line of source of that call, empty if unknown.
+        removed: Operators of the calls that it replaced.
+    """
+
+    rewrite: str
+    operator: str
+    node: str
+    source: str
+    removed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A rewrite that recognised its pattern and did not fire.
+
+    Attributes:
+        rewrite: Its name.
+        operator: The operator at whose call it was found.
+        node: That call.
+        source: The model's line of source of that call, empty if unknown.
+        check: What said no, a key of `CHECKS`.
+        reason: Why, in a sentence.
+        blamed: The node that the reason is about; `node` if it names no other.
+        blamed_source: That node's line of source.
+    """
+
+    rewrite: str
+    operator: str
+    node: str
+    source: str
+    check: str
+    reason: str
+    blamed: str
+    blamed_source: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """A layer as it is compiled, without or with the rewrites.
+
+    Attributes:
+        launches: Names of the kernels that it launches, in order: generated ones and our own.
+        calls: What it calls besides, in order: matrix products and operators without a kernel.
+        bytes_moved: Bytes of its intermediate results through memory: each buffer that one kernel
+            leaves for another, written once and read once. Symbolic sizes count with the number
+            they had when traced.
+        graph: Its nodes, in order.
+    """
+
+    launches: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
+    bytes_moved: int = 0
+    graph: tuple[GraphNode, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module that holds a recurrence, or what is outside of all of them.
+
+    Attributes:
+        path: As in `named_modules()`; empty for the model itself and for what is outside.
+        kind: Its class, empty for what is outside of every layer.
+        fired: Rewrites that fired in it.
+        near_misses: Rewrites that nearly fired.
+        before: Compiled without the rewrites.
+        after: Compiled with them.
+    """
+
+    path: str
+    kind: str
+    fired: tuple[Fired, ...]
+    near_misses: tuple[NearMiss, ...]
+    before: Side
+    after: Side
+
+    @property
+    def title(self) -> str:
+        """Its path and class."""
+        if not self.kind:
+            return "outside of the layers"
+        return f"{self.path}  {self.kind}".strip()
+
+    @property
+    def bytes_saved(self) -> int:
+        """Bytes that no longer go through memory; negative if more do."""
+        return self.before.bytes_moved - self.after.bytes_moved
+
+    def alike(self, other: "Layer") -> bool:
+        """Whether the report of another layer is the same but for the names of nodes."""
+
+        def content(layer: Layer) -> tuple[object, ...]:
+            sides = (layer.before, layer.after)
+            return (
+                layer.kind,
+                [(f.rewrite, f.removed, f.source) for f in layer.fired],
+                [(n.rewrite, n.check, n.source, n.blamed_source) for n in layer.near_misses],
+                [replace(side, graph=()) for side in sides],
+            )
+
+        return content(self) == content(other)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the graph rewrites make of a model; `str()` of it is a report.
+
+    Attributes:
+        device: The device that the code was generated for.
+        shapes: `static` or `dynamic`.
+        layers: In the order of the graph; what is outside of every layer comes last.
+    """
+
+    device: str
+    shapes: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def launches(self) -> tuple[int, int]:
+        """Kernel launches of the whole graph, before and after."""
+        before = sum(len(layer.before.launches) for layer in self.layers)
+        return before, sum(len(layer.after.launches) for layer in self.layers)
+
+    @property
+    def bytes_saved(self) -> int:
+        """Bytes that no longer go through memory, in the whole graph."""
+        return sum(layer.bytes_saved for layer in self.layers)
+
+    def unlike_layers(self) -> list[tuple[Layer, list[Layer]]]:
+        """Each layer that differs from those before it, with the later ones that are like it."""
+        groups: list[tuple[Layer, list[Layer]]] = []
+        for layer in self.layers:
+            for first, others in groups:
+                if first.alike(layer):
+                    others.append(layer)
+                    break
+            else:
+                groups.append((layer, []))
+        return groups
+
+    def summary(self) -> str:
+        """The whole graph in one line."""
+        before, after = self.launches
+        return (
+            f"whole graph: {before} -> {after} launches, {saved(self.bytes_saved)} through memory"
+        )
+
+    def __str__(self) -> str:
+        lines = [f"compiled for {self.device}, {self.shapes} shapes"]
+        for layer, others in self.unlike_layers():
+            lines += ["", layer.title, *(f"  {line}" for line in text_of(layer))]
+            if others:
+                lines.append(f"  the same in {', '.join(other.path for other in others)}")
+        return "\n".join([*lines, "", self.summary()])
+
+    def to_html(self) -> str:
+        """The same as one page that needs nothing else, with the graphs before and after drawn."""
+        from kda_ops.explain.page import page
+
+        return page(self)
+
+
+def text_of(layer: Layer) -> list[str]:
+    """The lines of one layer."""
+    lines = []
+    for fired in layer.fired:
+        lines += row("fired", fired_at(fired), fired.source, replaces(fired))
+    for miss in layer.near_misses:
+        lines += row("nearly fired", fired_at(miss), miss.source, refusal(miss))
+        lines += row("", *blame(miss))
+    if not layer.fired and not layer.near_misses:
+        lines.append("no rewrite fired or nearly fired")
+    before, after = layer.before, layer.after
+    for name, old, new in (
+        ("launches", before.launches, after.launches),
+        ("calls", before.calls, after.calls),
+    ):
+        lines += row(name, f"{len(old)} -> {len(new)}")
+        if old == new:
+            lines += row("  both", *counted(old))
+        else:
+            lines += row("  before", *counted(old)) + row("  after", *counted(new))
+    return lines + row("intermediates", moved(layer))
+
+
+def row(name: str, *values: str) -> list[str]:
+    """Lines with a name in front of the first; what is empty is left out."""
+    shown = [value for value in values if value]
+    return [f"{name if not i else '':<15}{value}" for i, value in enumerate(shown)]
+
+
+def fired_at(what: Fired | NearMiss) -> str:
+    name = "" if what.node == what.operator else f" ({what.node})"
+    return f"{what.rewrite} at {what.operator}{name}"
+
+
+def replaces(fired: Fired) -> str:
+    return f"replaces {', '.join(fired.removed)}"
+
+
+def refusal(miss: NearMiss) -> str:
+    return f"{CHECKS[miss.check]}: {miss.reason}"
+
+
+def blame(miss: NearMiss) -> tuple[str, ...]:
+    """Where the node is that a reason names, if it is another one than the call."""
+    if miss.blamed == miss.node or not miss.blamed_source:
+        return ()
+    return (f"{miss.blamed} is {miss.blamed_source}",)
+
+
+def moved(layer: Layer) -> str:
+    before, after = size(layer.before.bytes_moved), size(layer.after.bytes_moved)
+    return f"{before} -> {after}, {saved(layer.bytes_saved)} through memory"
+
+
+def counted(names: Iterable[str]) -> list[str]:
+    """Names with how often each comes."""
+    counts = Counter(names)
+    return [f"{n} x {name}" if n > 1 else name for name, n in counts.items()] or ["none"]
+
+
+def size(count: int) -> str:
+    """Bytes in the largest unit that leaves one digit before the point."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.4g} {name}"
+    return f"{count} B"
+
+
+def saved(count: int) -> str:
+    return f"{size(-count)} more" if count < 0 else f"{size(count)} less"
