@@ -21,7 +21,7 @@ from kda_ops.explain.drawing import joined, order, placed, rows_of
 from kda_ops.explain.report import Explanation, GraphNode, Layer, NearMiss, Side
 from tests.test_fusion_decode import inputs as step_inputs
 from tests.test_fusion_decode import variant
-from tests.test_launch_contract import DECODE, HIDDEN, PREFILL, H, K, Stack, paged
+from tests.test_launch_contract import DECODE, HIDDEN, KINDS, PREFILL, H, K, Stack, paged
 
 ROOT = Path(kda_ops.__file__).parent.parent
 GEMMS = {"extern_kernels.mm": 6, "extern_kernels.addmm": 1}
@@ -32,7 +32,7 @@ T, BF16 = 104, torch.bfloat16
 def prefill() -> Explanation:
     """Two layers, without gradients."""
     with torch.no_grad():
-        return kda_ops.explain(Stack(2, "SD", None), torch.randn(1, T, HIDDEN, dtype=BF16))
+        return kda_ops.explain(Stack(2 * KINDS[:1]), torch.randn(1, T, HIDDEN, dtype=BF16))
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, x: Tensor, beta: Tensor, A_log: Tensor) -> Any:
@@ -103,7 +103,7 @@ def test_symbolic_sizes_count_with_their_hints() -> None:
 
 
 def test_decode_with_states_runs_nothing() -> None:
-    stack = Stack(1, "DS", -5.0)
+    stack = Stack(KINDS[3:])
     states = paged(stack)
     for state in states:
         for x in state:
@@ -227,7 +227,7 @@ def test_a_layer_is_all_that_is_inside_of_it() -> None:
 
 
 def test_what_was_compiled_before_stays() -> None:
-    stack, x = Stack(1, "SD", None), torch.randn(1, 8, HIDDEN, dtype=BF16)
+    stack, x = Stack(KINDS[:1]), torch.randn(1, 8, HIDDEN, dtype=BF16)
     with torch.no_grad():
         compiled = torch.compile(stack, backend="eager", fullgraph=True)
         before = compiled(x)
@@ -353,10 +353,10 @@ def test_drawn_nodes_stand_below_what_they_read_and_apart(prefill: Explanation) 
 FACTORIES = """
 import torch
 import kda_ops
-from tests.test_launch_contract import Stack
+from tests.test_launch_contract import KINDS, Stack
 
 def good():
-    return Stack(1, "SD", None), [torch.randn(1, 8, 64, dtype=torch.bfloat16)]
+    return Stack(KINDS[:1]), [torch.randn(1, 8, 64, dtype=torch.bfloat16)]
 
 def breaks():
     def f(x):
@@ -470,7 +470,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_on_a_real_device(
     factories: str, prefill: Explanation, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stack, x = Stack(2, "SD", None).cuda(), torch.randn(1, T, HIDDEN, dtype=BF16, device="cuda")
+    stack, x = Stack(2 * KINDS[:1]).cuda(), torch.randn(1, T, HIDDEN, dtype=BF16, device="cuda")
     with torch.no_grad():
         explanation = kda_ops.explain(stack, x)
     assert explanation.device == torch.cuda.get_device_name()
