@@ -110,31 +110,32 @@ def chunk_prepare_kernel(
     work = row * HV + h
     tl.store((A_ptr + work * 4096) + (i * 64 + j), (A * SCALE).to(A_ptr.dtype.element_ty))
     X = join(join(block_diagonal(X), L16), L32)
-    X = X * beta[None, :]
+    X = (X * beta[None, :]).to(k.dtype)
 
-    at = r[:, None] * K + d[None, :]
+    # all loads before the first use of one: with two programs per multiprocessor nothing else hides
+    # their latency, and the order decides how much is spilled
+    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + i * k_t + d[None, :]
+    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + i * q_t + d[None, :]
+    k_again = tl.load(k_at, mask=okd, other=0.0)
+    G = tl.load(G_head + i * G_t + d[None, :], mask=okd, other=0.0)
+    q_again = tl.load(q_at, mask=okd, other=0.0)
     last = tl.load(G_head + (count - 1) * G_t + d)
+    at = i * K + d[None, :]
+    kf = k_again.to(tl.float32)
     tl.store(decay_ptr + work * K + d, tl.exp2(last))
-    G = tl.load(G_at, mask=okd, other=0.0)
-    kf = tl.load(k_at, mask=okd, other=0.0).to(tl.float32)
     tl.store(
         (kg_ptr + work * (64 * K)) + at,
         (kf * tl.exp2(tl.where(okd, last[None, :] - G, 0.0))).to(kg_ptr.dtype.element_ty),
     )
     e = tl.exp2(G)
-    qf = tl.load(q_at, mask=okd, other=0.0).to(tl.float32)
-    tl.store((qg_ptr + work * (64 * K)) + at, (qf * e * SCALE).to(qg_ptr.dtype.element_ty))
-    tl.store(
-        (w_ptr + work * (64 * K)) + at,
-        tl.dot(X.to(k.dtype), (kf * e).to(k.dtype)).to(w_ptr.dtype.element_ty),
-    )
+    qg = q_again.to(tl.float32) * e * SCALE
+    tl.store((qg_ptr + work * (64 * K)) + at, qg.to(qg_ptr.dtype.element_ty))
+    w = tl.dot(X, (kf * e).to(k.dtype))
+    tl.store((w_ptr + work * (64 * K)) + at, w.to(w_ptr.dtype.element_ty))
     dv = tl.arange(0, V)
-    v_at = (v_ptr + b * v_b + h * v_h + first * v_t) + (r[:, None] * v_t + dv[None, :])
-    v = tl.load(v_at, mask=okd, other=0.0)
-    u = tl.dot(X.to(v.dtype), v)
-    tl.store(
-        (u_ptr + work * (64 * V)) + (r[:, None] * V + dv[None, :]), u.to(u_ptr.dtype.element_ty)
-    )
+    v_at = (v_ptr + b * v_b + h * v_h + first * v_t) + (i * v_t + dv[None, :])
+    u = tl.dot(X, tl.load(v_at, mask=okd, other=0.0))
+    tl.store((u_ptr + work * (64 * V)) + (i * V + dv[None, :]), u.to(u_ptr.dtype.element_ty))
 
 
 def _launch(

@@ -174,28 +174,28 @@ def chunk_gated_prepare_kernel(
     A = A * q_scale[:, None]
     tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
     X = join(join(block_diagonal(X), L16), L32)
-    X = X * beta[None, :]
+    X = (X * beta[None, :]).to(k.dtype)
 
+    # u first, and q and k loaded before they are needed: half the spills of the other order
+    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + i * k_t + d[None, :]
+    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + i * q_t + d[None, :]
+    k_again = tl.load(k_at, mask=okd, other=0.0)
+    q_again = tl.load(q_at, mask=okd, other=0.0)
+    dv = tl.arange(0, V)
+    v_at = (v_ptr + b * v_b + h * v_h + first * v_t) + (i * v_t + dv[None, :])
+    u = tl.dot(X, tl.load(v_at, mask=okd, other=0.0))
+    tl.store((u_ptr + work * (64 * V)) + (i * V + dv[None, :]), u.to(u_ptr.dtype.element_ty))
     at = i * K + d[None, :]
     e = tl.exp2(tl.dot(half(j > i), y))  # 2^(G_last - G)
-    kf = tl.load(k_at, mask=okd, other=0.0).to(tl.float32)
+    kf = k_again.to(tl.float32)
     if NORM:
         kf = kf * k_scale[:, None]
     tl.store((kg_ptr + work * (64 * K)) + at, (kf * e).to(kg_ptr.dtype.element_ty))
     e = tl.exp2(tl.dot(half(j <= i), y))  # 2^G
-    qf = tl.load(q_at, mask=okd, other=0.0).to(tl.float32)
-    tl.store(
-        (qg_ptr + work * (64 * K)) + at, (qf * q_scale[:, None] * e).to(qg_ptr.dtype.element_ty)
-    )
-    tl.store(
-        (w_ptr + work * (64 * K)) + at,
-        tl.dot(X.to(k.dtype), (kf * e).to(k.dtype)).to(w_ptr.dtype.element_ty),
-    )
-    dv = tl.arange(0, V)
-    v_at = (v_ptr + b * v_b + h * v_h + first * v_t) + (r[:, None] * v_t + dv[None, :])
-    v = tl.load(v_at, mask=okd, other=0.0)
-    u = tl.dot(X.to(v.dtype), v)
-    tl.store((u_ptr + work * (64 * V)) + (i * V + dv[None, :]), u.to(u_ptr.dtype.element_ty))
+    qg = q_again.to(tl.float32) * q_scale[:, None] * e
+    tl.store((qg_ptr + work * (64 * K)) + at, qg.to(qg_ptr.dtype.element_ty))
+    w = tl.dot(X, (kf * e).to(k.dtype))
+    tl.store((w_ptr + work * (64 * K)) + at, w.to(w_ptr.dtype.element_ty))
 
 
 @triton.jit
