@@ -1,10 +1,7 @@
 """`kda_ops.explain`: which rewrites fired, which nearly did and why, what that saves, its page."""
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import kda_ops
-from kda_ops.__main__ import main
 from kda_ops.batch import KDABatch
 from kda_ops.explain.drawing import joined, order, placed, rows_of
 from kda_ops.explain.report import Explanation, GraphNode, Layer, NearMiss, Side
@@ -23,7 +19,6 @@ from tests.test_fusion_decode import inputs as step_inputs
 from tests.test_fusion_decode import variant
 from tests.test_launch_contract import DECODE, HIDDEN, KINDS, PREFILL, H, K, Stack, paged
 
-ROOT = Path(kda_ops.__file__).parent.parent
 GEMMS = {"extern_kernels.mm": 6, "extern_kernels.addmm": 1}
 T, BF16 = 104, torch.bfloat16
 
@@ -350,133 +345,11 @@ def test_drawn_nodes_stand_below_what_they_read_and_apart(prefill: Explanation) 
         assert all(end < start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
-FACTORIES = """
-import torch
-import kda_ops
-from tests.test_launch_contract import KINDS, Stack
-
-def good():
-    return Stack(KINDS[:1]), [torch.randn(1, 8, 64, dtype=torch.bfloat16)]
-
-def breaks():
-    def f(x):
-        torch._dynamo.graph_break()
-        return x + 1
-    return f, (torch.ones(2),), {}
-
-def number():
-    return 3
-
-def three():
-    return 3, (), {}
-
-def tensor():
-    return torch.relu, torch.ones(2)
-
-def strings():
-    return torch.relu, (torch.ones(2),), "x"
-
-def four():
-    return 1, 2, 3, 4
-
-constant = 3
-"""
-
-
-@pytest.fixture
-def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a module in the current directory."""
-    name = f"factories_{abs(hash(tmp_path))}"  # imported once per process
-    (tmp_path / f"{name}.py").write_text(FACTORIES)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != ""])
-    return name
-
-
-def test_the_command(factories: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kda_ops", "explain", f"{factories}:good", "--html", "page.html"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "launches       8 -> 4" in done.stdout
-    assert done.stdout.startswith("compiled for NVIDIA H200 (described, not present)")
-    lines = done.stderr.splitlines()
-    assert re.fullmatch(r"compiling without and with the rewrites \.\.\. \d+\.\d s", lines[0])
-    assert lines[1:] == ["wrote page.html"]
-    page = Page((tmp_path / "page.html").read_text())
-    assert "8 -> 4 launches" in page.text
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("{0}", "argument module:factory: must be module:factory, got '{0}'"),
-        ("{0}:", "must be module:factory, got '{0}:'"),
-        ("a b:c", "must be module:factory, got 'a b:c'"),
-        ("no_such_module.x:f", "there is no module 'no_such_module'"),
-        ("{0}:nothing", "'{0}' has no 'nothing'"),
-        ("{0}:constant", "{0}:constant must be callable, got int"),
-        ("{0}:number", "must return (model, args) or (model, args, kwargs), got int"),
-        ("{0}:four", "must return (model, args) or (model, args, kwargs), got 4 values"),
-        ("{0}:three", "got a model that is int"),
-        ("{0}:tensor", "got args that are Tensor, not a tuple"),
-        ("{0}:strings", "got kwargs that are str, not a dict"),
-    ],
-)
-def test_a_wrong_specification_exits_with_2(
-    spec: str, message: str, factories: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_main(["explain", spec.format(factories)]) == 2
-    error = capsys.readouterr().err
-    assert "python -m kda_ops explain: error: " in error
-    assert message.format(factories) in error
-
-
-def run_main(arguments: list[str]) -> int | str | None:
-    """The exit code, whichever way."""
-    try:
-        return main(arguments)
-    except SystemExit as stop:
-        return stop.code
-
-
-def test_other_faults(factories: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_main(["explain", f"{factories}:breaks"]) == 1
-    assert "does not compile as one graph: Call to" in capsys.readouterr().err
-    assert run_main(["explain", f"{factories}:good", "--html", "nowhere/page.html"]) == 2
-    assert "cannot write nowhere/page.html" in capsys.readouterr().err
-    if not torch.cuda.is_available():
-        assert run_main(["explain", f"{factories}:good", "--device", "cuda"]) == 2
-        assert "no CUDA device is available" in capsys.readouterr().err
-
-
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_main(["explain", "--help"]) == 0
-    text = capsys.readouterr().out
-    for word in ("module:factory", "--html FILE", "--device", "--dynamic", "(model, args, kwargs)"):
-        assert word in text
-    assert "(default: described)" in text
-    assert "(default: None)" not in text
-    assert "(default: False)" not in text
-
-
 @pytest.mark.gpu
-def test_on_a_real_device(
-    factories: str, prefill: Explanation, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_on_a_real_device(prefill: Explanation) -> None:
     stack, x = Stack(2 * KINDS[:1]).cuda(), torch.randn(1, T, HIDDEN, dtype=BF16, device="cuda")
     with torch.no_grad():
         explanation = kda_ops.explain(stack, x)
     assert explanation.device == torch.cuda.get_device_name()
     assert explanation.launches == prefill.launches
     assert explanation.bytes_saved == prefill.bytes_saved
-    assert run_main(["explain", f"{factories}:good", "--device", "cuda"]) == 0
-    out = capsys.readouterr().out
-    assert torch.cuda.get_device_name() in out
-    assert "launches       8 -> 4" in out
