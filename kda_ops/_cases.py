@@ -46,6 +46,27 @@ def paged_conv_state(
     return pages[:, : L * D].unflatten(1, (L, D) if layout == "SD" else (D, L))
 
 
+def taken_apart(inputs: dict[str, Any], widths: tuple[int, int, int]) -> dict[str, Any]:
+    """Arguments of a packed convolution with three tensors for x, weight, bias and conv_state, as a
+    model holds them that keeps q, k and v apart: each state in pages of its own.
+    """
+    x = inputs["x"].split(widths, dim=-1)
+    if inputs["x"].is_contiguous():
+        x = tuple(part.contiguous() for part in x)
+    apart = {"x": x, "weight": tuple(w.clone() for w in inputs["weight"].split(widths))}
+    if inputs.get("bias") is not None:
+        apart["bias"] = tuple(b.clone() for b in inputs["bias"].split(widths))
+    if "conv_state" in inputs:
+        state, layout = inputs["conv_state"], inputs["layout"]
+        slots, L = state.shape[0], state.shape[1 if layout == "SD" else 2]
+        states = state.split(widths, dim=2 if layout == "SD" else 1)
+        apart["conv_state"] = tuple(
+            paged_conv_state(slots, L, width, layout, state.dtype, state.device).copy_(part)
+            for part, width in zip(states, widths, strict=True)
+        )
+    return inputs | apart
+
+
 def with_states(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Adds random initial states and asks for the final ones."""
     N = len(inputs["cu_seqlens"]) - 1 if "cu_seqlens" in inputs else len(inputs["q"])

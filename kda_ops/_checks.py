@@ -9,6 +9,7 @@ never run while tracing.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -307,6 +308,64 @@ def check_conv_sequences(
         has_initial_state=has_initial_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def state_channels(x: Any, conv_state: Any) -> tuple[Tensor | None, int]:
+    """A convolution state and its channels, from which an unknown layout can be told; of q where q,
+    k and v are apart.
+    """
+    if isinstance(x, (tuple, list)) and isinstance(conv_state, (tuple, list)):
+        x, conv_state = x[0], conv_state[0]
+    known = isinstance(x, Tensor) and isinstance(conv_state, Tensor)
+    return (conv_state, x.shape[-1]) if known else (None, 0)
+
+
+def conv_parts(
+    x: Any, weight: Any, bias: Any, conv_state: Any, layout: str
+) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """`(x, weight, bias, conv_state)` of q | k | v together, or of each of q, k and v where every
+    argument is three tensors.
+
+    What a kernel takes as one is checked: three of an argument agree in dtype, the inputs in their
+    tokens, the weights in their taps, the states in slots, rows and the distance of channels.
+    """
+    given = {"x": x, "weight": weight, "bias": bias, "conv_state": conv_state}
+    if not any(isinstance(value, (tuple, list)) for value in given.values()):
+        return [(x, weight, bias, conv_state)]
+    for name, value in given.items():
+        if value is None and name in ("bias", "conv_state"):
+            given[name] = (None, None, None)
+        elif not isinstance(value, (tuple, list)) or len(value) != 3:
+            raise ValueError(
+                f"{name} must be three tensors, of q, k and v, like the other arguments, "
+                f"got {type(value).__name__}"
+            )
+        elif not all(isinstance(part, Tensor) for part in value):
+            raise ValueError(f"{name} must be three tensors, got one that is None")
+        else:
+            for part in value[1:]:
+                check_rank(name, part, value[0].dim())
+                check_dtype(name, part, (value[0].dtype,))
+    for part in x[1:]:
+        check_shape("x", part, (*x[0].shape[:-1], part.shape[-1]))
+    for part in weight[1:]:
+        check_shape("weight", part, (part.shape[0], *weight[0].shape[1:]))
+    if conv_state is not None:
+        rows, dim = (1, 2) if layout == "SD" else (2, 1)
+        first = conv_state[0]
+        check_rank("conv_state", first, 3)
+        for part in conv_state[1:]:
+            if (part.shape[0], part.shape[rows]) != (first.shape[0], first.shape[rows]):
+                raise ValueError(
+                    f"conv_state must have as many slots and rows for q, k and v, "
+                    f"got {tuple(first.shape)} and {tuple(part.shape)} in layout {layout}"
+                )
+            if part.stride(dim) != first.stride(dim):
+                raise ValueError(
+                    f"conv_state must have one stride along the channels of q, k and v, "
+                    f"got {first.stride(dim)} and {part.stride(dim)}"
+                )
+    return list(zip(*given.values(), strict=True))
 
 
 def check_conv_values(

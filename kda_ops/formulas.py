@@ -3,6 +3,9 @@
 Everything accumulates in fp32, or in fp64 when the input is fp64: that is how the oracle is made.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -165,6 +168,21 @@ def sequence_offsets(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return cu_seqlens.long()
     sequences = x.shape[0] if x.dim() == 3 else 1
     return torch.arange(sequences + 1, device=x.device) * x.shape[-2]
+
+
+def packed_bias(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> Tensor | None:
+    """The biases of q, k and v as one."""
+    return None if q is None or k is None or v is None else torch.cat([q, k, v])
+
+
+@contextmanager
+def packed_state(states: tuple[Tensor, Tensor, Tensor], layout: str) -> Iterator[Tensor]:
+    """The convolution states of q, k and v as one; what is written to it is theirs afterwards."""
+    dim = 2 if layout == "SD" else 1
+    packed = torch.cat(states, dim=dim)
+    yield packed
+    for state, part in zip(states, packed.split([x.shape[dim] for x in states], dim), strict=True):
+        state.copy_(part)
 
 
 def conv_whole(

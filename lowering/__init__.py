@@ -32,7 +32,9 @@ FUSIONS = (  # in the order in which they run
     "fuse_gate_cumsum",
     "fuse_kda_decode",
     "fuse_short_conv_qkv",
+    "fuse_separate_convs",
     "fuse_chunk_kda_gated",
+    "fuse_packed_projection",
 )
 
 _installed = False

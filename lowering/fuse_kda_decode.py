@@ -5,6 +5,8 @@
     rms_norm_gated(o, z)
     kda_decode(x, f, beta, z)
 
+With a convolution each for q, k and v, each with a state of its own, the kernel takes those.
+
 One token per sequence. With a slot per speculative token the one kernel keeps a whole state in
 registers across a loop, spills, and takes 860 us where the separate kernels take about 235 (H200,
 batch 64, four tokens), so such a step stays as it is.
@@ -18,12 +20,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from kda_ops.kda_decode.op import kda_decode_op
-from kda_ops.l2norm.op import l2norm_op
+from kda_ops.kda_decode.op import kda_decode_apart_op, kda_decode_op
 from kda_ops.recurrent_kda.op import recurrent_kda_op
 from kda_ops.rms_norm_gated.op import rms_norm_gated_op
 from kda_ops.short_conv_update.op import short_conv_update_op
-from lowering.heads import heads_of
+from lowering.heads import (
+    apart,
+    convolutions_under,
+    heads_of,
+    renamed,
+    separate_heads,
+    unlike,
+)
 from lowering.parts import beta_under, gate_under
 from lowering.rewrite import (
     Call,
@@ -44,15 +52,17 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 def pattern(node: fx.Node) -> Found | None:
     step: Any = Call.of(node)
-    conv = conv_under(step.args["q"])
+    convs = convolutions_under(step, (short_conv_update_op,))
     o = step.result()
-    if conv is None or o is None:
+    if not convs or o is None:
         return None
-    packed = conv.result()
-    heads = None if packed is None else heads_of(packed)
+    packed = convs[0].result()
+    if packed is None:
+        return None
+    heads = heads_of(packed) if len(convs) == 1 else separate_heads(convs)
     if heads is None:
         return None
-    inner = [*conv.nodes(), *heads.inner, *step.nodes()]
+    inner = [*[n for conv in convs for n in conv.nodes()], *heads.inner, *step.nodes()]
     for name in ("q", "k", "v"):
         source, path = origin(step.args[name])
         inner += [source, *path]
@@ -70,27 +80,15 @@ def pattern(node: fx.Node) -> Found | None:
         if cleared is not None:
             y = cleared
             inner += [y]
-    states = [new for call in (conv, step) for _, new in call.new_bases()]
-    read = [*conv.inputs(), *step.inputs()]
+    states = [new for call in (*convs, step) for _, new in call.new_bases()]
+    read = [n for call in (*convs, step) for n in call.inputs()]
     read += [] if gate is None else gate.args.values()
     read += [] if beta is None else [beta[0]]
     read += [] if norm is None else norm.inputs()
     inputs = [n for n in read if isinstance(n, fx.Node) and n not in inner]
-    found = {"conv": conv, "step": step, "heads": heads, "gate": gate, "beta": beta}
+    found = {"convs": convs, "step": step, "heads": heads, "gate": gate, "beta": beta}
     found |= {"norm": norm, "y": y}
     return Found(inner, [y, *states], inputs, found)
-
-
-def conv_under(q: Any) -> Call | None:
-    """The convolution update that the queries come from, whatever is done to them."""
-    while isinstance(q, fx.Node) and q.op == "call_function":
-        call = Call.of(q)
-        if call is not None and call.op is short_conv_update_op:
-            return call
-        if call is not None and call.op is not l2norm_op:
-            return None
-        q = q.args[0]
-    return None
 
 
 def clearing(y: fx.Node, cu_seqlens: Any) -> fx.Node | None:
@@ -118,8 +116,9 @@ def clearing(y: fx.Node, cu_seqlens: Any) -> fx.Node | None:
 
 
 def guard(found: Found) -> str | None:
-    conv, step, norm = (found.values[name] for name in ("conv", "step", "norm"))
-    reason = found.values["heads"].guard()
+    convs, step, norm = (found.values[name] for name in ("convs", "step", "norm"))
+    conv = convs[0]
+    reason = found.values["heads"].guard() or (unlike(convs) if len(convs) == 3 else None)
     if reason is not None:
         return reason
     heads = found.values["heads"]
@@ -143,23 +142,26 @@ def guard(found: Found) -> str | None:
             return f"{conv.node.name} and {step.node.name} have other {ours}"
     if value(step.args["state_indices"]).dim() == 2:
         return "several slots per sequence: speculative tokens are faster in kernels of their own"
-    tokens, one = value(step.args["q"]).shape[:2], value(conv.args["x"]).dim() == 2
-    if step.args["cu_seqlens"] is None and not (one and same_shape(tokens[1:], (1,))):
-        return "several tokens per sequence without cu_seqlens"
-    return state_used_between(conv, step)
+    if step.args["cu_seqlens"] is None:
+        # [N, D] or [N, 1, D], and [N, 1, H, K]
+        tokens = (*value(conv.args["x"]).shape[1:-1], value(step.args["q"]).shape[1])
+        if not same_shape(tokens, (1,) * len(tokens)):
+            return "several tokens per sequence without cu_seqlens"
+    return state_used_between(convs, step)
 
 
-def state_used_between(conv: Call, step: Call) -> str | None:
-    """Whether a state is read or written by others between the two writes."""
-    news = [new for _, new in conv.new_bases()]
+def state_used_between(convs: list[Call], step: Call) -> str | None:
+    """Whether a state is read or written by others between the writes."""
+    news = [new for conv in convs for _, new in conv.new_bases()]
+    writers = [step.node, *[conv.node for conv in convs]]
     for new in news:
         for user in new.users:
-            if user is not step.node and user < step.node:
+            if user not in writers and user < step.node:
                 return f"{user.name} uses the convolution state before the recurrence"
     for base in step.bases():
         # another layer's step on the same cache may be anywhere before this one
         by_operator = base.op == "call_function" and Call.of(base.args[0]) is not None
-        if base not in news and conv.node < base and not by_operator:
+        if base not in news and min(writers) < base and not by_operator:
             return f"{base.name} is the recurrent state, written after the convolution"
         if base in news and len(base.users) > 1:
             return f"{base.name} is used before the recurrence"
@@ -167,17 +169,20 @@ def state_used_between(conv: Call, step: Call) -> str | None:
 
 
 def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    conv, step, norm = (found.values[name] for name in ("conv", "step", "norm"))
+    convs, step, norm = (found.values[name] for name in ("convs", "step", "norm"))
     beta, factor, _ = found.values["beta"]
     heads, gate, y = (found.values[name] for name in ("heads", "gate", "y"))
-    x, z = conv.args["x"], norm.args["gate"]
-    T, D = value(x).shape[-2:]
-    HV, V = value(z).shape[-2:]
+    z = norm.args["gate"]
+    B, T, HV, V = value(step.result()).shape
+    T = B * T
+    inputs = {"x": convs[0].args["x"]} if len(convs) == 1 else apart(convs)
+    xs = ("x",) if len(convs) == 1 else ("q", "k", "v")
     args = {
         **step.args,
-        **conv.args,
+        **convs[0].args,
         **gate.args,
-        "x": reshape(graph, x, (T, D)),
+        **inputs,
+        **{name: reshape(graph, inputs[name], (T, value(inputs[name]).shape[-1])) for name in xs},
         "f": reshape(graph, gate.args["x"], (1, T, *value(step.args["g"]).shape[-2:])),
         "beta": reshape(graph, beta, (1, T, HV)),
         "z": reshape(graph, z, (1, T, HV, V)),
@@ -186,7 +191,10 @@ def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
         "norm_eps": norm.args["eps"],
         "qk_norm_eps": heads.norm_eps,
     }
-    (new,), states = emit(graph, kda_decode_op, args, conv, step)
+    if len(convs) == 1:
+        (new,), states = emit(graph, kda_decode_op, args, *convs, step)
+    else:
+        (new,), states = emit(graph, kda_decode_apart_op, args, *renamed(convs), step)
     return {y: reshape(graph, new, value(y).shape)} | states
 
 

@@ -1,25 +1,27 @@
-"""The queries, keys and values that are cut out of one packed tensor: what the rewrites of the
-convolution operators have in common.
+"""The queries, keys and values that a convolution of all of them is cut into, or that come out of
+one convolution each: what the rewrites of the convolution operators have in common.
 """
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from kda_ops.l2norm.op import l2norm_op
-from lowering.rewrite import Call, moved, only_user, same_shape, value
+from lowering.rewrite import Call, moved, only_user, same, same_shape, value
 
 aten = torch.ops.aten
+PER_PART = ("x", "weight", "bias", "conv_state")
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The three parts of a packed tensor and what follows each of them.
+    """The convolved q, k and v and what follows each of them.
 
     Attributes:
-        inner: Nodes from the packed tensor to the parts and the norms, both included.
+        inner: Nodes from the results of the convolutions to the parts and the norms, all included.
         parts: The parts of q, k and v.
         norms: The `Call` of `l2norm` for q and for k, None where something else follows.
         key_dim: Channels of q and of k.
@@ -65,10 +67,23 @@ def heads_of(packed: fx.Node) -> Heads | None:
     (q0, q1), (k0, k1), (v0, v1) = edges
     if (q0, q1, k1, v0, v1) != (0, k0, 2 * q1, k1, D):
         return None
-    nodes = [node for _, node in parts]
+    return with_norms([*path, *cuts], [node for _, node in parts], q1)
+
+
+def separate_heads(convs: list[Call]) -> Heads | None:
+    """The results of one convolution each for q, k and v."""
+    parts = [conv.result() for conv in convs]
+    if None in parts:
+        return None
+    inner = [node for conv in convs for node in conv.nodes()]
+    return with_norms(inner, parts, value(parts[0]).shape[-1])
+
+
+def with_norms(inner: list[fx.Node], parts: list[Any], key_dim: int) -> Heads:
+    """The heads of three parts, with the norms of the first two."""
     norms: list[Call | None] = []
-    inner = [*path, *cuts, *nodes]
-    for part in nodes[:2]:
+    inner = [*inner, *parts]
+    for part in parts[:2]:
         *moves, last = moved(part)
         norm = Call.of(only_user(last))
         if norm is not None and norm.op is l2norm_op:
@@ -76,7 +91,96 @@ def heads_of(packed: fx.Node) -> Heads | None:
             norms.append(norm)
         else:
             norms.append(None)
-    return Heads(list(dict.fromkeys(inner)), nodes, norms, q1)
+    return Heads(list(dict.fromkeys(inner)), parts, norms, key_dim)
+
+
+def convolution_under(x: Any, ops: tuple[Any, ...]) -> Call | None:
+    """The convolution that queries, keys or values come from, whatever is done to them."""
+    while isinstance(x, fx.Node) and x.op == "call_function":
+        call = Call.of(x)
+        if call is not None and call.op in ops:
+            return call
+        if call is not None and call.op is not l2norm_op:
+            return None
+        x = x.args[0] if x.args else None
+    return None
+
+
+def convolutions_under(call: Call, ops: tuple[Any, ...]) -> list[Call]:
+    """The convolutions behind the q, k and v of an operator: one, three in their order, or none."""
+    convs = [convolution_under(call.args[name], ops) for name in "qkv"]
+    found = {conv.node: conv for conv in convs if conv is not None}
+    return list(found.values()) if None not in convs and len(found) != 2 else []
+
+
+def unlike(convs: list[Call]) -> str | None:
+    """Why the convolutions of q, k and v are not parts of one."""
+    q, *others = convs
+    states = [conv.view("conv_state") for conv in convs if "conv_state" in conv.args]
+    for conv in others:
+        if conv.op is not q.op:
+            return f"{q.node.name} and {conv.node.name} are different operators"
+        for name, theirs in conv.args.items():
+            ours = q.args.get(name)
+            if name in PER_PART or name.startswith("_"):
+                continue
+            if not same(ours, theirs):
+                return f"{q.node.name} and {conv.node.name} have other {name}"
+        x, weight = (value(q.args[name]) for name in ("x", "weight"))
+        other_x, other_weight = (value(conv.args[name]) for name in ("x", "weight"))
+        if not same_shape(x.shape[:-1], other_x.shape[:-1]) or x.dtype != other_x.dtype:
+            return f"{q.node.name} and {conv.node.name} convolve other tokens"
+        if weight.shape[1:] != other_weight.shape[1:] or weight.dtype != other_weight.dtype:
+            return f"{q.node.name} and {conv.node.name} have different taps"
+        biases = [value(c.args["bias"]) for c in (q, conv)]
+        if len({None if bias is None else bias.dtype for bias in biases}) > 1:
+            return f"{q.node.name} and {conv.node.name} have different biases"
+    if value(q.args["weight"]).shape[0] != value(others[0].args["weight"]).shape[0]:
+        return "q and k have different numbers of channels"
+    if not states:
+        return None
+    if len({state_identity(conv) for conv in convs}) < len(convs):
+        return "two of q, k and v have one state"
+    return states_apart(q.args["layout"], states)
+
+
+def state_identity(conv: Call) -> tuple[Any, ...]:
+    """Equal for convolutions whose states are the same view of the same tensor."""
+    base = conv.args["conv_state"]
+    while base.target is operator.getitem and (writer := Call.of(base.args[0])) is not None:
+        base = writer.bases()[base.args[1] - writer.results]
+    view = {k: x for k, x in conv.args.items() if k.startswith("_conv_state_")}
+    del view["_conv_state_base_index"]
+    return base, repr(view)
+
+
+def states_apart(layout: str, states: list[Any]) -> str | None:
+    """Why one kernel can not take these convolution states for q, k and v."""
+    rows, dim = (1, 2) if layout == "SD" else (2, 1)
+    first = states[0]
+    for state in states[1:]:
+        sizes = [(x.shape[0], x.shape[rows], x.stride(dim)) for x in (first, state)]
+        if state.dtype != first.dtype or not same_shape(*sizes):
+            return "the states of q, k and v differ in slots, rows, dtype or stride of channels"
+    return None
+
+
+def renamed(convs: list[Call]) -> list[Call]:
+    """The calls, writing what an operator that takes three states calls them."""
+    names = ("q_state", "k_state", "v_state")
+    return [
+        replace(conv, renamed={"conv_state": name}) if "conv_state" in conv.args else conv
+        for conv, name in zip(convs, names, strict=True)
+    ]
+
+
+def apart(convs: list[Call]) -> dict[str, Any]:
+    """The arguments of the convolutions by the names of an operator that takes three of them."""
+    args = dict(convs[0].args)
+    for name, conv in zip("qkv", convs, strict=True):
+        args[name] = conv.args["x"]
+        args |= {f"{name}_{what}": conv.args[what] for what in ("weight", "bias")}
+    return args
 
 
 def channels(x: fx.Node) -> tuple[list[fx.Node], list[tuple[tuple[int, int], fx.Node]]]:

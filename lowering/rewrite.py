@@ -187,11 +187,14 @@ class Call:
         op: The operator.
         args: Its arguments by name; a written argument of a functionalised call is the base tensor
             that it is a view of.
+        renamed: What the operator that replaces it (see `emit`) calls its written arguments, where
+            that is another name.
     """
 
     node: fx.Node
     op: Any
     args: dict[str, Any]
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(node: Any) -> "Call | None":
@@ -231,6 +234,21 @@ class Call:
         """`(i, node)` for the node of each base's new value, where it is used."""
         found = [(i, self.result(self.results + i)) for i in range(len(self.bases()))]
         return [(i, new) for i, new in found if new is not None]
+
+    def view(self, name: str) -> torch.Tensor:
+        """The fake value of a written argument itself, the view of its base."""
+
+        def part(key: str) -> Any:
+            return values(self.args[f"_{name}_{key}"])
+
+        base = value(self.args[name])
+        with V.fake_mode:
+            if f"_{name}_slice_dim" in self.args:
+                edges = part("slice_start"), part("slice_end")
+                return aten.slice.Tensor(base, part("slice_dim"), *edges)
+            if f"_{name}_size" in self.args:
+                return torch.as_strided(base, part("size"), part("stride"), part("storage_offset"))
+        return base
 
     def inputs(self) -> list[fx.Node]:
         """The nodes that the call reads."""
@@ -397,7 +415,8 @@ def emit(
         graph: Where; at its insertion point.
         op: The operator.
         args: Its arguments by name. The written ones come from `calls`.
-        calls: The calls it replaces. What they write, under the same names, `op` writes.
+        calls: The calls it replaces. What they write, under the same names or those in their
+            `renamed`, `op` writes.
 
     Returns:
         The nodes of its results, and for each node of a written base's new value the node that
@@ -420,9 +439,10 @@ def emit(
         for i, new in call.new_bases():
             places[new] = indices[i]
         for name in written(call.op):
-            index = f"_{name}_base_index"
-            views |= {k: x for k, x in call.args.items() if k.startswith(f"_{name}_")}
-            views[index] = indices[views[index]]
+            old, new = f"_{name}_", f"_{call.renamed.get(name, name)}_"
+            view = {k.removeprefix(old): x for k, x in call.args.items() if k.startswith(old)}
+            view["base_index"] = indices[view["base_index"]]
+            views |= {new + key: x for key, x in view.items()}
     given = {name: args[name] for name in names if name not in written(op)}
     node = graph.call_function(functionalized, (op,), {**given, **views, "_all_bases": bases})
     with V.fake_mode:

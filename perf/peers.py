@@ -149,10 +149,12 @@ def fla_short_conv(case: Case) -> Prepare:
     return prepare
 
 
-def fla_short_conv_qkv(case: Case) -> Prepare:
+def fla_short_conv_qkv(case: Case) -> Prepare | None:
     """A convolution each of q, k and v, and a norm each of q and k, as in FLA's own layer (its norm
     does not take the slices of a packed result).
     """
+    if "apart" in case.name:  # the same for FLA
+        return None
 
     def prepare(inputs: Inputs) -> Call:
         from fla.modules.norm.l2norm import l2norm_fwd
@@ -315,7 +317,7 @@ def fla_kda_decode(case: Case) -> Prepare | None:
     """A decode step as FLA's layer makes it: three convolutions, the recurrence with norm and gate
     in its kernel, the gated norm. One token per sequence; the convolution state is dense.
     """
-    if "spec" in case.name:
+    if "spec" in case.name or "apart" in case.name:
         return None
 
     def prepare(inputs: Inputs) -> Call:

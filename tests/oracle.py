@@ -46,6 +46,8 @@ def copy_inputs(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> dic
     """Dense CPU copies, floating-point tensors in `dtype` if one is given."""
 
     def copy(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(copy(part) for part in x)
         if not isinstance(x, Tensor):
             return x
         return (
@@ -64,7 +66,7 @@ def evaluate(
     """Results of a call, then the arguments that it wrote."""
     with torch.no_grad():
         result = tensors(function(**inputs))
-    return [*result, *(inputs[name] for name in mutated)]
+    return [*result, *tensors([inputs[name] for name in mutated])]
 
 
 def assert_close(
@@ -116,14 +118,15 @@ def assert_accurate(
     inputs = case.make(torch.device(device))
     expected = evaluate(public, copy_inputs(inputs, torch.float64), case.mutated)
     reference = evaluate(public, copy_inputs(inputs), case.mutated)
-    before = {name: _storage_bytes(inputs[name]).clone() for name in case.mutated}
+    written = [(name, x) for name in case.mutated for x in tensors(inputs[name])]
+    before = [_storage_bytes(x).clone() for _, x in written]
     with poisoned():
         out = evaluate(function, inputs, case.mutated)
     assert len(out) == len(expected)
     for o, r, e in zip(out, reference, expected, strict=True):
         assert_close(o, r, e, case.operand_dtype)
-    for name, old in before.items():
-        _assert_untouched_outside(name, inputs[name], old)
+    for (name, x), old in zip(written, before, strict=True):
+        _assert_untouched_outside(name, x, old)
 
 
 def _storage_bytes(x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 import kda_ops
@@ -17,6 +16,7 @@ from kda_ops.batch import KDABatch
 from kda_ops.chunks import chunk_table
 from kda_ops.layer import KimiDeltaAttention
 from tests.fake_cuda import Summary, cuda_code, summary
+from tests.launches import DECODE, PREFILL, expect, launches
 
 HIDDEN, K, H = 64, 64, 2
 KINDS: list[dict[str, Any]] = [
@@ -24,16 +24,7 @@ KINDS: list[dict[str, Any]] = [
     for layout in ("SD", "DS")
     for bound in (None, -5.0)
 ]
-DECODE = ["kda_decode_kernel"]
-PREFILL = [
-    "short_conv_qkv_kernel",
-    "chunk_gated_prepare_kernel",
-    "chunk_scan_kernel",
-    "rms_norm_gated",
-]
 JOIN = ["_cat_"]  # copies the rows of the decodes, which are few, in front of the prefills'
-FORBIDDEN = ("copy_(", "fill_(", "zero_(", ".item()", ".tolist()", ".cpu()", "synchronize()")
-GEMMS = ("extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm")
 lengths = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 
 
@@ -55,26 +46,12 @@ class Stack(nn.Module):
 
 
 def compiled(stack: Stack, tokens: int, dynamic: bool, states: Any = None, **how: Any) -> Summary:
-    """What the one graph of the stack launches, without its GEMMs."""
     x = torch.randn(1, tokens, HIDDEN, dtype=torch.bfloat16)
-    with torch.no_grad():
-        _, (source,) = cuda_code(stack, x, states, dynamic=dynamic, **how)
-    body = source[source.index("def call(") : source.index("\ndef benchmark")]
-    assert [text for text in FORBIDDEN if text in body] == []
-    found = summary(source)
-    externs = [name for name in found.externs if name not in GEMMS]
-    return Summary(found.launches, externs, found.allocations)
+    return launches(stack, x, states, dynamic=dynamic, **how)
 
 
 def paged(stack: Stack, slots: int = 6, num_spec: int = 0) -> list[Any]:
     return [layer.state_spec(num_spec=num_spec).allocate(slots) for layer in stack.layers]
-
-
-def expect(found: Summary, kernels: list[str]) -> None:
-    assert found.externs == []
-    assert len(found.launches) == len(kernels), str(found)
-    for name, part in zip(found.launches, kernels, strict=True):
-        assert part in name, str(found)
 
 
 @lengths

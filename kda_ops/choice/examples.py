@@ -16,7 +16,7 @@ from torch import Tensor
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import CHUNK
 
-PAGES = ("conv_state", "state", "conv", "recurrent")
+PAGES = ("conv_state", "q_state", "k_state", "v_state", "state", "conv", "recurrent")
 SLOTS = ("slots", "state_indices")
 
 

@@ -1,5 +1,6 @@
 """Triton device functions shared by the kernels of several operators."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,19 +137,17 @@ def conv_sequence(
     has_initial_ptr,
     cu_seqlens_ptr,
     pid,
-    d,
     c,
     ok,
     normed,
     T,
-    D,
     N,
     num_slots,
     block_t,
     blocks_per_sequence,
     stride_x_batch,
     stride_x_row,
-    stride_y_row,
+    width,
     stride_state_slot,
     stride_state_row,
     stride_state_dim,
@@ -166,8 +165,9 @@ def conv_sequence(
     HEADS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Convolves block_t tokens of one sequence, the BLOCK_D channels `d` of x, where `ok`, into the
-    channels `c` of y. HEADS is 0 for no norm; else `unit_heads` of each row where `normed`.
+    """Convolves block_t tokens of one sequence, the BLOCK_D channels `c` of x, where `ok`, into
+    those of y, which has `width` and is dense. All pointers are those of channel 0. HEADS is 0 for
+    no norm; else `unit_heads` of each row where `normed`.
 
     The token block is `pid` (int64). In a dense batch every sequence has `blocks_per_sequence`
     token blocks. With `cu_seqlens`, sequence n owns those from `cu_seqlens[n] // block_t + n` on,
@@ -202,32 +202,30 @@ def conv_sequence(
     if start >= tl.maximum(length, 1):
         return
     stop = tl.minimum(start + block_t, length)
-    y_ptr += first_row * stride_y_row
+    y_ptr += first_row * width
     if HAS_STATE:
         slot = tl.load(slots_ptr + n * stride_slots, mask=active, other=0).to(tl.int64)
         active = (slot > 0) & (slot < num_slots)
         state_ptr += slot * stride_state_slot
     if (VARLEN or HAS_STATE) and active == 0:
         for i in range(start, stop):
-            tl.store(
-                y_ptr + i * stride_y_row + c, tl.zeros([BLOCK_D], y_ptr.dtype.element_ty), mask=ok
-            )
+            tl.store(y_ptr + i * width + c, tl.zeros([BLOCK_D], y_ptr.dtype.element_ty), mask=ok)
         return
 
-    taps = conv_taps(weight_ptr, d, D, W, BLOCK_W)
+    taps = conv_taps(weight_ptr, c, width, W, BLOCK_W)
     bias = tl.zeros([BLOCK_D], tl.float32)
     if HAS_BIAS:
-        bias += tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
+        bias += tl.load(bias_ptr + c, mask=ok, other=0.0).to(tl.float32)
     state_rows = state_ptr
     if HAS_STATE:
-        state_rows = state_ptr + d.to(tl.int64) * stride_state_dim
+        state_rows = state_ptr + c.to(tl.int64) * stride_state_dim
 
     mixed: tl.constexpr = HAS_INITIAL and state_ptr.dtype.element_ty != x_ptr.dtype.element_ty
     wide: tl.constexpr = tl.float32 if mixed else x_ptr.dtype.element_ty
     window = ()  # the W - 1 rows before the next token, [BLOCK_D] each
     for past in tl.static_range(W - 1):
         i = start + past - (W - 1)
-        row = tl.load(x_ptr + i * stride_x_row + d, mask=ok & (i >= 0), other=0.0).to(wide)
+        row = tl.load(x_ptr + i * stride_x_row + c, mask=ok & (i >= 0), other=0.0).to(wide)
         if HAS_INITIAL:
             known = (start == 0) & (tl.load(has_initial_ptr + n).to(tl.int32) != 0)
             old = tl.load(state_rows + past * stride_state_row, mask=ok & known, other=0.0)
@@ -238,7 +236,7 @@ def conv_sequence(
         tl.debug_barrier()  # a row is not always written by the thread that read it
         for keep in tl.static_range(W - 1):
             i = length + keep - (W - 1)
-            new = tl.load(x_ptr + i * stride_x_row + d, mask=ok & (i >= 0), other=0.0).to(wide)
+            new = tl.load(x_ptr + i * stride_x_row + c, mask=ok & (i >= 0), other=0.0).to(wide)
             for past in tl.static_range(W - 1):
                 new = tl.where(i == past - (W - 1), window[past], new)
             new = new.to(state_ptr.dtype.element_ty)
@@ -247,14 +245,14 @@ def conv_sequence(
     for t in range(start, stop, STEP_T):
         rows = window
         for step in tl.static_range(STEP_T):
-            token_ptr = x_ptr + (t + step) * stride_x_row + d
+            token_ptr = x_ptr + (t + step) * stride_x_row + c
             token = tl.load(token_ptr, mask=ok & (t + step < stop), other=0.0)
             rows += (token.to(wide),)
         for step in tl.static_range(STEP_T):
             y = conv_row(rows, step, taps, bias, W, SILU)
             if HEADS > 0:
                 y = unit_heads(y, ok, normed, EPS, HEADS, PADDED)
-            y_row = y_ptr + (t + step) * stride_y_row + c
+            y_row = y_ptr + (t + step) * width + c
             tl.store(y_row, y.to(y_ptr.dtype.element_ty), mask=ok & (t + step < stop))
         window = rows[STEP_T:]
 
@@ -283,3 +281,14 @@ def conv_state_strides(conv_state: Any, layout: str) -> tuple[Any, Any, Any]:
     stride_slot, *strides = conv_state.stride()
     stride_row, stride_dim = strides if layout == "SD" else strides[::-1]
     return stride_slot, stride_row, stride_dim
+
+
+@triton.jit
+def of_part(part, q, k, v):
+    """q, k or v for part 0, 1 or 2."""
+    return tl.where(part == 0, q, tl.where(part == 1, k, v))
+
+
+def three(items: Sequence[Any], missing: Any) -> tuple[Any, ...]:
+    """The items, which are three or one, as three: the others `missing`."""
+    return (*items, *[missing] * (3 - len(items)))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
-from kda_ops.device.kernel import conv_row, conv_taps, gate_nats
+from kda_ops.device.kernel import conv_row, conv_state_strides, conv_taps, gate_nats, three
 
 
 @triton.jit
@@ -49,9 +49,17 @@ def shift(ptr, stride, rows, tokens, ok, W: tl.constexpr, TOKENS: tl.constexpr):
 @triton.jit
 def kda_decode_kernel(
     x_ptr,
+    x_k_ptr,
+    x_v_ptr,
     conv_ptr,
+    conv_k_ptr,
+    conv_v_ptr,
     weight_ptr,
+    weight_k_ptr,
+    weight_v_ptr,
     bias_ptr,
+    bias_k_ptr,
+    bias_v_ptr,
     f_ptr,
     beta_ptr,
     z_ptr,
@@ -70,8 +78,14 @@ def kda_decode_kernel(
     columns,
     L,
     stride_x_row,
+    stride_x_row_k,
+    stride_x_row_v,
     stride_conv_slot,
+    stride_conv_slot_k,
+    stride_conv_slot_v,
     stride_conv_row,
+    stride_conv_row_k,
+    stride_conv_row_v,
     stride_conv_dim,
     stride_f_row,
     stride_f_head,
@@ -100,6 +114,7 @@ def kda_decode_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_W: tl.constexpr,
     INNER_K: tl.constexpr,
+    APART: tl.constexpr,
     SILU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_A: tl.constexpr,
@@ -119,7 +134,28 @@ def kda_decode_kernel(
     that everything else is done while the state arrives. A tile of the state is
     [OUTER_K, BLOCK_V, INNER_K]: fewer lanes share a row than in [BLOCK_V, BLOCK_K], so most of a
     sum over K stays within a thread. Tiles of BLOCK_V rows follow one another.
+
+    With APART each of q, k and v has an input, weight, bias and convolution state of its own;
+    without, the first pointers lead to tensors of all channels, q | k | v, and those of k and v are
+    None.
     """
+    if not APART:
+        x_k_ptr = x_ptr + H * K
+        x_v_ptr = x_k_ptr + H * K
+        weight_k_ptr = weight_ptr + H * K * W
+        weight_v_ptr = weight_k_ptr + H * K * W
+        if HAS_BIAS:
+            bias_k_ptr = bias_ptr + H * K
+            bias_v_ptr = bias_k_ptr + H * K
+        wide = tl.full((), H * K, tl.int64) * stride_conv_dim
+        conv_k_ptr = conv_ptr + wide
+        conv_v_ptr = conv_k_ptr + wide
+        stride_x_row_k = stride_x_row
+        stride_x_row_v = stride_x_row
+        stride_conv_slot_k = stride_conv_slot
+        stride_conv_slot_v = stride_conv_slot
+        stride_conv_row_k = stride_conv_row
+        stride_conv_row_v = stride_conv_row
     OUTER_K: tl.constexpr = BLOCK_K // INNER_K
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     GROUP: tl.constexpr = HV // H
@@ -150,17 +186,20 @@ def kda_decode_kernel(
     tokens = tl.where(has_conv | live, readable, 0)
     conv_count = tl.where(has_conv, tokens, 0)
 
-    d_q = h * K + i_k
-    d_k = H * K + d_q
+    d_k = h * K + i_k
     x_ptr += first * stride_x_row
+    x_k_ptr += first * stride_x_row_k
+    x_v_ptr += first * stride_x_row_v
     conv_ptr += slot * stride_conv_slot
+    conv_k_ptr += slot * stride_conv_slot_k
+    conv_v_ptr += slot * stride_conv_slot_v
     history = tl.where(conv_count > 0, W - 1, 0)
     o_ptr += first * (HV * V)
     for g in range(GROUP):
         hv = h * GROUP + g
         head = hv.to(tl.int64)
-        x_q = rows_at(x_ptr + d_q, stride_x_row, readable, ok_k, TOKENS)
-        x_k = rows_at(x_ptr + d_k, stride_x_row, readable, ok_k, TOKENS)
+        x_q = rows_at(x_ptr + d_k, stride_x_row, readable, ok_k, TOKENS)
+        x_k = rows_at(x_k_ptr + d_k, stride_x_row_k, readable, ok_k, TOKENS)
         head_f_ptr = f_ptr + first * stride_f_row + head * stride_f_head + i_k
         f = rows_at(head_f_ptr, stride_f_row, readable, ok_k, TOKENS)
         head_beta_ptr = beta_ptr + first * stride_beta_row + head * stride_beta_head
@@ -171,11 +210,11 @@ def kda_decode_kernel(
         dt_bias = tl.zeros([BLOCK_K], tl.float32)
         if HAS_DT_BIAS:
             dt_bias += tl.load(dt_bias_ptr + hv * K + i_k, mask=ok_k, other=0.0).to(tl.float32)
-        bias_q = channel_bias(bias_ptr, d_q, ok_k, HAS_BIAS)
-        bias_k = channel_bias(bias_ptr, d_k, ok_k, HAS_BIAS)
+        bias_q = channel_bias(bias_ptr, d_k, ok_k, HAS_BIAS)
+        bias_k = channel_bias(bias_k_ptr, d_k, ok_k, HAS_BIAS)
         # conv_taps masks channels from its bound on, here those of the next head
-        taps_q = conv_taps(weight_ptr, d_q, (h + 1) * K, W, BLOCK_W)
-        taps_k = conv_taps(weight_ptr, d_k, H * K + (h + 1) * K, W, BLOCK_W)
+        taps_q = conv_taps(weight_ptr, d_k, (h + 1) * K, W, BLOCK_W)
+        taps_k = conv_taps(weight_k_ptr, d_k, (h + 1) * K, W, BLOCK_W)
 
         q = ()
         k = ()
@@ -187,18 +226,20 @@ def kda_decode_kernel(
             norm = tl.load(norm_weight_ptr + i_v, mask=ok_v, other=0.0).to(tl.float32)
             head_z_ptr = z_ptr + first * stride_z_row + head * stride_z_head + i_v
             z = rows_at(head_z_ptr, stride_z_row, readable, ok_v, TOKENS)
-            d_v = 2 * H * K + hv * V + i_v
-            x_v = rows_at(x_ptr + d_v, stride_x_row, readable, ok_v, TOKENS)
-            bias_v = channel_bias(bias_ptr, d_v, ok_v, HAS_BIAS)
-            taps_v = conv_taps(weight_ptr, d_v, 2 * H * K + (hv + 1) * V, W, BLOCK_W)
-            conv_v_ptr = conv_ptr + d_v.to(tl.int64) * stride_conv_dim
+            d_v = hv * V + i_v
+            x_v = rows_at(x_v_ptr + d_v, stride_x_row_v, readable, ok_v, TOKENS)
+            bias_v = channel_bias(bias_v_ptr, d_v, ok_v, HAS_BIAS)
+            taps_v = conv_taps(weight_v_ptr, d_v, (hv + 1) * V, W, BLOCK_W)
+            rows_v_ptr = conv_v_ptr + d_v.to(tl.int64) * stride_conv_dim
             if block == 0:
-                conv_q_ptr = conv_ptr + d_q.to(tl.int64) * stride_conv_dim
-                conv_k_ptr = conv_ptr + d_k.to(tl.int64) * stride_conv_dim
-                skip = past * stride_conv_row
-                x_q = rows_at(conv_q_ptr + skip, stride_conv_row, history, ok_k, W - 1) + x_q
-                x_k = rows_at(conv_k_ptr + skip, stride_conv_row, history, ok_k, W - 1) + x_k
-            x_v = rows_at(conv_v_ptr + skip, stride_conv_row, history, ok_v, W - 1) + x_v
+                rows_q_ptr = conv_ptr + d_k.to(tl.int64) * stride_conv_dim
+                rows_k_ptr = conv_k_ptr + d_k.to(tl.int64) * stride_conv_dim
+                past_q = past * stride_conv_row
+                past_k = past * stride_conv_row_k
+                x_q = rows_at(rows_q_ptr + past_q, stride_conv_row, history, ok_k, W - 1) + x_q
+                x_k = rows_at(rows_k_ptr + past_k, stride_conv_row_k, history, ok_k, W - 1) + x_k
+            past_v = past * stride_conv_row_v
+            x_v = rows_at(rows_v_ptr + past_v, stride_conv_row_v, history, ok_v, W - 1) + x_v
 
             tile = (
                 head * stride_state_head
@@ -250,7 +291,7 @@ def kda_decode_kernel(
                 written = live & (tokens > 0)
                 tl.store(S_ptr, S.to(state_ptr.dtype.element_ty), mask=ok & written)
             tl.debug_barrier()  # a row is not always written by the thread that read it
-            shift(conv_v_ptr, stride_conv_row, x_v, conv_count, ok_v, W, TOKENS)
+            shift(rows_v_ptr, stride_conv_row_v, x_v, conv_count, ok_v, W, TOKENS)
 
         for i in tl.static_range(TOKENS):
             squares = 0.0
@@ -270,8 +311,8 @@ def kda_decode_kernel(
                 zero = tl.zeros([BLOCK_V], o_ptr.dtype.element_ty)
                 tl.store(o_ptr + i * (HV * V) + hv * V + i_v, zero, mask=i_v < V)
         if g == GROUP - 1:
-            shift(conv_q_ptr, stride_conv_row, x_q, conv_count, ok_k, W, TOKENS)
-            shift(conv_k_ptr, stride_conv_row, x_k, conv_count, ok_k, W, TOKENS)
+            shift(rows_q_ptr, stride_conv_row, x_q, conv_count, ok_k, W, TOKENS)
+            shift(rows_k_ptr, stride_conv_row_k, x_k, conv_count, ok_k, W, TOKENS)
 
 
 def tile_of(V: int, K: int, state: Tensor, layout: str) -> dict[str, int]:
@@ -312,25 +353,58 @@ def launch_kda_decode(
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> Tensor:
-    HV, K, V, W = int(f.shape[-2]), int(f.shape[-1]), int(z.shape[-1]), int(weight.shape[1])
-    H = (int(x.shape[1]) - HV * V) // (2 * K)
+    return _launch(
+        (x,), (conv_state,), (weight,), (bias,), activation,
+        f, beta, z, A_log, dt_bias, lower_bound, beta_scale, norm_weight, norm_eps,
+        qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens, layout,
+    )  # fmt: skip
+
+
+def launch_kda_decode_apart(
+    q: Tensor, k: Tensor, v: Tensor, q_state: Tensor, k_state: Tensor, v_state: Tensor,
+    q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None,
+    k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    f: Tensor, beta: Tensor, z: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
+    lower_bound: float | None, beta_scale: float, norm_weight: Tensor, norm_eps: float,
+    qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> Tensor:  # fmt: skip
+    return _launch(
+        (q, k, v), (q_state, k_state, v_state), (q_weight, k_weight, v_weight),
+        (q_bias, k_bias, v_bias), activation,
+        f, beta, z, A_log, dt_bias, lower_bound, beta_scale, norm_weight, norm_eps,
+        qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens, layout,
+    )  # fmt: skip
+
+
+def _launch(
+    xs: tuple[Tensor, ...], conv_states: tuple[Tensor, ...], weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...], activation: str | None,
+    f: Tensor, beta: Tensor, z: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
+    lower_bound: float | None, beta_scale: float, norm_weight: Tensor, norm_eps: float,
+    qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> Tensor:  # fmt: skip
+    """One of each tensor of the convolution, packed, or three, for q, k and v."""
+    HV, K, V = int(f.shape[-2]), int(f.shape[-1]), int(z.shape[-1])
+    W = int(weights[0].shape[1])
+    H = (sum(int(weight.shape[0]) for weight in weights) - HV * V) // (2 * K)
+    x, conv_state = xs[0], conv_states[0]
     T, N = x.shape[0], state_indices.shape[0]
     o = torch.empty((1, T, HV, V), dtype=x.dtype, device=x.device)
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    xs = tuple(x if x.stride(1) == 1 else x.contiguous() for x in xs)
     f, z = (_dense_rows(y, T) for y in (f, z))
     beta = beta.reshape(T, HV)
-    stride_slot, *strides = conv_state.stride()
-    stride_row, stride_dim = strides if layout == "SD" else strides[::-1]
+    strides = [conv_state_strides(conv_state, layout) for conv_state in conv_states]
     L = conv_state.shape[1 if layout == "SD" else 2]
     varlen, per_token = cu_seqlens is not None, state_indices.dim() == 2
     # without cu_seqlens an empty batch still launches: CUDA has no empty grid
     sequences = N + 1 if varlen else torch.sym_max(N, 1)
     traceable(kda_decode_kernel)[(sequences * H,)](
-        x,
-        conv_state,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
+        *three(xs, None),
+        *three(conv_states, None),
+        *three([weight.contiguous() for weight in weights], None),
+        *three([None if bias is None else bias.contiguous() for bias in biases], None),
         f,
         beta,
         z,
@@ -348,10 +422,10 @@ def launch_kda_decode(
         state.shape[0],
         state_indices.shape[1] if per_token else 1,
         L,
-        x.stride(0),
-        stride_slot,
-        stride_row,
-        stride_dim,
+        *three([x.stride(0) for x in xs], 0),
+        *three([slot for slot, _, _ in strides], 0),
+        *three([row for _, row, _ in strides], 0),
+        strides[0][2],
         *f.stride()[:2],
         *beta.stride(),
         *z.stride()[:2],
@@ -373,8 +447,9 @@ def launch_kda_decode(
         TOKENS=int(L) - W + 2 if varlen else 1,
         BLOCK_K=triton.next_power_of_2(K),
         BLOCK_W=triton.next_power_of_2(W),
+        APART=len(xs) == 3,
         SILU=activation == "silu",
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=biases[0] is not None,
         HAS_A=A_log is not None,
         HAS_DT_BIAS=dt_bias is not None,
         BOUNDED=lower_bound is not None,

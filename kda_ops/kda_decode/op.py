@@ -17,14 +17,17 @@ from kda_ops._checks import (
     check_shape,
     check_slot_values,
     check_step_values,
+    conv_parts,
     resolve_activation,
+    state_channels,
 )
 from kda_ops._define import define_op
 from kda_ops.config import resolve_layout
-from kda_ops.kda_decode.reference import kda_decode_reference
+from kda_ops.kda_decode.reference import kda_decode_apart_reference, kda_decode_reference
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MOST_TOKENS = 8
+Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def kda_decode_fake(
@@ -51,6 +54,18 @@ def kda_decode_fake(
     layout: str,
 ) -> Tensor:
     return torch.empty((1, x.shape[0], *z.shape[-2:]), dtype=x.dtype, device=x.device)
+
+
+def kda_decode_apart_fake(
+    q: Tensor, k: Tensor, v: Tensor, q_state: Tensor, k_state: Tensor, v_state: Tensor,
+    q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None,
+    k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    f: Tensor, beta: Tensor, z: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
+    lower_bound: float | None, beta_scale: float, norm_weight: Tensor, norm_eps: float,
+    qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> Tensor:  # fmt: skip
+    return torch.empty((1, q.shape[0], *z.shape[-2:]), dtype=q.dtype, device=q.device)
 
 
 def check_kda_decode_values(
@@ -96,29 +111,58 @@ def check_kda_decode_values(
             )
 
 
+def check_kda_decode_apart_values(
+    q: Tensor, k: Tensor, v: Tensor, q_state: Tensor, k_state: Tensor, v_state: Tensor,
+    q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None,
+    k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    f: Tensor, beta: Tensor, z: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
+    lower_bound: float | None, beta_scale: float, norm_weight: Tensor, norm_eps: float,
+    qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> None:  # fmt: skip
+    check_kda_decode_values(
+        q, q_state, q_weight, q_bias, activation, f, beta, z, A_log, dt_bias, lower_bound,
+        beta_scale, norm_weight, norm_eps, qk_norm_eps, scale, state, state_indices, num_accepted,
+        cu_seqlens, layout,
+    )  # fmt: skip
+
+
 def conv_tokens(conv_state: Tensor, weight: Tensor, layout: str) -> int:
     """The most tokens of a step that a convolution state can take."""
     return conv_state.shape[1 if layout == "SD" else 2] - weight.shape[1] + 2
 
 
+_STEP = (
+    "str? activation, Tensor f, Tensor beta, Tensor z, Tensor? A_log, Tensor? dt_bias, "
+    "float? lower_bound, float beta_scale, Tensor norm_weight, float norm_eps, float qk_norm_eps, "
+    "float scale, Tensor(d!) state, Tensor state_indices, Tensor? num_accepted, "
+    "Tensor? cu_seqlens, str layout"
+)
+
 kda_decode_op = define_op(
-    "kda_decode(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, str? activation, "
-    "Tensor f, Tensor beta, Tensor z, Tensor? A_log, Tensor? dt_bias, float? lower_bound, "
-    "float beta_scale, Tensor norm_weight, float norm_eps, float qk_norm_eps, float scale, "
-    "Tensor(b!) state, Tensor state_indices, Tensor? num_accepted, Tensor? cu_seqlens, "
-    "str layout) -> Tensor",
+    f"kda_decode(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, {_STEP}) -> Tensor",
     reference=kda_decode_reference,
     fake=kda_decode_fake,
     cuda="kda_ops.kda_decode.kernel:launch_kda_decode",
     check_values=check_kda_decode_values,
 )
 
+kda_decode_apart_op = define_op(
+    "kda_decode.apart(Tensor q, Tensor k, Tensor v, Tensor(a!) q_state, Tensor(b!) k_state, "
+    "Tensor(c!) v_state, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor? q_bias, "
+    f"Tensor? k_bias, Tensor? v_bias, {_STEP}) -> Tensor",
+    reference=kda_decode_apart_reference,
+    fake=kda_decode_apart_fake,
+    cuda="kda_ops.kda_decode.kernel:launch_kda_decode_apart",
+    check_values=check_kda_decode_apart_values,
+)
+
 
 def kda_decode(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    x: Tensor | Parts,
+    conv_state: Tensor | Parts,
+    weight: Tensor | Parts,
+    bias: Tensor | Parts | None = None,
     *,
     activation: str | None = "silu",
     f: Tensor,
@@ -145,6 +189,9 @@ def kda_decode(
     `recurrent_kda` with `beta_scale * sigmoid(beta)`, and `rms_norm_gated`, without rounding in
     between. Both states of a sequence live under the same slots: the convolution state under
     column 0 of `state_indices`, the recurrent state as in `recurrent_kda`.
+
+    Models that keep q, k and v apart, as FLA's and Moonshot's do, give x, conv_state, weight and
+    bias as three tensors each, `(of q, of k, of v)`; nothing is packed for them.
 
     Slot 0 is the null block. A sequence mapped to it is padding: its output is zero and nothing of
     it is written. Two sequences never share a slot. Source: Kimi Linear (arXiv:2510.26692),
@@ -190,11 +237,14 @@ def kda_decode(
         RuntimeError: An argument requires grad while grad mode is on.
     """
     activation = resolve_activation(activation)
-    check_rank("x", x, 2)
-    check_conv(x, weight, bias)
-    T, D = x.shape
-    layout = resolve_layout(layout, conv_state, D)
-    check_conv_state(conv_state, layout, D, weight.shape[1])
+    layout = resolve_layout(layout, *state_channels(x, conv_state))
+    parts = conv_parts(x, weight, bias, conv_state, layout)
+    xs, weights, biases, conv_states = zip(*parts, strict=True)
+    for x_part, weight_part, bias_part, conv_part in parts:
+        check_rank("x", x_part, 2)
+        check_conv(x_part, weight_part, bias_part)
+        check_conv_state(conv_part, layout, x_part.shape[1], weight_part.shape[1])
+    T, D = xs[0].shape[0], sum(x_part.shape[1] for x_part in xs)
     check_gate_parameters(f, A_log, dt_bias, lower_bound, name="f")
     HV, K = f.shape[-2:]
     if z.dim() < 2 or z.shape[-2] != HV:
@@ -211,8 +261,11 @@ def kda_decode(
     if D != 2 * H * K + HV * V or H < 1 or HV % H:
         raise ValueError(
             f"x must have shape [T, 2 H K + {HV * V}] with K = {K} and H a divisor of {HV}, "
-            f"got {tuple(x.shape)}"
+            f"got {tuple(xs[0].shape)}"
         )
+    if len(xs) == 3:
+        for x_part, width in zip(xs, (H * K, H * K, HV * V), strict=True):
+            check_shape("x", x_part, (T, width))
     check_shape("norm_weight", norm_weight, (V,))
     for name, tensor in (("beta", beta), ("z", z), ("norm_weight", norm_weight)):
         check_dtype(name, tensor)
@@ -228,11 +281,11 @@ def kda_decode(
     if cu_seqlens is not None:
         check_cu_seqlens_shape(cu_seqlens)
         sequences = cu_seqlens.shape[0] - 1
-        most = conv_tokens(conv_state, weight, layout)
+        most = conv_tokens(conv_states[0], weights[0], layout)
         if most > MOST_TOKENS:
             raise ValueError(
-                f"conv_state must have L at most {MOST_TOKENS + weight.shape[1] - 2} with "
-                f"cu_seqlens, got {tuple(conv_state.shape)} in layout {layout}"
+                f"conv_state must have L at most {MOST_TOKENS + weights[0].shape[1] - 2} with "
+                f"cu_seqlens, got {tuple(conv_states[0].shape)} in layout {layout}"
             )
     check_shape("state_indices", state_indices, (sequences, *state_indices.shape[1:]))
     if state_indices.dim() == 2 and state_indices.shape[1] < 1:
@@ -247,11 +300,11 @@ def kda_decode(
             )
         check_shape("num_accepted", num_accepted, (sequences,))
         check_dtype("num_accepted", num_accepted, INTEGERS)
+    for x_part, weight_part, bias_part, conv_part in parts:
+        check_device(x=x_part, conv_state=conv_part, weight=weight_part, bias=bias_part)
     check_device(
-        x=x,
-        conv_state=conv_state,
-        weight=weight,
-        bias=bias,
+        x=xs[0],
+        x_v=xs[-1],
         f=f,
         beta=beta,
         z=z,
@@ -262,29 +315,12 @@ def kda_decode(
         cu_seqlens=cu_seqlens,
     )
     scale = K**-0.5 if scale is None else scale
-    return kda_decode_op(
-        x,
-        conv_state,
-        weight,
-        bias,
-        activation,
-        f,
-        beta,
-        z,
-        A_log,
-        dt_bias,
-        lower_bound,
-        beta_scale,
-        norm_weight,
-        norm_eps,
-        qk_norm_eps,
-        scale,
-        state,
-        state_indices,
-        num_accepted,
-        cu_seqlens,
-        layout,
-    )
+    step = (
+        activation, f, beta, z, A_log, dt_bias, lower_bound, beta_scale, norm_weight, norm_eps,
+        qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens, layout,
+    )  # fmt: skip
+    op = kda_decode_op if len(parts) == 1 else kda_decode_apart_op
+    return op(*xs, *conv_states, *weights, *biases, *step)
 
 
 def check_tokens(name: str, x: Tensor, T: int, trailing: int) -> None:

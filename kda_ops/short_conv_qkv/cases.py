@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kda_ops._cases import Case, paged_conv_state
+from kda_ops._cases import Case, paged_conv_state, taken_apart
 
 
 def short_conv_qkv_inputs(
@@ -29,6 +29,7 @@ def short_conv_qkv_inputs(
     num_slots: int = 7,
     state_dtype: torch.dtype | None = None,
     index_dtype: torch.dtype = torch.int32,
+    apart: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
     """Arguments of `short_conv_qkv`, with a state where a layout is given.
@@ -54,6 +55,7 @@ def short_conv_qkv_inputs(
         num_slots: Slots of the state.
         state_dtype: Of the state, None for that of x.
         index_dtype: Of offsets and slots.
+        apart: Whether q, k and v have tensors of their own.
         device: Where.
     """
     D = 2 * H * K + value_dim
@@ -82,7 +84,7 @@ def short_conv_qkv_inputs(
         inputs["layout"] = layout
         if initial is not None:
             inputs["has_initial_state"] = torch.tensor(initial, device=device).bool()
-    return inputs
+    return taken_apart(inputs, (H * K, H * K, value_dim)) if apart else inputs
 
 
 def _case(name: str, *sizes: Any, perf: bool = False, **options: Any) -> Case:
@@ -106,6 +108,7 @@ RAGGED: dict[str, Any] = {
 THREE: dict[str, Any] = {"slots": (2, 0, 5), "initial": (1, 1, 0)}
 
 CASES = [
+    _case("apart-SD-ragged-bias", 1, 40, 2, 64, 96, **RAGGED, layout="SD", bias=True, apart=True),
     _case("fp32-K5-linear", 1, 6, 2, 5, 7, torch.float32, W=2, activation=None, bias=True),
     _case("K128", 2, 19, 3, 128, 520),
     _case("K64-fp16-bias", 1, 21, 5, 64, 192, torch.float16, bias=True),
@@ -134,6 +137,33 @@ CASES = [
     ),
     _case("SD-fp32-state", 1, 40, 2, 16, 40, **RAGGED, layout="SD", state_dtype=torch.float32),
     _case("DS-fp64", 2, 5, 1, 6, 9, torch.float64, layout="DS", slots=(3, 0), initial=(1, 1)),
+    _case(
+        "apart-fp32-K24-bias-strided",
+        2,
+        9,
+        3,
+        24,
+        50,
+        torch.float32,
+        strided=True,
+        bias=True,
+        apart=True,
+    ),
+    _case("apart-DS", 3, 8, 2, 24, 72, torch.float16, layout="DS", **THREE, num_spec=2, apart=True),
+    _case("apart-ragged-K128", 1, 40, 1, 128, 300, lengths=(1, 0, 20, 2, 3, 5), apart=True),
+    _case(
+        "apart-fp64",
+        2,
+        5,
+        1,
+        6,
+        9,
+        torch.float64,
+        layout="DS",
+        slots=(3, 0),
+        initial=(1, 1),
+        apart=True,
+    ),
     _case("T8192-H32", 1, 8192, 32, 128, 4096, perf=True),
     _case("SD-T8192-H32", 1, 8192, 32, 128, 4096, perf=True, layout="SD", slots=(3,), initial=(1,)),
     _case(
@@ -144,5 +174,14 @@ CASES = [
         lengths=(4096, 1000, 2096, 1000),
         slots=(3, 1, 2, 4),
         initial=(1, 0, 1, 0),
+    ),
+    _case(
+        "apart-SD-T8192-H32",
+        *(1, 8192, 32, 128, 4096),
+        perf=True,
+        layout="SD",
+        slots=(3,),
+        initial=(1,),
+        apart=True,
     ),
 ]

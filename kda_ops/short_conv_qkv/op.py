@@ -9,16 +9,22 @@ from kda_ops._checks import (
     check_conv_sequences,
     check_conv_values,
     check_rank,
+    check_shape,
+    conv_parts,
     resolve_activation,
+    state_channels,
 )
 from kda_ops._define import define_op
 from kda_ops.config import resolve_layout
 from kda_ops.short_conv_qkv.reference import (
+    short_conv_qkv_apart_reference,
+    short_conv_qkv_apart_state_reference,
     short_conv_qkv_reference,
     short_conv_qkv_state_reference,
 )
 
 MOST_HEAD_DIM = 256
+Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def short_conv_qkv_fake(
@@ -55,6 +61,30 @@ def short_conv_qkv_state_fake(
     return short_conv_qkv_fake(x, weight, bias, activation, key_dim, head_dim, norm_eps, cu_seqlens)
 
 
+def short_conv_qkv_apart_fake(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    B, T, key_dim = q.shape
+    heads = (B, T, key_dim // head_dim, head_dim)
+    shapes = (heads, heads, v.shape)
+    new_q, new_k, new_v = (torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
+    return new_q, new_k, new_v
+
+
+def short_conv_qkv_apart_state_fake(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
+    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return short_conv_qkv_apart_fake(
+        q, k, v, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, activation, head_dim,
+        norm_eps, cu_seqlens,
+    )  # fmt: skip
+
+
 def check_short_conv_qkv_values(
     x: Tensor,
     weight: Tensor,
@@ -85,6 +115,23 @@ def check_short_conv_qkv_state_values(
     check_conv_values(x, cu_seqlens, conv_state, slots)
 
 
+def check_short_conv_qkv_apart_values(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    check_conv_values(q, cu_seqlens, None, None)
+
+
+def check_short_conv_qkv_apart_state_values(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
+    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> None:  # fmt: skip
+    check_conv_values(q, cu_seqlens, q_state, slots)
+
+
 short_conv_qkv_op = define_op(
     "short_conv_qkv(Tensor x, Tensor weight, Tensor? bias, str? activation, int key_dim, "
     "int head_dim, float norm_eps, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
@@ -104,17 +151,40 @@ short_conv_qkv_state_op = define_op(
     check_values=check_short_conv_qkv_state_values,
 )
 
+_APART = (
+    "Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor v_weight, "
+    "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, str? activation, int head_dim, float norm_eps"
+)
+
+short_conv_qkv_apart_op = define_op(
+    f"short_conv_qkv.apart({_APART}, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    reference=short_conv_qkv_apart_reference,
+    fake=short_conv_qkv_apart_fake,
+    cuda="kda_ops.short_conv_qkv.kernel:launch_short_conv_qkv_apart",
+    check_values=check_short_conv_qkv_apart_values,
+)
+
+short_conv_qkv_apart_state_op = define_op(
+    f"short_conv_qkv.apart_state({_APART}, Tensor(a!) q_state, Tensor(b!) k_state, "
+    "Tensor(c!) v_state, Tensor slots, Tensor? has_initial_state, Tensor? cu_seqlens, "
+    "str layout) -> (Tensor, Tensor, Tensor)",
+    reference=short_conv_qkv_apart_state_reference,
+    fake=short_conv_qkv_apart_state_fake,
+    cuda="kda_ops.short_conv_qkv.kernel:launch_short_conv_qkv_apart_state",
+    check_values=check_short_conv_qkv_apart_state_values,
+)
+
 
 def short_conv_qkv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    x: Tensor | Parts,
+    weight: Tensor | Parts,
+    bias: Tensor | Parts | None = None,
     *,
     key_dim: int,
     head_dim: int,
     norm_eps: float = 1e-6,
     activation: str | None = "silu",
-    conv_state: Tensor | None = None,
+    conv_state: Tensor | Parts | None = None,
     slots: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -126,6 +196,9 @@ def short_conv_qkv(
     Exactly `short_conv` of x, which is q | k | v along its channels, split into three, and `l2norm`
     of each head of q and k, without rounding in between. The state, slots, empty sequences and
     padding are those of `short_conv`: tokens of no sequence and of slot 0 give zeros.
+
+    Models that keep q, k and v apart, as FLA's and Moonshot's do, give x, weight, bias and
+    conv_state as three tensors each, `(of q, of k, of v)`; nothing is packed for them.
 
     Source: Kimi Linear (arXiv:2510.26692), section 4.
 
@@ -158,20 +231,33 @@ def short_conv_qkv(
             differentiates).
     """
     activation = resolve_activation(activation)
-    check_rank("x", x, 3)
-    layout = resolve_layout(layout, conv_state, x.shape[-1])
-    check_conv_sequences(x, weight, bias, conv_state, slots, has_initial_state, cu_seqlens, layout)
+    layout = resolve_layout(layout, *state_channels(x, conv_state))
+    parts = conv_parts(x, weight, bias, conv_state, layout)
+    for part in parts:
+        check_rank("x", part[0], 3)
+        check_conv_sequences(*part, slots, has_initial_state, cu_seqlens, layout)
     if not 1 <= head_dim <= MOST_HEAD_DIM:
         raise ValueError(f"head_dim must be in [1, {MOST_HEAD_DIM}], got {head_dim}")
     if key_dim < 1 or key_dim % head_dim:
         raise ValueError(f"key_dim must be a multiple of head_dim = {head_dim}, got {key_dim}")
+    if norm_eps <= 0:
+        raise ValueError(f"norm_eps must be positive, got {norm_eps}")
+    if len(parts) == 3:
+        for (x_part, *_), width in zip(parts, (key_dim, key_dim, None), strict=True):
+            check_shape("x", x_part, (*x_part.shape[:2], width or x_part.shape[2]))
+        xs, weights, biases, states = zip(*parts, strict=True)
+        args = (*xs, *weights, *biases, activation, head_dim, norm_eps)
+        if conv_state is None:
+            return short_conv_qkv_apart_op(*args, cu_seqlens)
+        return short_conv_qkv_apart_state_op(
+            *args, *states, slots, has_initial_state, cu_seqlens, layout
+        )
+    ((x, weight, bias, conv_state),) = parts
     if x.shape[-1] <= 2 * key_dim:
         raise ValueError(
             f"x must have shape [B, T, D] with D more than 2 * key_dim = {2 * key_dim}, "
             f"got {tuple(x.shape)}"
         )
-    if norm_eps <= 0:
-        raise ValueError(f"norm_eps must be positive, got {norm_eps}")
     if conv_state is None:
         return short_conv_qkv_op(
             x, weight, bias, activation, key_dim, head_dim, norm_eps, cu_seqlens

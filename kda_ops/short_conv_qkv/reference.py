@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from kda_ops.formulas import accumulation_dtype, conv_whole, conv_whole_state, l2_normalized
+from kda_ops.formulas import (
+    accumulation_dtype,
+    conv_whole,
+    conv_whole_state,
+    l2_normalized,
+    packed_bias,
+    packed_state,
+)
 
 
 def short_conv_qkv_reference(
@@ -40,6 +47,46 @@ def short_conv_qkv_state_reference(
         wide, weight, bias, activation, conv_state, slots, has_initial_state, cu_seqlens, layout
     )
     return normed_parts(y, key_dim, head_dim, norm_eps, x.dtype)
+
+
+def short_conv_qkv_apart_reference(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return short_conv_qkv_reference(
+        torch.cat([q, k, v], dim=-1),
+        torch.cat([q_weight, k_weight, v_weight]),
+        packed_bias(q_bias, k_bias, v_bias),
+        activation,
+        q.shape[-1],
+        head_dim,
+        norm_eps,
+        cu_seqlens,
+    )
+
+
+def short_conv_qkv_apart_state_reference(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
+    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with packed_state((q_state, k_state, v_state), layout) as conv_state:
+        return short_conv_qkv_state_reference(
+            torch.cat([q, k, v], dim=-1),
+            torch.cat([q_weight, k_weight, v_weight]),
+            packed_bias(q_bias, k_bias, v_bias),
+            activation,
+            q.shape[-1],
+            head_dim,
+            norm_eps,
+            conv_state,
+            slots,
+            has_initial_state,
+            cu_seqlens,
+            layout,
+        )
 
 
 def normed_parts(

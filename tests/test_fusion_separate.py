@@ -1,0 +1,289 @@
+"""Separate convolutions of q, k and v become one operator, and where they do not."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kda_ops
+from tests.rewritten import Rewritten, rewritten
+
+H, HV, K, V, W, T, SLOTS = 2, 4, 8, 16, 3, 3, 5
+WIDTHS = (H * K, H * K, HV * V)
+PARTS = "qkv"
+NAMES = ("x", "g", "beta", "z", "recurrent", "slots", "cu")
+PER_PART = ("projection", "weight", "bias", "state")
+
+
+class Prefill:
+    """Three convolutions and the recurrence as a model author writes them; what a test changes is
+    an attribute or a method.
+    """
+
+    update = False
+    layout: str | None = None
+    activations = ("silu", "silu", "silu")
+    eps = (1e-6, 1e-6)
+
+    def __call__(self, *args: Tensor) -> Any:
+        a = dict(zip(NAMES, args, strict=False))
+        parts = torch.utils._pytree.tree_unflatten(list(args[len(NAMES) :]), STRUCTURE)
+        y = [
+            self.convolve(i, x, *(parts[name][i] for name in PER_PART[1:]), a)
+            for i, x in enumerate(self.inputs(a["x"], parts["projection"]))
+        ]
+        q, k, v = (part.unflatten(-1, (-1, V if i == 2 else K)) for i, part in enumerate(y))
+        q, k = (self.normalise(part, eps) for part, eps in zip((q, k), self.eps, strict=True))
+        return self.recur(q, k, v, a), self.extra(y, parts["state"])
+
+    def inputs(self, x: Tensor, projections: Any) -> Any:
+        """Slices of one projection."""
+        return x.split(WIDTHS, dim=-1)
+
+    def convolve(
+        self, i: int, x: Tensor, weight: Tensor, bias: Any, state: Tensor, a: dict[str, Any]
+    ) -> Tensor:
+        options: dict[str, Any] = {"activation": self.activations[i], "cu_seqlens": a["cu"]}
+        if self.update:
+            options |= {"slots": a["slots"], "layout": self.layout or "SD"}
+            return kda_ops.short_conv_update(x[0], state, weight, bias, **options)[None]
+        if self.layout is not None:
+            options |= {"conv_state": state, "slots": a["slots"], "layout": self.layout}
+        return kda_ops.short_conv(x, weight, bias, **options)
+
+    def normalise(self, x: Tensor, eps: float) -> Tensor:
+        return kda_ops.l2norm(x, eps=eps)
+
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, a: dict[str, Any]) -> Tensor:
+        G = -a["g"].to(a["recurrent"].dtype).abs()
+        return kda_ops.chunk_kda(q, k, v, G, a["beta"], cu_seqlens=a["cu"])[0]
+
+    def extra(self, y: Any, states: Any) -> Any:
+        return None
+
+
+class Step(Prefill):
+    """The same in a decode step, up to the norm of its output."""
+
+    update = True
+
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, a: dict[str, Any]) -> Tensor:
+        g = kda_ops.gate(a["g"], None, lower_bound=-5.0)
+        beta = torch.sigmoid(a["beta"])
+        o = kda_ops.recurrent_kda(q, k, v, g, beta, a["recurrent"], a["slots"], cu_seqlens=a["cu"])
+        return kda_ops.rms_norm_gated(o, a["z"], a["z"].new_ones(V))
+
+
+def inputs(layout: str = "SD", rows: int = W - 1, **changed: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    bf16 = {"dtype": torch.bfloat16}
+
+    def state(width: int) -> Tensor:
+        return torch.randn(SLOTS, *((rows, width) if layout == "SD" else (width, rows)), **bf16)
+
+    return {
+        "x": torch.randn(1, T, sum(WIDTHS), **bf16),
+        "g": torch.randn(1, T, HV, K, **bf16),
+        "beta": torch.rand(1, T, HV, **bf16),
+        "z": torch.randn(1, T, HV, V, **bf16),
+        "recurrent": torch.randn(SLOTS, HV, V, K),
+        "slots": torch.tensor([3, 1, 2]),
+        "cu": torch.arange(T + 1, dtype=torch.int32),
+        "projection": [torch.randn(sum(WIDTHS), n, **bf16) / 16 for n in WIDTHS],
+        "weight": [torch.randn(n, W, **bf16) for n in WIDTHS],
+        "bias": [torch.randn(n, **bf16) for n in WIDTHS],
+        "state": [state(n) for n in WIDTHS],
+        **changed,
+    }
+
+
+STRUCTURE = torch.utils._pytree.tree_structure({name: [0] * 3 for name in PER_PART})
+DYNAMIC = {0: 1, 1: 1, 2: 1, 3: 1, 5: 0, 6: 0}  # tokens, sequences
+WRITTEN = (4, *range(len(NAMES) + 9, len(NAMES) + 12))
+
+
+def compiled(
+    model: Any, dynamic: bool = False, written: tuple[int, ...] = WRITTEN, **changed: Any
+) -> Rewritten:
+    given = inputs(model.layout or "SD", **changed)
+    flat = [given[name] for name in NAMES]
+    flat += [x for name in PER_PART for x in given[name]]
+    return rewritten(model, *flat, dynamic=DYNAMIC if dynamic else False, written=written)
+
+
+def variant(base: type = Prefill, **attributes: Any) -> Any:
+    """A model with other attributes or methods."""
+    return type("Variant", (base,), attributes)()
+
+
+def three_projections(self: Any, x: Tensor, projections: Any) -> Any:
+    return [x @ projection for projection in projections]
+
+
+def three_inputs(self: Any, x: Tensor, projections: Any) -> Any:
+    return [(x + i) @ projection for i, projection in enumerate(projections)]
+
+
+def no_biases(base: type) -> Any:
+    convolve = base.convolve
+
+    def without(self: Any, i: int, x: Tensor, weight: Tensor, bias: Any, *rest: Any) -> Tensor:
+        return convolve(self, i, x, weight, None, *rest)
+
+    return without
+
+
+forms = pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"layout": "SD", "inputs": three_projections},
+        {"layout": "DS", "inputs": three_inputs, "activations": (None, None, None)},
+        {"layout": "DS", "convolve": no_biases(Prefill)},
+    ],
+    ids=["slices", "SD-projections", "DS-inputs-linear", "DS-no-bias"],
+)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@forms
+def test_prefill_is_one_convolution(attributes: dict[str, Any], dynamic: bool) -> None:
+    found = compiled(variant(**attributes), dynamic=dynamic)
+    assert found.refused == []
+    assert found.fired == ["separate_convs"]
+    assert found.operators == ["short_conv_qkv", "chunk_kda"]
+    assert found.copies == 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@forms
+def test_a_step_is_one_operator(attributes: dict[str, Any], dynamic: bool) -> None:
+    found = compiled(variant(Step, **attributes), dynamic=dynamic)
+    assert found.refused == []
+    assert found.fired == ["kda_decode"]
+    assert found.operators == ["kda_decode"]
+    assert found.copies == 0
+
+
+@pytest.mark.parametrize("base", [Prefill, Step])
+@pytest.mark.parametrize("layout", ["SD", "DS"])
+def test_the_states_may_be_parts_of_one_tensor(base: type, layout: str) -> None:
+    """Each call writes its part, the next one what the one before has made of the whole."""
+    given = inputs(layout)
+    axis = 2 if layout == "SD" else 1
+    whole = torch.cat(given["state"], dim=axis)
+
+    def call(whole: Tensor, *args: Tensor) -> Any:
+        return model(*args[:-3], *whole.split(WIDTHS, dim=axis))
+
+    model = variant(base, layout=layout)
+    flat = [given[name] for name in NAMES] + [x for name in PER_PART for x in given[name]]
+    found = rewritten(call, whole, *flat, written=(0, 5))
+    assert found.refused == []
+    assert found.operators == (["kda_decode"] if base is Step else ["short_conv_qkv", "chunk_kda"])
+    assert found.copies == 0
+
+
+def scaled_state(base: type, part: int) -> Any:
+    """One of the states is changed between the convolutions."""
+    convolve = base.convolve
+
+    def changed(self: Any, i: int, x: Tensor, *rest: Any) -> Tensor:
+        *_, state, _ = rest
+        if i == 2:
+            self.states[part].mul_(0.5)
+        self.states = [*(self.states if i else []), state]
+        return convolve(self, i, x, *rest)
+
+    return changed
+
+
+def other_convolution(**options: Any) -> Any:
+    """The convolution of k has other options."""
+
+    def convolve(
+        self: Any, i: int, x: Tensor, weight: Tensor, bias: Any, state: Tensor, a: dict[str, Any]
+    ) -> Tensor:
+        new = {name: option(a) for name, option in options.items()} if i == 1 else {}
+        values = {"weight": weight, "bias": bias, "state": state, **a, **new}
+        return Prefill.convolve(
+            self, i, x, values["weight"], values["bias"], values["state"], values
+        )
+
+    return convolve
+
+
+def one_state(self: Any, i: int, x: Tensor, weight: Tensor, bias: Any, state: Any, a: Any) -> Any:
+    self.first = state if i == 0 else self.first
+    return Prefill.convolve(self, i, x, weight, bias, self.first if i < 2 else state, a)
+
+
+def returns(index: int) -> Any:
+    return lambda self, y, states: y[index] * 2
+
+
+@pytest.mark.parametrize("base", [Prefill, Step])
+@pytest.mark.parametrize(
+    ("attributes", "changed", "reason"),
+    [
+        ({"activations": ("silu", None, "silu")}, {}, "other activation"),
+        ({"activations": ("silu", "silu", None)}, {}, "other activation"),
+        ({"eps": (1e-6, 1e-5)}, {}, "different eps"),
+        ({"extra": returns(0)}, {}, "q (", ),
+        ({"convolve": other_convolution(bias=lambda a: None)}, {}, "different biases"),
+        ({"convolve": other_convolution(slots=lambda a: a["slots"].flip(0))}, {}, "other slots"),
+        ({"convolve": other_convolution(cu=lambda a: a["cu"] * 1)}, {}, "other cu_seqlens"),
+        ({"convolve": one_state}, {}, "have one state"),
+        ({}, {"weight": [torch.randn(n, w) for n, w in zip(WIDTHS, (W, 2, W), strict=True)]},
+         "different taps"),
+        ({}, {"state": [torch.randn(SLOTS, rows, n) for n, rows in zip(WIDTHS, (2, 3, 2),
+                                                                      strict=True)]},
+         "differ in slots"),
+    ],
+    ids=["activation", "activation-v", "eps", "q-used", "bias", "slots", "offsets",
+         "one-state", "taps", "rows"],
+)  # fmt: skip
+def test_it_stays_where_the_guard_says_so(
+    base: type, attributes: dict[str, Any], changed: dict[str, Any], reason: str
+) -> None:
+    found = compiled(variant(base, **{"layout": "SD", **attributes}), **changed)
+    name = "kda_decode" if base is Step else "separate_convs"
+    assert name not in found.fired
+    assert [rewrite for rewrite, why in found.refused if reason in why] == [name]
+    conv = "short_conv_update" if base is Step else "short_conv"
+    assert found.operators[:3] == [conv] * 3
+
+
+def test_the_convolved_v_may_have_other_uses() -> None:
+    """A result of the one convolution, but inside the one step."""
+    assert compiled(variant(extra=returns(2))).fired == ["separate_convs"]
+    found = compiled(variant(Step, extra=returns(2)))
+    assert found.operators[:3] == ["short_conv_update"] * 3
+    assert "is also used by" in found.refused[0][1]
+
+
+def test_without_norms_it_stays() -> None:
+    found = compiled(variant(normalise=lambda self, x, eps: x, layout="SD"))
+    assert found.operators == ["short_conv"] * 3 + ["chunk_kda"]
+    assert "does not go into l2norm alone" in found.refused[0][1]
+
+
+def test_two_convolutions_are_no_three() -> None:
+    class Shared(Prefill):
+        def recur(self, q: Tensor, k: Tensor, v: Tensor, a: dict[str, Any]) -> Tensor:
+            return super().recur(q, q, v, a)
+
+    assert "short_conv_qkv" not in compiled(Shared()).operators
+
+
+def test_a_state_changed_in_between_is_what_the_kernel_reads() -> None:
+    """In a prefill the order of the writes is kept, whether or not the rewrite fires."""
+    for part in (0, 1):
+        compiled(variant(convolve=scaled_state(Prefill, part), layout="SD"))
+
+
+def test_a_step_stays_if_a_state_is_changed_in_between() -> None:
+    found = compiled(variant(Step, convolve=scaled_state(Step, 0)))
+    assert found.operators[:3] == ["short_conv_update"] * 3
+    assert "uses the convolution state before the recurrence" in found.refused[0][1]

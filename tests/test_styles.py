@@ -1,0 +1,189 @@
+"""The layer as FLA and as transformers write it compiles to the kernels of our own, and to its
+numbers.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+
+from kda_ops.batch import KDABatch
+from kda_ops.chunks import chunk_table
+from kda_ops.formulas import accumulation_dtype
+from kda_ops.layer import KimiDeltaAttention
+from lowering.rewrite import recording
+from tests.fake_cuda import Summary
+from tests.launches import DECODE, PREFILL, expect, launches, mark_dynamic
+from tests.oracle import assert_close
+from tests.styles import Cache, fla, in_bf16, transformers
+
+HIDDEN, K, H, PAGES = 64, 64, 2, 5
+STYLES = ["fla", "transformers"]
+styles = pytest.mark.parametrize("style", STYLES)
+settings = pytest.mark.parametrize(
+    ("layout", "lower_bound"), [("SD", None), ("DS", -5.0)], ids=["SD-softplus", "DS-bounded"]
+)
+sizes = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+everything = pytest.mark.parametrize(
+    ("layout", "lower_bound", "varlen", "dynamic"),
+    [
+        ("SD", None, False, False),
+        ("DS", -5.0, True, False),
+        ("DS", None, False, True),
+        ("SD", -5.0, True, True),
+    ],
+    ids=[
+        "SD-softplus-fixed-static",
+        "DS-bounded-varlen-static",
+        "DS-softplus-fixed-dynamic",
+        "SD-bounded-varlen-dynamic",
+    ],
+)
+
+
+def written(style: str, lower_bound: float | None, K: int = K) -> Any:
+    """A layer in the style of a project, with what that project's layer can have."""
+    torch.manual_seed(0)
+    if style == "transformers":
+        return transformers.KimiLinearDeltaAttention(HIDDEN, K, H, lower_bound=lower_bound)
+    more: dict[str, Any] = {"conv_bias": True, "allow_neg_eigval": lower_bound is not None}
+    return fla.KimiDeltaAttention(HIDDEN, K, H, 2 * H, lower_bound=lower_bound, **more)
+
+
+def ours(theirs: nn.Module) -> KimiDeltaAttention:
+    """Our layer with the same weights."""
+    like_fla = isinstance(theirs, fla.KimiDeltaAttention)
+    layer = KimiDeltaAttention(
+        HIDDEN,
+        theirs.head_dim,
+        H,
+        num_v_heads=2 * H if like_fla else H,
+        conv_bias=like_fla,
+        output_gate_bias=like_fla,
+        allow_neg_eigval=like_fla and theirs.allow_neg_eigval,
+        lower_bound=(theirs if like_fla else theirs.forget_gate).lower_bound,
+    )
+    layer.load_checkpoint(theirs.state_dict())
+    return layer
+
+
+def prompts(T: int, cache: Cache | None, dynamic: bool, B: int = 1, varlen: bool = True) -> Any:
+    """Arguments of a prefill."""
+    x, cu, chunks = torch.randn(B, T, HIDDEN, dtype=torch.bfloat16), None, None
+    if varlen:
+        cu = torch.tensor([0, 50, T], dtype=torch.int32)
+        chunks = chunk_table(cu, T)
+    if dynamic:
+        mark_dynamic(x, axis=1)
+        mark_dynamic(*([cu, chunks] if varlen else [x] if B > 1 else []))
+        mark_dynamic(*([cache.slots, cache.has_initial_state] if cache else []))
+    return x, cache, cu, chunks
+
+
+def tokens(cache: Cache, dynamic: bool, varlen: bool) -> Any:
+    """Arguments of a decode step, a token for each slot."""
+    N = len(cache.slots)
+    x = torch.randn(*((1, N) if varlen else (N, 1)), HIDDEN, dtype=torch.bfloat16)
+    cu = torch.arange(N + 1, dtype=torch.int32) if varlen else None
+    if dynamic:
+        mark_dynamic(x, axis=1 if varlen else 0)
+        mark_dynamic(cu, cache.slots, cache.has_initial_state)
+    return x, cache, cu, None, True
+
+
+def compiled(layer: nn.Module, args: Any, dynamic: bool) -> Summary:
+    return launches(layer, *args, dynamic=None if dynamic else False)
+
+
+@everything
+@styles
+def test_decode_is_one_launch(
+    style: str, layout: str, lower_bound: float | None, varlen: bool, dynamic: bool
+) -> None:
+    layer = in_bf16(written(style, lower_bound))
+    cache = layer.cache(torch.tensor([1, 2, 4]), PAGES, layout)
+    expect(compiled(layer, tokens(cache, dynamic, varlen), dynamic), DECODE)
+
+
+@everything
+@styles
+def test_prefill_is_four_launches(
+    style: str, layout: str, lower_bound: float | None, varlen: bool, dynamic: bool
+) -> None:
+    layer = in_bf16(written(style, lower_bound))
+    cache = layer.cache(torch.tensor([1, 2]), PAGES, layout)
+    args = prompts(130, cache, dynamic, B=1 if varlen else 2, varlen=varlen)
+    expect(compiled(layer, args, dynamic), PREFILL)
+
+
+@sizes
+@styles
+def test_prefill_without_a_cache_is_four_launches(style: str, dynamic: bool) -> None:
+    layer = in_bf16(written(style, -5.0))
+    expect(compiled(layer, prompts(130, None, dynamic, varlen=False), dynamic), PREFILL)
+
+
+def test_states_of_one_buffer_are_not_copied() -> None:
+    """Three states that are parts of one tensor: each convolution writes its part."""
+    layer = in_bf16(written("fla", None))
+    for layout, axis in (("SD", 2), ("DS", 1)):
+        cache = layer.cache(torch.tensor([1, 2, 4]), PAGES, layout)
+        cache.conv = torch.cat(cache.conv, dim=axis).split(layer.widths, dim=axis)
+        expect(compiled(layer, tokens(cache, False, True), False), DECODE)
+        expect(compiled(layer, prompts(130, _two(cache), False), False), PREFILL)
+
+
+def _two(cache: Cache) -> Cache:
+    return Cache(
+        cache.conv,
+        cache.recurrent,
+        cache.slots[:2],
+        cache.has_initial_state[:2],
+        cache.layout,
+    )
+
+
+@settings
+@styles
+def test_the_numbers_are_those_of_our_layer(
+    style: str, layout: str, lower_bound: float | None
+) -> None:
+    """A prefill of two prompts and a decode step, compiled, against our layer in fp64."""
+    theirs = in_bf16(written(style, lower_bound, K=16))
+    layer = ours(theirs)
+    layer.conv_layout = layout
+    slots = torch.tensor([3, 1])
+    cache = theirs.cache(slots, PAGES, layout)
+    first, step = torch.randn(1, 75, HIDDEN), torch.randn(1, 2, HIDDEN)
+    cu = torch.tensor([0, 70, 75], dtype=torch.int32)
+
+    def ours_in(dtype: torch.dtype) -> list[Tensor]:
+        model = layer.to(dtype)
+        state = (
+            torch.zeros_like(packed, dtype=dtype),
+            torch.zeros_like(cache.recurrent, dtype=accumulation_dtype(first.to(dtype))),
+        )
+        batches = KDABatch.prefill([70, 5], slots.tolist()), KDABatch.decode(slots.tolist())
+        y, y2 = (
+            model(x.bfloat16().to(dtype), state=state, batch=batch)
+            for x, batch in zip((first, step), batches, strict=True)
+        )
+        return [y, y2, *state]
+
+    with torch.no_grad(), recording() as outcomes:
+        torch._dynamo.reset()
+        run = torch.compile(theirs, fullgraph=True)
+        with torch._inductor.config.patch(force_disable_caches=True):
+            y = run(first.bfloat16(), cache, cu, chunk_table(cu, 75))
+            y2 = run(step.bfloat16(), cache, torch.arange(3, dtype=torch.int32), None, True)
+        packed = cache.conv
+        if style == "fla":
+            packed = torch.cat(packed, dim=2 if layout == "SD" else 1)
+        reference, fp64 = ours_in(torch.bfloat16), ours_in(torch.float64)
+    fired = {outcome.rewrite for outcome in outcomes if outcome.reason is None}
+    convolution = "separate_convs" if style == "fla" else "short_conv_qkv"
+    assert fired >= {convolution, "plain_gate", "chunk_kda_gated", "kda_decode"}
+    for out, r, e in zip((y, y2, packed, cache.recurrent), reference, fp64, strict=True):
+        assert_close(out, r, e)
