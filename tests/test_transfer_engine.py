@@ -375,6 +375,17 @@ def test_pages_are_all_in_one_kind_of_memory() -> None:
         transport.register([], "cuda")
 
 
+def test_an_engine_that_cannot_start_leaves_nothing_registered() -> None:
+    class Mute(Counted):
+        def metadata(self) -> bytes:
+            raise TransportError("no metadata")
+
+    transport = Mute(InProcessTransport(InProcessNetwork(), "a"))
+    with pytest.raises(TransportError, match="no metadata"):
+        Side(transport, geometry(1), 0, "D")
+    assert transport.left() == {}
+
+
 def test_pages_registered_too_short() -> None:
     """The peer says more than it has registered: its transport refuses, nothing is kept."""
     fleet = Local(1, 1)

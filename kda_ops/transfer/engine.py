@@ -94,7 +94,12 @@ class TransferEngine:
         self._clock = clock
         regions, memory = page_regions(geometry, pages), page_memory(pages)
         self._registration = transport.register([r for layers in regions for r in layers], memory)
-        card = Card(self.name, rank, geometry, transport.metadata(), memory, regions)
+        try:
+            metadata = transport.metadata()
+        except TransportError:
+            transport.deregister(self._registration)
+            raise
+        card = Card(self.name, rank, geometry, metadata, memory, regions)
         self._offers = Offers(card, self.counters)
         hello = Hello(self.name, rank, transport.name, geometry)
         self._peers = Peers(transport, hello, regions, memory)

@@ -59,8 +59,9 @@ class Offers:
                     f"{list(sources)}, got {own.rank}"
                 )
         except ValueError as error:
-            self._counters.refused += 1
             log.warning("refused a handshake: %s", error)
+            with self._lock:
+                self._counters.refused += 1
             return encode_refusal(error)
         with self._lock:
             agents = self._consumers.pop(reader.engine, (0, {}))[1]
@@ -68,7 +69,7 @@ class Offers:
             self._consumers[reader.engine] = (tp_size, agents)
             while len(self._consumers) > REMEMBERED_CONSUMERS:
                 self._consumers.pop(next(iter(self._consumers)))
-        self._counters.handshakes += 1
+            self._counters.handshakes += 1
         return self._answer
 
     def offer(self, request: str, expires: float) -> None:
