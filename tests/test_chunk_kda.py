@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import re
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -305,7 +306,7 @@ def test_compiled_for_a_gpu_it_is_two_launches(dynamic: bool) -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_nvidia_launches_compile(dtype: torch.dtype, target: str) -> None:
+def test_nvidia_launches_compile(dtype: torch.dtype, target: str, tmp_path: Path) -> None:
     """With the instructions and the shared memory that only a launch on that GPU takes."""
     kernels, shared = kernel_module(), shared_module()
     gpu = test_cubin.TARGETS[target]
@@ -322,8 +323,7 @@ def test_nvidia_launches_compile(dtype: torch.dtype, target: str) -> None:
         kda_ops.chunk_kda(**inputs)
     assert [launch.constants.get("PACKED") for launch in recorder.launches.values()] == [True, None]
     for launch in recorder.launches.values():
-        binary = test_cubin.compile_launch(launch, gpu)
-        assert binary.metadata.shared <= gpu.shared
+        test_cubin.assert_fits(launch, target, tmp_path)
 
 
 def test_the_state_is_pipelined_as_far_as_shared_memory_goes() -> None:

@@ -5,6 +5,7 @@ errors.
 import importlib
 import itertools
 import re
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -288,10 +289,9 @@ def test_compiled_for_a_gpu_it_is_two_launches(dynamic: bool) -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_nvidia_launch_compiles(dtype: torch.dtype, target: str) -> None:
+def test_nvidia_launch_compiles(dtype: torch.dtype, target: str, tmp_path: Path) -> None:
     """With the instructions that only a launch on that GPU takes."""
     kernels = kernel_module()
-    gpu = test_cubin.TARGETS[target]
     recorder = test_cubin.Recorder()
     inputs = chunk_kda_gated_inputs(CPU, T=128, H=2, norm=True, dtype=dtype, cu_seqlens=[0, 128])
     with (
@@ -304,7 +304,7 @@ def test_nvidia_launch_compiles(dtype: torch.dtype, target: str) -> None:
         kda_ops.chunk_kda_gated(**inputs)
     (launch,) = recorder.launches.values()
     assert launch.constants["PACKED"]
-    assert test_cubin.compile_launch(launch, gpu).metadata.shared <= gpu.shared
+    test_cubin.assert_fits(launch, target, tmp_path)
 
 
 def bad(message: str, **change: Any) -> Any:
