@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kda_ops.config import AUTO, LAYOUTS
-from kda_ops.config import LAYOUTS
 from kda_ops.state import KDAStateSpec, Segment, units_held
 from kda_ops.transfer.schema import (
     VERSION,
