@@ -6,7 +6,7 @@ from torch._inductor.codegen.common import custom_backend_passes
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
 
 import lowering
-from kda_ops import config
+from kda_ops import choice
 
 
 class SourceHash(CustomGraphModulePass):
@@ -22,8 +22,7 @@ class SourceHash(CustomGraphModulePass):
         pass
 
     def uuid(self) -> str:
-        choice = "table" if config.deterministic_choice else "timed"
-        return f"kda_ops-{self._hash}-{choice}"
+        return f"kda_ops-{self._hash}-{choice.cache_key()}"
 
 
 def install_cache_key() -> None:

@@ -6,14 +6,22 @@
 Norms of q and k stay in front. The operator could take them, but its prepare kernel is short of
 registers: on an H200 at T = 8192, H = 32 the norms add 112 us inside it and 67 us in kernels of
 their own, and behind a convolution `short_conv_qkv` has them for less.
+
+Whether the gate belongs inside is chosen by the table, or by timing both (`kda_ops.choice`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
+from kda_ops.choice import choose
+from kda_ops.choice.examples import examples
 from kda_ops.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.chunk_kda_gated.op import chunk_kda_gated_op, chunk_kda_gated_state_op
+from kda_ops.formulas import CHUNK
+from kda_ops.gate_cumsum.op import gate_cumsum_op
 from lowering.parts import beta_under, cumulative_gate_under
 from lowering.rewrite import Call, Found, emit, register, reshape, value
 
@@ -38,7 +46,48 @@ def pattern(node: fx.Node) -> Found | None:
 def guard(found: Found) -> str | None:
     if found.values["beta"] is None:
         return "beta is not a sigmoid, or twice one"
-    return found.values["gate"].reason
+    return found.values["gate"].reason or apart(found)
+
+
+def apart(found: Found) -> str | None:
+    """Why the gate stays outside: it is chosen so."""
+    call: Call = found.values["call"]
+    _, factor, _ = found.values["beta"]
+    args = {name: value(x) for name, x in call.args.items()}
+    args |= {name: value(x) for name, x in found.values["gate"].args.items()}
+    args |= {"beta_scale": factor, "qk_norm_eps": None}
+    q, v = args["q"], args["v"]
+
+    def bench(values: dict[str, Any]) -> Callable[[], Any]:
+        names = [argument.name for argument in FUSED[call.op]._schema.arguments]
+        inputs = examples(names, [args[name] for name in names], q.device)
+        if values["form"] == "fused":
+            return lambda: FUSED[call.op](*inputs)
+        by_name = dict(zip(names, inputs, strict=True))
+
+        def run() -> None:
+            gate = [by_name[name] for name in ("x", "A_log", "dt_bias", "lower_bound")]
+            tables = (by_name["cu_seqlens"], by_name["chunks"])
+            by_name["G"] = gate_cumsum_op(*gate, CHUNK, *tables)
+            beta = factor * torch.sigmoid(by_name["beta"].float())
+            values = {**by_name, "beta": beta}
+            call.op(*[values[argument.name] for argument in call.op._schema.arguments])
+
+        return run
+
+    chosen = choose(
+        "chunk_kda_gated.form",
+        q.device,
+        bench=bench,
+        H=q.shape[2],
+        HV=v.shape[2],
+        K=q.shape[3],
+        V=v.shape[3],
+        dtype=q.dtype,
+        bounded=args["lower_bound"] is not None,
+        varlen=args["cu_seqlens"] is not None,
+    )
+    return "the gate is faster in a kernel of its own here" if chosen["form"] == "apart" else None
 
 
 def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:

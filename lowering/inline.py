@@ -7,7 +7,8 @@ name, with no dispatcher in between, and Inductor plans the memory of its output
 `triton_op` would do the second alone, but is decomposed before any rewrite can see it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from threading import Thread
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kda_ops._define import OPERATORS
+from kda_ops.choice import forcing
 from lowering import compat
+
+COMPILE_SECONDS = 300
 
 
 def lowers(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -87,8 +91,49 @@ def lower_to_kernel(op: Any) -> None:
     lowers(op)(lower)
 
 
+def fake_arguments() -> tuple[Any, ...]:
+    """The arguments of the current node: fake tensors, symbolic and other values."""
+    return torch.fx.node.map_arg(V.graph.current_node.args, lambda node: node.meta["val"])
+
+
+def compile_call(op: Any, args: list[Any], forced: Mapping[str, Any]) -> Callable[[], Any]:
+    """A call of an operator on given tensors, compiled while something else is being compiled.
+
+    `forced` is chosen for it (see `kda_ops.choice.forcing`), to be timed against something else. A
+    thread of its own has none of the modes and contexts of the compilation that is going on.
+
+    Raises:
+        RuntimeError: It did not compile.
+    """
+    places = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
+    inputs = [args[i] for i in places]
+
+    def call(*tensors: torch.Tensor) -> Any:
+        filled = list(args)
+        for i, x in zip(places, tensors, strict=True):
+            filled[i] = x
+        return op(*filled)
+
+    found: list[Any] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            with forcing(forced), torch.no_grad():
+                found.append(torch._inductor.compile(make_fx(call)(*inputs), inputs))
+        except Exception as error:
+            errors.append(error)
+
+    thread = Thread(target=work, name=f"kda_ops compiles {op}", daemon=True)
+    thread.start()
+    thread.join(COMPILE_SECONDS)
+    if not found:
+        raise RuntimeError(f"{op} did not compile") from (errors[0] if errors else None)
+    return lambda: found[0](*inputs)
+
+
 def _inline(function: Callable[..., Any], args: tuple[Any, ...], *, exact_strides: bool) -> Any:
-    values = torch.fx.node.map_arg(V.graph.current_node.args, lambda node: node.meta["val"])
+    values = fake_arguments()
     traced = [
         i for i, value in enumerate(values) if isinstance(value, (torch.Tensor, torch.SymInt))
     ]

@@ -2,6 +2,7 @@
 from what an earlier process remembered.
 """
 
+import importlib
 import json
 import logging
 import os
@@ -15,14 +16,20 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.lowering import lowerings as inductor_lowerings
 from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kda_ops
+import lowering
 from kda_ops import choice, config
+from kda_ops._define import OPERATORS
 from kda_ops.choice import choose, forcing, store, timing
 from kda_ops.choice.examples import examples
 from kda_ops.choice.table import CANDIDATES, DEFAULTS, SM90, TABLE, row_for
+from kda_ops.gate_cumsum.op import gate_cumsum_op
+from lowering.rewrite import recording
 from tests.fake_cuda import cuda_code
 from tests.operators import NAMES, cases, public_function, run_kernels
 from tests.oracle import assert_accurate
@@ -289,6 +296,8 @@ def test_a_kernel_is_timed_while_it_is_compiled(
         return calls[-1]
 
     def measure(kernel: str, device: torch.device, candidates: Any, bench: Any) -> Any:
+        if kernel == "gate_cumsum.form":
+            return {0: 1.0}
         assert kernel == "gate_cumsum"
         return {candidates.index(fastest): 1.0}
 
@@ -305,6 +314,76 @@ def test_a_kernel_is_timed_while_it_is_compiled(
     assert set(constants) == {("128", "16")}
 
 
+def test_generated_code_is_compiled_and_timed_while_something_else_is_compiled(
+    timer: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowering.install()
+    lowered = importlib.import_module("lowering.gate_cumsum")
+    timed = []
+    monkeypatch.setattr(timing, "time_call", lambda call, device: timed.append(call()) or 1.0)
+    x, A_log = torch.randn(2, 100, 2, 64), torch.zeros(2)
+    forms = []
+
+    def lower(*args: Any) -> Any:
+        forms.append(lowered.form_of(lowered.fake_arguments()))
+        return lowered.call_operator(*args)
+
+    monkeypatch.setitem(inductor_lowerings, gate_cumsum_op, lower)
+    with fresh_cache():
+        out = torch.compile(lambda x, a: kda_ops.gate_cumsum(x, a), fullgraph=True)(x, A_log)
+    assert torch.equal(out, kda_ops.gate_cumsum(x, A_log))
+    # the nested compilation lowers the operator too, and has what is forced
+    assert sorted(forms) == ["kernel", "scan"]
+    kernel, scan = timed
+    assert scan.shape == kernel.shape == x.shape
+    assert scan.isfinite().all()
+
+
+def test_the_gate_inside_the_recurrence_is_timed_against_the_gate_apart(
+    timer: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+
+    def time_call(call: Any, device: torch.device) -> float:
+        with RecordOperators() as operators:
+            call()
+        timed.append(operators.names)
+        return 3.0 - len(timed)
+
+    monkeypatch.setattr(timing, "time_call", time_call)
+    H, K, T = 2, 16, 70
+
+    def f(q: Any, k: Any, v: Any, x: Any, beta: Any, A_log: Any, state: Any, slots: Any) -> Any:
+        G = kda_ops.gate_cumsum(x, A_log)
+        pages = {"state": state, "state_indices": slots}
+        return kda_ops.chunk_kda(q, k, v, G, torch.sigmoid(beta.float()), **pages)[0]
+
+    inputs = [torch.randn(2, T, H, K, dtype=torch.bfloat16) for _ in range(4)]
+    inputs += [torch.randn(2, T, H), torch.zeros(H), torch.zeros(9, H, K, K)]
+    slots = torch.tensor([3, 1])
+    with fresh_cache(), recording() as outcomes, torch.no_grad():
+        torch.compile(f, fullgraph=True)(*inputs, slots)
+    assert timed == [
+        ["kda_ops::chunk_kda_gated.state"],
+        ["kda_ops::gate_cumsum", "kda_ops::chunk_kda.state"],
+    ]
+    (outcome,) = [x for x in outcomes if x.rewrite == "chunk_kda_gated"]
+    assert outcome.reason == "the gate is faster in a kernel of its own here"
+
+
+class RecordOperators(TorchDispatchMode):
+    """The operators of this package that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in OPERATORS:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 def test_deterministic_choice_is_part_of_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     def misses() -> int:
         torch._dynamo.reset()
@@ -317,6 +396,8 @@ def test_deterministic_choice_is_part_of_the_cache_key(monkeypatch: pytest.Monke
         assert (misses(), misses()) == (1, 0)
         monkeypatch.setattr(config, "deterministic_choice", True)
         assert (misses(), misses()) == (1, 0)
+        with forcing({KERNEL: DEFAULT}):
+            assert misses() == 1
 
 
 def test_the_log_switch(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import FileCheck
 
 import kda_ops
+from kda_ops.choice import forcing
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import RCP_LN2
 from tests import generated
@@ -270,6 +271,40 @@ def test_the_norms_of_queries_and_keys_need_no_copy(lengths: str) -> None:
     found = summary(code(norms, x, lengths=lengths))
     assert len(found.launches) == found.allocations == 2
     assert found.externs == []
+
+
+def gate_cumsum(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    return kda_ops.gate_cumsum(x * 2, A_log, bias)
+
+
+def varlen_gate_cumsum(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, table: Tensor) -> Tensor:
+    return kda_ops.gate_cumsum(x * 2, A_log, bias, cu_seqlens=cu, chunks=table)
+
+
+SCAN = {"gate_cumsum.form": {"form": "scan"}}
+
+
+@every_length
+def test_a_scan_instead_of_the_kernel_where_that_is_chosen(lengths: str) -> None:
+    """It takes the producer of x along."""
+    inputs = gate_inputs(200)
+    assert len(launches(gate_cumsum, *inputs, lengths=lengths)) == 2
+    with forcing(SCAN):
+        (launch,) = launches(gate_cumsum, *inputs, lengths=lengths)
+        assert launch.startswith("triton_")
+        tables = (CU, chunk_table(CU, 200))
+        assert len(launches(varlen_gate_cumsum, *inputs, *tables, lengths=lengths)) == 1
+
+
+@pytest.mark.interpreter
+@every_length
+def test_the_chosen_scan_is_right(lengths: str) -> None:
+    x, A_log, bias = gate_inputs(230)
+    with forcing(SCAN):
+        code(gate_cumsum, x, A_log, bias, lengths=lengths, load=generated.load)
+        x[:, 200:] = torch.nan
+        inputs = (x, A_log, bias, CU, chunk_table(CU, 230))
+        code(varlen_gate_cumsum, *inputs, lengths=lengths, load=generated.load)
 
 
 @pytest.mark.interpreter

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import kda_ops
 from kda_ops.batch import KDABatch
+from kda_ops.choice import forcing
 from kda_ops.chunks import chunk_table
 from kda_ops.layer import KimiDeltaAttention
 from tests.fake_cuda import Summary, cuda_code, summary
@@ -113,3 +114,12 @@ def test_speculative_decode_keeps_the_recurrence_apart() -> None:
     found = compiled(stack, 5, False, paged(stack, num_spec=1), batch=batch)
     ours = [name for name in found.launches if not name.startswith("triton_")]
     assert ours == ["short_conv_update_kernel", "recurrent_kda_kernel"]
+
+
+def test_the_gate_in_a_kernel_of_its_own_where_that_is_chosen() -> None:
+    with forcing({"chunk_kda_gated.form": {"form": "apart"}}):
+        found = compiled(Stack(KINDS[:1]), 130, False)
+    kernels = [name for name in found.launches if name.endswith("_kernel")]
+    apart = ["gate_cumsum_kernel", "chunk_prepare_kernel", "chunk_scan_kernel"]
+    assert kernels == ["short_conv_qkv_kernel", *apart]
+    assert found.externs == []

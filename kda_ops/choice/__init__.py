@@ -19,7 +19,7 @@ Each choice is one line of the log `kda_ops.choice`; `TORCH_LOGS="kda_ops.choice
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from threading import RLock
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ def choose(kernel: str, device: torch.device, *, bench: Bench | None = None, **k
         The values, to read only.
     """
     forced = _forced.get()
-    if forced is not None and kernel in forced:
+    if forced and kernel in forced:
         return forced[kernel]
     known = ["dynamic" if isinstance(x, torch.SymInt) else x for x in key.values()]
     slot = (kernel, device, config.deterministic_choice, *known)
@@ -79,7 +79,8 @@ def choose(kernel: str, device: torch.device, *, bench: Bench | None = None, **k
     key = {
         name: x if isinstance(x, (int, str)) else str(x) for name, x in zip(key, known, strict=True)
     }
-    with _lock:
+    # nothing is timed while something is forced, which may be in a thread that the lock waits for
+    with _lock if forced is None else nullcontext():
         if slot in _chosen:
             return _chosen[slot]
         choice = _decide(kernel, device, key, bench)
@@ -113,6 +114,12 @@ def forcing(values: Mapping[str, Values]) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def cache_key() -> str:
+    """What of the configuration decides on choices, for the keys of caches of compiled code."""
+    forced = "".join(f", {name}: {_text(values)}" for name, values in (_forced.get() or {}).items())
+    return ("table" if config.deterministic_choice else "timed") + forced
 
 
 def forget() -> None:

@@ -24,6 +24,8 @@ Rows = list[tuple[Values, Values]]
 
 SM90: dict[str, Rows] = {
     "chunk_cumsum": [({}, {"BLOCK": 512, "STEP": 16, "num_warps": 4})],
+    # "fused": the gate inside prepare; "apart": a kernel for the gate, its sums go through memory
+    "chunk_kda_gated.form": [({}, {"form": "fused"})],
     "chunk_gated_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
     "chunk_inputs": [({}, {"BLOCK": 32, "num_warps": 4})],
     "chunk_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
@@ -38,6 +40,8 @@ SM90: dict[str, Rows] = {
     "gate": [({}, {"TILE": 4096, "num_warps": 4})],
     # 32 loads in flight beat 16 by 6 %, 128 to 512 channels are alike
     "gate_cumsum": [({}, {"BLOCK": 256, "STEP": 32, "num_warps": 4})],
+    # the hand-written "kernel", or the "scan" that Inductor generates
+    "gate_cumsum.form": [({}, {"form": "kernel"})],
     # fewer warps where the tile is small
     "kda_decode": [({}, {"TILE": 16384, "num_warps": 4})],
     "l2norm": [({}, {"TILE": 2048, "num_warps": 4})],
@@ -76,11 +80,13 @@ def _grid(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "chunk_cumsum": _grid(BLOCK=(128, 256, 512), STEP=(16, 32), num_warps=(4,)),
     "chunk_gated_prepare": _grid(num_warps=(4, 8), num_stages=(1,)),
+    "chunk_kda_gated.form": _grid(form=("fused", "apart")),
     "chunk_prepare": _grid(num_warps=(4, 8), num_stages=(1,)),
     "conv_layout": _grid(layout=("SD", "DS")),
     "chunk_scan": _grid(BV=(16, 32, 64), STAGES=(2, 3), num_warps=(4,)),
     "gate": _grid(TILE=(2048, 4096, 8192), num_warps=(4, 8)),
     "gate_cumsum": _grid(BLOCK=(128, 256, 512), STEP=(16, 32), num_warps=(4,)),
+    "gate_cumsum.form": _grid(form=("kernel", "scan")),
     "kda_decode": _grid(TILE=(4096, 8192, 16384), num_warps=(4, 8)),
     "l2norm": _grid(TILE=(1024, 2048, 4096), num_warps=(4, 8)),
     "recurrent_kda": _grid(TILE=(2048, 4096, 8192), num_warps=(4, 8)),
