@@ -29,10 +29,10 @@ from kda_ops.choice import choose, forcing, store, timing
 from kda_ops.choice.examples import examples
 from kda_ops.choice.table import CANDIDATES, DEFAULTS, SM90, TABLE, row_for
 from kda_ops.gate_cumsum.op import gate_cumsum_op
-from lowering.rewrite import recording
 from tests.fake_cuda import cuda_code
 from tests.operators import NAMES, cases, public_function, run_kernels
 from tests.oracle import assert_accurate
+from tests.rewritten import rewritten
 
 ROOT = Path(kda_ops.__file__).parent.parent
 CPU = torch.device("cpu")
@@ -360,15 +360,13 @@ def test_the_gate_inside_the_recurrence_is_timed_against_the_gate_apart(
 
     inputs = [torch.randn(2, T, H, K, dtype=torch.bfloat16) for _ in range(4)]
     inputs += [torch.randn(2, T, H), torch.zeros(H), torch.zeros(9, H, K, K)]
-    slots = torch.tensor([3, 1])
-    with fresh_cache(), recording() as outcomes, torch.no_grad():
-        torch.compile(f, fullgraph=True)(*inputs, slots)
+    found = rewritten(f, *inputs, torch.tensor([3, 1]), written=(6,))
     assert timed == [
         ["kda_ops::chunk_kda_gated.state"],
         ["kda_ops::gate_cumsum", "kda_ops::chunk_kda.state"],
     ]
-    (outcome,) = [x for x in outcomes if x.rewrite == "chunk_kda_gated"]
-    assert outcome.reason == "the gate is faster in a kernel of its own here"
+    assert found.operators == ["gate_cumsum", "chunk_kda"]
+    assert found.refused == [("chunk_kda_gated", "the gate is faster in a kernel of its own here")]
 
 
 class RecordOperators(TorchDispatchMode):
