@@ -13,7 +13,7 @@ import torch
 
 from kda_ops.batch import KDABatch
 from kda_ops.layer import KimiDeltaAttention
-from perf.peers import fla, fla_layer_like
+from perf.peers import fla
 from perf.rows import COMPILED, OURS, Call, Inputs, Row, RunReferences
 
 HIDDEN, HEADS, HEAD_DIM, TOKENS = 2304, 32, 128, 8192
@@ -62,6 +62,31 @@ def references(inputs: Inputs) -> Call:
             return layer()(**inputs)
 
     return call
+
+
+@functools.cache
+def fla_layer_like(ours: KimiDeltaAttention) -> torch.nn.Module:
+    """FLA's layer with the weights of ours."""
+    from fla.layers import KimiDeltaAttention as FlaLayer
+
+    theirs = FlaLayer(
+        hidden_size=ours.hidden_size,
+        head_dim=ours.head_k_dim,
+        num_heads=ours.num_heads,
+        lower_bound=ours.lower_bound,
+        safe_gate=ours.lower_bound is not None,
+    )
+    weights = dict(ours.named_parameters())
+    weights["o_norm.weight"] = weights.pop("o_norm_weight")
+    sizes = [ours.key_dim, ours.key_dim, ours.value_dim]
+    projections = weights.pop("qkv_proj.weight").split(sizes)
+    convolutions = weights.pop("conv_weight").split(sizes)
+    for name, projection, convolution in zip("qkv", projections, convolutions, strict=True):
+        weights[f"{name}_proj.weight"] = projection
+        weights[f"{name}_conv1d.weight"] = convolution
+    for name, parameter in theirs.named_parameters():
+        parameter.data = weights[name].data.reshape(parameter.shape)
+    return theirs.eval()
 
 
 def theirs(inputs: Inputs) -> Call:

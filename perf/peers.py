@@ -6,9 +6,8 @@ peer's argument layout happen there and are not timed. Where FLA is not installe
 rows.
 """
 
-import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from torch import Tensor
 from kda_ops._cases import Case
 from perf.machine import version
 from perf.rows import Call, Inputs, Prepare
-
-if TYPE_CHECKING:
-    from kda_ops.layer import KimiDeltaAttention
 
 Peer = Callable[[Case], Prepare]
 
@@ -380,28 +376,3 @@ def fla_kda_decode(case: Case) -> Prepare | None:
         return call
 
     return prepare
-
-
-@functools.cache
-def fla_layer_like(ours: "KimiDeltaAttention") -> torch.nn.Module:
-    """FLA's layer with the weights of ours."""
-    from fla.layers import KimiDeltaAttention as FlaLayer
-
-    theirs = FlaLayer(
-        hidden_size=ours.hidden_size,
-        head_dim=ours.head_k_dim,
-        num_heads=ours.num_heads,
-        lower_bound=ours.lower_bound,
-        safe_gate=ours.lower_bound is not None,
-    )
-    weights = dict(ours.named_parameters())
-    weights["o_norm.weight"] = weights.pop("o_norm_weight")
-    sizes = [ours.key_dim, ours.key_dim, ours.value_dim]
-    projections = weights.pop("qkv_proj.weight").split(sizes)
-    convolutions = weights.pop("conv_weight").split(sizes)
-    for name, projection, convolution in zip("qkv", projections, convolutions, strict=True):
-        weights[f"{name}_proj.weight"] = projection
-        weights[f"{name}_conv1d.weight"] = convolution
-    for name, parameter in theirs.named_parameters():
-        parameter.data = weights[name].data.reshape(parameter.shape)
-    return theirs.eval()
