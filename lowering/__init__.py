@@ -26,6 +26,7 @@ OPERATORS = (
 )
 FUSIONS = (  # in the order in which they run
     "fuse_plain_l2norm",
+    "fuse_plain_cumsum",
     "fuse_plain_gate",
     "fuse_plain_norm",
     "fuse_cumsum_scale",

@@ -32,6 +32,7 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from lowering.provenance import inherit, layer_of, named, source_of
+from lowering.sizes import is_size, share_sizes, sizes_for
 
 aten, prims = torch.ops.aten, torch.ops.prims
 functionalized = torch.ops.higher_order.auto_functionalized_v2
@@ -133,6 +134,7 @@ class Rewrite:
             found = self.pattern(node)
             if found is None:
                 continue
+            found.inner = list(dict.fromkeys([*found.inner, *sizes_for(found.inner)]))
             outcome = outcome_of(self.name, node, found)
             check, reason = self._refusal(found)
             if reason is None:
@@ -321,7 +323,9 @@ def moved(node: fx.Node) -> list[fx.Node]:
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    """The one node that uses the elements of another (its size may have other uses)."""
+    users = [user for user in node.users if not is_size(user)]
+    return users[0] if len(users) == 1 else None
 
 
 def value(node: Any) -> Any:
@@ -562,6 +566,7 @@ class Rewrites:
     def apply(self, gm: fx.GraphModule | fx.Graph) -> int:
         graph = gm if isinstance(gm, fx.Graph) else gm.graph
         if any(map(Call.of, graph.nodes)):
+            share_sizes(graph)
             for step in _steps:
                 step(graph)
         return 0
