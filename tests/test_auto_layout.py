@@ -3,6 +3,7 @@ told the answer), and read off the state afterwards.
 """
 
 import dataclasses
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,16 @@ def test_a_fresh_state_in_compiled_code(faster: str, monkeypatch: pytest.MonkeyP
     assert found.shape == ((2, 3, 48) if faster == "SD" else (2, 48, 3))
     assert_close(found if faster == "SD" else found.transpose(1, 2), conv, conv.double())
     assert_close(out, expected, expected.double())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_spec", [0, 3])
+def test_both_layouts_are_timed_on_the_gpu(num_spec: int, caplog: pytest.LogCaptureFixture) -> None:
+    spec = KDAStateSpec(32, 32, 128, 128, conv_dtype=BF16, layout="auto", num_spec=num_spec)
+    with caplog.at_level(logging.INFO, logger="kda_ops.choice"):
+        decided = spec.decide_layout("cuda")
+    (line,) = [line for line in caplog.messages if line.startswith("conv_layout(")]
+    times = dict(re.findall(r"layout=(SD|DS) ([\d.]+) us", line))
+    assert times.keys() == {"SD", "DS"}
+    assert float(times[decided.layout]) == min(map(float, times.values()))
+    assert spec.allocate(SLOTS, device="cuda")[0].shape == (SLOTS, *decided.conv_shape)

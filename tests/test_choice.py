@@ -233,6 +233,18 @@ def test_a_candidate_that_does_not_run_is_left_out(
     assert timer.choose(K=64) == DEFAULT
 
 
+def test_no_memory_for_arguments_to_time_is_no_error(
+    timer: Timer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(choice, "examples", fail)
+    with choice.calling(fail, ["x"], [torch.ones(3)]):
+        assert choose(KERNEL, CPU, K=64) == DEFAULT
+    assert "cannot be timed: no memory" in caplog.text
+
+
 def test_a_symbolic_number_stays_symbolic(timer: Timer) -> None:
     """A choice neither needs its value nor makes it static."""
     seen = []
@@ -454,3 +466,54 @@ def test_every_candidate_runs_and_is_right(name: str, monkeypatch: pytest.Monkey
         for values in candidates:
             with forcing({kernel: values}):
                 assert_accurate(run_kernels(function), function, case)
+
+
+@pytest.fixture
+def unknown_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The GPU of this machine as one that is in no table."""
+    monkeypatch.setattr(choice, "TABLE", {})
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_gpu_is_timed(name: str, unknown_gpu: torch.device, folder: Path) -> None:
+    (case,) = [case for case in cases(name) if case.name == CASE[name]]
+    assert_accurate(public_function(name), public_function(name), case, "cuda")
+    if name not in CANDIDATES and name not in ("chunk_kda", "chunk_kda_gated"):
+        return
+    files = list(folder.iterdir())
+    assert files
+    for file in files:
+        times = json.loads(file.read_text())["microseconds"].values()
+        assert len(times) > 1
+        assert all(0 < time < 1e5 for time in times)
+
+
+@pytest.mark.gpu
+def test_kernel_and_generated_code_are_timed(
+    unknown_gpu: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While a graph is compiled, which then gives the right answer."""
+    (case,) = [case for case in cases("gate_cumsum") if case.name == CASE["gate_cumsum"]]
+    with fresh_cache(), caplog.at_level(logging.INFO, logger="kda_ops.choice"):
+        compiled = torch.compile(kda_ops.gate_cumsum, fullgraph=True)
+        assert_accurate(compiled, kda_ops.gate_cumsum, case, "cuda")
+    assert "does not run" not in caplog.text
+    (line,) = [line for line in caplog.messages if line.startswith("gate_cumsum.form(")]
+    assert re.search(r"form=kernel [\d.]+ us, form=scan [\d.]+ us", line)
+
+
+@pytest.mark.gpu
+def test_a_captured_call_takes_the_default(unknown_gpu: torch.device, folder: Path) -> None:
+    x, A_log = torch.randn(3, 2, 64, device=unknown_gpu), torch.zeros(2, device=unknown_gpu)
+    with forcing({"gate": DEFAULTS["gate"][0][1]}):  # compiles it
+        expected = kda_ops.gate(x, A_log)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kda_ops.gate(x, A_log)
+    graph.replay()
+    assert torch.equal(captured, expected)
+    assert not folder.exists()
+    assert torch.equal(kda_ops.gate(x, A_log), expected)
+    assert len(list(folder.iterdir())) == 1

@@ -153,6 +153,9 @@ def _decide(kernel: str, device: torch.device, key: Values, bench: Bench | None)
             times = _measure(kernel, device, candidates, bench or _bench_of_call(kernel, device))
         except NoHintError as error:
             return Choice(default, f"default, {error}", final=False)
+        except RuntimeError as error:  # no memory for the arguments, for one
+            logger.warning("%s on %s cannot be timed: %s", kernel, device, error)
+            return Choice(default, "default")
     if not times:
         logger.warning("%s on %s: no candidate ran, the default is taken", kernel, device)
         return Choice(default, "default, no candidate ran")
