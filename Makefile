@@ -54,9 +54,10 @@ format: $(VENV)/.installed
 	$(RUN) -m ruff check --fix --select I $(CHECKED)
 	$(RUN) -m ruff format $(CHECKED)
 
-# --no-deps: the meta-package asks for the libraries of every CUDA version
+# --no-deps: the meta-package asks for the libraries of every CUDA version, and takes those of torch's
 $(VENV)/.nixl-installed: $(VENV)/.installed
-	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps nixl nixl-cu12
+	cuda=$$($(RUN) -c 'import torch; print((torch.version.cuda or "12").split(".")[0])') && \
+	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps nixl nixl-cu$$cuda
 	$(RUN) -c 'import nixl._api'
 	@touch $@
 
