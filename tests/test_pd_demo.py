@@ -1,6 +1,7 @@
 """Prefill and decode on different engines give the tokens of one process."""
 
 import argparse
+import re
 
 import pytest
 import torch
@@ -42,8 +43,11 @@ def test_any_two_sizes_give_the_tokens_of_one_process(
     assert printed.count(" equal") >= 7
     for hit in ("none", "partial", "full", "all but the state"):
         assert f"  {hit} " in printed
-    for segment in ("kda.q", "kda.k", "kda.v", "kda.recurrent", "kv.k", "kv.v"):
-        assert segment in printed
+    sizes = dict(re.findall(r"^(k\w+\.\w+) +(\d+)$", printed, re.MULTILINE))
+    assert sizes.keys() == {"kda.q", "kda.k", "kda.v", "kda.recurrent", "kv.k", "kv.v"}
+    (total,) = re.findall(r"^total +(\d+) +[1-9]\d* reads, [1-9]\d* ranges$", printed, re.MULTILINE)
+    assert int(total) == sum(map(int, sizes.values())) > 0
+    assert re.search(r"^time of a request +<= .* ms: \d", printed, re.MULTILINE)
     if spec:
         kept = printed.split("steps by tokens kept")[1].splitlines()[0]
         assert all(f"{n}:" in kept for n in range(1, 2 + spec)), kept
