@@ -3,12 +3,16 @@ the old one. Each test runs in processes of its own.
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 import lowering
 
@@ -44,12 +48,70 @@ def run():
 """
 
 
-def run_process(script: str, *, path: Path = REPOSITORY, cache: Path) -> Any:
+LAYER = """
+import torch._inductor.codecache as codecache, torch._inductor.graph as graph
+from torch._dynamo.utils import counters
+from kda_ops.batch import KDABatch
+from kda_ops.layer import KimiDeltaAttention
+
+called = {"codegen": 0, "_worker_compile_cpp": 0}
+def counting(owner, name):
+    function = getattr(owner, name)
+    def count(*args, **kwargs):
+        called[name] += 1
+        return function(*args, **kwargs)
+    setattr(owner, name, count)
+counting(graph.GraphLowering, "codegen")
+counting(codecache, "_worker_compile_cpp")
+
+layer = KimiDeltaAttention(64, 32, 2).eval().requires_grad_(False)
+torch.manual_seed(0)
+for parameter in layer.parameters():
+    parameter.uniform_(-0.3, 0.3)
+state = layer.state_spec().allocate(4)
+compiled = torch.compile(layer, fullgraph=True)
+prompt, token = torch.randn(1, 100, 64), torch.randn(1, 2, 64)
+outputs = [
+    compiled(prompt),
+    compiled(prompt, state=state, batch=KDABatch.prefill([70, 30], [1, 2])),
+    compiled(token, state=state, batch=KDABatch.decode([1, 2])),
+]
+found = dict(counters["inductor"]) | dict(counters["aot_autograd"])
+print(json.dumps(called | {
+    "sums": [x.double().sum().item() for x in (*outputs, *state)],
+    "graphs": counters["stats"]["unique_graphs"],
+    "hits": found.get("autograd_cache_hit", 0),
+    "misses": found.get("fxgraph_cache_miss", 0) + found.get("autograd_cache_miss", 0),
+    "bypassed": found.get("fxgraph_cache_bypass", 0) + found.get("autograd_cache_bypass", 0),
+}))
+"""
+
+PLAIN_GATE = """
+def plain(x, A_log):
+    return kda_ops.chunk_cumsum(-A_log.exp()[:, None] * torch.nn.functional.softplus(x))
+
+x = torch.full((1, 1, 2, 4), 0.5)
+print(json.dumps(torch.compile(plain, fullgraph=True)(x, torch.zeros(2))[0, 0, 0, 0].item()))
+"""
+
+SQUARE_STATE = """
+from torch._dynamo.utils import counters
+state = torch.arange(36.0).view(1, 6, 6)
+part = torch.compile(lambda s: kda_ops.conv_split(s, [2, 4])[0] + 1, fullgraph=True)(state)
+found = dict(counters["inductor"]) | dict(counters["aot_autograd"])
+print(json.dumps([found.get("autograd_cache_hit", 0), list(part.shape), part.flatten().tolist()]))
+"""
+
+
+def run_process(
+    script: str, *, path: Path = REPOSITORY, cache: Path, variables: dict[str, str] | None = None
+) -> Any:
     """Runs a script in a fresh process and returns the JSON that its last line prints."""
     environment = dict(os.environ) | {
         "PYTHONPATH": str(path),
         "TORCHINDUCTOR_CACHE_DIR": str(cache),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        **(variables or {}),
     }
     done = subprocess.run(
         [sys.executable, "-c", COMPILE + script],
@@ -87,17 +149,63 @@ def test_active_without_being_asked_and_cached(tmp_path: Path) -> None:
     assert warm["value"] == warm["expected"]
 
 
-def test_changed_lowering_with_a_warm_cache(tmp_path: Path) -> None:
-    cache, changed = tmp_path / "cache", tmp_path / "changed"
-    original = run_process("print(json.dumps(run()))", cache=cache)
+def changed_copy(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of the packages in which one line is another."""
     for package in ("kda_ops", "lowering"):
-        shutil.copytree(REPOSITORY / package, changed / package)
-    source = changed / "lowering" / "gate.py"
-    text = source.read_text()
-    inlined = "inline_reference(gate_reference, *args)"
-    assert inlined in text
-    source.write_text(
-        text.replace(inlined, "inline_reference(lambda *a: gate_reference(*a) * 4, *args)")
+        shutil.copytree(REPOSITORY / package, folder / package)
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
+    return folder
+
+
+def test_changed_lowering_with_a_warm_cache(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    original = run_process("print(json.dumps(run()))", cache=cache)
+    changed = changed_copy(
+        tmp_path / "changed",
+        "lowering/gate.py",
+        "inline_reference(gate_reference, *args)",
+        "inline_reference(lambda *a: gate_reference(*a) * 4, *args)",
     )
     result = run_process("print(json.dumps(run()))", path=changed, cache=cache)
     assert result["value"] == 4 * original["value"]
+
+
+def test_changed_rewrite_with_a_warm_cache(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    original = run_process(PLAIN_GATE, cache=cache)
+    assert original == pytest.approx(-math.log(1 + math.exp(0.5)), rel=1e-6)
+    changed = changed_copy(
+        tmp_path / "changed",
+        "lowering/fuse_plain_gate.py",
+        'found.values["bound"])}',
+        "-2.0)}",
+    )
+    result = run_process(PLAIN_GATE, path=changed, cache=cache)
+    assert result == pytest.approx(-2 / (1 + math.exp(-0.5)), rel=1e-6)
+
+
+def test_changed_configuration_with_a_warm_cache(tmp_path: Path) -> None:
+    """The shapes of the two layouts are equal here: nothing else tells the graphs apart."""
+    found = [
+        run_process(SQUARE_STATE, cache=tmp_path, variables={"KDA_OPS_CONV_LAYOUT": layout})
+        for layout in ("SD", "DS", "SD")
+    ]
+    state = torch.arange(36.0).view(1, 6, 6) + 1
+    sd, ds = state[:, :, :2], state[:, :2]
+    for (_, shape, values), expected in zip(found, (sd, ds, sd), strict=True):
+        assert shape == list(expected.shape)
+        assert values == expected.flatten().tolist()
+    assert [hits > 0 for hits, *_ in found] == [False, False, True]
+
+
+def test_a_warm_second_process_compiles_nothing_of_the_layer(tmp_path: Path) -> None:
+    cold = run_process(LAYER, cache=tmp_path)
+    assert cold["graphs"] == cold["codegen"] == 3
+    assert min(cold["misses"], cold["_worker_compile_cpp"]) >= 2
+    warm = run_process(LAYER, cache=tmp_path)
+    assert warm["graphs"] == warm["hits"] == 3
+    assert warm["misses"] == warm["bypassed"] == warm["codegen"] == 0
+    assert warm["_worker_compile_cpp"] == 0
+    assert warm["sums"] == cold["sums"]

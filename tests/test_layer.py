@@ -480,7 +480,7 @@ def test_one_dynamic_graph_on_pages(mode: str, layout: str, gate: str, backend: 
     check_one_graph(mode, layout, gate, backend)
 
 
-@pytest.mark.parametrize("mode", ["one", "mixed"])
+@pytest.mark.parametrize("mode", ["one", "batch", "varlen", "prefill", "decode", "mixed"])
 def test_lengths_become_dynamic_by_themselves(mode: str) -> None:
     """With `torch.compile`'s defaults: one static graph, one dynamic, no more."""
     layer = make_layer(BF16)

@@ -1,6 +1,7 @@
 """What all graph rewrites share: their log, the user's passes beside them, graphs they leave."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -55,17 +56,29 @@ def test_the_logger_says_what_did_not_fire(caplog: pytest.LogCaptureFixture) -> 
     assert "kda_decode fired at" in lines[1][1]
 
 
-@pytest.mark.parametrize("slot", ["post_grad_custom_pre_pass", "post_grad_custom_post_pass"])
-def test_the_users_own_pass_runs_beside_them(slot: str) -> None:
-    seen: list[list[str]] = []
+SLOTS = {  # and what the user's pass finds there: our small operators, or what became of them
+    "joint_custom_pre_pass": "chunk_kda",
+    "joint_custom_post_pass": "chunk_kda",
+    "post_grad_custom_pre_pass": "chunk_kda",
+    "post_grad_custom_post_pass": "chunk_kda_gated",
+}
 
-    def own_pass(graph: torch.fx.Graph) -> None:
-        seen.append([str(node.target) for node in graph.nodes])
 
-    _, (source,) = cuda_code(chunked, *inputs(), options={slot: own_pass})
+def test_the_users_own_passes_run_beside_them() -> None:
+    """In every slot at once, none of which is ours."""
+    seen: dict[str, list[str]] = {}
+
+    def own_pass(slot: str) -> Callable[[torch.fx.Graph], None]:
+        def note(graph: torch.fx.Graph) -> None:
+            seen[slot] = [str(node.target) for node in graph.nodes]
+
+        return note
+
+    options = {slot: own_pass(slot) for slot in SLOTS}
+    _, (source,) = cuda_code(chunked, *inputs(), options=options)
     assert "chunk_gated_prepare_kernel" in summary(source).launches
-    expected = "chunk_kda" if "pre" in slot.split("_") else "chunk_kda_gated"
-    assert any(f"kda_ops.{expected}.default" in target for target in seen[0])
+    for slot, operator in SLOTS.items():
+        assert f"kda_ops.{operator}.default" in seen[slot], slot
 
 
 def test_they_are_installed_once_and_look_at_our_graphs_only() -> None:
