@@ -4,15 +4,19 @@
     lower_bound * sigmoid(exp(A_log) * (x + dt_bias))
     gate(x, A_log, dt_bias, lower_bound)
 
-The operator computes `log(1 + e^z)` without its cancellation below z = -17.
+The operator computes `log(1 + e^z)` without its cancellation below z = -17. With frozen weights the
+rate `exp(A_log)`, or its negative, is a constant of the graph, and the operator gets its logarithm.
 """
 
+import operator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kda_ops.chunk_cumsum.op import chunk_cumsum_op
@@ -99,7 +103,8 @@ def softplus_gate(whole: Product) -> Found | None:
         A, softplus = rate_of(rate), softplus_of(rest)
         if A is not None and softplus is not None:
             z, inner = softplus
-            return Found(inner, [], [], {"z": z, "A": A, "rate": -whole.number, "bound": None})
+            number = -whole.number * sign_of(A)
+            return Found(inner, [], [], {"z": z, "A": A, "rate": number, "bound": None})
     return None
 
 
@@ -108,24 +113,64 @@ def bounded_gate(whole: Product) -> Found | None:
     if len(whole.factors) != 1 or sigmoid.target is not aten.sigmoid.default:
         return None
     inner = [sigmoid, *path]
-    z, A = sigmoid.args[0], None
+    z, A, number = sigmoid.args[0], None, 1
     times, path = wide_origin(z)
     if times.target is aten.mul.Tensor:
         for rate, rest in (times.args, times.args[::-1]):
             if isinstance(rate, fx.Node) and (A := rate_of(rate)) is not None:
-                z = rest
+                z, number = rest, sign_of(A)
                 inner += [times, *path]
                 break
-    return Found(inner, [], [], {"z": z, "A": A, "rate": 1, "bound": whole.number})
+    return Found(inner, [], [], {"z": z, "A": A, "rate": number, "bound": whole.number})
 
 
 def rate_of(node: fx.Node) -> fx.Node | None:
-    """`A_log` of `exp(A_log)`, one per head. (The rate is small and may have other uses.)"""
+    """`A_log` of `exp(A_log)`, one per head, or the rate itself where it is a frozen constant. (The
+    rate is small and may have other uses.)
+    """
     exp, _ = wide_origin(node)
-    if exp.target is not aten.exp.default or value(node).shape[-1:] != (1,):
+    if value(node).shape[-1:] != (1,):
         return None
-    A, _ = wide_origin(exp.args[0])
+    if exp.target is aten.exp.default:
+        A, _ = wide_origin(exp.args[0])
+    elif exp.op == "get_attr" and sign_of(exp):
+        A = exp
+    else:
+        return None
     return A if same_shape(value(node).shape[-2:-1], [value(A).numel()]) else None
+
+
+def frozen(node: fx.Node) -> torch.Tensor | None:
+    """The constant that a node reads, None for any other node."""
+    if node.op != "get_attr" or node.graph.owning_module is None:
+        return None
+    found = operator.attrgetter(str(node.target))(node.graph.owning_module)
+    real = isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor)
+    return found if real and found.is_floating_point() else None
+
+
+def sign_of(A: fx.Node) -> int:
+    """The sign of a frozen rate, 0 where it has none; 1 for an `A_log` that is no constant."""
+    rate = frozen(A)
+    if rate is None:
+        return 0 if A.op == "get_attr" else 1
+    with unset_fake_temporarily():
+        return 1 if bool((rate > 0).all()) else -1 if bool((rate < 0).all()) else 0
+
+
+def logarithm(graph: fx.Graph, A: fx.Node) -> fx.Node:
+    """`A_log`, of a frozen rate as a new constant."""
+    rate = frozen(A)
+    if rate is None:
+        return A
+    module: Any = graph.owning_module
+    with unset_fake_temporarily():
+        log = rate.detach().abs().double().log().to(accumulation_dtype(rate))
+    name = f"_kda_ops_{str(A.target).replace('.', '_')}_log"
+    module.register_buffer(name, log, persistent=False)
+    node = graph.get_attr(name)
+    node.meta["val"] = V.fake_mode.from_tensor(log, static_shapes=True)
+    return node
 
 
 def softplus_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
@@ -170,7 +215,7 @@ def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
     g, x, A, bias = (found.values[name] for name in ("g", "x", "A", "bias"))
     shape = value(g).shape
     x = reshape(graph, x, shape)
-    A = None if A is None else reshape(graph, A, shape[-2:-1])
+    A = None if A is None else reshape(graph, logarithm(graph, A), shape[-2:-1])
     bias = None if bias is None else reshape(graph, bias, shape[-2:])
     return {g: compute(graph, gate_op, x, A, bias, found.values["bound"])}
 

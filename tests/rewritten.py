@@ -40,6 +40,7 @@ def rewritten(
     *args: Any,
     dynamic: bool | dict[int, int] = False,
     written: tuple[int, ...] = (),
+    frozen: bool = False,
 ) -> Rewritten:
     """Compiles and runs `function`, and holds the result to eager fp64 as every operator is held.
 
@@ -48,6 +49,7 @@ def rewritten(
         args: Its arguments.
         dynamic: Whether all sizes are symbolic, or the symbolic axis of arguments by position.
         written: Positions of the arguments that it writes; they are compared too.
+        frozen: Compile with Inductor's freezing: the parameters of a module are constants.
     """
     import torch._inductor.lowering
     from functorch.compile import make_boxed_func
@@ -59,7 +61,7 @@ def rewritten(
     graphs: list[Any] = []
 
     def inner_compile(gm: Any, inputs: Any, **_: Any) -> Any:
-        with V.set_fake_mode(fake_tensor_prop(gm, inputs)):
+        with V.set_fake_mode(fake_tensor_prop(gm, inputs, frozen)):
             post_grad_passes(gm, is_inference=True)
         graphs.append(gm)
         return make_boxed_func(gm.forward)
@@ -72,8 +74,11 @@ def rewritten(
         for position, axis in dynamic.items():
             torch._dynamo.mark_dynamic(args[position], axis)
     sizes = None if isinstance(dynamic, dict) else dynamic
-    no_caches = torch._inductor.config.patch(force_disable_caches=True)
-    with torch.no_grad(), no_caches, recording() as outcomes:
+    settings: dict[str, Any] = {"force_disable_caches": True, "freezing": frozen}
+    if frozen:  # as on a GPU: products merged, not made into oneDNN's
+        settings |= {"cpp.weight_prepack": False, "cpp.enable_concat_linear": True}
+    patched = torch._inductor.config.patch(settings)
+    with torch.no_grad(), patched, recording() as outcomes:
         compiled = torch.compile(function, backend=backend, dynamic=sizes, fullgraph=True)
         results = run(compiled, args, written)
         expected = run(function, args, written)
