@@ -135,8 +135,6 @@ def unlike(convs: list[Call]) -> str | None:
         biases = [value(c.args["bias"]) for c in (q, conv)]
         if len({None if bias is None else bias.dtype for bias in biases}) > 1:
             return f"{q.node.name} and {conv.node.name} have different biases"
-    if value(q.args["weight"]).shape[0] != value(others[0].args["weight"]).shape[0]:
-        return "q and k have different numbers of channels"
     if not states:
         return None
     if len({state_identity(conv) for conv in convs}) < len(convs):

@@ -145,25 +145,28 @@ def _two(cache: Cache) -> Cache:
     )
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @settings
 @styles
 def test_the_numbers_are_those_of_our_layer(
-    style: str, layout: str, lower_bound: float | None
+    style: str, layout: str, lower_bound: float | None, device: str
 ) -> None:
     """A prefill of two prompts and a decode step, compiled, against our layer in fp64."""
     theirs = in_bf16(written(style, lower_bound, K=16))
     layer = ours(theirs)
     layer.conv_layout = layout
+    theirs = theirs.to(device)
     slots = torch.tensor([3, 1])
-    cache = theirs.cache(slots, PAGES, layout)
+    cache = theirs.cache(slots.to(device), PAGES, layout)
     first, step = torch.randn(1, 75, HIDDEN), torch.randn(1, 2, HIDDEN)
-    cu = torch.tensor([0, 70, 75], dtype=torch.int32)
+    cu = torch.tensor([0, 70, 75], dtype=torch.int32, device=device)
+    one_each = torch.arange(3, dtype=torch.int32, device=device)
 
     def ours_in(dtype: torch.dtype) -> list[Tensor]:
         model = layer.to(dtype)
         state = (
-            torch.zeros_like(packed, dtype=dtype),
-            torch.zeros_like(cache.recurrent, dtype=accumulation_dtype(first.to(dtype))),
+            torch.zeros(packed.shape, dtype=dtype),
+            torch.zeros(cache.recurrent.shape, dtype=accumulation_dtype(first.to(dtype))),
         )
         batches = KDABatch.prefill([70, 5], slots.tolist()), KDABatch.decode(slots.tolist())
         y, y2 = (
@@ -176,8 +179,8 @@ def test_the_numbers_are_those_of_our_layer(
         torch._dynamo.reset()
         run = torch.compile(theirs, fullgraph=True)
         with torch._inductor.config.patch(force_disable_caches=True):
-            y = run(first.bfloat16(), cache, cu, chunk_table(cu, 75))
-            y2 = run(step.bfloat16(), cache, torch.arange(3, dtype=torch.int32), None, True)
+            y = run(first.bfloat16().to(device), cache, cu, chunk_table(cu, 75))
+            y2 = run(step.bfloat16().to(device), cache, one_each, None, True)
         packed = cache.conv
         if style == "fla":
             packed = torch.cat(packed, dim=2 if layout == "SD" else 1)

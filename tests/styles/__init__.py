@@ -30,10 +30,9 @@ class Cache:
     layout: str = "SD"
 
 
-def conv_state(slots: int, rows: int, width: int, layout: str, dtype: torch.dtype) -> Tensor:
-    """A convolution state of zeros."""
-    shape = (slots, rows, width) if layout == "SD" else (slots, width, rows)
-    return torch.zeros(shape, dtype=dtype)
+def conv_state(pages: int, rows: int, width: int, layout: str, like: Tensor) -> Tensor:
+    """A convolution state of zeros, in the dtype and on the device of `like`."""
+    return like.new_zeros((pages, rows, width) if layout == "SD" else (pages, width, rows))
 
 
 def in_bf16(module: nn.Module) -> nn.Module:

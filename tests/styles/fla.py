@@ -107,15 +107,15 @@ class KimiDeltaAttention(nn.Module):
 
     def cache(self, slots: Tensor, pages: int, layout: str) -> Cache:
         """Three convolution states and the recurrent one, all of zeros."""
-        dtype, K = self.q_proj.weight.dtype, self.head_dim
+        like, K = self.q_proj.weight, self.head_dim
         return Cache(
             tuple(
-                conv_state(pages, conv.kernel_size[0] - 1, width, layout, dtype)
+                conv_state(pages, conv.kernel_size[0] - 1, width, layout, like)
                 for conv, width in zip(self.convolutions(), self.widths, strict=True)
             ),
-            torch.zeros(pages, self.num_v_heads, K, K),
+            like.new_zeros(pages, self.num_v_heads, K, K, dtype=torch.float32),
             slots,
-            torch.zeros(len(slots), dtype=torch.bool),
+            torch.zeros_like(slots, dtype=torch.bool),
             layout,
         )
 

@@ -81,12 +81,12 @@ class KimiLinearDeltaAttention(nn.Module):
 
     def cache(self, slots: Tensor, pages: int, layout: str) -> Cache:
         """One convolution state and the recurrent one, both of zeros."""
-        rows, dtype, K = self.conv1d.kernel_size[0] - 1, self.q_proj.weight.dtype, self.head_dim
+        rows, like, K = self.conv1d.kernel_size[0] - 1, self.q_proj.weight, self.head_dim
         return Cache(
-            conv_state(pages, rows, 3 * self.qkv_dim, layout, dtype),
-            torch.zeros(pages, self.num_heads, K, K),
+            conv_state(pages, rows, 3 * self.qkv_dim, layout, like),
+            like.new_zeros(pages, self.num_heads, K, K, dtype=torch.float32),
             slots,
-            torch.zeros(len(slots), dtype=torch.bool),
+            torch.zeros_like(slots, dtype=torch.bool),
             layout,
         )
 
