@@ -7,7 +7,6 @@ change. The modules take checkpoints of their project.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
