@@ -1,0 +1,105 @@
+"""The compiled layer on the card: every way of calling it against fp64, and CUDA graphs of a decode
+step that write the pages in place.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from kda_ops.batch import KDABatch
+from kda_ops.layer import KimiDeltaAttention
+from tests.oracle import assert_close
+from tests.test_layer import BF16, GATES, HIDDEN, SLOTS, State, in_fp64, make_state, mode_arguments
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+MODES = ["one", "batch", "varlen", "prefill", "decode", "speculative", "mixed"]
+STEPS, SEQUENCES = 100, 6
+every_layout = pytest.mark.parametrize("layout", ["SD", "DS"])
+every_gate = pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
+
+
+def make_layer(layout: str, gate: dict[str, Any], K: int = 64) -> KimiDeltaAttention:
+    """K of 64 takes the kernels of real sizes."""
+    layer = KimiDeltaAttention(HIDDEN, K, 2, conv_layout=layout, dtype=BF16, **gate)
+    torch.nn.init.normal_(layer.o_norm_weight, 1.0, 0.2)
+    return layer.requires_grad_(False)
+
+
+def moved(x: Any) -> Any:
+    """An argument of the layer on the device, pages with their strides."""
+    if isinstance(x, tuple):
+        return tuple(map(moved, x))
+    if isinstance(x, KDABatch):
+        fields = [field.name for field in dataclasses.fields(x) if field.init]
+        return KDABatch(**{name: moved(getattr(x, name)) for name in fields})
+    if isinstance(x, Tensor):
+        twin = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
+        return twin.copy_(x)
+    return x
+
+
+def in_double(state: State) -> State:
+    conv, recurrent = state
+    return None if conv is None else conv.double(), recurrent.double()
+
+
+@every_gate
+@every_layout
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_against_fp64(mode: str, layout: str, gate: dict[str, Any]) -> None:
+    """The first length static, the others in one dynamic graph."""
+    layer = make_layer(layout, gate)
+    compiled = torch.compile(copy.deepcopy(layer).to(DEVICE), fullgraph=True)
+    for size in range(3):
+        inputs = mode_arguments(mode, layer, size)
+        on_device = {name: moved(x) for name, x in inputs.items()}
+        exact = {**inputs, "hidden_states": inputs["hidden_states"].double()}
+        if "state" in inputs:
+            exact["state"] = in_double(inputs["state"])
+        out = compiled(**on_device)
+        assert_close(out, layer(**inputs), in_fp64(layer)(**exact))
+        if "state" in inputs:
+            states = (on_device["state"], inputs["state"], exact["state"])
+            for s, r, e in zip(*states, strict=True):
+                assert_close(s, r, e, operand_dtype=BF16)
+
+
+@every_gate
+@every_layout
+def test_cuda_graphs_of_a_decode_step(layout: str, gate: dict[str, Any]) -> None:
+    """`mode="reduce-overhead"`: one graph, replayed with other slots and tokens in every step."""
+    from torch._inductor import cudagraph_trees
+
+    layer = make_layer(layout, gate)
+    exact_layer = in_fp64(layer)
+    on_device = copy.deepcopy(layer).to(DEVICE)
+    compiled = torch.compile(on_device, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    reference = make_state(layer)
+    exact, eager, state = in_double(reference), moved(reference), moved(reference)
+    for x in state:  # what a graph writes in place has to stay where it is
+        torch._dynamo.mark_static_address(x)
+    counters.clear()
+    with torch.no_grad():
+        for step in range(STEPS):
+            slots = torch.randperm(SLOTS - 1)[:SEQUENCES] + 1
+            slots[step % SEQUENCES] = 0 if step % 3 == 0 else slots[step % SEQUENCES]
+            x = torch.randn(1, SEQUENCES, HIDDEN, dtype=BF16)
+            batch = KDABatch.decode(slots)
+            torch.compiler.cudagraph_mark_step_begin()
+            out = compiled(moved(x), state=state, batch=moved(batch)).clone()
+            expected = on_device(moved(x), state=eager, batch=moved(batch))
+            assert_close(out, expected.cpu(), exact_layer(x.double(), state=exact, batch=batch))
+    for s, r, e in zip(state, eager, exact, strict=True):
+        assert_close(s, r.cpu(), e, operand_dtype=BF16)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert counters["stats"]["unique_graphs"] == 1
+    manager = cudagraph_trees.get_container(torch.cuda.current_device()).tree_manager
+    assert manager is not None
+    assert any(manager.roots.values()), "nothing was captured"
