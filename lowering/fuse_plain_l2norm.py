@@ -14,6 +14,7 @@ from kda_ops.l2norm.op import l2norm_op
 from lowering.rewrite import Call, Found, compute, moved, only_user, origin, register, value
 
 aten, prims = torch.ops.aten, torch.ops.prims
+NOT_A_NUMBER = "not a number (torch.compile(dynamic=True) makes tensors of Python floats)"
 
 
 def pattern(node: fx.Node) -> Found | None:
@@ -80,7 +81,7 @@ def goes_into_operator(y: fx.Node) -> bool:
 def guard(found: Found) -> str | None:
     eps, x, y = (found.values[name] for name in ("eps", "x", "y"))
     if not isinstance(eps, float) or eps < 0:
-        return f"eps is {eps}, not a number"
+        return f"eps is {eps}, {NOT_A_NUMBER}"
     if value(x).dtype != value(y).dtype:
         return f"the norm of {value(x).dtype} is in {value(y).dtype}"
     return None

@@ -15,7 +15,7 @@ from torch import fx
 from kda_ops.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.recurrent_kda.op import recurrent_kda_op
 from kda_ops.rms_norm_gated.op import rms_norm_gated_op
-from lowering.fuse_plain_l2norm import scales, squared
+from lowering.fuse_plain_l2norm import NOT_A_NUMBER, scales, squared
 from lowering.rewrite import (
     Call,
     Found,
@@ -81,7 +81,7 @@ def pattern(node: fx.Node) -> Found | None:
 def guard(found: Found) -> str | None:
     o, gate, y, eps = (found.values[name] for name in ("o", "gate", "y", "eps"))
     if not isinstance(eps, float) or eps < 0:
-        return f"eps is {eps}, not a number"
+        return f"eps is {eps}, {NOT_A_NUMBER}"
     if value(o).dtype != value(y).dtype:
         return f"the norm of {value(o).dtype} is in {value(y).dtype}"
     if not same_shape([value(gate).numel()], [value(o).numel()]):

@@ -145,6 +145,16 @@ def _two(cache: Cache) -> Cache:
     )
 
 
+def test_an_eps_that_became_a_tensor_is_named() -> None:
+    """What `dynamic=True` costs a layer that keeps its eps in an attribute."""
+    layer = in_bf16(written("transformers", None))
+    with recording() as outcomes:
+        launches(layer, *prompts(130, None, False, varlen=False), dynamic=True)
+    reasons = {o.rewrite: o.reason for o in outcomes if o.reason is not None}
+    for name in ("plain_l2norm", "plain_rms_norm_gated"):
+        assert "dynamic=True" in str(reasons[name])
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @settings
 @styles
