@@ -8,6 +8,7 @@ Values in capitals that a kernel takes as constants go there unchanged. The othe
 
 * `TILE`: elements of the tile that one program holds; the launcher divides it by the row length.
 * `BYTES`: likewise, in bytes.
+* `LINE`: bytes of a row that lie side by side in the lanes of a warp.
 * `MAX_STEPS`, `PROGRAMS`: a program takes up to MAX_STEPS steps along the tokens, fewer where there
   would not be PROGRAMS of them.
 * `STAGES`: chunks in shared memory at a time, fewer where they do not fit.
@@ -43,7 +44,11 @@ SM90: dict[str, Rows] = {
     # the hand-written "kernel", or the "scan" that Inductor generates
     "gate_cumsum.form": [({}, {"form": "kernel"})],
     # fewer warps where the tile is small
-    "kda_decode": [({}, {"TILE": 16384, "num_warps": 4})],
+    "kda_decode": [
+        ({"several": True}, {"TILE": 16384, "LINE": 64, "num_warps": 4}),
+        ({"single": True}, {"TILE": 16384, "LINE": 128, "num_warps": 4}),
+        ({}, {"TILE": 16384, "LINE": 256, "num_warps": 4}),
+    ],
     "l2norm": [({}, {"TILE": 2048, "num_warps": 4})],
     # best at batch 1 to 64, 1 % is lost at 256
     "recurrent_kda": [({}, {"TILE": 2048, "num_warps": 8})],
@@ -87,7 +92,7 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "gate": _grid(TILE=(2048, 4096, 8192), num_warps=(4, 8)),
     "gate_cumsum": _grid(BLOCK=(128, 256, 512), STEP=(16, 32), num_warps=(4,)),
     "gate_cumsum.form": _grid(form=("kernel", "scan")),
-    "kda_decode": _grid(TILE=(4096, 8192, 16384), num_warps=(4, 8)),
+    "kda_decode": _grid(TILE=(8192, 16384), LINE=(64, 128, 256), num_warps=(4, 8)),
     "l2norm": _grid(TILE=(1024, 2048, 4096), num_warps=(4, 8)),
     "recurrent_kda": _grid(TILE=(2048, 4096, 8192), num_warps=(4, 8)),
     "rms_norm_gated": _grid(TILE=(1024, 2048, 4096), num_warps=(4, 8)),

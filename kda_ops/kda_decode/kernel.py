@@ -1,5 +1,7 @@
 """A whole step of decode as one Triton kernel."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -132,7 +134,7 @@ def kda_decode_kernel(
 
     The loads that need no slot go first, then the history of the convolution, then the state, so
     that everything else is done while the state arrives. A tile of the state is
-    [OUTER_K, BLOCK_V, INNER_K]: fewer lanes share a row than in [BLOCK_V, BLOCK_K], so most of a
+    [BLOCK_V, OUTER_K, INNER_K]: fewer lanes share a row than in [BLOCK_V, BLOCK_K], so most of a
     sum over K stays within a thread. Tiles of BLOCK_V rows follow one another.
 
     With APART each of q, k and v has an input, weight, bias and convolution state of its own;
@@ -163,7 +165,7 @@ def kda_decode_kernel(
     h = tl.program_id(0) % H
     i_k = tl.arange(0, BLOCK_K)
     ok_k = i_k < K
-    tile_k = tl.arange(0, OUTER_K)[:, None, None] * INNER_K + tl.arange(0, INNER_K)[None, None, :]
+    tile_k = tl.arange(0, OUTER_K)[None, :, None] * INNER_K + tl.arange(0, INNER_K)[None, None, :]
 
     first = n
     length = tl.where(n < N, 1, 0).to(tl.int64)
@@ -243,13 +245,13 @@ def kda_decode_kernel(
 
             tile = (
                 head * stride_state_head
-                + i_v.to(tl.int64)[None, :, None] * STRIDE_STATE_V
+                + i_v.to(tl.int64)[:, None, None] * STRIDE_STATE_V
                 + tile_k.to(tl.int64) * STRIDE_STATE_K
             )
-            ok = ok_v[None, :, None] & (tile_k < K)
+            ok = ok_v[:, None, None] & (tile_k < K)
             S_ptr = state_ptr + source * stride_state_slot + tile
             S = tl.load(S_ptr, mask=ok & (live & (tokens > 0)), other=0.0)
-            S = S.to(tl.float32)  # [OUTER_K, BLOCK_V, INNER_K]
+            S = S.to(tl.float32)  # [BLOCK_V, OUTER_K, INNER_K]
 
             if block == 0:
                 q = convolved(x_q, conv_count, taps_q, bias_q, W, TOKENS, SILU)
@@ -266,17 +268,17 @@ def kda_decode_kernel(
                     kq = tl.sum(k_i * q_i, axis=0)
                     raw = f[i].to(tl.float32) + dt_bias
                     decay_i = tl.exp(gate_nats(raw, rate, LOWER_BOUND, BOUNDED))
-                    decay_q = (decay_i * q_i).reshape(OUTER_K, INNER_K)[:, None, :]
-                    decay_k = (decay_i * k_i).reshape(OUTER_K, INNER_K)[:, None, :]
-                    k_i = k_i.reshape(OUTER_K, INNER_K)[:, None, :]
-                    decay_i = decay_i.reshape(OUTER_K, INNER_K)[:, None, :]
+                    decay_q = (decay_i * q_i).reshape(OUTER_K, INNER_K)[None, :, :]
+                    decay_k = (decay_i * k_i).reshape(OUTER_K, INNER_K)[None, :, :]
+                    k_i = k_i.reshape(OUTER_K, INNER_K)[None, :, :]
+                    decay_i = decay_i.reshape(OUTER_K, INNER_K)[None, :, :]
                     # with S' the decayed state, the output of the new one is S' q + delta (k q)
-                    seen = tl.sum(tl.sum(S * decay_k, axis=0), axis=1)  # [BLOCK_V]
-                    old = tl.sum(tl.sum(S * decay_q, axis=0), axis=1)
+                    seen = tl.sum(tl.sum(S * decay_k, axis=1), axis=1)  # [BLOCK_V]
+                    old = tl.sum(tl.sum(S * decay_q, axis=1), axis=1)
                     write = BETA_SCALE * tl.sigmoid(beta[i].to(tl.float32))
                     delta = write * (v[i] - seen)
                     o = old + delta * kq
-                    S = S * decay_i + delta[:, None][None, :, :] * k_i
+                    S = S * decay_i + delta[:, None, None] * k_i
                     if PER_TOKEN:
                         target = tl.load(
                             indices_ptr + n * stride_indices_row + i * stride_indices_column,
@@ -315,17 +317,21 @@ def kda_decode_kernel(
             shift(rows_k_ptr, stride_conv_row_k, x_k, conv_count, ok_k, W, TOKENS)
 
 
-def tile_of(V: int, K: int, state: Tensor, layout: str) -> dict[str, int]:
+def tile_of(V: int, K: int, state: Tensor, layout: str, N: Any, tokens: int) -> dict[str, int]:
     """The tile of the state that a program holds in registers, and its warps.
 
-    A segment of INNER_K elements is one line of 128 bytes.
+    INNER_K elements, LINE bytes, lie side by side in a warp's lanes; the rest of a row of the
+    state is in a thread's registers.
     """
-    chosen = choose("kda_decode", state.device, K=K, V=V, state=state.dtype, layout=layout)
+    key = {"K": K, "V": V, "state": state.dtype, "layout": layout}
+    chosen = choose(
+        "kda_decode", state.device, **key, several=tokens > 1, single=isinstance(N, int) and N == 1
+    )
     block_k = triton.next_power_of_2(K)
     block_v = min(triton.next_power_of_2(V), chosen["TILE"] // block_k)
     return {
         "BLOCK_V": block_v,
-        "INNER_K": min(block_k, 128 // state.element_size()),
+        "INNER_K": min(block_k, chosen["LINE"] // state.element_size()),
         "num_warps": min(max(block_v * block_k // 2048, 1), chosen["num_warps"]),
     }
 
@@ -398,6 +404,7 @@ def _launch(
     strides = [conv_state_strides(conv_state, layout) for conv_state in conv_states]
     L = conv_state.shape[1 if layout == "SD" else 2]
     varlen, per_token = cu_seqlens is not None, state_indices.dim() == 2
+    tokens = int(L) - W + 2 if varlen else 1
     # without cu_seqlens an empty batch still launches: CUDA has no empty grid
     sequences = N + 1 if varlen else torch.sym_max(N, 1)
     traceable(kda_decode_kernel)[(sequences * H,)](
@@ -444,7 +451,7 @@ def _launch(
         K=K,
         V=V,
         W=W,
-        TOKENS=int(L) - W + 2 if varlen else 1,
+        TOKENS=tokens,
         BLOCK_K=triton.next_power_of_2(K),
         BLOCK_W=triton.next_power_of_2(W),
         APART=len(xs) == 3,
@@ -456,7 +463,7 @@ def _launch(
         PER_TOKEN=per_token,
         HAS_ACCEPTED=num_accepted is not None,
         VARLEN=varlen,
-        **tile_of(V, K, state, layout),
+        **tile_of(V, K, state, layout, N, tokens),
     )
     return o
 
