@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from kda_ops._cases import Case
 from tests.operators import NAMES, all_cases, cases, public_function, run_kernels
@@ -75,10 +76,9 @@ def test_kernels_refuse_fp64(name: str) -> None:
 def test_fp64_on_a_gpu_is_an_error_while_traced(name: str) -> None:
     inputs = copy_inputs(cases(name)[0].make(torch.device("cpu")), torch.float64)
     with FakeTensorMode():
-        fakes = {
-            n: torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
-            for n, x in inputs.items()
-        }
+        fakes = tree_map_only(
+            Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), inputs
+        )
         if name in MOVES_ONLY:
             public_function(name)(**fakes)
             return
@@ -91,7 +91,7 @@ def test_fp64_on_a_gpu_is_an_error_while_traced(name: str) -> None:
 @pytest.mark.parametrize("name", sorted({*NAMES} - MOVES_ONLY))
 def test_fp64_on_the_gpu_is_an_error(name: str, compile: bool) -> None:
     inputs = copy_inputs(cases(name)[0].make(torch.device("cpu")), torch.float64)
-    inputs = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    inputs = tree_map_only(Tensor, Tensor.cuda, inputs)
     call = compiled(name) if compile else public_function(name)
     with pytest.raises(Exception, match=FP64_ERROR) as error:
         call(**inputs)
