@@ -49,6 +49,7 @@ SPILLS = {
         **{"sm_80": 1088, "sm_90a": 896, "sm_100a": 1088, "sm_120": 1664},
         "gfx942": 256,
     },
+    "kda_decode_kernel": {"sm_120": 24},
     "chunk_prepare_general_kernel": {
         **{"sm_80": 2688, "sm_90a": 2688, "sm_100a": 2944, "sm_120": 2752},
     },

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kda_ops._cases import Case
 from tests.operators import all_cases, public_function
@@ -67,10 +68,19 @@ def test_compiled_gradients_equal_eager_ones(name: str, case: Case) -> None:
 def test_in_place_operators_refuse(name: str, case: Case) -> None:
     torch.manual_seed(0)
     inputs = case.make(torch.device("cpu"))
-    before = {n: inputs[n].clone() for n in case.mutated}
-    argument = next(n for n, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point())
-    inputs[argument] = inputs[argument].detach().requires_grad_()
-    with pytest.raises(RuntimeError, match=f"argument {argument} requires grad"):
+    before = copy_inputs({n: inputs[n] for n in case.mutated})
+    argument = next(
+        n
+        for n, x in inputs.items()
+        if any(t.is_floating_point() for t in tree_leaves(x) if isinstance(t, Tensor))
+    )
+    inputs[argument] = tree_map_only(
+        Tensor, lambda x: x.detach().requires_grad_(), inputs[argument]
+    )
+    # x may be three tensors, q, k and v
+    named = "q" if isinstance(inputs[argument], tuple) else argument
+    with pytest.raises(RuntimeError, match=f"argument {named} requires grad"):
         public_function(name)(**inputs)
     for n, old in before.items():
-        assert torch.equal(inputs[n].nan_to_num(), old.nan_to_num()), f"{n} was written"
+        for x, was in zip(tree_leaves(inputs[n]), tree_leaves(old), strict=True):
+            assert torch.equal(x.nan_to_num(), was.nan_to_num()), f"{n} was written"
