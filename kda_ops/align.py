@@ -18,8 +18,6 @@ from torch import Tensor
 from kda_ops import config
 from kda_ops._checks import INTEGERS, check_device, check_dtype, check_rank, check_shape
 
-UNKNOWN = -1
-
 
 class AlignStep(NamedTuple):
     """What one planner decides.

@@ -78,6 +78,8 @@ TARGETS = [
     Target("kda_decode", "SD-batch16-H32", "us", 20, 18),
     Target("kda_decode", "SD-batch64-H32", "us", 74, 68),
     Target("kda_decode", "SD-batch256-H32", "us", 285, 270),
+    Target("state_copy", "256x20-SD-bias2", "floor", 1.25),
+    Target("state_copy", "256x20-DS-bias2", "floor", 1.25),
     Target("layer", "prefill-T8192-H32", "ratio", 1.5, 1.7, "eager"),
     Target("layer", "prefill-T8192-H32", "wall", 2.2, 2.6, "compiled"),
     *(

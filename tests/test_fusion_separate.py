@@ -11,7 +11,6 @@ from tests.rewritten import Rewritten, rewritten
 
 H, HV, K, V, W, T, SLOTS = 2, 4, 8, 16, 3, 3, 5
 WIDTHS = (H * K, H * K, HV * V)
-PARTS = "qkv"
 NAMES = ("x", "g", "beta", "z", "recurrent", "slots", "cu")
 PER_PART = ("projection", "weight", "bias", "state")
 

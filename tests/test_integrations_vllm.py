@@ -84,6 +84,8 @@ def test_states_are_copied_as_align_mode_wants(layout: str) -> None:
         assert torch.equal(conv[:, slot], before[0][:, slot])
     with pytest.raises(ValueError, match="block_ids must hold position 2, got 2 blocks"):
         copy(conv, recurrent, [[3, 5]], [0], [1], [3])
+    with pytest.raises(ValueError, match="num_accepted_tokens must be at least 1, got 0"):
+        copy(conv, recurrent, [[3, 5]], [1], [1], [0])
 
 
 def test_a_split_is_read_off_the_spec() -> None:

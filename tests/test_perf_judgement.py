@@ -92,7 +92,7 @@ def test_every_target_has_its_benchmark() -> None:
     known = {("core", case.name) for case in bench_core.CASES}
     known |= {("accuracy", name) for name in bench_core_accuracy.CASES}
     known |= {(found.stage, found.case) for found in bench_layer.ROWS}
-    for name in ("short_conv_qkv", "gate_cumsum", "rms_norm_gated", "kda_decode"):
+    for name in ("short_conv_qkv", "gate_cumsum", "rms_norm_gated", "kda_decode", "state_copy"):
         known |= {(found.stage, found.case) for found in operator_rows(name)}
     assert {(goal.stage, goal.case) for goal in targets.TARGETS} <= known
 

@@ -213,6 +213,48 @@ def test_no_source_is_prepared_twice() -> None:
     fleet.check_nothing_left()
 
 
+def test_an_engine_is_connected_again_while_it_is_read() -> None:
+    """What the first connection gives back at its end is not taken from the second."""
+    fleet = Local(2, 1, copies_per_poll=0)
+    made = content(24, 0)
+    for request in ("early", "late"):
+        fleet.put(request, made, REMOTE)
+    fleet.connect()
+    start(fleet, "early", [[4], [8]])
+    engine = fleet.readers[0].engine
+    engine.disconnect("P")
+    with pytest.raises(TransferError, match="engine P is not connected"):
+        start(fleet, "late", [[5], [9]])
+    fleet.connect()
+    assert engine.transport.open_lists == 8
+    start(fleet, "late", [[5], [9]])
+    engine.cancel("late")
+    fleet.pace(1 << 30)
+    progress = engine.poll()
+    assert outcomes([progress]) == [[("late", "cancelled"), ("early", "done")]]
+    assert progress.drained == ["late"]
+    assert engine.transport.open_lists == 4
+    start(fleet, "late", [[5], [9]])
+    assert outcomes([engine.poll()]) == [[("late", "done")]]
+    for state, kv in ((4, 8), (5, 9)):
+        fleet.readers[0].write_state(state, made)
+        fleet.readers[0].write_kv([kv], made, 2)
+    fleet.check()
+    assert releases([fleet.sources[0].engine.poll()]) == [[("early", "done"), ("late", "done")]]
+    fleet.check_nothing_left()
+
+
+def test_a_peer_with_more_pages_than_there_are_indices_is_refused() -> None:
+    fleet = Local(1, 1)
+    pages = 1 << 26
+    many = tampered(fleet.call, "card", ("geometry", "groups", 0, "pages"), pages)
+    for layer in range(2):
+        many = tampered(many, "card", ("regions", 0, layer, 1), 1 << 50)
+    with pytest.raises(GeometryError, match=f"at most {1 << 28} ranges, got {8 * pages}"):
+        fleet.readers[0].engine.connect("P", 1, many)
+    fleet.check_nothing_left()
+
+
 @pytest.mark.parametrize(("where", "path", "value"), WRONG_FIELDS, ids=str)
 def test_every_wrong_handshake_field_is_refused(
     where: str, path: tuple[Any, ...], value: Any
@@ -538,6 +580,37 @@ def test_strays_release_nothing() -> None:
     assert source.counters.stray_notices == len(bad) + 1
     source.transport.inbox.append(("D0", json.dumps(good).encode()))
     assert releases([source.poll()]) == [[("r", "done")]]
+
+
+def test_only_so_many_consumers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that came last; a notice of another one is a stray."""
+    monkeypatch.setattr("kda_ops.transfer.offers.REMEMBERED_CONSUMERS", 3)
+    fleet = Local(1, 4)
+    fleet.put("r", content(24, 0), REMOTE)
+    fleet.connect()
+    start(fleet, "r", [[4], [8]])
+    sources, _ = fleet.poll()
+    assert releases(sources) == [[]]
+    assert fleet.sources[0].engine.counters.stray_notices == 1
+
+
+def test_notices_that_cannot_be_had_cost_nothing_else() -> None:
+    class Deaf(Counted):
+        def notices(self) -> list[tuple[str, bytes]]:
+            raise TransportError("no notices")
+
+    network = InProcessNetwork()
+    fleet = Fleet(1, 1, lambda name: Deaf(InProcessTransport(network, name, 0)))
+    fleet.put("r", content(24, 0), REMOTE, ttl_s=5)
+    fleet.connect()
+    start(fleet, "r", [[4], [8]])
+    engine, source = fleet.readers[0].engine, fleet.sources[0]
+    engine.cancel("r")
+    assert outcomes([engine.poll()]) == [[("r", "cancelled")]]
+    engine.transport._transport.copies_per_poll = 1 << 30
+    assert engine.poll().drained == ["r"]
+    source.clock.now += 5
+    assert releases([source.engine.poll()]) == [[("r", "expired")]]
 
 
 def test_offers() -> None:

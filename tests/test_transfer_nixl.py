@@ -1,5 +1,6 @@
 """The transfer engine over real NIXL: prefill in one process, decode in this one."""
 
+import ipaddress
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,9 +122,12 @@ def test_nothing_listens_beyond_loopback(decode: Decode) -> None:
         except OSError:
             continue  # closed since it was listed
     listening = []
-    for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
-            listening.append(bytes.fromhex(fields[1].split(":")[0])[::-1])
+    for table in ("tcp", "tcp6"):
+        path = Path("/proc/self/net", table)
+        for line in path.read_text().splitlines()[1:] if path.exists() else ():
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
+                words = bytes.fromhex(fields[1].split(":")[0])  # 32 bits each, in host order
+                listening.append(b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4)))
     assert listening, "no listening socket found"
-    assert {address[0] for address in listening} == {127}
+    assert all(ipaddress.ip_address(address).is_loopback for address in listening), listening

@@ -264,6 +264,23 @@ def test_a_request_is_read_once(prefill: Prefill, decode: Decode) -> None:
     assert prefill.do("take_released") == []
 
 
+def test_connected_again_while_it_is_read(prefill: Prefill, decode: Decode) -> None:
+    """The end of the first connection's read takes nothing from the second connection."""
+    reader = connected(decode, prefill)
+    put(prefill, "early", "late")
+    reader.engine.read("early", "P", [[4], [1, 2, 8]], REMOTE)
+    reader.engine.disconnect("P")
+    reader.engine.connect("P", 1, prefill.call("P"))
+    expect(reader, 4, [1, 2, 8], 0)
+    assert ended(reader).outcome == "done"
+    reader.engine.read("late", "P", [[5], [9]], REMOTE)
+    expect(reader, 5, [9], 0, first_block=2)
+    assert ended(reader).outcome == "done"
+    reader.check()
+    done = {("P", 0, request, "done") for request in ("early", "late")}
+    assert prefill.released(2, [reader]) == done
+
+
 def test_cancelled_while_it_is_read(prefill: Prefill, decode: Decode) -> None:
     reader = connected(decode, prefill)
     put(prefill, "cancelled")

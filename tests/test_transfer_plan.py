@@ -30,16 +30,9 @@ from kda_ops.transfer.plan import (
     source_ranks,
 )
 from kda_ops.transfer.schema import GeometryError, decode_json
-from tests.transfer_fleet import TP_SIZES
+from tests.transfer_fleet import TP_SIZES, shard
 
 CANARY = 0xEE
-
-
-def naive_shard(units: np.ndarray, tp: int, rank: int) -> np.ndarray:
-    """What a rank holds, by building what every rank holds."""
-    if len(units) >= tp:
-        return np.split(units, tp)[rank]
-    return np.repeat(units, tp // len(units), axis=0)[rank : rank + 1]
 
 
 def shardable(units: int, *sizes: int) -> bool:
@@ -72,7 +65,7 @@ def page(geometry: PageGeometry, content: dict[str, np.ndarray], rank: int) -> n
     """The page of a rank, cut directly from the global content `[units, bytes]`."""
     out = np.full(geometry.page_bytes, CANARY, np.uint8)
     for segment in geometry.segments:
-        held = naive_shard(content[segment.name], geometry.tp_size, rank).ravel()
+        held = shard(content[segment.name], geometry.tp_size, rank).ravel()
         out[segment.offset : segment.offset + len(held)] = held
     return out
 
@@ -240,6 +233,19 @@ def test_granules_make_pages_of_another_size(src_tokens: int, dst_tokens: int) -
         np.testing.assert_array_equal(out, np.stack(pages(dst, rank)))
 
 
+def test_page_sizes_with_little_in_common_are_refused() -> None:
+    """A peer's page size is its own word: it must not make a list of 2**30 ranges here."""
+
+    def geometry(page_tokens: int) -> PageGeometry:
+        kind = {"kind": "attention", "rows": 0, "block_tokens": page_tokens}
+        return place([("k", 1, page_tokens)], [0, 0], 1, **kind)
+
+    assert plan_granules(geometry(4096 * 3), geometry(3), 0).src_per_page == 4096
+    for src, dst in ((4097, 1), (1, 4097), (1 << 30, 3)):
+        with pytest.raises(GeometryError, match=f"common divisor, got {dst} and {src}"):
+            plan_granules(geometry(src), geometry(dst), 0)
+
+
 def test_zeroing_names_the_tail_of_every_head() -> None:
     segments = [("k", 4, 24), ("v", 4, 16)]
     geometry = place(segments, [1, 2, 3], 2, kind="attention", rows=0, block_tokens=8)
@@ -369,6 +375,9 @@ def test_messages_are_limited_and_versioned() -> None:
     for text in (b"{", b"\xff", b"[" * 100_000, b"1" * 10_000):
         with pytest.raises(GeometryError, match="must be JSON"):
             decode_json(text)
+    with pytest.raises(GeometryError, match="differs in") as refusal:
+        decode_geometry({"x" * 1_000_000: 1})
+    assert len(str(refusal.value)) < 400  # what is logged of it
     with pytest.raises(GeometryError, match="version of geometry must be 1, got 2"):
         decode_geometry(encode_geometry(hybrid()) | {"version": 2})
 

@@ -85,13 +85,15 @@ class Counted:
     """A transport that counts what it has given out and has not got back.
 
     Attributes:
-        open: Registrations, peers, prepared lists and reads.
+        open: Registrations, prepared lists and reads.
+        known: Peers.
         loses_notices: Whether those it sends get lost.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport, self.name = transport, transport.name
         self.open: Counter[str] = Counter()
+        self.known: set[str] = set()
         self.loses_notices = False
 
     def _take(self, what: str, taken: Any) -> Any:
@@ -106,11 +108,13 @@ class Counted:
         self.open["registrations"] -= 1
 
     def add_peer(self, metadata: bytes) -> str:
-        return self._take("peers", self._transport.add_peer(metadata))
+        name = self._transport.add_peer(metadata)
+        self.known.add(name)
+        return name
 
     def remove_peer(self, peer: str) -> None:
         self._transport.remove_peer(peer)
-        self.open["peers"] -= 1
+        self.known.remove(peer)
 
     def prepare(self, *arguments: Any) -> Any:
         return self._take("lists", self._transport.prepare(*arguments))
@@ -135,4 +139,5 @@ class Counted:
 
     def left(self) -> dict[str, int]:
         """What was not given back."""
-        return {what: count for what, count in self.open.items() if count}
+        counts = {**self.open, "peers": len(self.known)}
+        return {what: count for what, count in counts.items() if count}

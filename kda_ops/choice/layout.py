@@ -37,37 +37,35 @@ def faster_layout(
         dtype, state_dtype = (
             getattr(torch, name.removeprefix("torch.")) for name in (conv_dtype, recurrent_dtype)
         )
-        D, L = 2 * H * K + HV * V, W - 1 + num_spec
+        D, L, tokens = 2 * H * K + HV * V, W - 1 + num_spec, 1 + num_spec
         generator = torch.Generator(on).manual_seed(0)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=on).to(dtype)
 
-        conv = random(SEQUENCES + 1, *((L, D) if layout == "SD" else (D, L)))
-        state = torch.zeros(SEQUENCES + 1, HV, V, K, dtype=state_dtype, device=on)
-        weight, x = random(D, W), random(SEQUENCES * (1 + num_spec), D)
+        # a page for each token of a sequence's step; the convolution state is in the first
+        pages = SEQUENCES * tokens + 1
+        table = torch.arange(1, pages, device=on).view(SEQUENCES, tokens)
+        slots = table[:, 0].contiguous()
+        conv = random(pages, *((L, D) if layout == "SD" else (D, L)))
+        state = torch.zeros(pages, HV, V, K, dtype=state_dtype, device=on)
+        weight, x = random(D, W), random(SEQUENCES * tokens, D)
         prompts = random(SEQUENCES * PROMPT, D)
-        slots = torch.arange(1, SEQUENCES + 1, device=on)
         count = torch.arange(SEQUENCES + 1, device=on)
         has_initial = torch.ones(SEQUENCES, dtype=torch.bool, device=on)
-        f, z, beta = (random(1, SEQUENCES, HV, *dim) for dim in ((K,), (V,), ()))
+        f, z, beta = (random(1, SEQUENCES * tokens, HV, *dim) for dim in ((K,), (V,), ()))
         rates, norm = torch.zeros(HV, device=on), random(V)
+        step = (table, torch.ones_like(slots), count * tokens) if num_spec else (slots, None, None)
         ops = torch.ops.kda_ops
 
         def run() -> None:
             ops.short_conv.state(
                 prompts, weight, None, "silu", conv, slots, has_initial, count * PROMPT, layout
             )
-            if num_spec == 0:
-                ops.kda_decode(
-                    x, conv, weight, None, "silu", f, beta, z, rates, None, None, 1.0, norm, EPS,
-                    EPS, K**-0.5, state, slots, None, None, layout,
-                )  # fmt: skip
-            else:  # several tokens per sequence step in kernels of their own
-                ops.short_conv_update(
-                    x, conv, weight, None, "silu", slots, torch.ones_like(slots),
-                    count * (1 + num_spec), layout,
-                )  # fmt: skip
+            ops.kda_decode(
+                x, conv, weight, None, "silu", f, beta, z, rates, None, None, 1.0, norm, EPS,
+                EPS, K**-0.5, state, *step, layout,
+            )  # fmt: skip
 
         return run
 

@@ -168,7 +168,7 @@ def kda_state_copy_func(layout: str | None = None, *, num_spec: int | None = Non
         two states of `KDAStateSpec.allocate`, then one entry per request: its list of blocks, the
         positions in it to copy from and to, and how many tokens were accepted. With `b` that number
         less one, conv rows from `b` on come from block `cur`, the recurrent state from block
-        `cur + b`. Raises ValueError for positions that the list does not have.
+        `cur + b`. Raises ValueError for positions that the list does not have and counts below 1.
     """
     resolved = configured_layout(layout)
 
@@ -184,6 +184,8 @@ def kda_state_copy_func(layout: str | None = None, *, num_spec: int | None = Non
         for blocks, cur, dst, accepted in zip(
             block_ids, cur_block_idx, dst_block_idx, num_accepted_tokens, strict=True
         ):
+            if accepted < 1:
+                raise ValueError(f"num_accepted_tokens must be at least 1, got {accepted}")
             bias = accepted - 1
             for position in (cur, cur + bias, dst):
                 if not 0 <= position < len(blocks):
@@ -285,10 +287,7 @@ class HeteroTPTransferConfig:
     def reads(self, group: int, p_rank: int) -> Granules:
         """Reads of one group from one prefill rank: a whole page each, or a granule of one."""
         plan = plan_granules(self.remote.groups[group], self.local.groups[group], self.d_rank)
-        kept = [i for i, read in enumerate(plan.reads) if read.src_rank == p_rank]
-        return plan._replace(
-            reads=[plan.reads[i] for i in kept], steps=[plan.steps[i] for i in kept]
-        )
+        return plan.of_rank(p_rank)
 
     def read_targets(self, group: int) -> list[int]:
         """The prefill ranks that provide anything of a group, in the order of their units."""

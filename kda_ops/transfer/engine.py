@@ -69,6 +69,7 @@ class TransferEngine:
 
     Raises:
         ValueError: A rank, or pages, that do not fit the geometry.
+        TransportError: The transport cannot register the pages. Nothing stays registered.
     """
 
     def __init__(
@@ -277,7 +278,10 @@ class TransferEngine:
                 self._draining.remove(reading)
                 self._finish(reading)
                 drained.append(reading.request)
-        self._offers.count(self.transport.notices())
+        try:
+            self._offers.count(self.transport.notices())
+        except TransportError as error:
+            log.warning("no notices: %s", error)
         self._offers.expire(now)
         self._peers.drop_idle()
         ended, self._ended = self._ended, []
@@ -347,7 +351,7 @@ class TransferEngine:
             ttl_s: Seconds until the promise ends without notices; None means the engine's timeout.
 
         Raises:
-            ValueError: The request is offered already.
+            ValueError: The request is offered already, or is no printable string.
         """
         limit = self.timeout_s if ttl_s is None else ttl_s
         self._offers.offer(request, self._clock() + limit)

@@ -61,6 +61,10 @@ class PageGeometry:
         page_bytes: From one page to the next, padding included.
         pages: Pages of each layer.
         layers: Layers in the group.
+
+    Raises:
+        GeometryError: A field that is not allowed, segments that overlap or do not fit a page,
+            heads that do not divide over the ranks.
     """
 
     name: str
@@ -147,6 +151,9 @@ class EngineGeometry:
 
     Attributes:
         groups: One per list of block ids, in the order of the lists.
+
+    Raises:
+        GeometryError: No group, two of one name, or groups of different `tp_size`.
     """
 
     groups: tuple[PageGeometry, ...]
@@ -177,6 +184,9 @@ def state_geometry(
         pages: Slots of each layer, the null block included.
         layers: Layers of the group.
         block_tokens: Tokens between two checkpoints of the state.
+
+    Raises:
+        ValueError: The spec's layout is `"auto"`, or as `PageGeometry`.
     """
     layout, page_bytes = spec.layout, spec.page_bytes
     if layout is None or page_bytes is None:
@@ -248,6 +258,9 @@ def packed_geometry(
         pages_per_block: See `PageGeometry`.
         page_bytes: None means no padding.
         layers: Layers of the group.
+
+    Raises:
+        GeometryError: As `PageGeometry`.
     """
     placed, end = [], 0
     for segment in segments:

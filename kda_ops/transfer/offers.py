@@ -40,7 +40,8 @@ class Offers:
         self._counters = counters
         self._offers: dict[str, _Offer] = {}
         self._released: list[Release] = []
-        self._consumers: dict[str, tuple[int, dict[int, str]]] = {}
+        # by engine and rank: ranks of the engine, and the agent that may send notices for it
+        self._consumers: dict[tuple[str, int], tuple[int, str]] = {}
         self._lock = threading.Lock()
 
     def answer(self, message: bytes) -> bytes:
@@ -64,9 +65,8 @@ class Offers:
                 self._counters.refused += 1
             return encode_refusal(error)
         with self._lock:
-            agents = self._consumers.pop(reader.engine, (0, {}))[1]
-            agents[reader.rank] = reader.agent
-            self._consumers[reader.engine] = (tp_size, agents)
+            self._consumers.pop((reader.engine, reader.rank), None)
+            self._consumers[reader.engine, reader.rank] = (tp_size, reader.agent)
             while len(self._consumers) > REMEMBERED_CONSUMERS:
                 self._consumers.pop(next(iter(self._consumers)))
             self._counters.handshakes += 1
@@ -91,10 +91,9 @@ class Offers:
             try:
                 notice = decode_notice(message)
                 with self._lock:
-                    tp_size, agents = self._consumers.get(notice.engine, (0, {}))
-                    known = agents.get(notice.rank) == agent
+                    tp_size, known = self._consumers.get((notice.engine, notice.rank), (0, ""))
                 offer = self._offers.get(notice.request)
-                if not known or offer is None:
+                if known != agent or offer is None:
                     raise GeometryError(f"nothing is offered to it as {notice.request!r}")
                 expected = consumer_ranks(self._card.geometry.tp_size, tp_size, self._card.rank)
             except ValueError as error:

@@ -1,6 +1,7 @@
 """The engines that a rank reads from, and the lists of ranges prepared once for each."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from kda_ops.transfer.schema import GeometryError
 from kda_ops.transfer.transport import Ranges, Region, Transport, TransportError
 
 Call = Callable[[int, bytes], bytes]
+
+MAX_RANGES = 1 << 28  # of a prepared list: its indices are int32, and a peer names its length
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,8 @@ class Peers:
         self._regions, self._memory = regions, memory
         self._connected: dict[str, Peer] = {}
         self._closing: list[Peer] = []
+        # an engine may be connected again while reads of its first connection still run
+        self._agents: Counter[str] = Counter()
 
     def __contains__(self, engine: str) -> bool:
         return engine in self._connected
@@ -141,11 +146,18 @@ class Peers:
         for i, (own, other) in enumerate(
             zip(self._own.geometry.groups, card.geometry.groups, strict=True)
         ):
-            plan = plan_granules(other, own, self._own.rank)
-            chosen = [j for j, read in enumerate(plan.reads) if read.src_rank == card.rank]
-            plan = plan._replace(
-                reads=[plan.reads[j] for j in chosen], steps=[plan.steps[j] for j in chosen]
-            )
+            plan = plan_granules(other, own, self._own.rank).of_rank(card.rank)
+            rows = own.layers * len(plan.reads)
+            for geometry, granules, before in (
+                (own, plan.dst_per_page, rows_of_ours),
+                (other, plan.src_per_page, rows_of_theirs),
+            ):
+                ranges = before + rows * geometry.pages * granules
+                if ranges > MAX_RANGES:
+                    raise GeometryError(
+                        f"group {own.name}: pages must make at most {MAX_RANGES} ranges, "
+                        f"got {ranges}"
+                    )
             starts = []
             for layer in range(own.layers):
                 to, at = self._regions[i][layer], card.regions[i][layer]
@@ -157,10 +169,11 @@ class Peers:
                     )
                     rows_of_ours += own.pages * plan.dst_per_page
                     rows_of_theirs += other.pages * plan.src_per_page
-            rows = np.array(starts, np.int64).reshape(-1, 2)
+            first = np.array(starts, np.int64).reshape(-1, 2)
             tokens = own.page_tokens // plan.dst_per_page
-            groups.append(Rows(rows[:, 0], rows[:, 1], plan, tokens))
+            groups.append(Rows(first[:, 0], first[:, 1], plan, tokens))
         agent = self._transport.add_peer(card.agent)
+        self._agents[agent] += 1
         source = Source(card.rank, agent, None, None, groups)
         if ours:
             try:
@@ -174,10 +187,14 @@ class Peers:
     def _drop(self, sources: list[Source]) -> None:
         """Gives back what `_prepare` took."""
         for source in sources:
+            self._agents[source.agent] -= 1
+            last = self._agents[source.agent] == 0
+            if last:
+                del self._agents[source.agent]
             for release, handle in (
                 (self._transport.release, source.local),
                 (self._transport.release, source.remote),
-                (self._transport.remove_peer, source.agent),
+                (self._transport.remove_peer, source.agent if last else None),
             ):
                 if handle is not None:
                     try:

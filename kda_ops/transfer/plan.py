@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from kda_ops.transfer.geometry import EngineGeometry, PageGeometry, check_compatible
-from kda_ops.transfer.schema import GeometryError
+from kda_ops.transfer.schema import MAX_ITEMS, GeometryError
 
 
 class Read(NamedTuple):
@@ -115,6 +115,13 @@ class Granules(NamedTuple):
     reads: list[Read]
     steps: list[int]
 
+    def of_rank(self, src_rank: int) -> "Granules":
+        """Only the reads from one source rank."""
+        kept = [i for i, read in enumerate(self.reads) if read.src_rank == src_rank]
+        return self._replace(
+            reads=[self.reads[i] for i in kept], steps=[self.steps[i] for i in kept]
+        )
+
 
 def plan_granules(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> Granules:
     """The reads of one granule: a whole page, or where page sizes differ a common part of both.
@@ -123,13 +130,19 @@ def plan_granules(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> Granul
     a page starts `g * steps[i]` bytes after the read's own offset.
 
     Raises:
-        GeometryError: As `plan_reads`, without its condition on page sizes.
+        GeometryError: As `plan_reads`, without its condition on page sizes; or page sizes with so
+            little in common that a page is more than 4096 granules.
     """
     _check(src, dst)
     if src.kind == "state" or src.page_tokens == dst.page_tokens:
         reads = plan_reads(src, dst, dst_rank)
         return Granules(1, 1, reads, [0] * len(reads))
     tokens = math.gcd(src.page_tokens, dst.page_tokens)
+    if max(src.page_tokens, dst.page_tokens) // tokens > MAX_ITEMS:
+        raise GeometryError(
+            f"group {dst.name}: page_tokens must be at most {MAX_ITEMS} times their common "
+            f"divisor, got {dst.page_tokens} and {src.page_tokens}"
+        )
     # heads come first in a page: some of its tokens are one range per head
     reads = [
         overlap.read._replace(

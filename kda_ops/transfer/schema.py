@@ -37,7 +37,9 @@ def take_fields(
         raise GeometryError(f"{name} must be an object, got {type(value).__name__}")
     if value.keys() != schema.keys():
         wrong = sorted(value.keys() ^ schema.keys())
-        raise GeometryError(f"{name} must have the fields {sorted(schema)}, differs in {wrong[:8]}")
+        raise GeometryError(
+            f"{name} must have the fields {sorted(schema)}, differs in {wrong[:8]!r:.200}"
+        )
     return {field: check(f"{field} of {name}", value[field]) for field, check in schema.items()}
 
 

@@ -37,8 +37,8 @@ class Ranges(NamedTuple):
 class Transport(Protocol):
     """One-sided reads between registered memory of agents, and short messages.
 
-    Calls come from one thread, `metadata` after all `register`. Everything but `close` may raise
-    `TransportError`. A memory is `"cpu"` or `"cuda"`; both ends of a read may differ in it.
+    Calls come from one thread, `metadata` after all `register`. Everything but `status` and `close`
+    may raise `TransportError`. A memory is `"cpu"` or `"cuda"`; the ends of a read may differ.
 
     Attributes:
         name: Of this agent, unique among those that meet.
@@ -56,7 +56,10 @@ class Transport(Protocol):
         """What a peer needs for `add_peer`."""
 
     def add_peer(self, metadata: bytes) -> str:
-        """Makes an agent known, from metadata that is not trusted; returns its name."""
+        """Makes an agent known, from metadata that is not trusted; returns its name.
+
+        It may be known already; one `remove_peer` forgets it.
+        """
 
     def remove_peer(self, peer: str) -> None:
         """Forgets an agent. No read of it may be active."""

@@ -25,6 +25,9 @@ class HandshakeServer:
         port: 0 takes a free one; see `address`.
         timeout_s: Until a client that has not finished is disconnected.
         clients: Connections at once; further ones are closed.
+
+    Raises:
+        OSError: It cannot listen there.
     """
 
     def __init__(
