@@ -49,7 +49,8 @@ SPILLS = {
         **{"sm_80": 1088, "sm_90a": 896, "sm_100a": 1088, "sm_120": 1664},
         "gfx942": 256,
     },
-    "kda_decode_kernel": {"sm_120": 24},
+    # with q, k and v apart and biases, at K = V = 64
+    "kda_decode_kernel": {"sm_80": 144, "sm_90a": 152, "sm_100a": 160, "sm_120": 144},
     "chunk_prepare_general_kernel": {
         **{"sm_80": 2688, "sm_90a": 2688, "sm_100a": 2944, "sm_120": 2752},
     },

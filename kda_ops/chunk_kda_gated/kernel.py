@@ -127,7 +127,8 @@ def chunk_gated_prepare_kernel(
     exponent, weighted by its power of two: below 2e-4. The decay over the whole chunk, which the
     state accumulates, is summed in fp32.
 
-    The norms of q and k are applied to products, never to K-wide operands, but for kg, qg and w.
+    With NORM, q and k are normalised on their way into the levels, and again where they are loaded
+    for kg, qg and w.
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -163,18 +164,21 @@ def chunk_gated_prepare_kernel(
     q_scale = tl.zeros((64,), tl.float32) + SCALE
     k_scale = q_scale
     if NORM:
-        q_scale = _reciprocal_norm(q, ok, EPS) * SCALE
+        # raw values may not fit the fp16 of the levels
+        q_norm = _reciprocal_norm(q, ok, EPS)
+        q = (q.to(tl.float32) * q_norm[:, None]).to(tl.float16)
+        q_scale = q_norm * SCALE
         k_scale = _reciprocal_norm(k, ok, EPS)
-        k = (k.to(tl.float32) * k_scale[:, None]).to(k.dtype)
+        k = (k.to(tl.float32) * k_scale[:, None]).to(tl.float16)
     k = tl.reshape(k, (4, 16, K))
     q = tl.reshape(q, (4, 16, K))
     A, X, L16, L32 = chunk_levels(q, k, y, beta, PACKED)
     i = r[:, None]
     j = r[None, :]
-    A = A * q_scale[:, None]
+    A = A * SCALE
     tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
     X = join(join(block_diagonal(X), L16), L32)
-    X = (X * beta[None, :]).to(k.dtype)
+    X = (X * beta[None, :]).to(v_ptr.dtype.element_ty)
 
     # u first, and q and k loaded before they are needed: half the spills of the other order
     k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + i * k_t + d[None, :]
@@ -194,7 +198,7 @@ def chunk_gated_prepare_kernel(
     e = tl.exp2(tl.dot(half(j <= i), y))  # 2^G
     qg = q_again.to(tl.float32) * q_scale[:, None] * e
     tl.store((qg_ptr + work * (64 * K)) + at, qg.to(qg_ptr.dtype.element_ty))
-    w = tl.dot(X, (kf * e).to(k.dtype))
+    w = tl.dot(X, (kf * e).to(X.dtype))
     tl.store((w_ptr + work * (64 * K)) + at, w.to(w_ptr.dtype.element_ty))
 
 

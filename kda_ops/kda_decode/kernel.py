@@ -332,7 +332,7 @@ def tile_of(V: int, K: int, state: Tensor, layout: str, N: Any, tokens: int) -> 
     return {
         "BLOCK_V": block_v,
         "INNER_K": min(block_k, chosen["LINE"] // state.element_size()),
-        "num_warps": min(max(block_v * block_k // 1024, 1), chosen["num_warps"]),
+        "num_warps": min(max(block_v * block_k // 2048, 1), chosen["num_warps"]),
     }
 
 
