@@ -9,6 +9,7 @@ import pytest
 
 from kda_ops.transfer.results import ReadResult, TransferError
 from kda_ops.transfer.schema import GeometryError
+from kda_ops.transfer.transport import TransportError
 from tests.nixl_fleet import REMOTE, Decode, Prefill, all_finished, expect, wait
 from tests.transfer_faults import WRONG_FIELDS, tampered
 from tests.transfer_fleet import Side
@@ -180,6 +181,22 @@ def test_every_wrong_handshake_field_is_refused(prefill: Prefill, decode: Decode
     read_all(reader, "fields")
     assert prefill.released(1, [reader]) == {("P", 0, "fields", "done")}
     prefill.do("check")
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfeno text", b"not\nprinted"])
+def test_an_agent_whose_name_is_no_text(decode: Decode, name: bytes) -> None:
+    """NIXL takes any bytes for a name; the agent is not kept."""
+    own, other = (decode(1)[0].engine.transport for _ in range(2))
+    metadata = other.metadata()
+    honest = other.name.encode()[: len(name)]
+    spoiled = metadata.replace(honest, name)
+    assert spoiled != metadata
+    with pytest.raises(TransportError, match="add_peer"):
+        own.add_peer(spoiled)
+    agent = own._transport._agent
+    assert not agent.check_remote_metadata(name + other.name.encode()[len(name) :])
+    assert own.add_peer(metadata) == other.name
+    own.remove_peer(other.name)
 
 
 def test_pages_registered_too_short(prefill: Prefill, decode: Decode) -> None:

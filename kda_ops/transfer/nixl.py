@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from nixl._api import nixl_agent, nixl_agent_config
 
+from kda_ops.transfer.schema import take_name
 from kda_ops.transfer.transport import ACTIVE, DONE, FAILED, Ranges, Region, TransportError
 
 log = logging.getLogger(__name__)
@@ -101,9 +102,14 @@ class NixlTransport:
             return self._agent.get_agent_metadata()
 
     def add_peer(self, metadata: bytes) -> str:
+        # NIXL 1.5 never takes an agent's metadata again once it has got some of it cut off
         with _errors("add_peer"):
             name = self._agent.add_remote_agent(metadata)
-        return name.decode() if isinstance(name, bytes) else name
+            try:
+                return take_name("name of the agent", name.decode())
+            except ValueError:
+                self._agent.remove_remote_agent(name)
+                raise
 
     def remove_peer(self, peer: str) -> None:
         with _errors("remove_peer"):
