@@ -28,8 +28,9 @@ from kda_ops.explain.report import Explanation, Fired, GraphNode, Layer, NearMis
 from lowering.compat import size_hint
 from lowering.described import H200, described_device, described_driver, on_cuda
 from lowering.generated import launches
+from lowering.matching import Call, operator_of
 from lowering.provenance import layer_of, modules_of, source_of
-from lowering.rewrite import Call, Outcome, Rewrites, operator_of, recording
+from lowering.rewrite import Outcome, Rewrites, recording
 
 RECURRENCES = ("chunk_kda", "chunk_kda_gated", "recurrent_kda", "kda_decode")
 Paths = tuple[str, ...]  # the innermost module of every node behind something

@@ -22,8 +22,10 @@ from kda_ops.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.chunk_kda_gated.op import chunk_kda_gated_op, chunk_kda_gated_state_op
 from kda_ops.formulas import CHUNK
 from kda_ops.gate_cumsum.op import gate_cumsum_op
+from lowering.emitting import emit, reshape
+from lowering.matching import Call, value
 from lowering.parts import beta_under, cumulative_gate_under
-from lowering.rewrite import Call, Found, emit, register, reshape, value
+from lowering.rewrite import Found, register
 
 FUSED = {chunk_kda_op: chunk_kda_gated_op, chunk_kda_state_op: chunk_kda_gated_state_op}
 

@@ -15,17 +15,9 @@ import torch
 from torch import fx
 
 from kda_ops.chunk_cumsum.op import chunk_cumsum_op
-from lowering.rewrite import (
-    VIEWS,
-    Call,
-    Found,
-    compute,
-    only_user,
-    register,
-    replay,
-    value,
-    widens,
-)
+from lowering.emitting import compute, replay
+from lowering.matching import VIEWS, Call, only_user, value, widens
+from lowering.rewrite import Found, register
 
 aten, prims = torch.ops.aten, torch.ops.prims
 PASSES = (*VIEWS, aten.permute.default, prims.convert_element_type.default)

@@ -15,8 +15,10 @@ from torch import fx
 from kda_ops.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.gate.op import gate_op
 from kda_ops.gate_cumsum.op import gate_cumsum_op
+from lowering.emitting import compute, replay
+from lowering.matching import Call, origin, same_shape, value
 from lowering.parts import gate_args, other_scale
-from lowering.rewrite import Call, Found, compute, origin, register, replay, same_shape, value
+from lowering.rewrite import Found, register
 
 
 def pattern(node: fx.Node) -> Found | None:

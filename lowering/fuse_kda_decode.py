@@ -22,6 +22,7 @@ from kda_ops.kda_decode.op import kda_decode_apart_op, kda_decode_op
 from kda_ops.recurrent_kda.op import recurrent_kda_op
 from kda_ops.rms_norm_gated.op import rms_norm_gated_op
 from kda_ops.short_conv_update.op import short_conv_update_op
+from lowering.emitting import emit, reshape
 from lowering.heads import (
     apart,
     convolutions_under,
@@ -30,20 +31,9 @@ from lowering.heads import (
     separate_heads,
     unlike,
 )
+from lowering.matching import Call, moved, only_user, origin, same, same_shape, value
 from lowering.parts import beta_under, gate_under
-from lowering.rewrite import (
-    Call,
-    Found,
-    emit,
-    moved,
-    only_user,
-    origin,
-    register,
-    reshape,
-    same,
-    same_shape,
-    value,
-)
+from lowering.rewrite import Found, register
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -19,19 +19,10 @@ from kda_ops.kda_decode.op import kda_decode_op
 from kda_ops.short_conv.op import short_conv_op, short_conv_state_op
 from kda_ops.short_conv_qkv.op import short_conv_qkv_op, short_conv_qkv_state_op
 from kda_ops.short_conv_update.op import short_conv_update_op
+from lowering.emitting import compute, reshape
 from lowering.heads import channels
-from lowering.rewrite import (
-    Call,
-    Found,
-    compute,
-    moved,
-    only_user,
-    origin,
-    register,
-    reshape,
-    same_shape,
-    value,
-)
+from lowering.matching import Call, moved, only_user, origin, same_shape, value
+from lowering.rewrite import Found, register
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.addmm.default)

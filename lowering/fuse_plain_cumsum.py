@@ -19,18 +19,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from kda_ops.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.formulas import CHUNK, accumulation_dtype
-from lowering.rewrite import (
-    Call,
-    Found,
-    compute,
-    moves,
-    only_user,
-    origin,
-    register,
-    reshape,
-    same_shape,
-    value,
-)
+from lowering.emitting import compute, reshape
+from lowering.matching import Call, moves, only_user, origin, same_shape, value
+from lowering.rewrite import Found, register
 
 aten, prims = torch.ops.aten, torch.ops.prims
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)

@@ -23,16 +23,9 @@ from kda_ops.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.formulas import accumulation_dtype
 from kda_ops.gate.op import gate_op
 from kda_ops.recurrent_kda.op import recurrent_kda_op
-from lowering.rewrite import (
-    Call,
-    Found,
-    compute,
-    register,
-    reshape,
-    same_shape,
-    value,
-    wide_origin,
-)
+from lowering.emitting import compute, reshape
+from lowering.matching import Call, same_shape, value, wide_origin
+from lowering.rewrite import Found, register
 
 aten = torch.ops.aten
 THRESHOLD = 20  # of softplus: above it, it is the identity to fp32

@@ -11,7 +11,9 @@ import torch
 from torch import fx
 
 from kda_ops.l2norm.op import l2norm_op
-from lowering.rewrite import Call, Found, compute, moved, only_user, origin, register, value
+from lowering.emitting import compute
+from lowering.matching import Call, moved, only_user, origin, value
+from lowering.rewrite import Found, register
 
 aten, prims = torch.ops.aten, torch.ops.prims
 NOT_A_NUMBER = "not a number (torch.compile(dynamic=True) makes tensors of Python floats)"

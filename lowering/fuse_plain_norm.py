@@ -15,18 +15,10 @@ from torch import fx
 from kda_ops.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.recurrent_kda.op import recurrent_kda_op
 from kda_ops.rms_norm_gated.op import rms_norm_gated_op
+from lowering.emitting import compute, reshape
 from lowering.fuse_plain_l2norm import NOT_A_NUMBER, scales, squared
-from lowering.rewrite import (
-    Call,
-    Found,
-    compute,
-    only_user,
-    register,
-    reshape,
-    same_shape,
-    value,
-    wide_origin,
-)
+from lowering.matching import Call, only_user, same_shape, value, wide_origin
+from lowering.rewrite import Found, register
 
 aten, prims = torch.ops.aten, torch.ops.prims
 RECURRENCES = (chunk_kda_op, chunk_kda_state_op, recurrent_kda_op)

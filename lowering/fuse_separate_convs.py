@@ -16,8 +16,10 @@ from kda_ops.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.recurrent_kda.op import recurrent_kda_op
 from kda_ops.short_conv.op import short_conv_op, short_conv_state_op
 from kda_ops.short_conv_qkv.op import short_conv_qkv_apart_op, short_conv_qkv_apart_state_op
+from lowering.emitting import emit, reshape
 from lowering.heads import apart, convolutions_under, renamed, separate_heads, unlike
-from lowering.rewrite import Call, Found, emit, register, reshape, value
+from lowering.matching import Call, value
+from lowering.rewrite import Found, register
 
 FUSED = {
     short_conv_op: short_conv_qkv_apart_op,

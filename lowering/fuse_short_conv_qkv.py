@@ -12,8 +12,10 @@ from torch import fx
 
 from kda_ops.short_conv.op import short_conv_op, short_conv_state_op
 from kda_ops.short_conv_qkv.op import short_conv_qkv_op, short_conv_qkv_state_op
+from lowering.emitting import emit, reshape
 from lowering.heads import heads_of
-from lowering.rewrite import Call, Found, emit, register, reshape, value
+from lowering.matching import Call, value
+from lowering.rewrite import Found, register
 
 FUSED = {short_conv_op: short_conv_qkv_op, short_conv_state_op: short_conv_qkv_state_op}
 

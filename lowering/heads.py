@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from kda_ops.l2norm.op import l2norm_op
-from lowering.rewrite import Call, moved, only_user, same, same_shape, value
+from lowering.matching import Call, moved, only_user, same, same_shape, value
 
 aten = torch.ops.aten
 PER_PART = ("x", "weight", "bias", "conv_state")

@@ -10,7 +10,7 @@ from kda_ops.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.formulas import CHUNK, RCP_LN2
 from kda_ops.gate.op import gate_op
 from kda_ops.gate_cumsum.op import gate_cumsum_op
-from lowering.rewrite import Call, origin, same, same_shape, value, wide_origin, widens
+from lowering.matching import Call, origin, same, same_shape, value, wide_origin, widens
 
 aten = torch.ops.aten
 SAME_NUMBER = 1e-12
