@@ -58,6 +58,7 @@ def apart(found: Found) -> str | None:
     args = {name: value(x) for name, x in call.args.items()}
     args |= {name: value(x) for name, x in found.values["gate"].args.items()}
     args |= {"beta_scale": factor, "qk_norm_eps": None}
+    args["x"] = args["x"].reshape(args["G"].shape)
     q, v = args["q"], args["v"]
 
     def bench(values: dict[str, Any]) -> Callable[[], Any]:
@@ -98,6 +99,7 @@ def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
     args = {
         **call.args,
         **gate.args,
+        "x": reshape(graph, gate.args["x"], value(call.args["G"]).shape),
         "beta": reshape(graph, beta, value(call.args["beta"]).shape),
         "beta_scale": factor,
         "qk_norm_eps": None,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kda_ops.kda_decode.op import kda_decode_apart_op, kda_decode_op
+from kda_ops.kda_decode.op import MOST_TOKENS, conv_tokens, kda_decode_apart_op, kda_decode_op
 from kda_ops.recurrent_kda.op import recurrent_kda_op
 from kda_ops.rms_norm_gated.op import rms_norm_gated_op
 from kda_ops.short_conv_update.op import short_conv_update_op
@@ -113,8 +113,9 @@ def guard(found: Found) -> str | None:
     for name, expected in zip("qkv", [*[n.node for n in heads.norms], heads.parts[2]], strict=True):
         if origin(step.args[name])[0] is not expected:
             return f"{name} is not the {name} of {conv.node.name}"
-    if found.values["gate"] is None:
-        return "g is not a gate"
+    gate = found.values["gate"]
+    if gate is None or gate.reason is not None:
+        return "g is not a gate" if gate is None else gate.reason
     if found.values["beta"] is None:
         return "beta is not a sigmoid, or twice one"
     if norm is None:
@@ -133,6 +134,11 @@ def guard(found: Found) -> str | None:
         tokens = (*value(conv.args["x"]).shape[1:-1], value(step.args["q"]).shape[1])
         if not same_shape(tokens, (1,) * len(tokens)):
             return "several tokens per sequence without cu_seqlens"
+    else:
+        weight = value(conv.args["weight"])
+        tokens = conv_tokens(conv.view("conv_state"), weight, conv.args["layout"])
+        if tokens > MOST_TOKENS:
+            return f"a sequence may have {tokens} tokens, more than {MOST_TOKENS}"
     return state_used_between(convs, step)
 
 

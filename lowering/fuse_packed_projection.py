@@ -71,16 +71,18 @@ def whole(sources: list[fx.Node]) -> fx.Node | None:
 
 def guard(found: Found) -> str | None:
     cat, sources = found.values["cat"], found.values["sources"]
-    if found.values["packed"] is not None:
-        return None
-    for part, source in zip(cat.args[0], sources, strict=True):
-        if source.target not in PRODUCTS:
-            return f"{source.name} is not a matrix product"
+    parts = list(zip(cat.args[0], sources, strict=True))
+    for part, source in parts:
         if not same_shape(value(source).shape[-1:], value(part).shape[-1:]):
             return f"{source.name} is cut along its channels"
+    if found.values["packed"] is not None:
+        return None
+    for source in sources:
+        if source.target not in PRODUCTS:
+            return f"{source.name} is not a matrix product"
         if len(source.users) != 1:
             return f"{source.name} has other uses than the convolution"
-    if all(part is source for part, source in zip(cat.args[0], sources, strict=True)):
+    if all(part is source for part, source in parts):
         return "there is no view in between"
     return None
 

@@ -74,7 +74,7 @@ def pattern(node: fx.Node) -> Found | None:
     x, bias = z, None
     if add.target is aten.add.Tensor and not add.kwargs:
         for first, second in (add.args, add.args[::-1]):
-            if isinstance(second, fx.Node) and fits(second, value(g).shape[-2:]):
+            if isinstance(second, fx.Node) and fits(second, add, value(g).shape[-2:]):
                 x, bias = first, wide_origin(second)[0]
                 found.inner += [add, *path]
                 break
@@ -86,9 +86,15 @@ def pattern(node: fx.Node) -> Found | None:
     return found
 
 
-def fits(bias: fx.Node, shape: torch.Size) -> bool:
-    """Whether a tensor has one element per channel of each head."""
-    return statically_known_true(value(bias).numel() == prod(shape))
+def fits(bias: fx.Node, add: fx.Node, heads: torch.Size) -> bool:
+    """Whether a tensor has one element per channel of each head, along the last axes of a sum."""
+    count = prod(heads)
+    if not statically_known_true(value(bias).numel() == count):
+        return False
+    axes = list(value(bias).shape)
+    while len(axes) > 1 and statically_known_true(axes[0] == 1):
+        axes.pop(0)
+    return same_shape(axes, value(add).shape[-len(axes) :])
 
 
 def softplus_gate(whole: Product) -> Found | None:
@@ -199,6 +205,8 @@ def guard(found: Found) -> str | None:
     if value(g).dtype != accumulation_dtype(value(x)):
         return f"the gate of {value(x).dtype} is in {value(g).dtype}"
     shape = value(g).shape
+    if not same_shape([value(x).numel()], [value(g).numel()]):
+        return f"{x.name} has not an element for each of the gate"
     if len(shape) < 2 or (A is not None and not same_shape(shape[-2:-1], [value(A).numel()])):
         return "there is not one rate per head"
     return None

@@ -26,7 +26,7 @@ def pattern(node: fx.Node) -> Found | None:
     if not rank or not keepdim or [axis % rank for axis in node.args[1]] != [rank - 1]:
         return None
     add = only_user(node)
-    if add is None or add.target not in (aten.add.Tensor, aten.add.Scalar):
+    if add is None or add.target not in (aten.add.Tensor, aten.add.Scalar) or add.kwargs:
         return None
     root = only_user(add)
     if root is None or root.target not in (aten.rsqrt.default, aten.sqrt.default):

@@ -36,7 +36,7 @@ def pattern(node: fx.Node) -> Found | None:
     if call is None or call.op not in RECURRENCES or add is None:
         return None
     root = only_user(add)
-    if add.target not in (aten.add.Tensor, aten.add.Scalar) or root is None:
+    if add.target not in (aten.add.Tensor, aten.add.Scalar) or add.kwargs or root is None:
         return None
     y: Any = only_user(root)
     if root.target is not aten.rsqrt.default or y is None or not scales(y, x, root, True):
@@ -56,7 +56,7 @@ def pattern(node: fx.Node) -> Found | None:
             if factor.target is aten.sigmoid.default and "gate" not in found:
                 found["gate"], _ = wide_origin(factor.args[0])
                 inner += [factor, *path]
-            elif same_shape(value(factor).shape, value(o).shape[-1:]) and "weight" not in found:
+            elif "weight" not in found and along_last(other, factor, o):
                 found["weight"] = factor
             else:
                 break
@@ -70,13 +70,20 @@ def pattern(node: fx.Node) -> Found | None:
     return Found(inner, [y], inputs, found | {"y": y})
 
 
+def along_last(x: fx.Node, weight: fx.Node, o: fx.Node) -> bool:
+    """Whether `x`, which is `weight` in some shape, has an element per channel of `o`."""
+    V = value(o).shape[-1:]
+    return same_shape(value(weight).shape, V) and same_shape(value(x).shape[-1:], V)
+
+
 def guard(found: Found) -> str | None:
     o, gate, y, eps = (found.values[name] for name in ("o", "gate", "y", "eps"))
     if not isinstance(eps, float) or eps < 0:
         return f"eps is {eps}, {NOT_A_NUMBER}"
     if value(o).dtype != value(y).dtype:
         return f"the norm of {value(o).dtype} is in {value(y).dtype}"
-    if not same_shape([value(gate).numel()], [value(o).numel()]):
+    numbers = [value(gate).numel(), *value(y).shape]
+    if not same_shape(numbers, [value(o).numel(), *value(o).shape]):
         return "the gate has another shape"
     return None
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from kda_ops.l2norm.op import l2norm_op
+from kda_ops.short_conv_qkv.op import MOST_HEAD_DIM
 from lowering.matching import Call, moved, only_user, same, same_shape, value
 
 aten = torch.ops.aten
@@ -49,6 +50,10 @@ class Heads:
                 return "the heads of q and k have different widths"
             if norm.args["eps"] != self.norm_eps:
                 return f"q and k have different eps: {self.norm_eps} and {norm.args['eps']}"
+        if not same_shape(value(self.parts[1]).shape[-1:], [self.key_dim]):
+            return "q and k have different numbers of channels"
+        if self.head_dim > MOST_HEAD_DIM:
+            return f"heads of {self.head_dim} are wider than {MOST_HEAD_DIM}"
         if self.key_dim % self.head_dim:
             return f"the {self.key_dim} channels of q are not whole heads of {self.head_dim}"
         return None

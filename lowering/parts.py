@@ -37,7 +37,10 @@ def gate_under(g: fx.Node) -> Gate | None:
     call = Call.of(node)
     if call is None or call.op is not gate_op:
         return None
-    return Gate([node, *path], gate_args(call))
+    args, reason = gate_args(call), None
+    if not same_shape(value(node).shape[-2:], value(g).shape[-2:]):
+        reason = f"{node.name} has other heads"
+    return Gate([node, *path], args, reason)
 
 
 def cumulative_gate_under(G: fx.Node, cu_seqlens: Any, chunks: Any) -> Gate | None:
@@ -55,7 +58,7 @@ def cumulative_gate_under(G: fx.Node, cu_seqlens: Any, chunks: Any) -> Gate | No
         if gate is None:
             return None
         inner, args = [*gate.inner, *inner], gate.args
-        reason = other_scale(call)
+        reason = gate.reason or other_scale(call)
     if call.args["chunk_size"] != CHUNK:
         reason = f"the chunk size of {node.name} is {call.args['chunk_size']}, not {CHUNK}"
     for name, expected in (("cu_seqlens", cu_seqlens), ("chunks", chunks)):

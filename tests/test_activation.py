@@ -181,6 +181,27 @@ def test_changed_rewrite_with_a_warm_cache(tmp_path: Path) -> None:
     assert result == pytest.approx(-2 / (1 + math.exp(-0.5)), rel=1e-6)
 
 
+def test_every_source_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewrites, templates, kernels, references, choices."""
+    for file in (
+        "lowering/rewrite.py",
+        "lowering/fuse_kda_decode.py",
+        "lowering/gate_cumsum.py",
+        "kda_ops/kda_decode/kernel.py",
+        "kda_ops/device/chunk/kernel.py",
+        "kda_ops/gate/reference.py",
+        "kda_ops/choice/table.py",
+    ):
+        folder = tmp_path / file
+        path = changed_copy(folder, file, "\n", "\n\n") / file
+        with monkeypatch.context() as patch:
+            before = lowering.source_hash()
+            patch.setattr(lowering, "__file__", str(folder / "lowering" / "__init__.py"))
+            assert lowering.source_hash() != before, file
+            path.write_text((REPOSITORY / file).read_text())
+            assert lowering.source_hash() == before
+
+
 def test_changed_configuration_with_a_warm_cache(tmp_path: Path) -> None:
     """The shapes of the two layouts are equal here: nothing else tells the graphs apart."""
     found = [

@@ -34,6 +34,7 @@ def model(
     *,
     paged: bool = True,
     normalised: bool = True,
+    varlen: bool = True,
     extra: Callable[..., Any] = lambda G, beta, q: None,
 ) -> Callable[..., Any]:
     """The recurrence over whole sequences as a model author writes it."""
@@ -51,6 +52,8 @@ def model(
         cu: Tensor,
         chunks: Tensor,
     ) -> Any:
+        if not varlen:
+            cu = chunks = None
         if normalised:
             q, k = kda_ops.l2norm(q), kda_ops.l2norm(k)
         G, step = gate(x, A_log, bias, cu, chunks), beta_of(beta)
@@ -116,11 +119,18 @@ def bounded(z: Tensor, A_log: Tensor) -> Tensor:
     return -5.0 * torch.sigmoid(A_log.exp()[:, None] * z)
 
 
+def of_tokens(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+    """A gate of `[T, HV, K]`, as a server's layer has it."""
+    g = kda_ops.gate(x[0], A_log, bias)[None]
+    return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunks=chunks)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     "function",
     [
         model(),
+        model(of_tokens),
         model(beta_of=lambda beta: 2 * sigmoid(beta), paged=False),
         model(in_two, normalised=False),
         model(scaled_later),
@@ -128,7 +138,16 @@ def bounded(z: Tensor, A_log: Tensor) -> Tensor:
         model(plain(spelled_out)),
         model(plain(bounded)),
     ],
-    ids=["pages", "doubled", "in-two", "scaled-later", "softplus", "where-log", "bounded"],
+    ids=[
+        "pages",
+        "tokens",
+        "doubled",
+        "in-two",
+        "scaled-later",
+        "softplus",
+        "where-log",
+        "bounded",
+    ],
 )
 def test_it_is_one_operator(function: Callable[..., Any], dynamic: bool) -> None:
     found = compiled(function, dynamic)
@@ -146,6 +165,24 @@ def other_chunks(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Ten
     return kda_ops.gate_cumsum(x, A_log, bias, chunk_size=32, cu_seqlens=cu)
 
 
+def other_chunks_alone(*args: Any) -> Tensor:
+    return kda_ops.gate_cumsum(*args[:3], chunk_size=32)
+
+
+def one_head(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+    """One rate for all heads."""
+    g = kda_ops.gate(x.flatten(2)[:, :, None], A_log[:1], bias).view(x.shape)
+    return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunks=chunks)
+
+
+def one_head_cumulative(
+    x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor
+) -> Tensor:
+    x4 = x.flatten(2)[:, :, None]
+    G = kda_ops.gate_cumsum(x4, A_log[:1], bias, cu_seqlens=cu, chunks=chunks)
+    return G.view(x.shape)
+
+
 def other_lengths(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
     return kda_ops.gate_cumsum(x, A_log, bias)
 
@@ -155,6 +192,9 @@ def other_lengths(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Te
     [
         (model(in_nats), "not 1 / ln 2"),
         (model(other_chunks), "has other chunks"),
+        (model(other_chunks_alone, varlen=False, paged=False), "is 32, not 64"),
+        (model(one_head), "has other heads"),
+        (model(one_head_cumulative), "in another shape"),
         (model(other_lengths), "has other c"),
         (model(beta_of=lambda beta: 3 * sigmoid(beta)), "beta is not"),
         (model(beta_of=lambda beta: sigmoid(beta).bfloat16()), "beta is not"),
@@ -162,7 +202,19 @@ def other_lengths(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Te
         (model(extra=lambda G, beta, q: G * 2), "is also used by"),
         (model(extra=lambda G, beta, q: beta), "is returned"),
     ],
-    ids=["nats", "chunk-size", "lengths", "factor", "dtype", "G-returned", "G-used", "beta"],
+    ids=[
+        "nats",
+        "chunks",
+        "chunk-size",
+        "heads",
+        "cumulative-heads",
+        "lengths",
+        "factor",
+        "dtype",
+        "G-returned",
+        "G-used",
+        "beta",
+    ],
 )
 def test_it_stays_where_the_guard_says_so(function: Callable[..., Any], reason: str) -> None:
     found = compiled(function)
@@ -187,6 +239,19 @@ def rounded(z: Tensor, A_log: Tensor) -> Tensor:
     return spelled_out(z.to(narrow), A_log.to(narrow))
 
 
+def one_rate(z: Tensor, A_log: Tensor) -> Tensor:
+    return -A_log[:1].exp().unsqueeze(-1) * F.softplus(z)
+
+
+def shared(z: Tensor, A_log: Tensor) -> Tensor:
+    """The heads differ in their rates alone."""
+    return -A_log.exp().unsqueeze(-1) * F.softplus(z[:, :, :1])
+
+
+def shared_bounded(z: Tensor, A_log: Tensor) -> Tensor:
+    return -5.0 * torch.sigmoid(A_log.exp()[:, None] * z[:, :, :1])
+
+
 def earlier(z: Tensor, A_log: Tensor) -> Tensor:
     return -A_log.exp().unsqueeze(-1) * F.softplus(z, threshold=10)
 
@@ -197,6 +262,9 @@ def earlier(z: Tensor, A_log: Tensor) -> Tensor:
         (faster, ["the rate has a factor 2"]),
         (deeper, ["the bound is -8.0"]),
         (rounded, ["is in torch.bfloat16"]),
+        (one_rate, ["not one rate per head"]),
+        (shared, ["has not an element for each of the gate"]),
+        (shared_bounded, ["has not an element for each of the gate"]),
         (earlier, []),
     ],
 )
@@ -215,3 +283,16 @@ def test_a_plain_gate_with_another_user_stays() -> None:
         return G + 0 * z
 
     assert "gate" not in compiled(model(gate)).operators
+
+
+def test_a_number_per_token_is_no_bias() -> None:
+    """Though there are as many of them."""
+    rows = HV * K
+
+    def function(x: Tensor, A_log: Tensor, added: Tensor) -> Tensor:
+        g = -A_log.exp().unsqueeze(-1) * F.softplus(wide(x) + added[:, None, None])
+        return kda_ops.chunk_cumsum(g)
+
+    x = torch.randn(1, rows, HV, K, dtype=torch.bfloat16)
+    found = rewritten(function, x, torch.randn(HV), torch.randn(rows))
+    assert found.operators == ["gate", "chunk_cumsum"]

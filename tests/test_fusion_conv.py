@@ -91,6 +91,11 @@ def other_axis(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt((x * x).sum(dim=-2, keepdim=True) + 1e-6)
 
 
+def widened(x: Tensor, eps: float) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True, dtype=dtype) + 1e-6)
+
+
 def clamped(x: Tensor, eps: float) -> Tensor:
     return torch.nn.functional.normalize(x, dim=-1, eps=1e-6)
 
@@ -115,6 +120,27 @@ def test_it_stays_where_the_guard_says_so(function: Callable[..., Any], reason: 
 @pytest.mark.parametrize("normalise", [other_axis, clamped])
 def test_another_norm_stays(normalise: Callable[[Tensor, float], Tensor]) -> None:
     assert compiled(model(normalise)).operators == ["short_conv"]
+
+
+def test_a_norm_that_widens_stays() -> None:
+    found = compiled(model(widened))
+    assert found.operators == ["short_conv"]
+    reason = ("plain_l2norm", "the norm of torch.bfloat16 is in torch.float32")
+    assert found.refused == [reason, reason]
+
+
+@pytest.mark.parametrize("K", [256, 257])
+def test_heads_wider_than_the_kernel_takes_stay(K: int) -> None:
+    def function(x: Tensor, weight: Tensor) -> Any:
+        q, k, v = kda_ops.short_conv(x, weight).split(K, dim=-1)
+        return kda_ops.l2norm(q), kda_ops.l2norm(k), v + 1
+
+    bf16 = {"dtype": torch.bfloat16}
+    found = rewritten(function, torch.randn(1, 3, 3 * K, **bf16), torch.randn(3 * K, 4, **bf16))
+    assert (found.operators == ["short_conv_qkv"]) == (K == 256)
+    assert found.refused == (
+        [] if K == 256 else [("short_conv_qkv", "heads of 257 are wider than 256")]
+    )
 
 
 def test_uneven_parts_stay() -> None:

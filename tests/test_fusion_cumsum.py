@@ -111,6 +111,12 @@ def cut_in_front(g: Tensor) -> Tensor:
     return g.cumsum(2).flatten(1, 2)[:, -T % 64 :] * RCP_LN2
 
 
+def of_more(g: Tensor) -> Tensor:
+    """The first half of the tokens summed."""
+    twice = torch.cat([g, g], dim=1)
+    return twice.view(1, -1, 64, H, K).cumsum(2).flatten(1, 2)[:, : g.shape[1]] * RCP_LN2
+
+
 def rounded(g: Tensor) -> Tensor:
     narrow = g if g.dtype == torch.float64 else g.half()
     return narrow.view(g.shape[0], -1, 64, H, K).cumsum(2).view(g.shape).to(g.dtype)
@@ -126,6 +132,7 @@ def rounded(g: Tensor) -> Tensor:
         (padded_with_ones, 100, 1, "does not pad the tokens alone"),
         (padded_in_front, 100, 1, "does not pad the tokens alone"),
         (cut_in_front, 100, 1, "does not pad the tokens alone"),
+        (of_more, 128, 1, "has another length"),
         (rounded, 128, 1, "the sum of torch.float16 is in torch.float16"),
     ],
 )

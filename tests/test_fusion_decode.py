@@ -22,6 +22,7 @@ class Step:
     norm_eps = (1e-6, 1e-6)
     cleared = True
     varlen = True
+    accepted: tuple[Tensor | None, Tensor | None] = (None, None)  # of convolution and recurrence
 
     def __call__(self, x, f, beta, z, conv, state, slots, cu, weight, A_log, bias, o_weight):
         if not self.varlen:
@@ -36,14 +37,15 @@ class Step:
         heads = (q, k, v, g, self.scaled(step))
         if cu is None:
             heads = tuple(y.transpose(0, 1) for y in heads)
-        o = kda_ops.recurrent_kda(*heads, self.between(state, conv), slots, cu_seqlens=cu)
+        state = self.between(state, conv)
+        how = {"cu_seqlens": cu, "num_accepted": self.accepted[1]}
+        o = kda_ops.recurrent_kda(*heads, state, slots, **how)
         o = o.view(1, T, HV, V) if cu is None else o
         return self.finish(o, z, o_weight, cu)
 
     def convolve(self, x, conv, weight, slots, cu):
-        return kda_ops.short_conv_update(
-            x, conv, weight, slots=slots, cu_seqlens=cu, layout=self.layout
-        )
+        how = {"cu_seqlens": cu, "num_accepted": self.accepted[0], "layout": self.layout}
+        return kda_ops.short_conv_update(x, conv, weight, slots=slots, **how)
 
     def normalise(self, x, eps):
         return kda_ops.l2norm(x, eps=eps)
@@ -145,6 +147,77 @@ def test_a_step_is_one_operator(attributes: dict[str, object], dynamic: bool) ->
     assert found.copies == 0
 
 
+ACCEPTED = torch.tensor([2, 1])
+
+
+def speculative(rows: int = W, layout: str = "SD") -> dict[str, Tensor]:
+    """Two sequences of two tokens and of one, each with a slot for either."""
+    conv = torch.randn(SLOTS, *((rows, D) if layout == "SD" else (D, rows)), dtype=torch.bfloat16)
+    slots, cu = torch.tensor([[2, 1], [4, 3]]), torch.tensor([0, 2, 3], dtype=torch.int32)
+    return {"conv": conv, "slots": slots, "cu": cu}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"accepted": (ACCEPTED, ACCEPTED)},
+        {"accepted": (ACCEPTED, ACCEPTED), "layout": "DS", "lower_bound": -5.0, "scaled": doubled},
+        {"accepted": (ACCEPTED, ACCEPTED), **PLAIN},
+        {},
+    ],
+    ids=["SD", "DS-bounded-negative", "plain-pytorch", "first-step"],
+)
+def test_a_speculative_step_is_one_operator(attributes: dict[str, object], dynamic: bool) -> None:
+    """A state after every token, from which the next step goes on: all of them are compared."""
+    step = variant(**attributes)
+    found = compiled(step, dynamic=dynamic, **speculative(layout=step.layout))
+    assert found.refused == []
+    assert found.operators == ["kda_decode"]
+    assert found.copies == 0
+
+
+def test_other_accepted_tokens_stay() -> None:
+    found = compiled(variant(accepted=(ACCEPTED, ACCEPTED.flip(0))), **speculative())
+    assert found.operators == SMALL
+    assert "other num_accepted" in found.refused[0][1]
+
+
+def test_more_tokens_than_the_kernel_unrolls_stay() -> None:
+    """The rows of the convolution state say how many tokens a sequence may have."""
+    step = variant(accepted=(ACCEPTED, ACCEPTED))
+    assert compiled(step, **speculative(rows=W + 6)).operators == ["kda_decode"]
+    found = compiled(step, **speculative(rows=W + 7))
+    assert found.operators == SMALL
+    assert found.refused == [("kda_decode", "a sequence may have 9 tokens, more than 8")]
+
+
+def test_several_tokens_each_without_offsets_stay() -> None:
+    def step(x, f, beta, z, conv, state, slots, cu, weight, A_log, bias, o_weight):
+        y = kda_ops.short_conv_update(x[None], conv, weight, slots=slots)
+        q, k, v = y.split([KEY, KEY, VALUE], dim=-1)
+        q, k = (kda_ops.l2norm(part.unflatten(-1, (H, K))) for part in (q, k))
+        g, step = kda_ops.gate(f, A_log, bias), torch.sigmoid(wide(beta))
+        heads = (q, k, v.unflatten(-1, (HV, V)), g, step)
+        return kda_ops.rms_norm_gated(kda_ops.recurrent_kda(*heads, state, slots), z, o_weight)
+
+    conv = torch.randn(SLOTS, W - 2 + T, D, dtype=torch.bfloat16)
+    found = compiled(step, conv=conv, slots=torch.tensor([2]))
+    assert found.operators == SMALL
+    assert found.refused == [("kda_decode", "several tokens per sequence without cu_seqlens")]
+
+
+def test_a_gate_of_other_heads_stays() -> None:
+    """One rate for all: `A_log` has not an element per value head."""
+
+    def decay(self, f, A_log, bias):
+        return kda_ops.gate(f.flatten(-2)[..., None, :], A_log[:1], bias).view(f.shape)
+
+    found = compiled(variant(decay=decay))
+    assert found.operators == SMALL
+    assert "has other heads" in found.refused[0][1]
+
+
 def test_padding_rows_stay_zero_whatever_their_gate() -> None:
     z = torch.full((1, T, HV, V), torch.nan, dtype=torch.bfloat16)
     z[:, :1] = 1
@@ -192,6 +265,62 @@ def unrounded(self, o, z, o_weight, cu):
     x = wide(o)
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
     return o_weight * x * torch.sigmoid(wide(z))
+
+
+def per_head(self, o, z, o_weight, cu):
+    x = wide(o)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return (o_weight[:HV, None] * o_weight * x * torch.sigmoid(wide(z))).to(o.dtype)
+
+
+def one_gate(self, o, z, o_weight, cu):
+    x = wide(o)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return (o_weight * x * torch.sigmoid(wide(z)[..., :1].contiguous())).to(o.dtype)
+
+
+def twice_eps(self, o, z, o_weight, cu):
+    x = wide(o)
+    mean, eps = x.pow(2).mean(-1, keepdim=True), x.new_full((), 0.5)
+    x = x * torch.rsqrt(torch.add(mean, eps, alpha=2))
+    return (o_weight * x * torch.sigmoid(wide(z))).to(o.dtype)
+
+
+@pytest.mark.parametrize(
+    ("finish", "reasons"),
+    [
+        (unrounded, ["the norm of torch.bfloat16 is in torch.float32"]),
+        (one_gate, ["the gate has another shape"]),
+        (per_head, []),
+        (twice_eps, []),
+        (another_mean, []),
+    ],
+)
+def test_another_norm_is_not_the_operator(
+    finish: Callable[..., Tensor], reasons: list[str]
+) -> None:
+    found = compiled(variant(finish=finish))
+    assert found.operators == SMALL[:-1]
+    assert [why for name, why in found.refused if name == "plain_rms_norm_gated"] == reasons
+
+
+def test_a_weight_per_head_is_none_per_channel() -> None:
+    """Where there are as many heads as channels."""
+
+    def finish(o: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        x = wide(o)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return (weight[:, None] * x * torch.sigmoid(wide(z))).to(o.dtype)
+
+    def step(q, v, g, beta, state, slots, weight):
+        return finish(kda_ops.recurrent_kda(q, q, v, g, beta, state, slots), v, weight)
+
+    q, v = torch.randn(2, 1, 4, K), torch.randn(2, 1, 4, 4)
+    g, beta, slots = -torch.rand(2, 1, 4, K), torch.rand(2, 1, 4), torch.tensor([2, 1])
+    found = rewritten(
+        step, q, v, g, beta, torch.randn(3, 4, 4, K), slots, torch.randn(4), written=(4,)
+    )
+    assert found.operators == ["recurrent_kda"]
 
 
 def axis(self, o, z, o_weight, cu):

@@ -200,11 +200,15 @@ def test_both_rewrites_are_recorded_with_their_place() -> None:
             lambda g, f: kda_ops.chunk_cumsum(g.bfloat16()) * f,
             [("cumsum_scale", "would be rounded to torch.bfloat16")],
         ),
+        (
+            lambda g, f: (kda_ops.chunk_cumsum(g) * f.to(torch.complex64)).real,
+            [("cumsum_scale", "the product is in torch.complex64")],
+        ),
         (lambda g, f: kda_ops.chunk_cumsum(g) * f, [("cumsum_scale", None)]),
         (lambda g, f: f * kda_ops.chunk_cumsum(g).flatten(2), [("cumsum_scale", None)]),
         (lambda g, f: kda_ops.chunk_cumsum(g) * g, []),
     ],
-    ids=["other-user", "rounded", "returned", "bf16", "tensor", "before", "no-scalar"],
+    ids=["other-user", "rounded", "returned", "bf16", "complex", "tensor", "before", "no-scalar"],
 )
 def test_when_a_factor_moves_into_the_cumsum(
     function: Callable[..., Any], expected: list[tuple[str, str | None]]
@@ -230,8 +234,12 @@ def test_when_a_factor_moves_into_the_cumsum(
             lambda *a: (g := kda_ops.gate(*a), kda_ops.chunk_cumsum(g, scale=RCP_LN2)),
             "is returned",
         ),
+        (
+            lambda x, *a: kda_ops.chunk_cumsum(kda_ops.gate(x.double(), *a), scale=RCP_LN2),
+            "is in torch.float64",
+        ),
     ],
-    ids=["producer", "nats", "folded", "returned"],
+    ids=["producer", "nats", "folded", "returned", "fp64"],
 )
 def test_when_gate_and_cumsum_stay_apart(function: Callable[..., Any], part: str) -> None:
     found = outcomes(function, *gate_inputs(200))

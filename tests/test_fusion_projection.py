@@ -84,6 +84,11 @@ def flat(x: Tensor, weight: Tensor, *projections: Tensor) -> Tensor:
     return torch.cat([x[0] @ p.T for p in projections[:3]], dim=-1)
 
 
+def product_used(x: Tensor, weight: Tensor, *projections: Tensor) -> Any:
+    products = [x[0] @ p.T for p in projections[:3]]
+    return torch.cat([y[None] for y in products], dim=-1), products[0].exp()
+
+
 @pytest.mark.parametrize(
     ("pack", "reason"),
     [
@@ -92,6 +97,7 @@ def flat(x: Tensor, weight: Tensor, *projections: Tensor) -> Tensor:
         (used, "is also used by exp"),
         (regrouped, "is not a matrix product"),
         (flat, "no view in between"),
+        (product_used, "has other uses than the convolution"),
     ],
 )
 def test_it_stays_where_the_guard_says_so(pack: Callable[..., Any], reason: str) -> None:
@@ -99,6 +105,26 @@ def test_it_stays_where_the_guard_says_so(pack: Callable[..., Any], reason: str)
     assert found.fired == []
     assert [why for name, why in found.refused if name == "packed_projection"]
     assert reason in found.refused[0][1]
+
+
+def cut_products(x: Tensor, weight: Tensor, *projections: Tensor) -> Tensor:
+    parts = [torch.nn.functional.linear(x, p).view(1, 2 * T, -1) for p in projections]
+    return kda_ops.short_conv(torch.cat(parts, dim=-1), weight)
+
+
+def cut_slices(x: Tensor, weight: Tensor, *projections: Tensor) -> Tensor:
+    parts = torch.nn.functional.linear(x, torch.cat(projections)).split(4, dim=-1)
+    parts = [part.reshape(1, 2 * T, 2) for part in parts]
+    return kda_ops.short_conv(torch.cat(parts, dim=-1), weight)
+
+
+@pytest.mark.parametrize("function", [cut_products, cut_slices])
+def test_what_is_cut_along_its_channels_stays(function: Callable[..., Any]) -> None:
+    """The rows of the concatenation are halves of rows: not those of the product."""
+    weights = torch.randn(6, 4), *(torch.randn(4, HIDDEN) for _ in range(3))
+    found = rewritten(function, torch.randn(1, T, HIDDEN), *weights)
+    assert found.fired == []
+    assert "is cut along its channels" in found.refused[0][1]
 
 
 def test_other_concatenations_are_left_alone() -> None:

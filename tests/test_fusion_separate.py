@@ -213,6 +213,22 @@ def other_convolution(**options: Any) -> Any:
     return convolve
 
 
+def without_state(
+    self: Any, i: int, x: Tensor, weight: Tensor, bias: Any, state: Tensor, a: dict[str, Any]
+) -> Tensor:
+    """The convolution of k starts from zeros and leaves nothing behind."""
+    if i == 1:
+        return kda_ops.short_conv(x, weight, bias, cu_seqlens=a["cu"])
+    return Prefill.convolve(self, i, x, weight, bias, state, a)
+
+
+def in_fp32(self: Any, i: int, x: Tensor, *rest: Any) -> Tensor:
+    """The convolution of v, rounded afterwards."""
+    if i < 2 or x.dtype == torch.float64:
+        return Prefill.convolve(self, i, x, *rest)
+    return Prefill.convolve(self, i, x.float(), *rest).to(x.dtype)
+
+
 def one_state(self: Any, i: int, x: Tensor, weight: Tensor, bias: Any, state: Any, a: Any) -> Any:
     self.first = state if i == 0 else self.first
     return Prefill.convolve(self, i, x, weight, bias, self.first if i < 2 else state, a)
@@ -260,6 +276,54 @@ def test_the_convolved_v_may_have_other_uses() -> None:
     found = compiled(variant(Step, extra=returns(2)))
     assert found.operators[:3] == ["short_conv_update"] * 3
     assert "is also used by" in found.refused[0][1]
+
+
+@pytest.mark.parametrize(
+    ("convolve", "reason"),
+    [(without_state, "are different operators"), (in_fp32, "convolve other tokens")],
+)
+def test_other_convolutions_stay(convolve: Any, reason: str) -> None:
+    found = compiled(variant(convolve=convolve, layout="SD"))
+    assert found.operators.count("short_conv") == 3
+    assert reason in found.refused[0][1]
+
+
+def test_more_keys_than_queries_stay() -> None:
+    """Fewer heads of q, repeated for the recurrence."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *weights: Tensor) -> Any:
+        q, k, v = (
+            kda_ops.short_conv(x, w).unflatten(-1, (-1, K))
+            for x, w in zip((q, k, v), weights, strict=True)
+        )
+        q = kda_ops.l2norm(q).repeat_interleave(2, dim=2)
+        return kda_ops.chunk_kda(q, kda_ops.l2norm(k), v, g, beta)[0]
+
+    widths = (H * K, 2 * H * K, 2 * H * K)
+    heads = [torch.randn(1, T, n) for n in widths]
+    gates = -torch.rand(1, T, 2 * H, K), torch.rand(1, T, 2 * H)
+    found = rewritten(function, *heads, *gates, *(torch.randn(n, W) for n in widths))
+    assert found.operators == ["short_conv", "l2norm"] * 2 + ["short_conv", "chunk_kda"]
+    assert found.refused == [("separate_convs", "q and k have different numbers of channels")]
+
+
+def test_values_made_of_queries_stay() -> None:
+    """The one convolution would come before its own input."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *weights: Tensor) -> Any:
+        q, k = (
+            kda_ops.l2norm(kda_ops.short_conv(x, w).unflatten(-1, (-1, K)))
+            for x, w in zip((q, k), weights[:2], strict=True)
+        )
+        v = kda_ops.short_conv(v + q.mean(), weights[2]).unflatten(-1, (-1, V))
+        return kda_ops.chunk_kda(q, k, v, g, beta)[0]
+
+    widths = (H * K, H * K, HV * V)
+    heads = [torch.randn(1, T, n) for n in widths]
+    gates = -torch.rand(1, T, HV, K), torch.rand(1, T, HV)
+    found = rewritten(function, *heads, *gates, *(torch.randn(n, W) for n in widths))
+    assert "short_conv_qkv" not in found.operators
+    assert "an input depends on l2norm" in found.refused[0][1]
 
 
 def test_without_norms_it_stays() -> None:

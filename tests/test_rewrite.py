@@ -116,7 +116,7 @@ def test_norms_of_other_things_stay() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_the_norm_after_the_scan_is_one_kernel_in_both_forms(dynamic: bool) -> None:
+def test_the_norm_after_the_scan_is_one_kernel_with_what_follows(dynamic: bool) -> None:
     """With the casts and reshapes around it, as an operator and in plain PyTorch."""
 
     def operator(*args: Tensor) -> Tensor:
@@ -129,8 +129,19 @@ def test_the_norm_after_the_scan_is_one_kernel_in_both_forms(dynamic: bool) -> N
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
         return (x * torch.sigmoid(z.float())).bfloat16().flatten(2).half() * 2
 
+    def quantised(*args: Tensor) -> Tensor:
+        *heads, z, weight = args
+        y = kda_ops.rms_norm_gated(chunked(*heads), z, weight).flatten(2).float()
+        return (y * 40).round().clamp(-128, 127).to(torch.int8)
+
+    def quantised_per_head(*args: Tensor) -> tuple[Tensor, Tensor]:
+        *heads, z, weight = args
+        y = kda_ops.rms_norm_gated(chunked(*heads), z, weight).float()
+        scale = y.abs().amax(-1, keepdim=True) / 448
+        return (y / scale).to(torch.float8_e4m3fn).flatten(2), scale
+
     z, weight = torch.randn(1, 100, H, V, dtype=torch.bfloat16), torch.randn(V)
-    for function in (operator, plain):
+    for function in (operator, plain, quantised, quantised_per_head):
         _, (source,) = cuda_code(function, *inputs(), z, weight, dynamic=dynamic)
         *first, norm = summary(source).launches
         assert first == ["chunk_gated_prepare_kernel", "chunk_scan_kernel"]

@@ -26,21 +26,25 @@ settings = pytest.mark.parametrize(
     ("layout", "lower_bound"), [("SD", None), ("DS", -5.0)], ids=["SD-softplus", "DS-bounded"]
 )
 sizes = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-everything = pytest.mark.parametrize(
-    ("layout", "lower_bound", "varlen", "dynamic"),
-    [
-        ("SD", None, False, False),
-        ("DS", -5.0, True, False),
-        ("DS", None, False, True),
-        ("SD", -5.0, True, True),
-    ],
-    ids=[
-        "SD-softplus-fixed-static",
-        "DS-bounded-varlen-static",
-        "DS-softplus-fixed-dynamic",
-        "SD-bounded-varlen-dynamic",
-    ],
-)
+lengths = pytest.mark.parametrize("varlen", [False, True], ids=["fixed", "varlen"])
+KINDS = [(layout, bound) for layout in ("SD", "DS") for bound in (None, -5.0)]
+
+
+class Stack(nn.Module):
+    """Layers one after the other: every layout with every gate, so that one graph has them all."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(in_bf16(written(style, bound)) for _, bound in KINDS)
+
+    def caches(self, slots: Tensor) -> list[Cache]:
+        pairs = zip(self.layers, KINDS, strict=True)
+        return [layer.cache(slots, PAGES, layout) for layer, (layout, _) in pairs]
+
+    def forward(self, x: Tensor, caches: list[Cache], *how: Any) -> Tensor:
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, cache, *how)
+        return x
 
 
 def written(style: str, lower_bound: float | None, K: int = K) -> Any:
@@ -69,8 +73,8 @@ def ours(theirs: nn.Module) -> KimiDeltaAttention:
     return layer
 
 
-def prompts(T: int, cache: Cache | None, dynamic: bool, B: int = 1, varlen: bool = True) -> Any:
-    """Arguments of a prefill."""
+def prompts(T: int, caches: Any, dynamic: bool, B: int = 1, varlen: bool = True) -> Any:
+    """Arguments of a prefill of a layer with its cache, or None, or of a stack with its caches."""
     x, cu, chunks = torch.randn(B, T, HIDDEN, dtype=torch.bfloat16), None, None
     if varlen:
         cu = torch.tensor([0, 50, T], dtype=torch.int32)
@@ -78,44 +82,52 @@ def prompts(T: int, cache: Cache | None, dynamic: bool, B: int = 1, varlen: bool
     if dynamic:
         mark_dynamic(x, axis=1)
         mark_dynamic(*([cu, chunks] if varlen else [x] if B > 1 else []))
-        mark_dynamic(*([cache.slots, cache.has_initial_state] if cache else []))
-    return x, cache, cu, chunks
+        mark_sequences(caches)
+    return x, caches, cu, chunks
 
 
-def tokens(cache: Cache, dynamic: bool, varlen: bool) -> Any:
+def caches_of(caches: Any) -> list[Cache]:
+    return caches if isinstance(caches, list) else [caches] if caches else []
+
+
+def mark_sequences(caches: Any) -> None:
+    for cache in caches_of(caches):
+        mark_dynamic(cache.slots, cache.has_initial_state)
+
+
+def tokens(caches: Any, dynamic: bool, varlen: bool) -> Any:
     """Arguments of a decode step, a token for each slot."""
-    N = len(cache.slots)
+    N = len(caches_of(caches)[0].slots)
     x = torch.randn(*((1, N) if varlen else (N, 1)), HIDDEN, dtype=torch.bfloat16)
     cu = torch.arange(N + 1, dtype=torch.int32) if varlen else None
     if dynamic:
         mark_dynamic(x, axis=1 if varlen else 0)
-        mark_dynamic(cu, cache.slots, cache.has_initial_state)
-    return x, cache, cu, None, True
+        mark_dynamic(cu)
+        mark_sequences(caches)
+    return x, caches, cu, None, True
 
 
 def compiled(layer: nn.Module, args: Any, dynamic: bool) -> Summary:
     return launches(layer, *args, dynamic=None if dynamic else False)
 
 
-@everything
+@sizes
+@lengths
 @styles
-def test_decode_is_one_launch(
-    style: str, layout: str, lower_bound: float | None, varlen: bool, dynamic: bool
-) -> None:
-    layer = in_bf16(written(style, lower_bound))
-    cache = layer.cache(torch.tensor([1, 2, 4]), PAGES, layout)
-    expect(compiled(layer, tokens(cache, dynamic, varlen), dynamic), DECODE)
+def test_decode_is_one_launch(style: str, varlen: bool, dynamic: bool) -> None:
+    stack = Stack(style)
+    caches = stack.caches(torch.tensor([1, 2, 4]))
+    expect(compiled(stack, tokens(caches, dynamic, varlen), dynamic), 4 * DECODE)
 
 
-@everything
+@sizes
+@lengths
 @styles
-def test_prefill_is_four_launches(
-    style: str, layout: str, lower_bound: float | None, varlen: bool, dynamic: bool
-) -> None:
-    layer = in_bf16(written(style, lower_bound))
-    cache = layer.cache(torch.tensor([1, 2]), PAGES, layout)
-    args = prompts(130, cache, dynamic, B=1 if varlen else 2, varlen=varlen)
-    expect(compiled(layer, args, dynamic), PREFILL)
+def test_prefill_is_four_launches(style: str, varlen: bool, dynamic: bool) -> None:
+    stack = Stack(style)
+    caches = stack.caches(torch.tensor([1, 2]))
+    args = prompts(130, caches, dynamic, B=1 if varlen else 2, varlen=varlen)
+    expect(compiled(stack, args, dynamic), 4 * PREFILL)
 
 
 @sizes
