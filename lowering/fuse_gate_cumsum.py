@@ -34,8 +34,6 @@ def pattern(node: fx.Node) -> Found | None:
 
 def guard(found: Found) -> str | None:
     gate, cumsum = found.values["gate"], found.values["cumsum"]
-    if value(cumsum.node).dtype != torch.float32:
-        return f"{cumsum.node.name} is in {value(cumsum.node).dtype}"
     reason = other_scale(cumsum)
     if reason is not None:
         return reason
