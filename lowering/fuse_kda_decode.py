@@ -136,9 +136,9 @@ def guard(found: Found) -> str | None:
             return "several tokens per sequence without cu_seqlens"
     else:
         weight = value(conv.args["weight"])
-        tokens = conv_tokens(conv.view("conv_state"), weight, conv.args["layout"])
-        if tokens > MOST_TOKENS:
-            return f"a sequence may have {tokens} tokens, more than {MOST_TOKENS}"
+        most = conv_tokens(conv.view("conv_state"), weight, conv.args["layout"])
+        if most > MOST_TOKENS:
+            return f"a sequence may have {most} tokens, more than {MOST_TOKENS}"
     return state_used_between(convs, step)
 
 

@@ -12,6 +12,7 @@ from tests.rewritten import Rewritten, rewritten
 H, HV, K, V, W, T, SLOTS = 2, 4, 8, 16, 3, 3, 5
 KEY, VALUE = H * K, HV * V
 D = 2 * KEY + VALUE
+SMALL = ["short_conv_update", "l2norm", "l2norm", "gate", "recurrent_kda", "rms_norm_gated"]
 
 
 class Step:
