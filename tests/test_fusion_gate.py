@@ -216,6 +216,7 @@ def test_when_a_factor_moves_into_the_cumsum(
         assert reason is part is None or part in reason
 
 
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 def test_a_complex_factor_stays() -> None:
     def function(g: Tensor, f: Tensor) -> Tensor:
         return (kda_ops.chunk_cumsum(g) * f.to(torch.complex64)).real
