@@ -130,7 +130,7 @@ def gpus(rows: Sequence[Row]) -> list[Gpu]:
 CORE = {"chunks: prepare": "work", "chunks: scan": "chain"}
 
 
-def prefill_pieces(rows: Sequence[Row], measured: Gpu) -> list[Piece]:
+def prefill_pieces(rows: Sequence[Row]) -> list[Piece]:
     """A layer at hidden 2304, H = 32, T = 8192, on one GPU."""
     conv = case_of("short_conv_qkv", "T8192-H32")
     chunks = case_of("chunk_kda_gated", "norm-T8192-H32")
@@ -207,7 +207,7 @@ def report(rows: Sequence[Row]) -> str:
     """
     found = gpus(rows)
     measured = next(gpu for gpu in found if gpu.name == MEASURED)
-    pieces = prefill_pieces(rows, measured)
+    pieces = prefill_pieces(rows)
     heads = [f"{gpu.name}{' (measured)' if gpu is measured else ''}" for gpu in found]
     lines = [
         f"Predictions, us, by `python -m perf.roofline`; the column of the {MEASURED} is what they "

@@ -62,7 +62,7 @@ def test_the_model_gives_the_measured_layer_back() -> None:
     """From its parts on the GPU that they were measured on; they may be of different runs."""
     rows = committed()
     measured = next(gpu for gpu in roofline.gpus(rows) if gpu.name == roofline.MEASURED)
-    pieces = roofline.prefill_pieces(rows, measured)
+    pieces = roofline.prefill_pieces(rows)
     model = roofline.layer_seconds(pieces, measured, measured, 1, roofline.TOKENS)
     layer = roofline.best(rows, "layer", f"prefill-T{roofline.TOKENS}-H32")
     assert model * 1e6 == pytest.approx(layer["us"], rel=0.2)

@@ -120,6 +120,20 @@ def test_an_error_of_accept_does_not_end_it(
     check_alive(server)
 
 
+def test_a_client_without_a_thread_is_disconnected(
+    server: HandshakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        for _ in range(5):  # more than its slots: they are given back
+            with connect(server) as client:
+                assert ended(client)
+    check_alive(server)
+
+
 def test_closed_means_closed() -> None:
     server = HandshakeServer(lambda message: message)
     server.close()

@@ -64,10 +64,15 @@ class HandshakeServer:
                 log.warning("handshake server: %s", error)
                 self._stop.wait(0.1)
                 continue
-            if self._slots.acquire(blocking=False):
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-            else:
+            if not self._slots.acquire(blocking=False):
                 client.close()
+                continue
+            try:
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+            except RuntimeError as error:  # no more threads
+                log.warning("handshake server: %s", error)
+                client.close()
+                self._slots.release()
 
     def _serve(self, client: socket.socket) -> None:
         try:
