@@ -11,6 +11,7 @@ from torch import Tensor
 import kda_ops
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import RCP_LN2
+from tests.fake_cuda import cuda_code, summary
 from tests.rewritten import Rewritten, rewritten
 
 H, HV, K, V, T, SLOTS = 1, 2, 16, 16, 70, 4
@@ -154,6 +155,20 @@ def test_it_is_one_operator(function: Callable[..., Any], dynamic: bool) -> None
     assert found.refused == []
     assert [name for name in found.operators if name != "l2norm"] == ["chunk_kda_gated"]
     assert found.copies == 0
+
+
+def test_a_gate_of_tokens_is_not_in_memory_either() -> None:
+    def function(*args: Tensor) -> Tensor:
+        q, k, v, x, beta, A_log = args
+        g = kda_ops.gate(x, A_log)[None]
+        G = kda_ops.chunk_cumsum(g, scale=RCP_LN2)
+        return kda_ops.chunk_kda(q, k, v, G, torch.sigmoid(beta.float()))[0]
+
+    heads = [torch.randn(1, T, HV, 64, dtype=torch.bfloat16) for _ in range(4)]
+    q, k = (F.normalize(y.float(), dim=-1).bfloat16() for y in heads[:2])
+    inputs = q, k, heads[2], heads[3][0], torch.randn(1, T, HV), torch.randn(HV)
+    _, (source,) = cuda_code(function, *inputs)
+    assert summary(source).launches == ["chunk_gated_prepare_kernel", "chunk_scan_kernel"]
 
 
 def in_nats(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:

@@ -143,6 +143,19 @@ def test_heads_wider_than_the_kernel_takes_stay(K: int) -> None:
     )
 
 
+def test_heads_across_tokens_stay() -> None:
+    """Three tokens of two heads of 8, taken for two heads of 24."""
+
+    def function(x: Tensor, weight: Tensor) -> Any:
+        q, k, v = kda_ops.short_conv(x, weight).split(16, dim=-1)
+        q, k = (kda_ops.l2norm(part.reshape(1, 2, 24)) for part in (q, k))
+        return q, k, v + 1
+
+    found = rewritten(function, torch.randn(1, 3, 48), torch.randn(48, 4))
+    assert found.operators == ["short_conv", "l2norm", "l2norm"]
+    assert found.refused == [("short_conv_qkv", "the 16 channels of q are not whole heads of 24")]
+
+
 def test_uneven_parts_stay() -> None:
     function = model(cut=lambda y: y.split([KEY, KEY + K, V - K], dim=-1))
     assert compiled(function).operators == ["short_conv", "l2norm", "l2norm"]
