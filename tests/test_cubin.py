@@ -44,7 +44,7 @@ TARGETS = {
 # spill nothing. A change that spills more is measured, and noted here.
 SPILLS = {
     "chunk_scan_kernel": {"sm_80": 192},
-    "chunk_prepare_kernel": {"sm_80": 440, "sm_90a": 328, "sm_100a": 336, "sm_120": 704},
+    "chunk_prepare_kernel": {"sm_80": 640, "sm_90a": 512, "sm_100a": 512, "sm_120": 704},
     # with the norms inside; Triton 3.6 leaves 360 on sm_90a
     "chunk_gated_prepare_kernel": {
         **{"sm_80": 1632, "sm_90a": 1336, "sm_100a": 1352, "sm_120": 1664},
