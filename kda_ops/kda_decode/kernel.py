@@ -337,50 +337,14 @@ def tile_of(V: int, K: int, state: Tensor, layout: str, N: Any, tokens: int) -> 
 
 
 def launch_kda_decode(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    f: Tensor,
-    beta: Tensor,
-    z: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    norm_weight: Tensor,
-    norm_eps: float,
-    qk_norm_eps: float,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, *step: Any
 ) -> Tensor:
-    return _launch(
-        (x,), (conv_state,), (weight,), (bias,), activation,
-        f, beta, z, A_log, dt_bias, lower_bound, beta_scale, norm_weight, norm_eps,
-        qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens, layout,
-    )  # fmt: skip
+    return _launch((x,), (conv_state,), (weight,), (bias,), *step)
 
 
-def launch_kda_decode_apart(
-    q: Tensor, k: Tensor, v: Tensor, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None,
-    k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
-    f: Tensor, beta: Tensor, z: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
-    lower_bound: float | None, beta_scale: float, norm_weight: Tensor, norm_eps: float,
-    qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
-    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
-) -> Tensor:  # fmt: skip
-    return _launch(
-        (q, k, v), (q_state, k_state, v_state), (q_weight, k_weight, v_weight),
-        (q_bias, k_bias, v_bias), activation,
-        f, beta, z, A_log, dt_bias, lower_bound, beta_scale, norm_weight, norm_eps,
-        qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens, layout,
-    )  # fmt: skip
+def launch_kda_decode_apart(*args: Any) -> Tensor:
+    """Inputs, convolution states, weights and biases, each of q, k and v, then the step."""
+    return _launch(args[0:3], args[3:6], args[6:9], args[9:12], *args[12:])
 
 
 def _launch(

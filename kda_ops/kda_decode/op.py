@@ -1,6 +1,7 @@
 """A whole step of decode: schema, fake implementation, public function."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,16 +57,13 @@ def kda_decode_fake(
     return torch.empty((1, x.shape[0], *z.shape[-2:]), dtype=x.dtype, device=x.device)
 
 
-def kda_decode_apart_fake(
-    q: Tensor, k: Tensor, v: Tensor, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None,
-    k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
-    f: Tensor, beta: Tensor, z: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
-    lower_bound: float | None, beta_scale: float, norm_weight: Tensor, norm_eps: float,
-    qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
-    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
-) -> Tensor:  # fmt: skip
-    return torch.empty((1, q.shape[0], *z.shape[-2:]), dtype=q.dtype, device=q.device)
+def _of_q(*args: Any) -> tuple[Any, ...]:
+    """The arguments of `kda_decode.apart` with those of q alone, as `kda_decode` takes them."""
+    return (*args[0:12:3], *args[12:])
+
+
+def kda_decode_apart_fake(*args: Any) -> Tensor:
+    return kda_decode_fake(*_of_q(*args))
 
 
 def check_kda_decode_values(
@@ -111,20 +109,8 @@ def check_kda_decode_values(
             )
 
 
-def check_kda_decode_apart_values(
-    q: Tensor, k: Tensor, v: Tensor, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None,
-    k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
-    f: Tensor, beta: Tensor, z: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
-    lower_bound: float | None, beta_scale: float, norm_weight: Tensor, norm_eps: float,
-    qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
-    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
-) -> None:  # fmt: skip
-    check_kda_decode_values(
-        q, q_state, q_weight, q_bias, activation, f, beta, z, A_log, dt_bias, lower_bound,
-        beta_scale, norm_weight, norm_eps, qk_norm_eps, scale, state, state_indices, num_accepted,
-        cu_seqlens, layout,
-    )  # fmt: skip
+def check_kda_decode_apart_values(*args: Any) -> None:
+    check_kda_decode_values(*_of_q(*args))
 
 
 def conv_tokens(conv_state: Tensor, weight: Tensor, layout: str) -> int:

@@ -1,5 +1,7 @@
 """A whole step of decode in eager PyTorch, composed of the formulas of its parts."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,19 +79,12 @@ def kda_decode_reference(
     return torch.where(live[:, None, None], normed, 0.0).to(x.dtype)
 
 
-def kda_decode_apart_reference(
-    q: Tensor, k: Tensor, v: Tensor, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None,
-    k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
-    f: Tensor, beta: Tensor, z: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
-    lower_bound: float | None, beta_scale: float, norm_weight: Tensor, norm_eps: float,
-    qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
-    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
-) -> Tensor:  # fmt: skip
-    with packed_state((q_state, k_state, v_state), layout) as conv_state:
+def kda_decode_apart_reference(*args: Any) -> Tensor:
+    """Inputs, convolution states, weights and biases, each of q, k and v, then the step, which ends
+    with the layout.
+    """
+    xs, states, weights, biases, step = args[0:3], args[3:6], args[6:9], args[9:12], args[12:]
+    with packed_state(states, step[-1]) as conv_state:
         return kda_decode_reference(
-            torch.cat([q, k, v], dim=-1), conv_state, torch.cat([q_weight, k_weight, v_weight]),
-            packed_bias(q_bias, k_bias, v_bias), activation, f, beta, z, A_log, dt_bias,
-            lower_bound, beta_scale, norm_weight, norm_eps, qk_norm_eps, scale, state,
-            state_indices, num_accepted, cu_seqlens, layout,
-        )  # fmt: skip
+            torch.cat(xs, dim=-1), conv_state, torch.cat(weights), packed_bias(*biases), *step
+        )
