@@ -143,6 +143,8 @@ def chunk_kda(
     Args:
         q: `[B, T, H, K]`, as it is to be used: apply `l2norm` first. fp16, bf16, fp32, on a CPU
             fp64, any strides with the last one 1 (others are copied).
+            On a GPU products within a chunk of 16-bit q and k are made in fp16: entries of q and k
+            below 65504, as normalised ones are.
         k: `[B, T, H, K]`, dtype of q. `|k| <= 1` and `beta <= 2` keep the recurrence stable.
         v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
         G: `[B, T, HV, K]` in **log2**, the cumulative gate as `gate_cumsum` returns it: it restarts

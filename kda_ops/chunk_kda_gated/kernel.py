@@ -180,7 +180,8 @@ def chunk_gated_prepare_kernel(
     X = join(join(block_diagonal(X), L16), L32)
     X = (X * beta[None, :]).to(v_ptr.dtype.element_ty)
 
-    # u first, and q and k loaded before they are needed: half the spills of the other order
+    # u first, and q and k loaded before they are needed: half the spills of the other order. The
+    # addresses are those of above in another association, so that they are not kept
     k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + i * k_t + d[None, :]
     q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + i * q_t + d[None, :]
     k_again = tl.load(k_at, mask=okd, other=0.0)
