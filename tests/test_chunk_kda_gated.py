@@ -217,6 +217,18 @@ def test_kernel_error_is_below_the_peers(gate: str, sizes: dict[str, int], norm:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("size", [1e6, 1e-3])
+def test_norms_come_before_the_fp16_of_the_levels(size: float) -> None:
+    """Raw q and k may lie outside fp16, or among its subnormal numbers."""
+    torch.manual_seed(0)
+    inputs = with_states(chunk_kda_gated_inputs(CPU, T=130, norm=True))
+    inputs |= {name: inputs[name] * size for name in ("q", "k")}
+    expected = kda_ops.chunk_kda_gated(**copy_inputs(inputs, FP64))
+    for out, exact in zip(run_kernels(kda_ops.chunk_kda_gated)(**inputs), expected, strict=True):
+        assert relative_error(out, exact) <= FROBENIUS
+
+
+@pytest.mark.interpreter
 def test_a_token_that_forgets_everything() -> None:
     """An infinite gate input decays the state to zero and leaves the other tokens as they were."""
     torch.manual_seed(0)
