@@ -1,4 +1,9 @@
-"""The chunk table of a variable-length batch: each program's sequence, and its chunk of that."""
+"""The chunks of a batch: the table of a variable-length one (each program's sequence, and its chunk
+of that), and the memory that chunked KDA takes for them.
+"""
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -7,6 +12,8 @@ from kda_ops._checks import check_cu_seqlens_shape
 from kda_ops.formulas import CHUNK
 
 EMPTY = -1
+# chunked KDA takes no more for its tiles at a time, unless one chunk of all heads needs it
+WORKSPACE_BYTES = 256_000_000
 
 
 def chunk_table(cu_seqlens: Tensor, total_tokens: int, chunk_size: int = CHUNK) -> Tensor:
@@ -47,3 +54,72 @@ def chunk_table(cu_seqlens: Tensor, total_tokens: int, chunk_size: int = CHUNK) 
     chunk = row - starts[sequence]
     table = torch.stack([sequence, chunk], dim=1)
     return torch.where(real[:, None], table, EMPTY).to(torch.int32)
+
+
+def workspace_bytes(
+    total_tokens: int,
+    num_v_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    *,
+    sequences: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """Bytes of GPU memory that `chunk_kda` takes beside its inputs and results, and returns.
+
+    `chunk_kda_gated` takes the same where K and V are 64 or 128 in 16 bits; at other sizes it also
+    keeps the cumulative gate, `[B, T, HV, K]` in fp32, and normalised q and k. With 16 bits and
+    128 x 128 a chunk of a head takes 57,856 bytes in bf16 (90,624 in fp16), 239 MB at T = 8192 and
+    32 heads. What would be more than `WORKSPACE_BYTES` is worked off in slabs, one after the other.
+
+    Args:
+        total_tokens: `B * T`.
+        num_v_heads: HV.
+        head_k_dim: K.
+        head_v_dim: V.
+        sequences: N: the batch size, or `len(cu_seqlens) - 1`.
+        dtype: Of q, k and v: fp16, bf16 or fp32.
+    """
+    sizes = (num_v_heads, head_k_dim, head_v_dim, dtype)
+    rows = workspace_rows(total_tokens, sequences)
+    slabs = workspace_slabs(rows, *sizes)
+    states = 0
+    if slabs > 1 or dtype == torch.float32:
+        columns = workspace_row(head_k_dim, head_v_dim, dtype)["w"][0][1]
+        states = 4 * max(sequences, 1) * num_v_heads * columns * head_v_dim
+    return -(-rows // slabs) * _row_bytes(*sizes) + states
+
+
+def workspace_row(
+    K: int, V: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the tiles that `chunk_kda`'s kernels keep of one chunk of one head."""
+    KP = max(32 if dtype == torch.float32 else 16, 1 << (K - 1).bit_length())
+    keys = ((CHUNK, KP), dtype)
+    row = {"w": keys, "kg": keys, "qg": keys, "A": ((CHUNK, CHUNK), dtype)}
+    if dtype != torch.bfloat16:
+        # sums of 64 values do not always fit fp16; in bf16 the output is their place
+        row["u"] = ((CHUNK, V), torch.float32)
+    return row | {"decay": ((KP,), torch.float32)}
+
+
+def workspace_rows(total_tokens: Any, sequences: Any) -> Any:
+    """Rows of the workspace, one per chunk, as many as there can be."""
+    return total_tokens // CHUNK + sequences
+
+
+def workspace_slabs(rows: Any, HV: int, K: int, V: int, dtype: torch.dtype) -> int:
+    """In how many slabs of equal size that many rows are worked off.
+
+    A compiled graph has a fixed number of launches: a symbolic number of rows counts as the one
+    that it is compiled with, and as few where nothing is known of it.
+    """
+    if not isinstance(rows, int):
+        rows = rows.node.hint or 0
+    most = max(WORKSPACE_BYTES // _row_bytes(HV, K, V, dtype), 1)
+    return max(-(-int(rows) // most), 1)
+
+
+def _row_bytes(HV: int, K: int, V: int, dtype: torch.dtype) -> int:
+    tiles = workspace_row(K, V, dtype).values()
+    return HV * sum(math.prod(shape) * dtype.itemsize for shape, dtype in tiles)

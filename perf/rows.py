@@ -301,11 +301,13 @@ class Measurer:
             launched = timing.kernels(calls[0])
         with watch.step("eager"):
             eager = timing.eager_seconds(calls)
+        workspace = timing.workspace_bytes(calls[0])
         benchmark.extra_info.update(
             describe(row, seconds, ceilings(), self.peer_seconds.get((row.stage, row.case), {}))
             | {
                 "eager_us": round(eager * 1e6, 2),
                 "kernel_us": round(sum(us for _, us in launched.values()), 2),
+                "workspace_MB": round(workspace * 1e-6, 1),
                 "error": error,
                 "input_sets": len(calls),
                 "launches": sum(count for count, _ in launched.values()),

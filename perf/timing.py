@@ -115,6 +115,17 @@ def kernels(call: Callable[[], Any]) -> dict[str, tuple[int, float]]:
     return {name: (len(times), sum(times)) for name, times in found.items()}
 
 
+def workspace_bytes(call: Callable[[], Any]) -> int:
+    """The most GPU memory that a call has beside its arguments and its results."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated()
+    del result
+    return torch.cuda.max_memory_allocated() - kept
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Every uninitialised allocation is filled with NaN: an element never written shows."""

@@ -38,6 +38,7 @@ def measure(measurer: rows.Measurer, row: Row) -> dict[str, Any]:
         mock.patch.object(rows, "_measured_seconds", return_value=1e-6),
         mock.patch.object(rows, "ceilings", return_value=Ceilings(4e12, 8e14)),
         mock.patch.object(timing, "kernels", return_value={"a": (2, 1.5), "b": (1, 2.0)}),
+        mock.patch.object(timing, "workspace_bytes", return_value=1_250_000),
         mock.patch.object(timing, "eager_seconds", return_value=1e-5),
     ):
         measurer(row, benchmark)
@@ -81,6 +82,7 @@ def test_a_row_says_where_its_seconds_went() -> None:
     assert list(written["host_seconds"]) == steps
     assert all(seconds >= 0 for seconds in written["host_seconds"].values())
     assert written["kernel_us"] == 3.5
+    assert written["workspace_MB"] == 1.2
 
 
 class FakeKernel:

@@ -17,7 +17,6 @@ from kda_ops.device.chunk.kernel import (
     Batch,
     block_diagonal,
     chunk_levels,
-    chunk_rows,
     clear_padding,
     dense_rows,
     is_nvidia,
@@ -25,6 +24,8 @@ from kda_ops.device.chunk.kernel import (
     launch_general_prepare,
     launch_scan,
     make_workspace,
+    slab_rows,
+    store_u,
 )
 
 
@@ -47,6 +48,8 @@ def chunk_prepare_kernel(
     T,
     N,
     NC,
+    first_row,
+    rows,
     q_b,
     q_t,
     q_h,
@@ -68,6 +71,7 @@ def chunk_prepare_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """One program prepares one chunk of one value head; K and V are 64 or 128. Grid: (chunks, HV).
@@ -78,9 +82,11 @@ def chunk_prepare_kernel(
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    b, first, count, row = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
-    if count == 0:
-        if VARLEN:
+    p, b, first, count, row, inside = slab_rows(
+        p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+    )
+    if not inside:
+        if VARLEN and count == 0:
             clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, V)
         return
     hk = h // (HV // H)
@@ -136,7 +142,7 @@ def chunk_prepare_kernel(
     dv = tl.arange(0, V)
     v_at = (v_ptr + b * v_b + h * v_h + first * v_t) + (i * v_t + dv[None, :])
     u = tl.dot(X, tl.load(v_at, mask=okd, other=0.0))
-    tl.store((u_ptr + work * (64 * V)) + (i * V + dv[None, :]), u.to(u_ptr.dtype.element_ty))
+    store_u(u_ptr, o_ptr, u, work, b * T + first, count, h, HV, V, 0, V)
 
 
 def _launch(
@@ -158,35 +164,35 @@ def _launch(
     HV, V = v.shape[2:]
     q, k, v, G, beta = dense_rows(q, k, v, G, beta)
     batch = Batch.of(q, cu_seqlens, chunks)
-    workspace = make_workspace(q, v, batch)
+    parts = batch.slabs(q, v)
+    workspace = make_workspace(q, v, parts[0])
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    if q.dtype != torch.float32 and K in (64, 128) and V in (64, 128):
-        traceable(chunk_prepare_kernel)[(batch.programs, HV)](
-            q,
-            k,
-            v,
-            G,
-            beta,
-            o,
-            *workspace,
-            batch.cu_seqlens,
-            batch.chunks,
-            batch.T,
-            batch.N,
-            batch.NC,
-            *(stride for x in (q, k, v, G, beta) for stride in x.stride()[:3]),
-            SCALE=scale,
-            H=H,
-            HV=HV,
-            K=K,
-            V=V,
-            VARLEN=batch.cu_seqlens is not None,
-            PACKED=is_nvidia(q.device),
-            **choose("chunk_prepare", q.device, K=K, V=V, dtype=q.dtype),
-        )
-    else:
-        launch_general_prepare(q, k, v, G, beta, scale, o, workspace, batch)
-    launch_scan(o, workspace, batch, K, initial, final, indices, has_initial)
+    fast = q.dtype != torch.float32 and K in (64, 128) and V in (64, 128)
+    for part in parts:
+        if fast:
+            traceable(chunk_prepare_kernel)[(part.programs, HV)](
+                q,
+                k,
+                v,
+                G,
+                beta,
+                o,
+                *workspace.tiles,
+                *part.tables,
+                *(stride for x in (q, k, v, G, beta) for stride in x.stride()[:3]),
+                SCALE=scale,
+                H=H,
+                HV=HV,
+                K=K,
+                V=V,
+                VARLEN=cu_seqlens is not None,
+                SLABS=part.slab is not None,
+                PACKED=is_nvidia(q.device),
+                **choose("chunk_prepare", q.device, K=K, V=V, dtype=q.dtype),
+            )
+        else:
+            launch_general_prepare(q, k, v, G, beta, scale, o, workspace, part)
+        launch_scan(o, workspace, part, K, initial, final, indices, has_initial)
     return o
 
 

@@ -27,6 +27,8 @@ from kda_ops.device.chunk.kernel import (
     launch_general_prepare,
     launch_scan,
     make_workspace,
+    slab_rows,
+    store_u,
 )
 from kda_ops.device.kernel import softplus
 
@@ -91,6 +93,8 @@ def chunk_gated_prepare_kernel(
     T,
     N,
     NC,
+    first_row,
+    rows,
     q_b,
     q_t,
     q_h,
@@ -118,6 +122,7 @@ def chunk_gated_prepare_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """One program prepares one chunk of one value head; K and V are 64 or 128. Grid: (chunks, HV).
@@ -132,9 +137,11 @@ def chunk_gated_prepare_kernel(
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    b, first, count, row = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
-    if count == 0:
-        if VARLEN:
+    p, b, first, count, row, inside = slab_rows(
+        p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+    )
+    if not inside:
+        if VARLEN and count == 0:
             clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, V)
         return
     hk = h // (HV // H)
@@ -189,7 +196,7 @@ def chunk_gated_prepare_kernel(
     dv = tl.arange(0, V)
     v_at = (v_ptr + b * v_b + h * v_h + first * v_t) + (i * v_t + dv[None, :])
     u = tl.dot(X, tl.load(v_at, mask=okd, other=0.0))
-    tl.store((u_ptr + work * (64 * V)) + (i * V + dv[None, :]), u.to(u_ptr.dtype.element_ty))
+    store_u(u_ptr, o_ptr, u, work, b * T + first, count, h, HV, V, 0, V)
     at = i * K + d[None, :]
     e = tl.exp2(tl.dot(half(j > i), y))  # 2^(G_last - G)
     kf = k_again.to(tl.float32)
@@ -310,7 +317,8 @@ def _launch(
     q, k, v, x, beta = dense_rows(q, k, v, x, beta)
     A_log, dt_bias = (None if y is None else y.contiguous() for y in (A_log, dt_bias))
     batch = Batch.of(q, cu_seqlens, chunks)
-    workspace = make_workspace(q, v, batch)
+    parts = batch.slabs(q, v)
+    workspace = make_workspace(q, v, parts[0])
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     sizes: dict[str, Any] = {
         "BOUND": 0.0 if lower_bound is None else lower_bound,
@@ -322,29 +330,10 @@ def _launch(
         "H": H,
         "HV": HV,
         "K": K,
-        "VARLEN": batch.cu_seqlens is not None,
+        "VARLEN": cu_seqlens is not None,
     }
-    tables = (batch.cu_seqlens, batch.chunks, batch.T, batch.N, batch.NC)
-    if q.dtype != torch.float32 and K in (64, 128) and V in (64, 128):
-        traceable(chunk_gated_prepare_kernel)[(batch.programs, HV)](
-            q,
-            k,
-            v,
-            x,
-            beta,
-            A_log,
-            dt_bias,
-            o,
-            *workspace,
-            *tables,
-            *(stride for y in (q, k, v, x, beta) for stride in y.stride()[:3]),
-            **sizes,
-            SCALE=scale,
-            V=V,
-            PACKED=is_nvidia(q.device),
-            **choose("chunk_gated_prepare", q.device, K=K, V=V, dtype=q.dtype),
-        )
-    else:
+    fast = q.dtype != torch.float32 and K in (64, 128) and V in (64, 128)
+    if not fast:
         G = torch.empty((B, T, HV, K), dtype=torch.float32, device=q.device)
         beta_used = torch.empty((B, T, HV), dtype=torch.float32, device=q.device)
         qn, kn = q, k
@@ -363,14 +352,36 @@ def _launch(
             kn,
             G,
             beta_used,
-            *tables,
+            *batch.tables[:5],
             *(stride for y in (q, k, x, beta) for stride in y.stride()[:3]),
             **sizes,
             KP=triton.next_power_of_2(K),
             **choose("chunk_inputs", q.device),
         )
-        launch_general_prepare(qn, kn, v, G, beta_used, scale, o, workspace, batch)
-    launch_scan(o, workspace, batch, K, initial, final, indices, has_initial)
+    for part in parts:
+        if fast:
+            traceable(chunk_gated_prepare_kernel)[(part.programs, HV)](
+                q,
+                k,
+                v,
+                x,
+                beta,
+                A_log,
+                dt_bias,
+                o,
+                *workspace.tiles,
+                *part.tables,
+                *(stride for y in (q, k, v, x, beta) for stride in y.stride()[:3]),
+                **sizes,
+                SCALE=scale,
+                V=V,
+                SLABS=part.slab is not None,
+                PACKED=is_nvidia(q.device),
+                **choose("chunk_gated_prepare", q.device, K=K, V=V, dtype=q.dtype),
+            )
+        else:
+            launch_general_prepare(qn, kn, v, G, beta_used, scale, o, workspace, part)
+        launch_scan(o, workspace, part, K, initial, final, indices, has_initial)
     return o
 
 

@@ -4,7 +4,12 @@ the raw one.
 Two kernels, `prepare` and `scan`, or one of each in general form. Between them lies a workspace
 with one row per (chunk, value head): `w`, `kg`, `qg [64, K]`, `u [64, V]`, `Aqk [64, 64]` and the
 chunk's decay `[K]`. The row of chunk c of sequence n is `cu_seqlens[n] // 64 + n + c`, which needs
-no table, is different for every chunk and below `T // 64 + N`.
+no table, is different for every chunk and below `T // 64 + N`. bf16 `u` needs no room of its own:
+it is as large as the output and lies there until `scan` puts the output in its place.
+
+A workspace that would be too large (`kda_ops.chunks.workspace_slabs`) holds a slab of the rows at a
+time: both kernels run once per slab, and fp32 states `S [N, HV, K, V]` are carried from one to the
+next.
 
 Every power of two has an exponent <= 0, whatever the gate. Rows i and j < i of a chunk meet at
 exactly one level s of 1, 2, ..., 32: in one block of 2s rows, i in its right and j in its left
@@ -22,6 +27,7 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
+from kda_ops.chunks import workspace_row, workspace_rows, workspace_slabs
 from kda_ops.formulas import CHUNK
 
 
@@ -67,6 +73,26 @@ def chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN: tl.constexpr):
     first = start + c * 64
     count = tl.maximum(tl.minimum(end - first, 64), 0).to(tl.int32)
     return b, first, count, row + c
+
+
+@triton.jit
+def slab_rows(
+    p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN: tl.constexpr, SLABS: tl.constexpr
+):
+    """`chunk_rows` in a slab of the workspace, with p, and whether the chunk is in the slab.
+
+    Program p's row is between p and p + N, so a slab's chunks are those of `rows + N` programs.
+    """
+    if SLABS:
+        p += tl.maximum(first_row - N, 0)
+    b, first, count, row = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
+    inside = count > 0
+    if SLABS:
+        if not VARLEN:
+            inside = inside & (b < N)  # there are more programs than chunks
+        row -= first_row
+        inside = inside & (row >= 0) & (row < rows)
+    return p, b, first, count, row, inside
 
 
 @triton.jit
@@ -198,6 +224,33 @@ def chunk_levels(q, k, y, beta, PACKED: tl.constexpr):
 
 
 @triton.jit
+def store_u(
+    u_ptr,
+    o_ptr,
+    u,
+    work,
+    token,
+    count,
+    h,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    v0,
+    BLOCK: tl.constexpr,
+):
+    """Columns v0 to v0 + BLOCK of a chunk's u: to its workspace row, or without one to the output's
+    `count` rows from `token` on.
+    """
+    r = tl.arange(0, 64)[:, None]
+    v = (v0 + tl.arange(0, BLOCK))[None, :]
+    if u_ptr is None:
+        at = o_ptr + (token * HV + h) * V + (r * (HV * V) + v)
+        tl.store(at, u.to(o_ptr.dtype.element_ty), mask=(r < count) & (v < V))
+    else:
+        at = u_ptr + work * (64 * V) + (r * V + v)
+        tl.store(at, u.to(u_ptr.dtype.element_ty), mask=v < V)
+
+
+@triton.jit
 def _dot(a, b):
     """A product whose fp32 operands keep all their bits."""
     return tl.dot(a, b, input_precision="ieee")
@@ -222,6 +275,8 @@ def chunk_prepare_general_kernel(
     T,
     N,
     NC,
+    first_row,
+    rows,
     q_b,
     q_t,
     q_h,
@@ -243,6 +298,7 @@ def chunk_prepare_general_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
     KP: tl.constexpr,
     VP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -256,9 +312,11 @@ def chunk_prepare_general_kernel(
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    b, first, count, row = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
-    if count == 0:
-        if VARLEN:
+    p, b, first, count, row, inside = slab_rows(
+        p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+    )
+    if not inside:
+        if VARLEN and count == 0:
             clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, VP)
         return
     dtype: tl.constexpr = v_ptr.dtype.element_ty
@@ -327,9 +385,22 @@ def chunk_prepare_general_kernel(
     for v0 in range(0, V, BLOCK):
         cols = (v0 + d)[None, :]
         u = _dot(X, tl.load(v_head + cols, mask=ok & (cols < V), other=0.0))
-        tl.store(
-            u_ptr + work * (64 * V) + i * V + cols, u.to(u_ptr.dtype.element_ty), mask=cols < V
-        )
+        store_u(u_ptr, o_ptr, u, work, b * T + first, count, h, HV, V, v0, BLOCK)
+
+
+@triton.jit
+def _slab_chunks(row, chunks, first_row, rows):
+    """Of a sequence with its first workspace row: its first row in this slab, its chunks lo to hi
+    there, and whether it begins and ends there; hi < lo if it has no part in it.
+
+    An empty sequence counts as one row, in which it begins and ends.
+    """
+    row -= first_row
+    used = tl.maximum(chunks, 1)
+    lo = tl.maximum(-row, 0).to(tl.int32)
+    hi = tl.minimum(chunks, rows - row).to(tl.int32)
+    hi = tl.where((row < rows) & (row + used > 0), hi, lo - 1)
+    return row, lo, hi, row >= 0, row + used <= rows
 
 
 @triton.jit
@@ -373,6 +444,7 @@ def chunk_scan_kernel(
     qg_ptr,
     A_ptr,
     decay_ptr,
+    S_ptr,
     o_ptr,
     initial_ptr,
     final_ptr,
@@ -381,6 +453,8 @@ def chunk_scan_kernel(
     cu_ptr,
     T,
     N,
+    first_row,
+    rows,
     slots,
     initial_n,
     initial_h,
@@ -396,6 +470,7 @@ def chunk_scan_kernel(
     KP: tl.constexpr,
     BV: tl.constexpr,
     VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
     INITIAL: tl.constexpr,
     FINAL: tl.constexpr,
     PAGED: tl.constexpr,
@@ -408,6 +483,8 @@ def chunk_scan_kernel(
     w, kg, qg and Aqk at about the same time.
 
     With HALF (fp16 inputs) the operands S and vn are scaled by column, so that no value overflows.
+    With SLABS it takes the chunks of one slab, and S comes from and goes to S_ptr where the
+    sequence does not begin or end in it.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     p = tl.program_id(0).to(tl.int64)
@@ -417,6 +494,12 @@ def chunk_scan_kernel(
     h = (p // blocks) % HV
     v = (p % blocks).to(tl.int32) * BV + tl.arange(0, BV)
     b, start, end, row = _sequence(cu_ptr, n, T, N, VARLEN)
+    lo = 0
+    hi = tl.cdiv(end - start, 64).to(tl.int32)
+    if SLABS:
+        row, lo, hi, begins, ends = _slab_chunks(row, hi, first_row, rows)
+        if hi < lo:
+            return
     page, live = _page(indices_ptr, n, slots, PAGED)
     if live == 0:
         _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
@@ -429,11 +512,19 @@ def chunk_scan_kernel(
         read = in_state
         if HAS_INITIAL:
             read = in_state & (tl.load(has_initial_ptr + n) != 0)
+        if SLABS:
+            read = read & begins
         at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
         S = tl.load(final_ptr + at, mask=read, other=0.0).to(tl.float32)
     elif INITIAL:
         at = n * initial_n + h * initial_h + d[:, None] * initial_k + v[None, :] * initial_v
-        S = tl.load(initial_ptr + at, mask=in_state, other=0.0).to(tl.float32)
+        read = in_state
+        if SLABS:
+            read = read & begins
+        S = tl.load(initial_ptr + at, mask=read, other=0.0).to(tl.float32)
+    if SLABS:
+        carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
+        S += tl.load(carried, mask=(v < V)[None, :] & (begins == 0), other=0.0)
 
     step = tl.full((), HV, tl.int64)
     work = row * HV + h
@@ -441,16 +532,18 @@ def chunk_scan_kernel(
     w_at = w_ptr + work * (64 * KP) + tile
     kg_at = kg_ptr + work * (64 * KP) + tile
     qg_at = qg_ptr + work * (64 * KP) + tile
-    u_at = u_ptr + work * (64 * V) + r[:, None] * V + v[None, :]
+    if u_ptr is not None:
+        u_at = u_ptr + work * (64 * V) + r[:, None] * V + v[None, :]
     A_at = A_ptr + work * 4096 + r[:, None] * 64 + r[None, :]
     decay_at = decay_ptr + work * KP + d
     o_at = o_ptr + ((b * T + start + r)[:, None] * HV + h) * V + v[None, :]
     in_v = (v < V)[None, :]
     length = (end - start).to(tl.int32)
-    for c in tl.range(0, tl.cdiv(length, 64), num_stages=STAGES):
+    for c in tl.range(lo, hi, num_stages=STAGES):
+        ok = (r < length - c * 64)[:, None] & in_v
         w = tl.load(w_at + c * step * (64 * KP))
-        if V % BV == 0:
-            u = tl.load(u_at + c * step * (64 * V))
+        if u_ptr is None:
+            u = tl.load(o_at + c * step * (64 * V), mask=ok, other=0.0)
         else:
             u = tl.load(u_at + c * step * (64 * V), mask=in_v, other=0.0)
         kg = tl.load(kg_at + c * step * (64 * KP))
@@ -468,11 +561,15 @@ def chunk_scan_kernel(
             o = tl.dot(qg, Sh)
             S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
             o = tl.dot(A, vn, o)
-        ok = (r < length - c * 64)[:, None] & in_v
         tl.store(o_at + c * step * (64 * V), o.to(o_ptr.dtype.element_ty), mask=ok)
     if FINAL:
         at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
-        tl.store(final_ptr + at, S.to(final_ptr.dtype.element_ty), mask=in_state)
+        written = in_state
+        if SLABS:
+            written = written & ends
+        tl.store(final_ptr + at, S.to(final_ptr.dtype.element_ty), mask=written)
+    if SLABS:
+        tl.store(carried, S, mask=(v < V)[None, :] & (ends == 0))
 
 
 @triton.jit
@@ -492,6 +589,8 @@ def chunk_scan_fp32_kernel(
     cu_ptr,
     T,
     N,
+    first_row,
+    rows,
     slots,
     initial_n,
     initial_h,
@@ -508,6 +607,7 @@ def chunk_scan_fp32_kernel(
     BV: tl.constexpr,
     BLOCK: tl.constexpr,
     VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
     INITIAL: tl.constexpr,
     FINAL: tl.constexpr,
     PAGED: tl.constexpr,
@@ -528,6 +628,12 @@ def chunk_scan_fp32_kernel(
     h = (p // blocks) % HV
     v = (p % blocks).to(tl.int32) * BV + tl.arange(0, BV)
     b, start, end, row = _sequence(cu_ptr, n, T, N, VARLEN)
+    lo = 0
+    hi = tl.cdiv(end - start, 64).to(tl.int32)
+    if SLABS:
+        row, lo, hi, begins, ends = _slab_chunks(row, hi, first_row, rows)
+        if hi < lo:
+            return
     page, live = _page(indices_ptr, n, slots, PAGED)
     if live == 0:
         _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
@@ -539,19 +645,22 @@ def chunk_scan_fp32_kernel(
     read = in_v
     if HAS_INITIAL:
         read = in_v & (tl.load(has_initial_ptr + n) != 0)
-    for k0 in range(0, KP, BLOCK):
-        rows = (k0 + d)[:, None]
+    fresh = KP
+    if SLABS:
+        fresh = tl.where(begins, KP, 0)
+    for k0 in range(0, fresh, BLOCK):
+        keys = (k0 + d)[:, None]
         S = tl.zeros((BLOCK, BV), tl.float32)
         if PAGED:
-            at = page * final_n + h * final_h + rows * final_k + v[None, :] * final_v
-            S = tl.load(final_ptr + at, mask=read & (rows < K), other=0.0).to(tl.float32)
+            at = page * final_n + h * final_h + keys * final_k + v[None, :] * final_v
+            S = tl.load(final_ptr + at, mask=read & (keys < K), other=0.0).to(tl.float32)
         elif INITIAL:
-            at = n * initial_n + h * initial_h + rows * initial_k + v[None, :] * initial_v
-            S = tl.load(initial_ptr + at, mask=in_v & (rows < K), other=0.0).to(tl.float32)
+            at = n * initial_n + h * initial_h + keys * initial_k + v[None, :] * initial_v
+            S = tl.load(initial_ptr + at, mask=in_v & (keys < K), other=0.0).to(tl.float32)
         tl.store(S_at + k0 * V, S, mask=in_v)
     tl.debug_barrier()
 
-    for c in range(0, tl.cdiv(end - start, 64)):
+    for c in range(lo, hi):
         work = (row + c) * HV + h
         tile = work * (64 * KP) + r[:, None] * KP + d[None, :]
         u_at = u_ptr + work * (64 * V) + v[None, :]
@@ -587,11 +696,14 @@ def chunk_scan_fp32_kernel(
         tl.debug_barrier()
     if FINAL:
         final_at = final_ptr + page * final_n + h * final_h + v[None, :] * final_v
-        for k0 in range(0, KP, BLOCK):
-            rows = (k0 + d)[:, None]
+        done = KP
+        if SLABS:
+            done = tl.where(ends, KP, 0)
+        for k0 in range(0, done, BLOCK):
+            keys = (k0 + d)[:, None]
             S = tl.load(S_at + k0 * V, mask=in_v, other=0.0)
             tl.store(
-                final_at + rows * final_k, S.to(final_ptr.dtype.element_ty), mask=in_v & (rows < K)
+                final_at + keys * final_k, S.to(final_ptr.dtype.element_ty), mask=in_v & (keys < K)
             )
 
 
@@ -605,6 +717,7 @@ class Batch(NamedTuple):
         programs: Of `prepare`.
         cu_seqlens: As given.
         chunks: As given.
+        slab: First row and number of rows of the workspace's slab; None if it holds all.
     """
 
     T: int
@@ -613,6 +726,7 @@ class Batch(NamedTuple):
     programs: int
     cu_seqlens: Tensor | None
     chunks: Tensor | None
+    slab: tuple[int, int] | None = None
 
     @staticmethod
     def of(q: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None) -> "Batch":
@@ -626,36 +740,63 @@ class Batch(NamedTuple):
             T, cu_seqlens.shape[0] - 1, NC, NC + 1, cu_seqlens.contiguous(), chunks.contiguous()
         )
 
+    def slabs(self, q: Tensor, v: Tensor) -> list["Batch"]:
+        """This batch in parts whose workspace is not too large."""
+        rows = workspace_rows(q.shape[0] * self.T, self.N)
+        count = workspace_slabs(rows, v.shape[2], q.shape[3], v.shape[3], q.dtype)
+        if count == 1:
+            return [self]
+        size = (rows + count - 1) // count
+        # see `slab_rows`; one more program for the padding that counts from behind the last row
+        part = self._replace(programs=size + self.N + 1)
+        return [part._replace(slab=(i * size, size)) for i in range(count)]
+
+    @property
+    def tables(self) -> tuple[Any, ...]:
+        """What every `prepare` takes of it, in order."""
+        return self.cu_seqlens, self.chunks, self.T, self.N, self.NC, *(self.slab or (0, 0))
+
 
 class Workspace(NamedTuple):
-    """What `prepare` writes and `scan` reads, in the order of their arguments."""
+    """What `prepare` writes and `scan` reads, in the order of their arguments, and the states that
+    `scan` keeps in memory.
+
+    `u` is None where the output is its place, `S` where states stay in registers.
+    """
 
     w: Tensor
-    u: Tensor
+    u: Tensor | None
     kg: Tensor
     qg: Tensor
     A: Tensor
     decay: Tensor
+    S: Tensor | None
+
+    @property
+    def tiles(self) -> tuple[Tensor | None, ...]:
+        """What `prepare` takes of it."""
+        return self[:6]
 
 
 def make_workspace(q: Tensor, v: Tensor, batch: Batch) -> Workspace:
-    B, T = q.shape[:2]
+    """For a batch, or for any slab of one."""
+    rows = workspace_rows(q.shape[0] * batch.T, batch.N) if batch.slab is None else batch.slab[1]
     HV, V = v.shape[2:]
-    KP = max(32 if q.dtype == torch.float32 else 16, triton.next_power_of_2(q.shape[3]))
-    rows = B * T // CHUNK + batch.N
 
-    def make(*shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
-        return torch.empty((rows, HV, *shape), dtype=dtype, device=q.device)
+    def make(first: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty((first, HV, *shape), dtype=dtype, device=q.device)
 
-    return Workspace(
-        w=make(CHUNK, KP),
-        # sums of 64 values do not always fit fp16
-        u=make(CHUNK, V, dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32),
-        kg=make(CHUNK, KP),
-        qg=make(CHUNK, KP),
-        A=make(CHUNK, CHUNK),
-        decay=make(KP, dtype=torch.float32),
-    )
+    row = workspace_row(q.shape[3], V, q.dtype)
+    tiles = {name: make(rows, *tile) for name, tile in row.items()}
+    S = None
+    if batch.slab is not None or q.dtype == torch.float32:
+        S = make(at_least_one(batch.N), (row["w"][0][1], V), torch.float32)
+    return Workspace(u=tiles.pop("u", None), S=S, **tiles)
+
+
+def at_least_one(sequences: Any) -> Any:
+    """No GPU launches an empty grid."""
+    return torch.sym_max(sequences, 1)
 
 
 def dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -728,12 +869,8 @@ def launch_general_prepare(
         G,
         beta,
         o,
-        *workspace,
-        batch.cu_seqlens,
-        batch.chunks,
-        batch.T,
-        batch.N,
-        batch.NC,
+        *workspace.tiles,
+        *batch.tables,
         *(stride for x in (q, k, v, G, beta) for stride in x.stride()[:3]),
         SCALE=scale,
         H=H,
@@ -741,6 +878,7 @@ def launch_general_prepare(
         K=K,
         V=V,
         VARLEN=batch.cu_seqlens is not None,
+        SLABS=batch.slab is not None,
         KP=workspace.w.shape[3],
         VP=triton.next_power_of_2(V),
         BLOCK=16,
@@ -775,27 +913,30 @@ def launch_scan(
         "V": V,
         "KP": KP,
         "VARLEN": batch.cu_seqlens is not None,
+        "SLABS": batch.slab is not None,
         "INITIAL": initial is not None,
         "FINAL": final is not None,
         "PAGED": indices is not None,
         "HAS_INITIAL": has_initial is not None,
     }
     slots = 0 if final is None else final.shape[0]
-    states = (initial, final, indices, has_initial, batch.cu_seqlens, batch.T, batch.N, slots)
+    slab = batch.slab or (0, 0)
+    sequences = (batch.cu_seqlens, batch.T, batch.N, *slab)
+    states = (initial, final, indices, has_initial, *sequences, slots)
     strides = [
         stride for x in (initial, final) for stride in ((0,) * 4 if x is None else x.stride())
     ]
-    sequences = torch.sym_max(batch.N, 1)  # no GPU launches an empty grid
+    pairs = HV * at_least_one(batch.N)
     if o.dtype == torch.float32:
         chosen = choose("chunk_scan_fp32", o.device)
-        S = torch.empty((sequences, HV, KP, V), dtype=torch.float32, device=o.device)
-        traceable(chunk_scan_fp32_kernel)[(triton.cdiv(V, chosen["BV"]) * HV * sequences,)](
-            *workspace, S, o, *states, *strides, **sizes, **chosen
+        traceable(chunk_scan_fp32_kernel)[(triton.cdiv(V, chosen["BV"]) * pairs,)](
+            *workspace, o, *states, *strides, **sizes, **chosen
         )
     else:
         chosen = scan_values(K, V, batch.N * HV, o)
-        depth = stages(KP, chosen["BV"], workspace.u.element_size(), o.device)
-        traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * HV * sequences,)](
+        u = o if workspace.u is None else workspace.u
+        depth = stages(KP, chosen["BV"], u.element_size(), o.device)
+        traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * pairs,)](
             *workspace,
             o,
             *states,

@@ -1,0 +1,176 @@
+"""The memory that chunked KDA takes for its tiles: what it says is what it takes, it is bounded,
+and working it off in slabs changes no bit of a result.
+"""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import kda_ops
+from kda_ops import chunks
+from kda_ops._cases import Case
+from kda_ops.chunk_kda.cases import chunk_kda_inputs, with_pages, with_states
+from kda_ops.chunks import WORKSPACE_BYTES, chunk_table, workspace_bytes
+from tests import test_cubin
+from tests.fake_cuda import cuda_code, summary
+from tests.operators import RunKernels, cases, public_function, run_kernels
+from tests.oracle import copy_inputs, evaluate, poisoned
+
+CPU = torch.device("cpu")
+OPERATORS = ("chunk_kda", "chunk_kda_gated")
+CASES = [
+    pytest.param(name, case, id=f"{name}-{case.name}")
+    for name in OPERATORS
+    for case in cases(name, kernels=True)
+]
+BF16 = torch.bfloat16
+
+
+def in_slabs_of(rows: int) -> Any:
+    """Workspaces of so many rows."""
+
+    def slabs(found: Any, *sizes: Any) -> int:
+        return max(-(-int(found) // rows), 1)
+
+    module = importlib.import_module("kda_ops.device.chunk.kernel")
+    return mock.patch.object(module, "workspace_slabs", slabs)
+
+
+def assert_slabs_change_nothing(function: Any, name: str, case: Case, device: str) -> None:
+    torch.manual_seed(0)
+    inputs = case.make(torch.device(device))
+    whole = evaluate(function, copy_inputs(inputs), case.mutated)
+    with in_slabs_of(2), poisoned():
+        parts = evaluate(function, copy_inputs(inputs), case.mutated)
+    for part, expected in zip(parts, whole, strict=True):
+        assert torch.equal(part.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_slabs_change_nothing(name: str, case: Case) -> None:
+    assert_slabs_change_nothing(run_kernels(public_function(name)), name, case, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_slabs_change_nothing_on_the_gpu(name: str, case: Case) -> None:
+    assert_slabs_change_nothing(public_function(name), name, case, "cuda")
+
+
+@contextlib.contextmanager
+def recording(name: str, traceable: Any) -> Iterator[None]:
+    """An operator's launches go to `traceable`."""
+    with contextlib.ExitStack() as patches:
+        for module in (f"kda_ops.{name}.kernel", "kda_ops.device.chunk.kernel"):
+            importlib.import_module(module)
+            patches.enter_context(mock.patch.object(sys.modules[module], "traceable", traceable))
+        yield
+
+
+def launched(sizes: dict[str, Any], limit: int) -> tuple[int, int]:
+    """Bytes that `chunk_kda` allocates beside its results, and kernels that it launches."""
+    kernels, allocated = [], []
+    empty, recorder = torch.empty, test_cubin.Recorder()
+
+    def traceable(kernel: Any) -> Any:
+        kernels.append(kernel)
+        return recorder(kernel)
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        allocated.append(empty(*args, **kwargs))
+        return allocated[-1]
+
+    inputs = with_states(chunk_kda_inputs(CPU, **sizes))
+    with (
+        recording("chunk_kda", traceable),
+        mock.patch.object(torch, "empty", counted),
+        mock.patch.object(chunks, "WORKSPACE_BYTES", limit),
+        torch.no_grad(),
+        RunKernels(),
+    ):
+        results = kda_ops.chunk_kda(**inputs)
+    return sum(x.nbytes for x in allocated) - sum(x.nbytes for x in results), len(kernels)
+
+
+@pytest.mark.parametrize("limit", [WORKSPACE_BYTES, 300_000], ids=["whole", "slabs"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"T": 1000, "H": 4},
+        {"B": 3, "T": 200, "H": 2, "HV": 4, "K": 64},
+        {"T": 700, "dtype": torch.float16},
+        {"T": 700, "K": 48, "V": 80},
+        {"T": 500, "K": 24, "V": 16, "dtype": torch.float32},
+        {"T": 900, "cu_seqlens": [0, 100, 100, 850]},
+    ],
+    ids=str,
+)
+def test_it_takes_what_it_says(sizes: dict[str, Any], limit: int) -> None:
+    sizes = {"B": 1, "H": 1, "K": 128, "V": 128, "dtype": BF16, **sizes}
+    sequences = len(sizes["cu_seqlens"]) - 1 if "cu_seqlens" in sizes else sizes["B"]
+    with mock.patch.object(chunks, "WORKSPACE_BYTES", limit):
+        said = workspace_bytes(
+            sizes["B"] * sizes["T"],
+            sizes.get("HV", sizes["H"]),
+            sizes["K"],
+            sizes["V"],
+            sequences=sequences,
+            dtype=sizes["dtype"],
+        )
+    taken, launches = launched(sizes, limit)
+    assert taken == said
+    assert launches == 2 if limit == WORKSPACE_BYTES else launches > 2
+
+
+def test_kimi_linear_at_8192_tokens_is_one_slab() -> None:
+    assert workspace_bytes(8192, 32, 128, 128) == 129 * 32 * 57_856 <= WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "heads"), [(8192, 96), (32768, 32), (1 << 20, 64)])
+def test_long_inputs_stay_below_the_limit(tokens: int, heads: int, dtype: torch.dtype) -> None:
+    states = 4 * heads * 128 * 128
+    assert workspace_bytes(tokens, heads, 128, 128, dtype=dtype) <= WORKSPACE_BYTES + states
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("pages", [False, True], ids=["fixed", "ragged"])
+def test_compiled_a_slab_is_two_launches(pages: bool, dynamic: bool) -> None:
+    """Also where the number of tokens is a symbol: as many slabs as the first call needs."""
+    sizes = {"K": 64, "V": 64, "cu_seqlens": [0, 70, 160] if pages else None}
+    inputs = chunk_kda_inputs(CPU, T=300, **sizes)
+    if pages:
+        inputs = with_pages(inputs, [1, 2], [0])
+        inputs["chunks"] = chunk_table(inputs["cu_seqlens"], 300)
+    else:
+        inputs = with_states(inputs)
+    row = workspace_bytes(0, 1, 64, 64)
+    with mock.patch.object(chunks, "WORKSPACE_BYTES", 2 * row):
+        _, (code,) = cuda_code(
+            lambda **x: kda_ops.chunk_kda(**x)[0], **copy_inputs(inputs), dynamic=dynamic
+        )
+    slabs = 3
+    assert summary(code).launches == ["chunk_prepare_kernel", "chunk_scan_kernel"] * slabs
+    assert not summary(code).externs
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_slabs_compile(name: str, tmp_path: Path) -> None:
+    """For one GPU: they differ from a whole workspace in masks alone."""
+    recorder = test_cubin.Recorder()
+    case = cases(name, perf=True)[0]
+    with recording(name, recorder), in_slabs_of(64), torch.no_grad(), RunKernels():
+        public_function(name)(**case.make(CPU))
+    assert len(recorder.launches) >= 2
+    for launch in recorder.launches.values():
+        assert launch.constants["SLABS"]
+        test_cubin.assert_fits(launch, "sm_90a", tmp_path)
