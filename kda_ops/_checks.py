@@ -61,6 +61,17 @@ def check_device(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be on {first[1].device} like {first[0]}, got {x.device}")
 
 
+def check_head_dim(name: str, size: int) -> None:
+    """`size`, a head's width, is one that the kernels take."""
+    if not 1 <= size <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} must be in [1, {MAX_HEAD_DIM}], got {size}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    if not value >= 0:  # NaN too
+        raise ValueError(f"{name} must not be negative, got {value}")
+
+
 def check_lower_bound(lower_bound: float | None) -> None:
     if lower_bound is not None and not -5.0 <= lower_bound < 0.0:
         raise ValueError(f"lower_bound must be None or in [-5, 0), got {lower_bound}")
@@ -108,8 +119,12 @@ def check_varlen(
     if x.shape[0] != 1:
         raise ValueError(f"{name} must have batch size 1 with cu_seqlens, got {x.shape[0]}")
     if chunks is not None:
-        check_dtype("chunks", chunks, (torch.int32,))
-        check_shape("chunks", chunks, (x.shape[1] // chunk_size + cu_seqlens.shape[0] - 1, 2))
+        check_chunks_shape(chunks, cu_seqlens.shape[0] - 1, x.shape[1], chunk_size)
+
+
+def check_chunks_shape(chunks: Tensor, sequences: int, total_tokens: int, chunk_size: int) -> None:
+    check_dtype("chunks", chunks, (torch.int32,))
+    check_shape("chunks", chunks, (total_tokens // chunk_size + sequences, 2))
 
 
 def check_cu_seqlens_shape(cu_seqlens: Tensor) -> None:
@@ -140,16 +155,23 @@ def check_varlen_values(
         return
     check_cu_seqlens_values(cu_seqlens, x.shape[1])
     if chunks is not None:
-        from kda_ops.chunks import chunk_table
+        check_chunk_values(chunks, cu_seqlens, x.shape[1], chunk_size)
 
-        expected = chunk_table(cu_seqlens, x.shape[1], chunk_size)
-        wrong = (expected != chunks).any(dim=1).nonzero()
-        if len(wrong):
-            row = int(wrong[0])
-            raise ValueError(
-                f"chunks must be the chunk table of cu_seqlens, expected row {row} to be "
-                f"{expected[row].tolist()}, got {chunks[row].tolist()}"
-            )
+
+def check_chunk_values(
+    chunks: Tensor, cu_seqlens: Tensor, total_tokens: int, chunk_size: int
+) -> None:
+    """`chunks` is the chunk table of right `cu_seqlens`."""
+    from kda_ops.chunks import chunk_table
+
+    expected = chunk_table(cu_seqlens, total_tokens, chunk_size)
+    wrong = (expected != chunks).any(dim=1).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"chunks must be the chunk table of cu_seqlens, expected row {row} to be "
+            f"{expected[row].tolist()}, got {chunks[row].tolist()}"
+        )
 
 
 def check_slot_values(name: str, slots: Tensor, num_slots: int) -> None:

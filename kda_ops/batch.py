@@ -9,6 +9,8 @@ from torch import Tensor
 from kda_ops import config
 from kda_ops._checks import (
     INTEGERS,
+    check_chunk_values,
+    check_chunks_shape,
     check_cu_seqlens_shape,
     check_cu_seqlens_values,
     check_device,
@@ -17,6 +19,7 @@ from kda_ops._checks import (
     check_slot_values,
 )
 from kda_ops.chunks import chunk_table
+from kda_ops.formulas import CHUNK
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,7 +49,8 @@ class KDABatch:
         has_initial_state: `[N]`, bool, whether a prefill continues from its slot instead of
             starting from zeros. Decodes always continue.
         num_accepted: `[num_decodes]`, int32 or int64, or None: how many tokens of the decode's last
-            step were kept, from 1. None where nothing is speculative.
+            step were kept, from 1. None where nothing is speculative; else `slots` has the second
+            form.
         num_decodes: Decode sequences.
         num_decode_tokens: Rows of the decodes.
         num_prefills: Prefill sequences.
@@ -79,8 +83,8 @@ class KDABatch:
     num_prefill_rows: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._check()
         object.__setattr__(self, "num_prefill_rows", self.num_tokens - self.num_decode_tokens)
+        self._check()
         if config.check_values or self.cu_seqlens.device.type == "cpu":
             self._check_values()
         if self.num_prefills == 0:
@@ -212,6 +216,16 @@ class KDABatch:
         if self.num_accepted is not None:
             check_dtype("num_accepted", self.num_accepted, INTEGERS)
             check_shape("num_accepted", self.num_accepted, (self.num_decodes,))
+            if self.slots.dim() == 1:
+                raise ValueError(
+                    "num_accepted must come with slots of shape [N, 1 + num_spec], "
+                    f"got {tuple(self.slots.shape)}"
+                )
+        if self.prefill_cu_seqlens is not None:
+            check_dtype("prefill_cu_seqlens", self.prefill_cu_seqlens, INTEGERS)
+            check_shape("prefill_cu_seqlens", self.prefill_cu_seqlens, (self.num_prefills + 1,))
+        if self.chunks is not None:
+            check_chunks_shape(self.chunks, self.num_prefills, self.num_prefill_rows, CHUNK)
 
     def _check_values(self) -> None:
         rows = self.num_decode_tokens + self.num_prefill_tokens
@@ -222,6 +236,15 @@ class KDABatch:
                 f"cu_seqlens must start the prefills at num_decode_tokens = "
                 f"{self.num_decode_tokens}, got {start}"
             )
+        offsets = self.cu_seqlens[self.num_decodes :] - self.num_decode_tokens
+        if self.num_prefills and self.prefill_cu_seqlens is not None:
+            if self.prefill_cu_seqlens.tolist() != offsets.tolist():
+                raise ValueError(
+                    "prefill_cu_seqlens must be the prefills' part of cu_seqlens, "
+                    f"{offsets.tolist()}, got {self.prefill_cu_seqlens.tolist()}"
+                )
+        if self.num_prefills and self.chunks is not None:
+            check_chunk_values(self.chunks, offsets, self.num_prefill_rows, CHUNK)
         table = self.slots.reshape(len(self.slots), -1)
         owners: dict[int, int] = {}
         for n, slots in enumerate(table.tolist()):

@@ -9,10 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kda_ops._checks import (
+    STATES,
     check_cu_seqlens_shape,
     check_device,
+    check_dtype,
+    check_head_dim,
     check_kernel_dtype,
     check_lower_bound,
+    check_not_negative,
     check_rank,
     check_shape,
 )
@@ -129,6 +133,9 @@ class KimiDeltaAttention(nn.Module):
                 f"expand_v must make head_dim * expand_v = {head_dim} * expand_v an integer, "
                 f"got {expand_v}"
             )
+        check_head_dim("head_dim", head_dim)
+        check_head_dim("head_dim * expand_v", head_v_dim)
+        check_not_negative("norm_eps", norm_eps)
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if conv_size < 2:
@@ -551,6 +558,8 @@ class KimiDeltaAttention(nn.Module):
             raise ValueError("cu_seqlens must be None with batch, which has its own")
         check_shape("hidden_states", hidden_states, (1, batch.num_tokens, self.hidden_size))
         conv, recurrent = state
+        check_rank("recurrent", recurrent, 4)
+        check_dtype("recurrent", recurrent, STATES)
         check_shape(
             "recurrent",
             recurrent,

@@ -210,7 +210,7 @@ def chunk_kda_gated(
     check_device(q=q, k=k, v=v, x=x, beta=beta)
     if beta_scale not in (1.0, 2.0):
         raise ValueError(f"beta_scale must be 1 or 2, got {beta_scale}")
-    if qk_norm_eps is not None and qk_norm_eps < 0:
+    if qk_norm_eps is not None and not qk_norm_eps >= 0:  # NaN too
         raise ValueError(f"qk_norm_eps must be None or not negative, got {qk_norm_eps}")
     check_varlen("q", q, cu_seqlens, chunks, CHUNK)
     check_chunk_states(

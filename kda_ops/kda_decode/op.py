@@ -14,6 +14,7 @@ from kda_ops._checks import (
     check_device,
     check_dtype,
     check_gate_parameters,
+    check_not_negative,
     check_rank,
     check_shape,
     check_slot_values,
@@ -256,8 +257,7 @@ def kda_decode(
     for name, tensor in (("beta", beta), ("z", z), ("norm_weight", norm_weight)):
         check_dtype(name, tensor)
     for name, eps in (("norm_eps", norm_eps), ("qk_norm_eps", qk_norm_eps)):
-        if eps < 0:
-            raise ValueError(f"{name} must not be negative, got {eps}")
+        check_not_negative(name, eps)
     check_rank("state", state, 4)
     check_shape("state", state, (state.shape[0], HV, V, K))
     check_dtype("state", state, STATE_DTYPES)

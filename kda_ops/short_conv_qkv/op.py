@@ -240,7 +240,7 @@ def short_conv_qkv(
         raise ValueError(f"head_dim must be in [1, {MOST_HEAD_DIM}], got {head_dim}")
     if key_dim < 1 or key_dim % head_dim:
         raise ValueError(f"key_dim must be a multiple of head_dim = {head_dim}, got {key_dim}")
-    if norm_eps <= 0:
+    if not norm_eps > 0:  # NaN too
         raise ValueError(f"norm_eps must be positive, got {norm_eps}")
     if len(parts) == 3:
         for (x_part, *_), width in zip(parts, (key_dim, key_dim, None), strict=True):
