@@ -20,20 +20,39 @@ MAX_HEAD_DIM = 256
 STATES = (torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_tensor(name: str, x: Any) -> None:
+    """`x` is a tensor; every check of a shape, dtype or device begins with it."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    if not hasattr(type(value), "__index__"):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> None:
+    if not hasattr(type(value), "__float__"):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
 def check_shape(name: str, x: Tensor, *allowed: Sequence[int]) -> None:
     """`x.shape` is one of `allowed`."""
+    check_tensor(name, x)
     if not any(tuple(x.shape) == tuple(shape) for shape in allowed):
         expected = " or ".join(str(list(shape)) for shape in allowed)
         raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
 
 
 def check_rank(name: str, x: Tensor, *ranks: int) -> None:
+    check_tensor(name, x)
     if x.dim() not in ranks:
         expected = " or ".join(str(r) for r in ranks)
         raise ValueError(f"{name} must have {expected} dimensions, got shape {tuple(x.shape)}")
 
 
 def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype] = FLOATS) -> None:
+    check_tensor(name, x)
     if x.dtype not in allowed:
         expected = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise ValueError(
@@ -55,14 +74,31 @@ def check_device(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is None:
             continue
+        check_tensor(name, x)
         if first is None:
             first = (name, x)
         elif x.device != first[1].device:
             raise ValueError(f"{name} must be on {first[1].device} like {first[0]}, got {x.device}")
 
 
+def check_head_dim(name: str, size: int) -> None:
+    """`size`, a head's width, is one that the kernels take."""
+    check_integer(name, size)
+    if not 1 <= size <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} must be in [1, {MAX_HEAD_DIM}], got {size}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    check_number(name, value)
+    if not value >= 0:  # NaN too
+        raise ValueError(f"{name} must not be negative, got {value}")
+
+
 def check_lower_bound(lower_bound: float | None) -> None:
-    if lower_bound is not None and not -5.0 <= lower_bound < 0.0:
+    if lower_bound is None:
+        return
+    check_number("lower_bound", lower_bound)
+    if not -5.0 <= lower_bound < 0.0:
         raise ValueError(f"lower_bound must be None or in [-5, 0), got {lower_bound}")
 
 
@@ -91,6 +127,7 @@ def check_gate_parameters(
 
 
 def check_chunk_size(chunk_size: int) -> None:
+    check_integer("chunk_size", chunk_size)
     if chunk_size not in (16, 32, 64, 128, 256):
         raise ValueError(f"chunk_size must be a power of two from 16 to 256, got {chunk_size}")
 
@@ -108,8 +145,12 @@ def check_varlen(
     if x.shape[0] != 1:
         raise ValueError(f"{name} must have batch size 1 with cu_seqlens, got {x.shape[0]}")
     if chunks is not None:
-        check_dtype("chunks", chunks, (torch.int32,))
-        check_shape("chunks", chunks, (x.shape[1] // chunk_size + cu_seqlens.shape[0] - 1, 2))
+        check_chunks_shape(chunks, cu_seqlens.shape[0] - 1, x.shape[1], chunk_size)
+
+
+def check_chunks_shape(chunks: Tensor, sequences: int, total_tokens: int, chunk_size: int) -> None:
+    check_dtype("chunks", chunks, (torch.int32,))
+    check_shape("chunks", chunks, (total_tokens // chunk_size + sequences, 2))
 
 
 def check_cu_seqlens_shape(cu_seqlens: Tensor) -> None:
@@ -140,16 +181,23 @@ def check_varlen_values(
         return
     check_cu_seqlens_values(cu_seqlens, x.shape[1])
     if chunks is not None:
-        from kda_ops.chunks import chunk_table
+        check_chunk_values(chunks, cu_seqlens, x.shape[1], chunk_size)
 
-        expected = chunk_table(cu_seqlens, x.shape[1], chunk_size)
-        wrong = (expected != chunks).any(dim=1).nonzero()
-        if len(wrong):
-            row = int(wrong[0])
-            raise ValueError(
-                f"chunks must be the chunk table of cu_seqlens, expected row {row} to be "
-                f"{expected[row].tolist()}, got {chunks[row].tolist()}"
-            )
+
+def check_chunk_values(
+    chunks: Tensor, cu_seqlens: Tensor, total_tokens: int, chunk_size: int
+) -> None:
+    """`chunks` is the chunk table of right `cu_seqlens`."""
+    from kda_ops.chunks import chunk_table
+
+    expected = chunk_table(cu_seqlens, total_tokens, chunk_size)
+    wrong = (expected != chunks).any(dim=1).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"chunks must be the chunk table of cu_seqlens, expected row {row} to be "
+            f"{expected[row].tolist()}, got {chunks[row].tolist()}"
+        )
 
 
 def check_slot_values(name: str, slots: Tensor, num_slots: int) -> None:
@@ -316,7 +364,7 @@ def state_channels(x: Any, conv_state: Any) -> tuple[Tensor | None, int]:
     """
     if isinstance(x, (tuple, list)) and isinstance(conv_state, (tuple, list)):
         x, conv_state = x[0], conv_state[0]
-    known = isinstance(x, Tensor) and isinstance(conv_state, Tensor)
+    known = isinstance(x, Tensor) and isinstance(conv_state, Tensor) and x.dim() > 0
     return (conv_state, x.shape[-1]) if known else (None, 0)
 
 
@@ -341,11 +389,15 @@ def conv_parts(
                 f"got {type(value).__name__}"
             )
         elif not all(isinstance(part, Tensor) for part in value):
-            raise ValueError(f"{name} must be three tensors, got one that is None")
+            kinds = ", ".join(type(part).__name__ for part in value)
+            raise ValueError(f"{name} must be three tensors, got {kinds}")
         else:
             for part in value[1:]:
                 check_rank(name, part, value[0].dim())
                 check_dtype(name, part, (value[0].dtype,))
+            check_device(**{f"{name} of {y}": part for y, part in zip("qkv", value, strict=True)})
+    check_rank("x", x[0], 2, 3)
+    check_rank("weight", weight[0], 2)
     for part in x[1:]:
         check_shape("x", part, (*x[0].shape[:-1], part.shape[-1]))
     for part in weight[1:]:

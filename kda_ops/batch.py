@@ -9,14 +9,18 @@ from torch import Tensor
 from kda_ops import config
 from kda_ops._checks import (
     INTEGERS,
+    check_chunk_values,
+    check_chunks_shape,
     check_cu_seqlens_shape,
     check_cu_seqlens_values,
     check_device,
     check_dtype,
+    check_integer,
     check_shape,
     check_slot_values,
 )
 from kda_ops.chunks import chunk_table
+from kda_ops.formulas import CHUNK
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,7 +50,8 @@ class KDABatch:
         has_initial_state: `[N]`, bool, whether a prefill continues from its slot instead of
             starting from zeros. Decodes always continue.
         num_accepted: `[num_decodes]`, int32 or int64, or None: how many tokens of the decode's last
-            step were kept, from 1. None where nothing is speculative.
+            step were kept, from 1. None where nothing is speculative; else `slots` has the second
+            form.
         num_decodes: Decode sequences.
         num_decode_tokens: Rows of the decodes.
         num_prefills: Prefill sequences.
@@ -79,8 +84,9 @@ class KDABatch:
     num_prefill_rows: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._check()
+        self._check_counts()
         object.__setattr__(self, "num_prefill_rows", self.num_tokens - self.num_decode_tokens)
+        self._check_tensors()
         if config.check_values or self.cu_seqlens.device.type == "cpu":
             self._check_values()
         if self.num_prefills == 0:
@@ -163,6 +169,7 @@ class KDABatch:
         lengths = [*decode_lengths, *prefill_lengths]
         offsets = [0]
         for n, length in enumerate(lengths):
+            check_integer("lengths", length)
             if length < 0:
                 raise ValueError(f"lengths must not be negative, got {length} for sequence {n}")
             offsets.append(offsets[-1] + length)
@@ -172,9 +179,11 @@ class KDABatch:
         check_shape("has_initial_state", continues, (len(prefill_lengths),))
         return cls(
             cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
-            slots=_integers(slots, device),
+            slots=_integers("slots", slots, device),
             has_initial_state=torch.cat([continues.new_ones(len(decode_lengths)), continues]),
-            num_accepted=None if num_accepted is None else _integers(num_accepted, device),
+            num_accepted=None
+            if num_accepted is None
+            else _integers("num_accepted", num_accepted, device),
             num_decodes=len(decode_lengths),
             num_decode_tokens=sum(decode_lengths),
             num_prefills=len(prefill_lengths),
@@ -182,16 +191,21 @@ class KDABatch:
             num_tokens=offsets[-1] if num_tokens is None else num_tokens,
         )
 
-    def _check(self) -> None:
-        for name in ("num_decodes", "num_decode_tokens", "num_prefills", "num_prefill_tokens"):
+    def _check_counts(self) -> None:
+        counts = ("num_decodes", "num_decode_tokens", "num_prefills", "num_prefill_tokens")
+        for name in (*counts, "num_tokens"):
+            check_integer(name, getattr(self, name))
+        for name in counts:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        N = self.num_decodes + self.num_prefills
-        if N == 0:
+        if self.num_decodes + self.num_prefills == 0:
             raise ValueError("num_decodes + num_prefills must be at least 1, got 0")
         rows = self.num_decode_tokens + self.num_prefill_tokens
         if self.num_tokens < rows:
             raise ValueError(f"num_tokens must be at least {rows}, got {self.num_tokens}")
+
+    def _check_tensors(self) -> None:
+        N = self.num_decodes + self.num_prefills
         check_device(
             cu_seqlens=self.cu_seqlens,
             slots=self.slots,
@@ -212,6 +226,16 @@ class KDABatch:
         if self.num_accepted is not None:
             check_dtype("num_accepted", self.num_accepted, INTEGERS)
             check_shape("num_accepted", self.num_accepted, (self.num_decodes,))
+            if self.slots.dim() == 1:
+                raise ValueError(
+                    "num_accepted must come with slots of shape [N, 1 + num_spec], "
+                    f"got {tuple(self.slots.shape)}"
+                )
+        if self.prefill_cu_seqlens is not None:
+            check_dtype("prefill_cu_seqlens", self.prefill_cu_seqlens, INTEGERS)
+            check_shape("prefill_cu_seqlens", self.prefill_cu_seqlens, (self.num_prefills + 1,))
+        if self.chunks is not None:
+            check_chunks_shape(self.chunks, self.num_prefills, self.num_prefill_rows, CHUNK)
 
     def _check_values(self) -> None:
         rows = self.num_decode_tokens + self.num_prefill_tokens
@@ -222,6 +246,15 @@ class KDABatch:
                 f"cu_seqlens must start the prefills at num_decode_tokens = "
                 f"{self.num_decode_tokens}, got {start}"
             )
+        offsets = self.cu_seqlens[self.num_decodes :] - self.num_decode_tokens
+        given = None if self.prefill_cu_seqlens is None else self.prefill_cu_seqlens.tolist()
+        if self.num_prefills and given not in (None, offsets.tolist()):
+            raise ValueError(
+                "prefill_cu_seqlens must be the prefills' part of cu_seqlens, "
+                f"{offsets.tolist()}, got {given}"
+            )
+        if self.num_prefills and self.chunks is not None:
+            check_chunk_values(self.chunks, offsets, self.num_prefill_rows, CHUNK)
         table = self.slots.reshape(len(self.slots), -1)
         owners: dict[int, int] = {}
         for n, slots in enumerate(table.tolist()):
@@ -255,7 +288,13 @@ class KDABatch:
         check_slot_values("slots", self.slots, num_slots)
 
 
-def _integers(values: Tensor | Sequence, device: torch.device | str) -> Tensor:
+def _integers(name: str, values: Tensor | Sequence, device: torch.device | str) -> Tensor:
     if isinstance(values, Tensor):
         return values.to(device)
-    return torch.tensor(values, dtype=torch.int32, device=device)
+    try:
+        found = torch.tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be lists of integers, got {values!r}") from error
+    if found.numel():  # an empty list has no dtype
+        check_dtype(name, found, INTEGERS)
+    return found.to(torch.int32)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kda_ops._checks import check_cu_seqlens_shape
+from kda_ops._checks import check_cu_seqlens_shape, check_integer
 from kda_ops.formulas import CHUNK
 
 EMPTY = -1
@@ -39,6 +39,8 @@ def chunk_table(cu_seqlens: Tensor, total_tokens: int, chunk_size: int = CHUNK) 
         ValueError: Wrong shape or dtype, a negative `total_tokens` or a `chunk_size` below 1.
     """
     check_cu_seqlens_shape(cu_seqlens)
+    check_integer("total_tokens", total_tokens)
+    check_integer("chunk_size", chunk_size)
     if total_tokens < 0:
         raise ValueError(f"total_tokens must not be negative, got {total_tokens}")
     if chunk_size < 1:

@@ -9,10 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kda_ops._checks import (
+    STATES,
     check_cu_seqlens_shape,
     check_device,
+    check_dtype,
+    check_head_dim,
+    check_integer,
     check_kernel_dtype,
     check_lower_bound,
+    check_not_negative,
+    check_number,
     check_rank,
     check_shape,
 )
@@ -117,18 +123,26 @@ class KimiDeltaAttention(nn.Module):
             ("head_dim", head_dim),
             ("num_heads", num_heads),
         ):
+            check_integer(name, value)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        check_integer("num_v_heads", num_v_heads)
+        check_number("expand_v", expand_v)
+        check_integer("conv_size", conv_size)
         if num_v_heads < 1 or num_v_heads % num_heads:
             raise ValueError(
                 f"num_v_heads must be a multiple of num_heads = {num_heads}, got {num_v_heads}"
             )
-        head_v_dim = round(head_dim * expand_v)
-        if head_v_dim < 1 or not math.isclose(head_dim * expand_v, head_v_dim, rel_tol=1e-5):
+        width = head_dim * float(expand_v)
+        head_v_dim = round(width) if math.isfinite(width) else 0
+        if head_v_dim < 1 or not math.isclose(width, head_v_dim, rel_tol=1e-5):
             raise ValueError(
                 f"expand_v must make head_dim * expand_v = {head_dim} * expand_v an integer, "
                 f"got {expand_v}"
             )
+        check_head_dim("head_dim", head_dim)
+        check_head_dim("head_dim * expand_v", head_v_dim)
+        check_not_negative("norm_eps", norm_eps)
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if conv_size < 2:
@@ -534,6 +548,8 @@ class KimiDeltaAttention(nn.Module):
         chunks: Tensor | None,
     ) -> None:
         check_rank("hidden_states", hidden_states, 3)
+        check_dtype("hidden_states", hidden_states)
+        check_device(A_log=self.A_log, hidden_states=hidden_states)
         B, T = hidden_states.shape[:2]
         check_shape("hidden_states", hidden_states, (B, T, self.hidden_size))
         if (state is None) != (batch is None):
@@ -547,10 +563,16 @@ class KimiDeltaAttention(nn.Module):
             raise ValueError("chunks must come with cu_seqlens, got chunks alone")
         if batch is None or state is None:
             return
+        if not isinstance(batch, KDABatch):
+            raise ValueError(f"batch must be a KDABatch, got {type(batch).__name__}")
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None with batch, which has its own")
         check_shape("hidden_states", hidden_states, (1, batch.num_tokens, self.hidden_size))
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
+            raise ValueError(f"state must be (conv, recurrent), got {type(state).__name__}")
         conv, recurrent = state
+        check_rank("recurrent", recurrent, 4)
+        check_dtype("recurrent", recurrent, STATES)
         check_shape(
             "recurrent",
             recurrent,

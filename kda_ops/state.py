@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kda_ops._checks import check_integer
 from kda_ops.config import AUTO, configured_layout
 
 CONV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -170,6 +171,7 @@ class KDAStateSpec:
         sizes = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "tp_size")
         for name in (*sizes, *minima):
             minimum = minima.get(name, 1)
+            check_integer(name, getattr(self, name))
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
         if self.num_v_heads % self.num_k_heads:
@@ -193,6 +195,7 @@ class KDAStateSpec:
         needed = self.offset("recurrent") + self.local_bytes("recurrent")
         if self.page_bytes is None:
             self._resolve("page_bytes", _align(needed, PAGE_ALIGNMENT))
+        check_integer("page_bytes", self.page_bytes)
         if self.page_bytes < needed:
             raise ValueError(f"page_bytes must be at least {needed}, got {self.page_bytes}")
         element = max(self.conv_dtype.itemsize, self.recurrent_dtype.itemsize)
@@ -359,10 +362,13 @@ class KDAStateSpec:
         Raises:
             ValueError: `num_slots` or `layers` below 1.
         """
+        check_integer("num_slots", num_slots)
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
-        if layers is not None and layers < 1:
-            raise ValueError(f"layers must be None or at least 1, got {layers}")
+        if layers is not None:
+            check_integer("layers", layers)
+            if layers < 1:
+                raise ValueError(f"layers must be None or at least 1, got {layers}")
         if self.layout == AUTO:
             decided = self.decide_layout(device, transfer=transfer)
             return decided.allocate(num_slots, layers=layers, device=device)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from kda_ops._cases import Case
 from tests.operators import NAMES, all_cases, cases, public_function, run_kernels
-from tests.oracle import assert_accurate, copy_inputs
+from tests.oracle import assert_accurate, copy_inputs, tensors
 
 MOVES_ONLY = {"conv_split", "state_copy"}  # elements of any dtype
 FP64_ERROR = r"\w+ must have dtype float16, bfloat16 or float32 on a GPU, got float64"
@@ -36,6 +36,45 @@ def compiled(name: str, *, dynamic: bool | None = None) -> Any:
 @every_case_with_kernels
 def test_kernel_in_the_interpreter(name: str, case: Case) -> None:
     assert_accurate(run_kernels(public_function(name)), public_function(name), case)
+
+
+def strided(x: Any) -> Any:
+    """A small tensor with gaps between its elements; all others as they are."""
+    if not isinstance(x, Tensor) or x.dim() > 2:
+        return x
+    wide = torch.stack([x, torch.ones_like(x)], dim=-1)
+    return wide[..., 0]
+
+
+def cases_of_small_arguments() -> Any:
+    """Of every operator the cases that bring an argument of at most two axes for the first time."""
+    chosen = []
+    for name in NAMES:
+        seen: set[str] = set()
+        for case in cases(name, kernels=True):
+            inputs = case.make(torch.device("cpu"))
+            small = {n for n, x in inputs.items() if isinstance(x, Tensor) and x.dim() <= 2}
+            if small - seen:
+                chosen.append(pytest.param(name, case, id=f"{name}-{case.name}"))
+            seen |= small
+    return pytest.mark.parametrize(("name", "case"), chosen)
+
+
+@pytest.mark.interpreter
+@cases_of_small_arguments()
+def test_kernels_read_small_arguments_at_their_strides(name: str, case: Case) -> None:
+    """Slots are a column of a block table, offsets a slice of a buffer, rates one expanded number:
+    a kernel that counts elements reads another tensor's.
+    """
+    inputs = case.make(torch.device("cpu"))
+    call = run_kernels(public_function(name))
+    dense, gaps = copy_inputs(inputs), {n: strided(x) for n, x in copy_inputs(inputs).items()}
+    results = [
+        [*tensors(call(**given)), *tensors([given[n] for n in case.mutated])]
+        for given in (dense, gaps)
+    ]
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
 @every_case

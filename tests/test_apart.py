@@ -59,7 +59,7 @@ ERRORS: list[tuple[str, Any, str]] = [
     ("x", lambda x: torch.cat(x, dim=-1), "x must be three tensors, of q, k and v"),
     ("weight", lambda x: x[:2], "weight must be three tensors, of q, k and v"),
     ("bias", lambda x: x[0], "bias must be three tensors, of q, k and v"),
-    ("bias", lambda x: second(x, None), "bias must be three tensors, got one that is None"),
+    ("bias", lambda x: second(x, None), "bias must be three tensors, got Tensor, NoneType, Tensor"),
     ("conv_state", lambda x: x[0], "conv_state must be three tensors"),
     ("x", lambda x: second(x, x[1].float()), "x must have dtype bfloat16, got float32"),
     ("weight", lambda x: second(x, x[1].half()), "weight must have dtype bfloat16, got float16"),

@@ -343,7 +343,7 @@ CU = torch.tensor([0, 30, 70])
         bad("dt_bias must have shape [4, 16] or [64], got (4,)", dt_bias=torch.zeros(4)),
         bad("lower_bound must be None or in [-5, 0), got 1.0", lower_bound=1.0),
         bad("beta_scale must be 1 or 2, got 3.0", beta_scale=3.0),
-        bad("qk_norm_eps must be None or not negative, got -1.0", qk_norm_eps=-1.0),
+        bad("qk_norm_eps must not be negative, got -1.0", qk_norm_eps=-1.0),
         bad("x must be on meta like q, got cpu", **{"q": None}),
         bad("cu_seqlens must have dtype int32, int64, got float32", cu_seqlens=torch.zeros(2)),
         bad("cu_seqlens must not decrease", cu_seqlens=torch.tensor([0, 50, 40])),

@@ -1,6 +1,7 @@
 """`KimiDeltaAttention`: its definition token by token, paged states, gradients, one graph."""
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -596,11 +597,17 @@ def test_layers_of_one_allocation_share_a_graph() -> None:
         ({"conv_layout": "XY"}, "layout must be one of SD, DS, auto, got 'XY'"),
         ({"forget_gate_rank": 0}, "forget_gate_rank must be a positive number, .* got 0"),
         ({"output_gate_rank": "full"}, "output_gate_rank must be .* got 'full'"),
+        ({"head_dim": 257}, r"head_dim must be in \[1, 256\], got 257"),
+        ({"expand_v": 16}, r"head_dim \* expand_v must be in \[1, 256\], got 512"),
+        ({"norm_eps": -1e-5}, "norm_eps must not be negative, got -1e-05"),
+        ({"norm_eps": math.nan}, "norm_eps must not be negative, got nan"),
     ],
 )
 def test_constructor_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        KimiDeltaAttention(HIDDEN, HEAD_DIM, HEADS, **options)
+        KimiDeltaAttention(
+            **{"hidden_size": HIDDEN, "head_dim": HEAD_DIM, "num_heads": HEADS, **options}
+        )
 
 
 def test_hidden_size_must_be_positive() -> None:
@@ -649,6 +656,14 @@ def test_forward_errors_write_nothing() -> None:
         (
             {"state": (conv, recurrent[:, :1]), "batch": two},
             "recurrent must have shape [23, 2, 32, 32], got (23, 1, 32, 32)",
+        ),
+        (
+            {"state": (conv, recurrent.half()), "batch": two},
+            "recurrent must have dtype bfloat16, float32, float64, got float16",
+        ),
+        (
+            {"state": (conv, recurrent[0]), "batch": two},
+            "recurrent must have 4 dimensions, got shape (2, 32, 32)",
         ),
         (
             {"state": state, "batch": KDABatch.decode([[1, 3], [2, 4]])},
@@ -715,7 +730,35 @@ def test_batch_errors() -> None:
             "has_initial_state must have shape [2], got (1,)",
         ),
         ({"num_accepted": torch.tensor([1, 1])}, "num_accepted must have shape [1], got (2,)"),
-        ({"num_accepted": torch.tensor([2])}, "num_accepted must be in [1, 1], got 2"),
+        (
+            {"num_accepted": torch.tensor([1])},
+            "num_accepted must come with slots of shape [N, 1 + num_spec], got (2,)",
+        ),
+        (
+            {"num_accepted": torch.tensor([2]), "slots": torch.tensor([[3], [4]])},
+            "num_accepted must be in [1, 1], got 2",
+        ),
+        (
+            {"prefill_cu_seqlens": torch.tensor([0.0, 4.0])},
+            "prefill_cu_seqlens must have dtype int32, int64, got float32",
+        ),
+        (
+            {"prefill_cu_seqlens": torch.tensor([0, 2, 4])},
+            "prefill_cu_seqlens must have shape [2], got (3,)",
+        ),
+        (
+            {"prefill_cu_seqlens": torch.tensor([0, 3])},
+            "prefill_cu_seqlens must be the prefills' part of cu_seqlens, [0, 4], got [0, 3]",
+        ),
+        ({"chunks": torch.tensor([[0, 0]])}, "chunks must have dtype int32, got int64"),
+        (
+            {"chunks": torch.zeros(2, 2, dtype=torch.int32)},
+            "chunks must have shape [1, 2], got (2, 2)",
+        ),
+        (
+            {"chunks": torch.tensor([[0, 1]], dtype=torch.int32)},
+            "chunks must be the chunk table of cu_seqlens, expected row 0 to be [0, 0], got [0, 1]",
+        ),
     ]
     for change, message in wrong:
         with pytest.raises(ValueError, match=re.escape(message)):

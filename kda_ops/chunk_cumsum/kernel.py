@@ -88,8 +88,8 @@ def launch_chunk_cumsum(
     block = min(chosen["BLOCK"], triton.next_power_of_2(D))
     traceable(chunk_cumsum_kernel)[(B * rows * triton.cdiv(D, block),)](
         flat,
-        cu_seqlens,
-        chunks,
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        None if chunks is None else chunks.contiguous(),
         out,
         T,
         D,

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from kda_ops._checks import check_chunk_size, check_dtype, check_varlen, check_varlen_values
+from kda_ops._checks import (
+    check_chunk_size,
+    check_dtype,
+    check_number,
+    check_varlen,
+    check_varlen_values,
+)
 from kda_ops._define import define_op
 from kda_ops.chunk_cumsum.reference import chunk_cumsum_reference
 from kda_ops.chunks import chunk_table
@@ -69,6 +75,7 @@ def chunk_cumsum(
     if g.dim() < 2:
         raise ValueError(f"g must have shape [B, T, ...], got {tuple(g.shape)}")
     check_chunk_size(chunk_size)
+    check_number("scale", scale)
     check_varlen("g", g, cu_seqlens, chunks, chunk_size)
     if cu_seqlens is not None and chunks is None:
         chunks = chunk_table(cu_seqlens, g.shape[1], chunk_size)

@@ -8,6 +8,7 @@ from kda_ops._checks import (
     check_chunk_states,
     check_device,
     check_dtype,
+    check_number,
     check_shape,
     check_slot_values,
     check_varlen,
@@ -192,6 +193,7 @@ def chunk_kda(
     )
     if scale is None:
         scale = q.shape[3] ** -0.5
+    check_number("scale", scale)
     if cu_seqlens is not None and chunks is None:
         chunks = chunk_table(cu_seqlens, q.shape[1])
     if state is None:

@@ -9,6 +9,8 @@ from kda_ops._checks import (
     check_device,
     check_distinct_slots,
     check_gate_parameters,
+    check_not_negative,
+    check_number,
     check_shape,
     check_slot_values,
     check_varlen,
@@ -210,8 +212,8 @@ def chunk_kda_gated(
     check_device(q=q, k=k, v=v, x=x, beta=beta)
     if beta_scale not in (1.0, 2.0):
         raise ValueError(f"beta_scale must be 1 or 2, got {beta_scale}")
-    if qk_norm_eps is not None and qk_norm_eps < 0:
-        raise ValueError(f"qk_norm_eps must be None or not negative, got {qk_norm_eps}")
+    if qk_norm_eps is not None:
+        check_not_negative("qk_norm_eps", qk_norm_eps)
     check_varlen("q", q, cu_seqlens, chunks, CHUNK)
     check_chunk_states(
         q,
@@ -225,6 +227,7 @@ def chunk_kda_gated(
     )
     if scale is None:
         scale = q.shape[3] ** -0.5
+    check_number("scale", scale)
     if cu_seqlens is not None and chunks is None:
         chunks = chunk_table(cu_seqlens, q.shape[1])
     gate = (A_log, dt_bias, lower_bound)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kda_ops._checks import check_dtype, check_rank
+from kda_ops._checks import check_dtype, check_integer, check_rank
 from kda_ops._define import define_op
 from kda_ops.config import resolve_layout
 from kda_ops.conv_split.reference import conv_split_reference
@@ -49,11 +49,15 @@ def conv_split(
         ValueError: A shape, dtype or layout that does not fit, or sizes that are negative or do not
             add up to D.
     """
-    layout = resolve_layout(layout, conv_state, sum(sizes))
     check_dtype("conv_state", conv_state)
     check_rank("conv_state", conv_state, 3)
-    D = conv_state.shape[2 if layout == "SD" else 1]
+    if not isinstance(sizes, (tuple, list)):
+        raise ValueError(f"sizes must be a list of integers, got {sizes!r}")
+    for n in sizes:
+        check_integer("sizes", n)
     sizes = list(sizes)
+    layout = resolve_layout(layout, conv_state, sum(sizes))
+    D = conv_state.shape[2 if layout == "SD" else 1]
     if any(n < 0 for n in sizes):
         raise ValueError(f"sizes must not be negative, got {sizes}")
     if sum(sizes) != D:

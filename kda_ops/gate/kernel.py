@@ -66,7 +66,7 @@ def launch_gate(
         return g
     traceable(gate_kernel)[(triton.cdiv(rows, block_rows) * HV,)](
         flat,
-        A_log,
+        None if A_log is None else A_log.contiguous(),
         bias,
         g,
         rows,

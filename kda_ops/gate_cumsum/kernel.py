@@ -115,10 +115,10 @@ def launch_gate_cumsum(
     block = min(chosen["BLOCK"], triton.next_power_of_2(HV * K))
     traceable(gate_cumsum_kernel)[(B * rows * triton.cdiv(HV * K, block),)](
         x,
-        A_log,
+        None if A_log is None else A_log.contiguous(),
         bias,
-        cu_seqlens,
-        chunks,
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        None if chunks is None else chunks.contiguous(),
         G,
         T,
         rows,

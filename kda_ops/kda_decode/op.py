@@ -14,10 +14,13 @@ from kda_ops._checks import (
     check_device,
     check_dtype,
     check_gate_parameters,
+    check_not_negative,
+    check_number,
     check_rank,
     check_shape,
     check_slot_values,
     check_step_values,
+    check_tensor,
     conv_parts,
     resolve_activation,
     state_channels,
@@ -233,6 +236,7 @@ def kda_decode(
     T, D = xs[0].shape[0], sum(x_part.shape[1] for x_part in xs)
     check_gate_parameters(f, A_log, dt_bias, lower_bound, name="f")
     HV, K = f.shape[-2:]
+    check_tensor("z", z)
     if z.dim() < 2 or z.shape[-2] != HV:
         raise ValueError(f"z must have shape [..., {HV}, V], got {tuple(z.shape)}")
     V = z.shape[-1]
@@ -256,8 +260,7 @@ def kda_decode(
     for name, tensor in (("beta", beta), ("z", z), ("norm_weight", norm_weight)):
         check_dtype(name, tensor)
     for name, eps in (("norm_eps", norm_eps), ("qk_norm_eps", qk_norm_eps)):
-        if eps < 0:
-            raise ValueError(f"{name} must not be negative, got {eps}")
+        check_not_negative(name, eps)
     check_rank("state", state, 4)
     check_shape("state", state, (state.shape[0], HV, V, K))
     check_dtype("state", state, STATE_DTYPES)
@@ -301,6 +304,9 @@ def kda_decode(
         cu_seqlens=cu_seqlens,
     )
     scale = K**-0.5 if scale is None else scale
+    check_number("scale", scale)
+    if beta_scale not in (1.0, 2.0):
+        raise ValueError(f"beta_scale must be 1 or 2, got {beta_scale}")
     step = (
         activation, f, beta, z, A_log, dt_bias, lower_bound, beta_scale, norm_weight, norm_eps,
         qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens, layout,
@@ -311,5 +317,6 @@ def kda_decode(
 
 def check_tokens(name: str, x: Tensor, T: int, trailing: int) -> None:
     """The axes of `x` before the last `trailing` ones hold T tokens."""
+    check_tensor(name, x)
     if x.dim() < trailing or math.prod(x.shape[: x.dim() - trailing]) != T:
         raise ValueError(f"{name} must have {T} tokens like x, got shape {tuple(x.shape)}")

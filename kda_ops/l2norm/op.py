@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kda_ops._checks import check_dtype
+from kda_ops._checks import check_dtype, check_not_negative
 from kda_ops._define import define_op
 from kda_ops.l2norm.reference import l2norm_reference
 
@@ -39,6 +39,5 @@ def l2norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     check_dtype("x", x)
     if x.dim() < 1:
         raise ValueError(f"x must have shape [..., K], got {tuple(x.shape)}")
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
+    check_not_negative("eps", eps)
     return l2norm_op(x, eps)

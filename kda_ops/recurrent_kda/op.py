@@ -8,6 +8,7 @@ from kda_ops._checks import (
     check_cu_seqlens_shape,
     check_device,
     check_dtype,
+    check_number,
     check_rank,
     check_shape,
     check_step_values,
@@ -168,4 +169,5 @@ def recurrent_kda(
         cu_seqlens=cu_seqlens,
     )
     scale = K**-0.5 if scale is None else scale
+    check_number("scale", scale)
     return recurrent_kda_op(q, k, v, g, beta, state, state_indices, num_accepted, scale, cu_seqlens)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kda_ops._checks import check_device, check_dtype, check_shape
+from kda_ops._checks import check_device, check_dtype, check_not_negative, check_shape
 from kda_ops._define import define_op
 from kda_ops.rms_norm_gated.reference import rms_norm_gated_reference
 
@@ -46,6 +46,5 @@ def rms_norm_gated(o: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-5
     check_shape("gate", gate, o.shape)
     check_shape("weight", weight, (o.shape[-1],))
     check_device(o=o, gate=gate, weight=weight)
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
+    check_not_negative("eps", eps)
     return rms_norm_gated_op(o, gate, weight, eps)

@@ -8,6 +8,8 @@ from torch import Tensor
 from kda_ops._checks import (
     check_conv_sequences,
     check_conv_values,
+    check_integer,
+    check_number,
     check_rank,
     check_shape,
     conv_parts,
@@ -236,11 +238,14 @@ def short_conv_qkv(
     for part in parts:
         check_rank("x", part[0], 3)
         check_conv_sequences(*part, slots, has_initial_state, cu_seqlens, layout)
+    check_integer("head_dim", head_dim)
+    check_integer("key_dim", key_dim)
+    check_number("norm_eps", norm_eps)
     if not 1 <= head_dim <= MOST_HEAD_DIM:
         raise ValueError(f"head_dim must be in [1, {MOST_HEAD_DIM}], got {head_dim}")
     if key_dim < 1 or key_dim % head_dim:
         raise ValueError(f"key_dim must be a multiple of head_dim = {head_dim}, got {key_dim}")
-    if norm_eps <= 0:
+    if not norm_eps > 0:  # NaN too
         raise ValueError(f"norm_eps must be positive, got {norm_eps}")
     if len(parts) == 3:
         for (x_part, *_), width in zip(parts, (key_dim, key_dim, None), strict=True):

@@ -59,7 +59,7 @@ def check_short_conv_update_values(
                 f"cu_seqlens must have at most {most} tokens in a sequence, got {longest}"
             )
     if num_accepted is not None:
-        bad = ((num_accepted < 1) | (num_accepted > most)).nonzero()
+        bad = (((num_accepted < 1) | (num_accepted > most)) & (slots != 0)).nonzero()
         if len(bad):
             raise ValueError(
                 f"num_accepted must be in [1, {most}], got {int(num_accepted[bad[0]])}"
@@ -114,7 +114,7 @@ def short_conv_update(
         activation: `"silu"` (also called `"swish"`) or None.
         slots: `[N]`, int32 or int64, the slot of each sequence, or `[N, 1 + num_spec]`, whose
             column 0 is taken. None twice, but for 0.
-        num_accepted: `[N]`, int32 or int64, in `[1, L - W + 2]`.
+        num_accepted: `[N]`, int32 or int64, in `[1, L - W + 2]`; of a sequence on slot 0 anything.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.
         layout: `"SD"` or `"DS"`; None takes `kda_ops.config.conv_layout`.

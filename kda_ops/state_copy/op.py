@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kda_ops._checks import INTEGERS, check_device, check_dtype, check_rank
+from kda_ops._checks import INTEGERS, check_device, check_dtype, check_integer, check_rank
 from kda_ops._define import define_op
 from kda_ops.config import resolve_layout
 from kda_ops.state_copy.reference import INTEGER_OF_SIZE, state_copy_reference
@@ -79,9 +79,9 @@ def state_copy(
             is skipped.
         RuntimeError: A state requires grad while grad mode is on.
     """
-    layout = resolve_layout(layout, conv)
     check_rank("conv", conv, 3, 4)
     check_rank("recurrent", recurrent, conv.dim() + 1)
+    layout = resolve_layout(layout, conv)
     leading = conv.dim() - 2
     if conv.shape[:leading] != recurrent.shape[:leading]:
         raise ValueError(
@@ -100,9 +100,11 @@ def state_copy(
     L = conv.shape[-2 if layout == "SD" else -1]
     if L < 1:
         raise ValueError(f"conv must have a state length of at least 1, got {L}")
-    if num_spec is not None and not 0 <= num_spec < L:
+    num_spec = L - 1 if num_spec is None else num_spec
+    check_integer("num_spec", num_spec)
+    if not 0 <= num_spec < L:
         raise ValueError(f"num_spec must be in [0, {L}), got {num_spec}")
-    state_copy_op(conv, recurrent, plan, layout, L - 1 if num_spec is None else num_spec)
+    state_copy_op(conv, recurrent, plan, layout, num_spec)
 
 
 def _check_dense(name: str, x: Tensor, axes: int) -> None:
