@@ -69,11 +69,13 @@ def pattern(node: fx.Node) -> Found | None:
             y = cleared
             inner += [y]
     states = [new for call in (*convs, step) for _, new in call.new_bases()]
-    read = [n for call in (*convs, step) for n in call.inputs()]
+    read = [n for conv in convs for n in conv.inputs()]
+    read += step.inputs("q", "k", "v", "g", "beta")
     read += [] if gate is None else gate.args.values()
     read += [] if beta is None else [beta[0]]
-    read += [] if norm is None else norm.inputs()
-    inputs = [n for n in read if isinstance(n, fx.Node) and n not in inner]
+    read += [] if norm is None else norm.inputs("o")
+    # one write may follow another in the same tensor
+    inputs = [n for n in read if isinstance(n, fx.Node) and n not in states]
     found = {"convs": convs, "step": step, "heads": heads, "gate": gate, "beta": beta}
     found |= {"norm": norm, "y": y}
     return Found(inner, [y, *states], inputs, found)

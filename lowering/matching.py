@@ -103,9 +103,11 @@ class Call:
                 return torch.as_strided(base, part("size"), part("stride"), part("storage_offset"))
         return base
 
-    def inputs(self) -> list[fx.Node]:
-        """The nodes that the call reads."""
-        return self.node.all_input_nodes
+    def inputs(self, *without: str) -> list[fx.Node]:
+        """The nodes that the call reads, but for the arguments with these names."""
+        found: list[fx.Node] = []
+        fx.node.map_arg({k: x for k, x in self.args.items() if k not in without}, found.append)
+        return found
 
     def nodes(self) -> list[fx.Node]:
         """The call and the nodes that take its results apart."""

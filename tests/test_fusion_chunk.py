@@ -291,6 +291,18 @@ def test_another_formula_stays(formula: Callable[..., Tensor], reasons: list[str
         assert any(name == "plain_gate" and reason in why for name, why in found.refused)
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_gate_that_is_also_a_query_or_value_stays(place: int) -> None:
+    def function(x: Tensor, beta: Tensor, A_log: Tensor, *heads: Tensor) -> Tensor:
+        G = kda_ops.gate_cumsum(x, A_log)
+        return kda_ops.chunk_kda(*heads[:place], G, *heads[place:], G, torch.sigmoid(beta))[0]
+
+    heads = [F.normalize(torch.randn(1, 9, HV, K), dim=-1) for _ in range(2)]
+    given = torch.randn(1, 9, HV, K) - 9, torch.randn(1, 9, HV), torch.zeros(HV)
+    found = rewritten(function, *given, *heads)
+    assert found.refused == [("chunk_kda_gated", "an input depends on gate_cumsum")]
+
+
 def test_a_plain_gate_with_another_user_stays() -> None:
     def gate(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
         z = wide(x) + bias.view(HV, K)

@@ -326,6 +326,24 @@ def test_values_made_of_queries_stay() -> None:
     assert "an input depends on l2norm" in found.refused[0][1]
 
 
+@pytest.mark.parametrize("of", ["k", "v"])
+def test_what_is_convolved_of_a_norm_stays(of: str) -> None:
+    """With one head, there is nothing between the norm and the next convolution."""
+
+    def function(x: Tensor, weight: Tensor, g: Tensor, beta: Tensor) -> Any:
+        parts = dict(zip("qkv", zip(x.split(K, -1), weight.split(K), strict=True), strict=True))
+        q = kda_ops.l2norm(kda_ops.short_conv(*parts["q"]))
+        parts[of] = q, parts[of][1]
+        k = kda_ops.l2norm(kda_ops.short_conv(*parts["k"]))
+        q, k, v = (y[None, :, None] for y in (q, k, kda_ops.short_conv(*parts["v"])))
+        return kda_ops.chunk_kda(q, k, v, g, beta)[0]
+
+    gates = -torch.rand(1, T, 1, K), torch.rand(1, T, 1)
+    found = rewritten(function, torch.randn(T, 3 * K), torch.randn(3 * K, W), *gates)
+    assert found.operators.count("short_conv") == 3
+    assert "an input depends on l2norm" in found.refused[0][1]
+
+
 def test_without_norms_it_stays() -> None:
     found = compiled(variant(normalise=lambda self, x, eps: x, layout="SD"))
     assert found.operators == ["short_conv"] * 3 + ["chunk_kda"]
