@@ -115,6 +115,10 @@ def guard(found: Found) -> str | None:
     for name, expected in zip("qkv", [*[n.node for n in heads.norms], heads.parts[2]], strict=True):
         if origin(step.args[name])[0] is not expected:
             return f"{name} is not the {name} of {conv.node.name}"
+    H, K = value(step.args["q"]).shape[-2:]
+    if not same_shape((heads.key_dim, heads.head_dim), (H * K, K)):
+        made = f"{heads.key_dim // heads.head_dim} x {heads.head_dim}"
+        return f"{step.node.name} takes heads of {H} x {K}, not of {made} as they are normalised"
     gate = found.values["gate"]
     if gate is None or gate.reason is not None:
         return "g is not a gate" if gate is None else gate.reason

@@ -324,6 +324,18 @@ def test_a_weight_per_head_is_none_per_channel() -> None:
     assert found.operators == ["recurrent_kda"]
 
 
+def wider_heads(self, x, eps):
+    return kda_ops.l2norm(x.flatten(-2).unflatten(-1, (1, H * K)), eps=eps).view(x.shape)
+
+
+def narrower_heads(self, x, eps):
+    return kda_ops.l2norm(x.unflatten(-1, (2, K // 2)), eps=eps).view(x.shape)
+
+
+def gated_by_itself(self, o, z, o_weight, cu):
+    return kda_ops.rms_norm_gated(o, o, o_weight)
+
+
 def axis(self, o, z, o_weight, cu):
     y = kda_ops.rms_norm_gated(o.flatten(-2), z.flatten(-2), o_weight.repeat(HV))
     return y.unflatten(-1, (HV, V))
@@ -335,6 +347,9 @@ def axis(self, o, z, o_weight, cu):
         ({"norm_eps": (1e-6, 1e-5)}, "different eps"),
         ({"scaled": lambda self, step: 3 * step}, "beta is not"),
         ({"normalise": tripled}, "is not the q of"),
+        ({"normalise": wider_heads}, "not of 1 x 16 as they are normalised"),
+        ({"normalise": narrower_heads}, "not of 4 x 4 as they are normalised"),
+        ({"finish": gated_by_itself}, "an input depends on"),
         ({"decay": nats}, "g is not a gate"),
         ({"finish": both}, "does not go into rms_norm_gated alone"),
         ({"finish": unfinished}, "does not go into rms_norm_gated alone"),
