@@ -4,6 +4,7 @@ An operator that writes a state is an `auto_functionalized_v2` node, which takes
 returns the new one. `Call` reads such a node and an ordinary call in the same way.
 """
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -196,7 +197,7 @@ def same_shape(x: Iterable[Any], y: Iterable[Any]) -> bool:
 
 
 def same(x: Any, y: Any) -> bool:
-    """Whether two arguments are one value: one node, or moves of one that end in the same shape."""
+    """Whether two arguments are one value, in one shape, before anything that moves elements."""
     if x is y:
         return True
     if not (isinstance(x, fx.Node) and isinstance(y, fx.Node)):
@@ -206,4 +207,35 @@ def same(x: Any, y: Any) -> bool:
         return False
     if not isinstance(a, torch.Tensor):
         return statically_known_true(a == b)
-    return origin(x)[0] is origin(y)[0] and same_shape(a.shape, b.shape)
+    return alike(origin(x)[0], origin(y)[0]) and same_shape(a.shape, b.shape)
+
+
+def alike(x: Any, y: Any, proven: set[Any] | None = None) -> bool:
+    """Whether two arguments are one node, or come out of the same calls with the same arguments:
+    what a model writes twice, such as `x.float()`, is twice in the graph.
+    """
+    proven = set() if proven is None else proven
+    if x is y or (isinstance(x, fx.Node) and (x, y) in proven):
+        return True
+    if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+        if x.op != "call_function" or x.target is not y.target or not repeatable(x.target):
+            return False
+        if not alike((*x.args, x.kwargs), (*y.args, y.kwargs), proven):
+            return False
+        proven.add((x, y))
+        return True
+    if isinstance(x, (tuple, list)) and isinstance(y, (tuple, list)):
+        return len(x) == len(y) and all(alike(*pair, proven) for pair in zip(x, y, strict=True))
+    if isinstance(x, dict) and isinstance(y, dict):
+        return x.keys() == y.keys() and all(alike(x[key], y[key], proven) for key in x)
+    return type(x) is type(y) and not isinstance(x, fx.Node) and bool(x == y)
+
+
+def repeatable(target: Any) -> bool:
+    """Whether a call gives the same again."""
+    if target is operator.getitem:
+        return True
+    if getattr(target, "namespace", None) not in ("aten", "prims"):
+        return False
+    seeded = torch.Tag.nondeterministic_seeded in target.tags
+    return not (seeded or target._schema.is_mutable)
