@@ -14,6 +14,7 @@ from torch import fx
 from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from kda_ops._checks import FLOATS
 from lowering.sizes import is_size
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -139,9 +140,9 @@ def origin(node: Any) -> tuple[Any, list[fx.Node]]:
 
 
 def wide_origin(node: Any) -> tuple[Any, list[fx.Node]]:
-    """Like `origin`, before casts that lose nothing, too."""
+    """Like `origin`, before casts that lose nothing and factors of 1, too."""
     path: list[fx.Node] = []
-    while isinstance(node, fx.Node) and (moves(node) or widens(node)):
+    while isinstance(node, fx.Node) and (moves(node) or widens(node) or times_one(node)):
         path.insert(0, node)
         node = node.args[0]
     return node, path
@@ -161,11 +162,31 @@ def moves(node: fx.Node) -> bool:
 
 
 def widens(node: fx.Node) -> bool:
-    """Whether a node is a cast that loses nothing."""
+    """Whether a node is a cast that loses nothing, between dtypes that the operators take."""
+    if not between_floats(node):
+        return False
+    return torch.promote_types(value(node.args[0]).dtype, value(node).dtype) == value(node).dtype
+
+
+def between_floats(node: fx.Node) -> bool:
+    """Whether a node is a cast between dtypes that the operators take."""
     if node.target is not prims.convert_element_type.default:
         return False
-    source, dtype = value(node.args[0]).dtype, value(node).dtype
-    return dtype.is_floating_point and torch.promote_types(source, dtype) == dtype
+    return {value(node.args[0]).dtype, value(node).dtype} <= set(FLOATS)
+
+
+def times_one(node: fx.Node) -> bool:
+    """Whether a node multiplies by 1, as `1.0 / x` does behind the reciprocal."""
+    if node.target is not aten.mul.Tensor or isinstance(node.args[1], fx.Node):
+        return False
+    return node.args[1] == 1 and value(node.args[0]).dtype == value(node).dtype
+
+
+def narrow(node: fx.Node) -> fx.Node:
+    """A value before the casts that lose nothing."""
+    while widens(node):
+        node = node.args[0]
+    return node
 
 
 def moved(node: fx.Node) -> list[fx.Node]:
