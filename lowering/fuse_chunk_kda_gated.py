@@ -38,7 +38,7 @@ def pattern(node: fx.Node) -> Found | None:
     beta = beta_under(call.args["beta"])
     outputs = [n for n in call.nodes() if n is not node]
     inner = [*gate.inner, *([] if beta is None else beta[2]), *call.nodes()]
-    inputs = [n for n in call.inputs() if n not in inner]
+    inputs = call.inputs("G", "beta")
     inputs += [n for n in gate.args.values() if isinstance(n, fx.Node)]
     inputs += [] if beta is None else [beta[0]]
     found = {"call": call, "gate": gate, "beta": beta}

@@ -1,6 +1,6 @@
 """A factor multiplied onto a chunk cumsum moves into it.
 
-    chunk_cumsum(g, C, scale, ...) -> views, widening casts -> x * factor
+    chunk_cumsum(g, C, scale, ...) -> views, widening casts -> x * factor     or x / number
     chunk_cumsum(g, C, scale * factor, ...) -> views, widening casts          factor a number
     chunk_cumsum(g * factor, C, scale, ...) -> views, widening casts          factor a scalar tensor
 
@@ -40,6 +40,8 @@ def pattern(node: fx.Node) -> Found | None:
 def product_of(x: fx.Node) -> tuple[fx.Node, Any] | None:
     """The product that a number or a scalar tensor makes of `x`, and that factor."""
     for user in x.users:
+        if user.target is aten.div.Tensor and type(user.args[1]) in (int, float) and user.args[1]:
+            return user, 1 / user.args[1]
         if user.target is not aten.mul.Tensor:
             continue
         factor = user.args[1] if user.args[0] is x else user.args[0]

@@ -28,7 +28,7 @@ def pattern(node: fx.Node) -> Found | None:
     if gate is None or gate.op is not gate_op or value(node).device.type != "cuda":
         return None
     inner = [source, *path, node]
-    inputs = [x for x in (*gate.inputs(), *cumsum.inputs()) if x not in inner]
+    inputs = [*gate.inputs(), *cumsum.inputs("g")]
     return Found(inner, [node], inputs, {"gate": gate, "path": path, "cumsum": cumsum})
 
 

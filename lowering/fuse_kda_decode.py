@@ -69,11 +69,13 @@ def pattern(node: fx.Node) -> Found | None:
             y = cleared
             inner += [y]
     states = [new for call in (*convs, step) for _, new in call.new_bases()]
-    read = [n for call in (*convs, step) for n in call.inputs()]
+    read = [n for conv in convs for n in conv.inputs()]
+    read += step.inputs("q", "k", "v", "g", "beta")
     read += [] if gate is None else gate.args.values()
     read += [] if beta is None else [beta[0]]
-    read += [] if norm is None else norm.inputs()
-    inputs = [n for n in read if isinstance(n, fx.Node) and n not in inner]
+    read += [] if norm is None else norm.inputs("o")
+    # one write may follow another in the same tensor
+    inputs = [n for n in read if isinstance(n, fx.Node) and n not in states]
     found = {"convs": convs, "step": step, "heads": heads, "gate": gate, "beta": beta}
     found |= {"norm": norm, "y": y}
     return Found(inner, [y, *states], inputs, found)
@@ -113,6 +115,10 @@ def guard(found: Found) -> str | None:
     for name, expected in zip("qkv", [*[n.node for n in heads.norms], heads.parts[2]], strict=True):
         if origin(step.args[name])[0] is not expected:
             return f"{name} is not the {name} of {conv.node.name}"
+    H, K = value(step.args["q"]).shape[-2:]
+    if not same_shape((heads.key_dim, heads.head_dim), (H * K, K)):
+        made = f"{heads.key_dim // heads.head_dim} x {heads.head_dim}"
+        return f"{step.node.name} takes heads of {H} x {K}, not of {made} as they are normalised"
     gate = found.values["gate"]
     if gate is None or gate.reason is not None:
         return "g is not a gate" if gate is None else gate.reason

@@ -44,6 +44,7 @@ def pattern(node: fx.Node) -> Found | None:
         inner.insert(0, x)
         x, scale = x.args[0], float(x.args[1])
     found = {"g": x, "scale": scale, "cumsum": node, "y": y, "padded": padded, "shape": (B, T, *D)}
+    found["between"] = path[1 : path.index(y)]
     return Found(inner, [y], [x], found)
 
 
@@ -79,6 +80,9 @@ def guard(found: Found) -> str | None:
         return f"{cumsum.name} sums over {chunk} tokens, not {CHUNK}"
     if padded is not None and not only_tokens_padded(padded, y, B, T):
         return f"{padded.name} does not pad the tokens alone"
+    for node in found.values["between"]:
+        if not moves(node):
+            return f"{node.name} cuts the sums"
     by_entry = axis == 2 and statically_known_true(sizes[0] == B)
     if not (by_entry or statically_known_true(B == 1) or statically_known_true(T % CHUNK == 0)):
         return f"the chunks of {cumsum.name} may reach into the next batch entry"

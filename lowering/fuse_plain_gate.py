@@ -1,11 +1,13 @@
 """The gate in plain PyTorch is the operator, where a recurrence or a cumsum takes it.
 
-    -exp(A_log) * softplus(x + dt_bias)        softplus also as where(z > 20, z, log(1 + exp(z)))
+    -exp(A_log) * softplus(x + dt_bias)
     lower_bound * sigmoid(exp(A_log) * (x + dt_bias))
     gate(x, A_log, dt_bias, lower_bound)
 
-The operator computes `log(1 + e^z)` without its cancellation below z = -17. With frozen weights the
-rate `exp(A_log)`, or its negative, is a constant of the graph, and the operator gets its logarithm.
+A softplus is also `where(z > 20, z, log(1 + exp(z)))`, `log(1 + exp(z))` or `-logsigmoid(-z)`. The
+operator computes it without the cancellation below z = -17 and the overflow of the second. With
+frozen weights the rate `exp(A_log)`, or its negative, is a constant of the graph, and the operator
+gets its logarithm.
 """
 
 import operator
@@ -24,7 +26,8 @@ from kda_ops.formulas import accumulation_dtype
 from kda_ops.gate.op import gate_op
 from kda_ops.recurrent_kda.op import recurrent_kda_op
 from lowering.emitting import compute, reshape
-from lowering.matching import Call, same_shape, value, wide_origin
+from lowering.matching import Call, same, same_shape, times_one, value, wide_origin
+from lowering.parts import one_more, sigmoid_of
 from lowering.rewrite import Found, register
 
 aten = torch.ops.aten
@@ -33,30 +36,31 @@ THRESHOLD = 20  # of softplus: above it, it is the identity to fp32
 
 @dataclass
 class Product:
-    """A product taken apart: a number, and the tensors with what leads from them to the product."""
+    """A product taken apart: a number, and the tensors with what leads from them to the product.
+
+    A factor is a tensor and the node that has the shape in which it is multiplied.
+    """
 
     number: float = 1.0
-    factors: list[fx.Node] = field(default_factory=list)
+    factors: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     inner: list[fx.Node] = field(default_factory=list)
 
 
 def product(node: fx.Node) -> Product:
     found = Product()
-    pending = [node]
+    pending = [(node, node)]
     while pending:
-        node = pending.pop()
+        node, shown = pending.pop()
         source, path = wide_origin(node)
         if source.target is aten.neg.default:
             found.number = -found.number
-            pending.append(source.args[0])
+            pending.append((source.args[0], shown))
         elif source.target is aten.mul.Tensor:
-            for x in source.args:
-                if isinstance(x, fx.Node):
-                    pending.append(x)
-                else:
-                    found.number *= x
+            tensors = [x for x in source.args if isinstance(x, fx.Node)]
+            pending += [(x, shown if len(tensors) == 1 else x) for x in tensors]
+            found.number *= prod(x for x in source.args if not isinstance(x, fx.Node))
         else:
-            found.factors.append(node)
+            found.factors.append((node, shown))
             continue
         found.inner += [source, *path]
     return found
@@ -98,37 +102,40 @@ def fits(bias: fx.Node, add: fx.Node, heads: torch.Size) -> bool:
 
 
 def softplus_gate(whole: Product) -> Found | None:
-    for rate, rest in (whole.factors, whole.factors[::-1]):
-        A, softplus = rate_of(rate), softplus_of(rest)
+    for (rate, shown), (rest, _) in (whole.factors, whole.factors[::-1]):
+        A, softplus = rate_of(rate, shown), softplus_of(rest)
         if A is not None and softplus is not None:
-            z, inner = softplus
-            number = -whole.number * sign_of(A)
-            return Found(inner, [], [], {"z": z, "A": A, "rate": number, "bound": None})
+            z, inner, sign = softplus
+            number = -sign * whole.number * sign_of(A)
+            times = [node for node in whole.inner if node.target is aten.mul.Tensor]
+            values = {"z": z, "A": A, "rate": number, "bound": None, "times": times}
+            return Found(inner, [], [], values)
     return None
 
 
 def bounded_gate(whole: Product) -> Found | None:
-    sigmoid, path = wide_origin(whole.factors[0])
-    if len(whole.factors) != 1 or sigmoid.target is not aten.sigmoid.default:
+    factor, path = wide_origin(whole.factors[0][0])
+    sigmoid = sigmoid_of(factor) if len(whole.factors) == 1 else None
+    if sigmoid is None:
         return None
-    inner = [sigmoid, *path]
-    z, A, number = sigmoid.args[0], None, 1
+    z, inner = sigmoid[0], [*sigmoid[1], *path]
+    values: dict[str, Any] = {"A": None, "rate": 1, "bound": whole.number, "times": []}
     times, path = wide_origin(z)
-    if times.target is aten.mul.Tensor:
+    if times.target is aten.mul.Tensor and all(isinstance(x, fx.Node) for x in times.args):
         for rate, rest in (times.args, times.args[::-1]):
-            if isinstance(rate, fx.Node) and (A := rate_of(rate)) is not None:
-                z, number = rest, sign_of(A)
-                inner += [times, *path]
+            if (A := rate_of(rate, rate)) is not None:
+                z, inner = rest, [*inner, times, *path]
+                values |= {"A": A, "rate": sign_of(A), "times": [times]}
                 break
-    return Found(inner, [], [], {"z": z, "A": A, "rate": number, "bound": whole.number})
+    return Found(inner, [], [], values | {"z": z})
 
 
-def rate_of(node: fx.Node) -> fx.Node | None:
-    """`A_log` of `exp(A_log)`, one per head, or the rate itself where it is a frozen constant. (The
-    rate is small and may have other uses.)
+def rate_of(node: fx.Node, shown: fx.Node) -> fx.Node | None:
+    """`A_log` of `exp(A_log)`, one per head in the shape of `shown`, or the rate itself where it is
+    a frozen constant. (The rate is small and may have other uses.)
     """
     exp, _ = wide_origin(node)
-    if value(node).shape[-1:] != (1,):
+    if value(shown).shape[-1:] != (1,):
         return None
     if exp.target is aten.exp.default:
         A, _ = wide_origin(exp.args[0])
@@ -136,7 +143,7 @@ def rate_of(node: fx.Node) -> fx.Node | None:
         A = exp
     else:
         return None
-    return A if same_shape(value(node).shape[-2:-1], [value(A).numel()]) else None
+    return A if same_shape(value(shown).shape[-2:-1], [value(A).numel()]) else None
 
 
 def frozen(node: fx.Node) -> torch.Tensor | None:
@@ -172,28 +179,55 @@ def logarithm(graph: fx.Graph, A: fx.Node) -> fx.Node:
     return node
 
 
-def softplus_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
-    """The input of a softplus, and its nodes."""
-    where, path = wide_origin(node)
-    if where.target is not aten.where.self:
-        return None
-    condition, z, log = where.args
+def softplus_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node], int] | None:
+    """The input of a softplus, or of its negative, the nodes, and the sign."""
+    whole, path = wide_origin(node)
+    if whole.target is aten.sub.Tensor and not whole.kwargs:
+        return negative_softplus(whole, path)
+    if whole.target is not aten.where.self:
+        found = log_of_exp(whole)
+        return None if found is None else (found[0], [*found[1], *path], 1)
+    condition, z, log = whole.args
     greater = condition.target in (aten.gt.Scalar, aten.ge.Scalar)
-    if not greater or condition.args[0] is not z or condition.args[1] != THRESHOLD:
+    found = log_of_exp(log) if greater and condition.args[1] == THRESHOLD else None
+    if found is None:
         return None
-    inner = [condition, log, where, *path]
-    if log.target is aten.log1p.default:
-        exp = log.args[0]
-    elif log.target is aten.log.default and log.args[0].target is aten.add.Tensor:
-        exp, one = log.args[0].args
-        if one != 1:
-            return None
-        inner.append(log.args[0])
-    else:
+    sources = [wide_origin(x) for x in (z, condition.args[0], found[0])]
+    if not all(same(source, sources[0][0]) for source, _ in sources):
         return None
-    if exp.target is not aten.exp.default or exp.args[0] is not z:
+    ones = [node for _, moved in sources for node in moved if times_one(node)]
+    return z, [*ones, condition, *found[1], whole, *path], 1
+
+
+def log_of_exp(node: Any) -> tuple[fx.Node, list[fx.Node]] | None:
+    """The `z` of `log(1 + exp(z))`, and the nodes."""
+    log, path = wide_origin(node)
+    if not isinstance(log, fx.Node):
         return None
-    return z, [exp, *inner]
+    more: Any = one_more(log.args[0]) if log.target is aten.log.default else None
+    exp = log.args[0] if log.target is aten.log1p.default else more
+    if exp is None or exp.target is not aten.exp.default:
+        return None
+    return exp.args[0], [exp, *([] if more is None else [log.args[0]]), log, *path]
+
+
+def negative_softplus(
+    difference: fx.Node, path: list[fx.Node]
+) -> tuple[fx.Node, list[fx.Node], int] | None:
+    """What `logsigmoid(y)` is, `min(0, y) - log(1 + exp(-|y|))`: the negative softplus of `-y`."""
+    least, log = difference.args
+    found = log_of_exp(log)
+    if found is None or not isinstance(least, fx.Node) or least.target is not aten.minimum.default:
+        return None
+    (zero, y), (negative, inner) = least.args, found
+    if zero.target is not aten.full.default or zero.args[1] != 0:
+        return None
+    absolute: Any = negative.args[0]
+    if negative.target is not aten.neg.default or absolute.target is not aten.abs.default:
+        return None
+    if absolute.args[0] is not y or y.target is not aten.neg.default:
+        return None
+    return y.args[0], [y, absolute, negative, *inner, least, difference, *path], -1
 
 
 def guard(found: Found) -> str | None:
@@ -205,6 +239,11 @@ def guard(found: Found) -> str | None:
     if value(g).dtype != accumulation_dtype(value(x)):
         return f"the gate of {value(x).dtype} is in {value(g).dtype}"
     shape = value(g).shape
+    for times in found.values["times"]:
+        # but for what is done to the rates alone
+        of_rates = A is not None and statically_known_true(value(times).numel() == value(A).numel())
+        if not of_rates and not same_shape(value(times).shape[-2:], shape[-2:]):
+            return f"{times.name} has other heads"
     if not same_shape([value(x).numel()], [value(g).numel()]):
         return f"{x.name} has not an element for each of the gate"
     if len(shape) < 2 or (A is not None and not same_shape(shape[-2:-1], [value(A).numel()])):

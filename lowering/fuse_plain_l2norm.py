@@ -5,63 +5,31 @@ x / sqrt(sum(x * x, -1) + eps)
 l2norm(x)                                      both also in fp32 and cast back
 """
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from kda_ops.l2norm.op import l2norm_op
 from lowering.emitting import compute
-from lowering.matching import Call, moved, only_user, origin, value
+from lowering.matching import Call, between_floats, moved, narrow, only_user, origin, value
+from lowering.norms import NOT_A_NUMBER, normed
 from lowering.rewrite import Found, register
 
-aten, prims = torch.ops.aten, torch.ops.prims
-NOT_A_NUMBER = "not a number (torch.compile(dynamic=True) makes tensors of Python floats)"
+aten = torch.ops.aten
 
 
 def pattern(node: fx.Node) -> Found | None:
-    x: Any = squared(node.args[0])
-    rank = 0 if x is None else value(x).dim()
-    keepdim = len(node.args) > 2 and node.args[2]
-    if not rank or not keepdim or [axis % rank for axis in node.args[1]] != [rank - 1]:
+    norm = normed(node)
+    if norm is None:
         return None
-    add = only_user(node)
-    if add is None or add.target not in (aten.add.Tensor, aten.add.Scalar) or add.kwargs:
-        return None
-    root = only_user(add)
-    if root is None or root.target not in (aten.rsqrt.default, aten.sqrt.default):
-        return None
-    y: Any = only_user(root)
-    inverse = root.target is aten.rsqrt.default
-    if y is None or not scales(y, x, root, inverse):
-        return None
-    inner = [node.args[0], node, add, root, y]
     # a norm in fp32 that ends in the dtype it started from is the operator on the narrow input
-    source, cast = x, only_user(y)
-    if cast is not None and cast.target is prims.convert_element_type.default:
-        narrow = x.args[0] if x.target is prims.convert_element_type.default else x
-        if value(cast).dtype == value(narrow).dtype and value(x).dtype == torch.float32:
-            source, y = narrow, cast
-            inner += [cast]
+    y, inner, before = norm.y, norm.inner, narrow(norm.x)
+    cast = only_user(y) if value(y).dtype != value(before).dtype else None
+    if cast is not None and between_floats(cast) and value(cast).dtype == value(before).dtype:
+        y, inner = cast, [*inner, cast]
+    source = before if value(y).dtype == value(before).dtype else norm.x
     if not (cut_from_operator(source) or goes_into_operator(y)):
         return None
-    return Found(inner, [y], [source], {"x": source, "eps": add.args[1], "y": y})
-
-
-def squared(node: Any) -> fx.Node | None:
-    """The tensor that a node is the square of."""
-    if not isinstance(node, fx.Node) or not node.args:
-        return None
-    if node.target is aten.mul.Tensor and node.args[0] is node.args[1]:
-        return node.args[0]
-    return node.args[0] if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2 else None
-
-
-def scales(y: fx.Node, x: fx.Node, root: fx.Node, inverse: bool) -> bool:
-    """Whether `y` is `x * root`, or `x / root` if the root is no inverse."""
-    if inverse:
-        return y.target is aten.mul.Tensor and y.args in ((x, root), (root, x))
-    return y.target is aten.div.Tensor and y.args == (x, root)
+    return Found(inner, [y], [source], {"x": source, "eps": norm.eps, "y": y})
 
 
 def cut_from_operator(x: fx.Node) -> bool:

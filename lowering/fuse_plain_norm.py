@@ -16,34 +16,34 @@ from kda_ops.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.recurrent_kda.op import recurrent_kda_op
 from kda_ops.rms_norm_gated.op import rms_norm_gated_op
 from lowering.emitting import compute, reshape
-from lowering.fuse_plain_l2norm import NOT_A_NUMBER, scales, squared
-from lowering.matching import Call, only_user, same_shape, value, wide_origin
+from lowering.matching import (
+    Call,
+    between_floats,
+    moves,
+    narrow,
+    only_user,
+    same_shape,
+    value,
+    wide_origin,
+)
+from lowering.norms import NOT_A_NUMBER, normed
+from lowering.parts import sigmoid_of
 from lowering.rewrite import Found, register
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 RECURRENCES = (chunk_kda_op, chunk_kda_state_op, recurrent_kda_op)
 
 
 def pattern(node: fx.Node) -> Found | None:
-    x: Any = squared(node.args[0])
-    rank = 0 if x is None else value(x).dim()
-    keepdim = len(node.args) > 2 and node.args[2]
-    if not rank or not keepdim or [axis % rank for axis in node.args[1]] != [rank - 1]:
+    norm = normed(node)
+    if norm is None:
         return None
-    result, _ = wide_origin(x)
+    result, _ = wide_origin(norm.x)
     call = Call.of(result.args[0] if result.target is operator.getitem else result)
-    add = only_user(node)
-    if call is None or call.op not in RECURRENCES or add is None:
+    if call is None or call.op not in RECURRENCES:
         return None
-    root = only_user(add)
-    if add.target not in (aten.add.Tensor, aten.add.Scalar) or add.kwargs or root is None:
-        return None
-    y: Any = only_user(root)
-    if root.target is not aten.rsqrt.default or y is None or not scales(y, x, root, True):
-        return None
-    o = x.args[0] if x.target is prims.convert_element_type.default else x
-    found: dict[str, Any] = {"o": o, "eps": add.args[1]}
-    inner = [node.args[0], node, add, root, y]
+    o, y, inner = narrow(norm.x), norm.y, norm.inner
+    found: dict[str, Any] = {"o": o, "eps": norm.eps}
     while len(found) < 4 or value(y).dtype != value(o).dtype:
         user = only_user(y)
         if user is None:
@@ -52,17 +52,17 @@ def pattern(node: fx.Node) -> Found | None:
             other = user.args[1] if user.args[0] is y else user.args[0]
             if not isinstance(other, fx.Node):
                 break
-            factor, path = wide_origin(other)
-            if factor.target is aten.sigmoid.default and "gate" not in found:
-                found["gate"], _ = wide_origin(factor.args[0])
-                inner += [factor, *path]
-            elif "weight" not in found and along_last(other, factor, o):
-                found["weight"] = factor
+            gate = gate_of(other) if "gate" not in found else None
+            if gate is not None:
+                found["gate"], nodes = gate
+                inner = [*inner, *nodes]
+            elif "weight" not in found and along_last(other, user, o):
+                found["weight"], _ = wide_origin(other)
             else:
                 break
-        elif user.target is not prims.convert_element_type.default:
+        elif not (moves(user) or between_floats(user)):
             break
-        inner.append(user)
+        inner = [*inner, user]
         y = user
     if len(found) < 4:
         return None
@@ -70,10 +70,21 @@ def pattern(node: fx.Node) -> Found | None:
     return Found(inner, [y], inputs, found | {"y": y})
 
 
-def along_last(x: fx.Node, weight: fx.Node, o: fx.Node) -> bool:
-    """Whether `x`, which is `weight` in some shape, has an element per channel of `o`."""
+def gate_of(x: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
+    """What a gate is the sigmoid of, and the nodes; it may be rounded to a narrower dtype."""
+    factor, path = wide_origin(x)
+    if between_floats(factor):
+        rounded, (factor, more) = factor, wide_origin(factor.args[0])
+        path = [*more, rounded, *path]
+    sigmoid = sigmoid_of(factor)
+    return None if sigmoid is None else (wide_origin(sigmoid[0])[0], [*sigmoid[1], *path])
+
+
+def along_last(x: fx.Node, y: fx.Node, o: fx.Node) -> bool:
+    """Whether `x`, a factor of `y`, has an element per channel of `o`, whatever its shape was."""
     V = value(o).shape[-1:]
-    return same_shape(value(weight).shape, V) and same_shape(value(x).shape[-1:], V)
+    shapes = [value(wide_origin(x)[0]).shape, value(x).shape[-1:], value(y).shape[-1:]]
+    return all(same_shape(shape, V) for shape in shapes)
 
 
 def guard(found: Found) -> str | None:
@@ -82,8 +93,7 @@ def guard(found: Found) -> str | None:
         return f"eps is {eps}, {NOT_A_NUMBER}"
     if value(o).dtype != value(y).dtype:
         return f"the norm of {value(o).dtype} is in {value(y).dtype}"
-    numbers = [value(gate).numel(), *value(y).shape]
-    if not same_shape(numbers, [value(o).numel(), *value(o).shape]):
+    if not same_shape([value(x).numel() for x in (gate, y)], [value(o).numel()] * 2):
         return "the gate has another shape"
     return None
 
@@ -91,7 +101,8 @@ def guard(found: Found) -> str | None:
 def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
     o, gate, weight, eps, y = (found.values[n] for n in ("o", "gate", "weight", "eps", "y"))
     gate = reshape(graph, gate, value(o).shape)
-    return {y: compute(graph, rms_norm_gated_op, o, gate, weight, eps)}
+    normed = compute(graph, rms_norm_gated_op, o, gate, weight, eps)
+    return {y: reshape(graph, normed, value(y).shape)}
 
 
 register("plain_rms_norm_gated", (aten.mean.dim,), pattern, guard, replacement)

@@ -36,7 +36,7 @@ def pattern(node: fx.Node) -> Found | None:
         return None
     states = [new for conv in convs for _, new in conv.new_bases()]
     outputs = [*[norm.node for norm in heads.norms if norm], heads.parts[2], *states]
-    inputs = [n for conv in convs for n in conv.inputs() if n not in heads.inner]
+    inputs = [n for conv in convs for n in conv.inputs() if n not in states]
     return Found(heads.inner, outputs, inputs, {"convs": convs, "heads": heads})
 
 

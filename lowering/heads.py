@@ -2,12 +2,14 @@
 one convolution each: what the rewrites of the convolution operators have in common.
 """
 
+import itertools
 import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kda_ops.l2norm.op import l2norm_op
 from kda_ops.short_conv_qkv.op import MOST_HEAD_DIM
@@ -142,19 +144,44 @@ def unlike(convs: list[Call]) -> str | None:
             return f"{q.node.name} and {conv.node.name} have different biases"
     if not states:
         return None
-    if len({state_identity(conv) for conv in convs}) < len(convs):
-        return "two of q, k and v have one state"
+    pairs = itertools.combinations(zip(map(root_of_state, convs), states, strict=True), 2)
+    if not all(a is not b or disjoint(x, y) or disjoint(y, x) for (a, x), (b, y) in pairs):
+        return "two of q, k and v have one state, or parts of it in common"
     return states_apart(q.args["layout"], states)
 
 
-def state_identity(conv: Call) -> tuple[Any, ...]:
-    """Equal for convolutions whose states are the same view of the same tensor."""
+def root_of_state(conv: Call) -> fx.Node:
+    """The tensor that a state is a part of, before any operator has written it."""
     base = conv.args["conv_state"]
     while base.target is operator.getitem and (writer := Call.of(base.args[0])) is not None:
         base = writer.bases()[base.args[1] - writer.results]
-    view = {k: x for k, x in conv.args.items() if k.startswith("_conv_state_")}
-    del view["_conv_state_base_index"]
-    return base, repr(view)
+    return base
+
+
+def disjoint(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two views of one memory provably have no element in common, `y` starting later.
+
+    So it is if `y` lies behind `x` within one step of some outer axes that both go through alike.
+    """
+    ahead = y.storage_offset() - x.storage_offset()
+    for axes, count in itertools.product(itertools.permutations(range(x.dim())), range(x.dim())):
+        steps, inner = axes[:count], axes[count:]
+        strides = [[(z.stride(i), z.shape[i]) for i in steps] for z in (x, y)]
+        if not all(same_shape(a, b) for a, b in zip(*strides, strict=True)):
+            continue
+        taken = ahead + extent(y, inner)
+        fits = [ahead >= extent(x, inner)]
+        for i in reversed(steps):
+            fits.append(taken <= x.stride(i))
+            taken += (x.shape[i] - 1) * x.stride(i)
+        if all(map(statically_known_true, fits)):
+            return True
+    return False
+
+
+def extent(x: torch.Tensor, axes: tuple[int, ...]) -> Any:
+    """How far apart the first element and the one behind the last are, along some axes."""
+    return sum((x.shape[i] - 1) * x.stride(i) for i in axes) + 1
 
 
 def states_apart(layout: str, states: list[Any]) -> str | None:

@@ -4,6 +4,7 @@ An operator that writes a state is an `auto_functionalized_v2` node, which takes
 returns the new one. `Call` reads such a node and an ordinary call in the same way.
 """
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import fx
 from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from kda_ops._checks import FLOATS
 from lowering.sizes import is_size
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -103,9 +105,11 @@ class Call:
                 return torch.as_strided(base, part("size"), part("stride"), part("storage_offset"))
         return base
 
-    def inputs(self) -> list[fx.Node]:
-        """The nodes that the call reads."""
-        return self.node.all_input_nodes
+    def inputs(self, *without: str) -> list[fx.Node]:
+        """The nodes that the call reads, but for the arguments with these names."""
+        found: list[fx.Node] = []
+        fx.node.map_arg({k: x for k, x in self.args.items() if k not in without}, found.append)
+        return found
 
     def nodes(self) -> list[fx.Node]:
         """The call and the nodes that take its results apart."""
@@ -136,9 +140,9 @@ def origin(node: Any) -> tuple[Any, list[fx.Node]]:
 
 
 def wide_origin(node: Any) -> tuple[Any, list[fx.Node]]:
-    """Like `origin`, before casts that lose nothing, too."""
+    """Like `origin`, before casts that lose nothing and factors of 1, too."""
     path: list[fx.Node] = []
-    while isinstance(node, fx.Node) and (moves(node) or widens(node)):
+    while isinstance(node, fx.Node) and (moves(node) or widens(node) or times_one(node)):
         path.insert(0, node)
         node = node.args[0]
     return node, path
@@ -158,11 +162,31 @@ def moves(node: fx.Node) -> bool:
 
 
 def widens(node: fx.Node) -> bool:
-    """Whether a node is a cast that loses nothing."""
+    """Whether a node is a cast that loses nothing, between dtypes that the operators take."""
+    if not between_floats(node):
+        return False
+    return torch.promote_types(value(node.args[0]).dtype, value(node).dtype) == value(node).dtype
+
+
+def between_floats(node: fx.Node) -> bool:
+    """Whether a node is a cast between dtypes that the operators take."""
     if node.target is not prims.convert_element_type.default:
         return False
-    source, dtype = value(node.args[0]).dtype, value(node).dtype
-    return dtype.is_floating_point and torch.promote_types(source, dtype) == dtype
+    return {value(node.args[0]).dtype, value(node).dtype} <= set(FLOATS)
+
+
+def times_one(node: fx.Node) -> bool:
+    """Whether a node multiplies by 1, as `1.0 / x` does behind the reciprocal."""
+    if node.target is not aten.mul.Tensor or isinstance(node.args[1], fx.Node):
+        return False
+    return node.args[1] == 1 and value(node.args[0]).dtype == value(node).dtype
+
+
+def narrow(node: fx.Node) -> fx.Node:
+    """A value before the casts that lose nothing."""
+    while widens(node):
+        node = node.args[0]
+    return node
 
 
 def moved(node: fx.Node) -> list[fx.Node]:
@@ -194,7 +218,7 @@ def same_shape(x: Iterable[Any], y: Iterable[Any]) -> bool:
 
 
 def same(x: Any, y: Any) -> bool:
-    """Whether two arguments are one value: one node, or moves of one that end in the same shape."""
+    """Whether two arguments are one value, in one shape, before anything that moves elements."""
     if x is y:
         return True
     if not (isinstance(x, fx.Node) and isinstance(y, fx.Node)):
@@ -204,4 +228,35 @@ def same(x: Any, y: Any) -> bool:
         return False
     if not isinstance(a, torch.Tensor):
         return statically_known_true(a == b)
-    return origin(x)[0] is origin(y)[0] and same_shape(a.shape, b.shape)
+    return alike(origin(x)[0], origin(y)[0]) and same_shape(a.shape, b.shape)
+
+
+def alike(x: Any, y: Any, proven: set[Any] | None = None) -> bool:
+    """Whether two arguments are one node, or come out of the same calls with the same arguments:
+    what a model writes twice, such as `x.float()`, is twice in the graph.
+    """
+    proven = set() if proven is None else proven
+    if x is y or (isinstance(x, fx.Node) and (x, y) in proven):
+        return True
+    if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+        if x.op != "call_function" or x.target is not y.target or not repeatable(x.target):
+            return False
+        if not alike((*x.args, x.kwargs), (*y.args, y.kwargs), proven):
+            return False
+        proven.add((x, y))
+        return True
+    if isinstance(x, (tuple, list)) and isinstance(y, (tuple, list)):
+        return len(x) == len(y) and all(alike(*pair, proven) for pair in zip(x, y, strict=True))
+    if isinstance(x, dict) and isinstance(y, dict):
+        return x.keys() == y.keys() and all(alike(x[key], y[key], proven) for key in x)
+    return type(x) is type(y) and not isinstance(x, fx.Node) and bool(x == y)
+
+
+def repeatable(target: Any) -> bool:
+    """Whether a call gives the same again."""
+    if target is operator.getitem:
+        return True
+    if getattr(target, "namespace", None) not in ("aten", "prims"):
+        return False
+    seeded = torch.Tag.nondeterministic_seeded in target.tags
+    return not (seeded or target._schema.is_mutable)

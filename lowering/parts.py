@@ -10,7 +10,7 @@ from kda_ops.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.formulas import CHUNK, RCP_LN2
 from kda_ops.gate.op import gate_op
 from kda_ops.gate_cumsum.op import gate_cumsum_op
-from lowering.matching import Call, origin, same, same_shape, value, wide_origin, widens
+from lowering.matching import Call, narrow, origin, same, same_shape, value, wide_origin
 
 aten = torch.ops.aten
 SAME_NUMBER = 1e-12
@@ -90,9 +90,24 @@ def beta_under(beta: fx.Node) -> tuple[fx.Node, float, list[fx.Node]] | None:
         inside, path = wide_origin(node.args[0])
         inner = [*path, node, *inner]
         node = inside
-    if node.target is not aten.sigmoid.default:
+    found = sigmoid_of(node)
+    return None if found is None else (narrow(found[0]), factor, [*found[1], *inner])
+
+
+def sigmoid_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
+    """The input of a sigmoid, also written `1 / (1 + exp(-x))`, and its nodes."""
+    if node.target is aten.sigmoid.default:
+        return node.args[0], [node]
+    exp = one_more(node.args[0]) if node.target is aten.reciprocal.default else None
+    if exp is None or exp.target is not aten.exp.default:
         return None
-    raw = node.args[0]
-    while widens(raw):
-        raw = raw.args[0]
-    return raw, factor, [node, *inner]
+    negative: Any = exp.args[0]
+    if negative.target is not aten.neg.default:
+        return None
+    return negative.args[0], [negative, exp, node.args[0], node]
+
+
+def one_more(node: Any) -> Any:
+    """The `x` of `x + 1`."""
+    plain = node.target in (aten.add.Tensor, aten.add.Scalar) and not node.kwargs
+    return node.args[0] if plain and node.args[1] == 1 else None

@@ -1,5 +1,6 @@
 """The chunked recurrence takes raw gate and beta, and where it does not; gates in plain PyTorch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ def model(
     paged: bool = True,
     normalised: bool = True,
     varlen: bool = True,
+    tables: bool = True,
     extra: Callable[..., Any] = lambda G, beta, q: None,
 ) -> Callable[..., Any]:
     """The recurrence over whole sequences as a model author writes it."""
@@ -55,6 +57,8 @@ def model(
     ) -> Any:
         if not varlen:
             cu = chunks = None
+        if not tables:
+            chunks = None
         if normalised:
             q, k = kda_ops.l2norm(q), kda_ops.l2norm(k)
         G, step = gate(x, A_log, bias, cu, chunks), beta_of(beta)
@@ -120,6 +124,35 @@ def bounded(z: Tensor, A_log: Tensor) -> Tensor:
     return -5.0 * torch.sigmoid(A_log.exp()[:, None] * z)
 
 
+def negative_rate(z: Tensor, A_log: Tensor) -> Tensor:
+    """As `A = -exp(A_log)` in the layers of state-space models."""
+    return (-torch.exp(A_log))[:, None] * torch.log1p(torch.exp(z))
+
+
+def log_sigmoid(z: Tensor, A_log: Tensor) -> Tensor:
+    return A_log.exp().view(1, 1, -1, 1) * F.logsigmoid(-z)
+
+
+def with_beta(z: Tensor, A_log: Tensor) -> Tensor:
+    """A softplus with a parameter, which is 1."""
+    grown = torch.where(z * 1.0 > 20, z, (1 / 1.0) * torch.log(1 + torch.exp(z * 1.0)))
+    return -A_log.exp()[:, None] * grown
+
+
+def quotient(z: Tensor, A_log: Tensor) -> Tensor:
+    return -5.0 * (1 / (1 + torch.exp(-(A_log.exp()[:, None] * z))))
+
+
+def of_its_own_chunks(x: Tensor, A_log: Tensor, bias: Tensor, cu: Any, chunks: Any) -> Tensor:
+    """Each operator makes its own table of the same chunks."""
+    return kda_ops.gate_cumsum(x, A_log, bias, cu_seqlens=cu)
+
+
+def logarithm_of_two(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+    g = kda_ops.gate(x, A_log, bias)
+    return kda_ops.chunk_cumsum(g, cu_seqlens=cu, chunks=chunks) / math.log(2)
+
+
 def of_tokens(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
     """A gate of `[T, HV, K]`, as a server's layer has it."""
     g = kda_ops.gate(x[0], A_log, bias)[None]
@@ -155,6 +188,22 @@ def test_it_is_one_operator(function: Callable[..., Any], dynamic: bool) -> None
     assert found.refused == []
     assert [name for name in found.operators if name != "l2norm"] == ["chunk_kda_gated"]
     assert found.copies == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(model(plain(f)) for f in (negative_rate, log_sigmoid, with_beta, quotient)),
+        model(of_its_own_chunks, tables=False),
+        model(logarithm_of_two),
+        model(beta_of=lambda beta: 1 / (1 + torch.exp(-wide(beta)))),
+    ],
+    ids=["negative", "log-sigmoid", "beta-1", "quotient", "own-chunks", "ln-2", "beta-quotient"],
+)
+def test_it_is_one_operator_in_other_words(function: Callable[..., Any]) -> None:
+    found = compiled(function)
+    assert found.refused == []
+    assert found.operators == ["l2norm", "l2norm", "chunk_kda_gated"]
 
 
 def test_a_gate_of_tokens_is_not_in_memory_either() -> None:
@@ -271,6 +320,44 @@ def earlier(z: Tensor, A_log: Tensor) -> Tensor:
     return -A_log.exp().unsqueeze(-1) * F.softplus(z, threshold=10)
 
 
+def twice_one(z: Tensor, A_log: Tensor) -> Tensor:
+    grown = torch.log(torch.add(torch.exp(z), 1, alpha=2))
+    return -A_log.exp().unsqueeze(-1) * torch.where(z > 20, z, grown)
+
+
+def sharper(z: Tensor, A_log: Tensor) -> Tensor:
+    return -A_log.exp().unsqueeze(-1) * F.softplus(z, beta=2)
+
+
+def of_others(z: Tensor, A_log: Tensor) -> Tensor:
+    """The threshold is looked at elsewhere."""
+    grown = torch.where(z.flip(1) > 20, z, torch.log(1 + torch.exp(z)))
+    return -A_log.exp().unsqueeze(-1) * grown
+
+
+def log_sigmoid_of_others(z: Tensor, A_log: Tensor) -> Tensor:
+    less = torch.minimum(z.new_zeros(()), -z)
+    return A_log.exp().unsqueeze(-1) * (less - torch.log1p(torch.exp(-z.flip(1).abs())))
+
+
+def difference(z: Tensor, A_log: Tensor) -> Tensor:
+    return -A_log.exp().unsqueeze(-1) * (z - 1.0).abs()
+
+
+def rates_alone(z: Tensor, A_log: Tensor) -> Tensor:
+    """A gate without an input."""
+    return z * 0 - 5.0 * torch.sigmoid(A_log.exp().unsqueeze(-1) * 2.0)
+
+
+def regrouped(gate: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The rates are those of pairs of tokens, with as many heads of twice the width."""
+
+    def formula(z: Tensor, A_log: Tensor) -> Tensor:
+        return gate(z.reshape(1, T // 2, HV, 2 * K), A_log).view(z.shape)
+
+    return formula
+
+
 @pytest.mark.parametrize(
     ("formula", "reasons"),
     [
@@ -281,7 +368,16 @@ def earlier(z: Tensor, A_log: Tensor) -> Tensor:
         (shared, ["has not an element for each of the gate"]),
         (shared_bounded, ["has not an element for each of the gate"]),
         (earlier, []),
+        (twice_one, []),
+        (sharper, []),
+        (of_others, []),
+        (log_sigmoid_of_others, []),
+        (difference, []),
+        (rates_alone, []),
+        (regrouped(softplus), ["has other heads"]),
+        (regrouped(bounded), ["has other heads"]),
     ],
+    ids=lambda x: getattr(x, "__qualname__", None),
 )
 def test_another_formula_stays(formula: Callable[..., Tensor], reasons: list[str]) -> None:
     found = compiled(model(plain(formula)))
@@ -289,6 +385,18 @@ def test_another_formula_stays(formula: Callable[..., Tensor], reasons: list[str
     assert "gate" not in found.operators
     for reason in reasons:
         assert any(name == "plain_gate" and reason in why for name, why in found.refused)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_gate_that_is_also_a_query_or_value_stays(place: int) -> None:
+    def function(x: Tensor, beta: Tensor, A_log: Tensor, *heads: Tensor) -> Tensor:
+        G = kda_ops.gate_cumsum(x, A_log)
+        return kda_ops.chunk_kda(*heads[:place], G, *heads[place:], G, torch.sigmoid(beta))[0]
+
+    heads = [F.normalize(torch.randn(1, 9, HV, K), dim=-1) for _ in range(2)]
+    given = torch.randn(1, 9, HV, K) - 9, torch.randn(1, 9, HV), torch.zeros(HV)
+    found = rewritten(function, *given, *heads)
+    assert found.refused == [("chunk_kda_gated", "an input depends on gate_cumsum")]
 
 
 def test_a_plain_gate_with_another_user_stays() -> None:

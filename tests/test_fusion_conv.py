@@ -67,6 +67,42 @@ def with_sqrt_in_fp32(x: Tensor, eps: float) -> Tensor:
     return (wide / torch.sqrt(wide.pow(2).sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def cast_twice(x: Tensor, eps: float) -> Tensor:
+    root = torch.rsqrt(wide(x).pow(2).sum(-1, keepdim=True) + 1e-6)
+    return (wide(x) * root).to(x.dtype)
+
+
+def root_rounded(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(wide(x).square().sum(-1) + 1e-6).unsqueeze(-1).to(x.dtype)
+
+
+def with_powers(x: Tensor, eps: float) -> Tensor:
+    return x * ((x**2).sum(-1, keepdim=True) + 1e-6) ** -0.5
+
+
+def with_reciprocal(x: Tensor, eps: float) -> Tensor:
+    return (1.0 / torch.sqrt(torch.linalg.vecdot(x, x)[..., None] + 1e-6)) * x
+
+
+def sum_in_fp32(x: Tensor, eps: float) -> Tensor:
+    squares = x.pow(2).sum(-1, keepdim=True, dtype=wide(x).dtype)
+    return (x / (squares + 1e-6) ** 0.5).to(x.dtype)
+
+
+NORMS = [cast_twice, root_rounded, with_powers, with_reciprocal, sum_in_fp32]
+
+
+@pytest.mark.parametrize("normalise", NORMS)
+def test_it_is_one_operator_in_other_words(normalise: Callable[[Tensor, float], Tensor]) -> None:
+    found = compiled(model(normalise))
+    assert found.refused == []
+    assert found.operators == ["short_conv_qkv"]
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     ("function", "layout"),
@@ -117,7 +153,30 @@ def test_it_stays_where_the_guard_says_so(function: Callable[..., Any], reason: 
     assert [name for name, why in found.refused if reason in why] == ["short_conv_qkv"]
 
 
-@pytest.mark.parametrize("normalise", [other_axis, clamped])
+def after_the_root(x: Tensor, eps: float) -> Tensor:
+    return x / (x.norm(dim=-1, keepdim=True) + 1e-6)
+
+
+def squared_norm(x: Tensor, eps: float) -> Tensor:
+    return x / (x.pow(2).sum(-1, keepdim=True) + 1e-6)
+
+
+def over_all(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).sum(dim=None, keepdim=True) + 1e-6)
+
+
+def of_another(x: Tensor, eps: float) -> Tensor:
+    return x.flip(1) * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)
+
+
+def product(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt((x * x.flip(1)).abs().sum(-1, keepdim=True) + 1e-6)
+
+
+OTHERS = [other_axis, clamped, after_the_root, squared_norm, over_all, of_another, product]
+
+
+@pytest.mark.parametrize("normalise", OTHERS)
 def test_another_norm_stays(normalise: Callable[[Tensor, float], Tensor]) -> None:
     assert compiled(model(normalise)).operators == ["short_conv"]
 

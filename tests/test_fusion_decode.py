@@ -287,9 +287,52 @@ def twice_eps(self, o, z, o_weight, cu):
     return (o_weight * x * torch.sigmoid(wide(z))).to(o.dtype)
 
 
+def scaled(o, weight, z, between=lambda y: y):
+    """The norm with something done to it before the gate."""
+    x = wide(o)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return (between(weight * x) * torch.sigmoid(wide(z))).to(o.dtype)
+
+
+def of_integers(self, o, z, o_weight, cu):
+    return scaled(o, o_weight, z, lambda y: y.to(torch.int32))
+
+
+def quantised(self, o, z, o_weight, cu):
+    return scaled(o, o_weight, z, lambda y: y.to(torch.float8_e5m2).to(y.dtype))
+
+
+def swish(self, o, z, o_weight, cu):
+    return scaled(o, o_weight, z) * z
+
+
+def over_all(self, o, z, o_weight, cu):
+    x = wide(o)
+    x = x * torch.rsqrt(x.pow(2).mean(dim=None, keepdim=True) + 1e-5)
+    return (o_weight * x * torch.sigmoid(wide(z))).to(o.dtype)
+
+
+def cube_root(self, o, z, o_weight, cu):
+    x = wide(o)
+    x = x * (x.pow(2).mean(-1, keepdim=True) + 1e-5) ** (-1 / 3)
+    return (o_weight * x * torch.sigmoid(wide(z))).to(o.dtype)
+
+
+def divided(self, o, z, o_weight, cu):
+    """By the root of the mean, in the wrong direction."""
+    x = wide(o)
+    x = torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) / x
+    return (o_weight * x * torch.sigmoid(wide(z))).to(o.dtype)
+
+
 @pytest.mark.parametrize(
     ("finish", "reasons"),
     [
+        (of_integers, []),
+        (quantised, []),
+        (over_all, []),
+        (cube_root, []),
+        (divided, []),
         (unrounded, ["the norm of torch.bfloat16 is in torch.float32"]),
         (one_gate, ["the gate has another shape"]),
         (per_head, []),
@@ -303,6 +346,70 @@ def test_another_norm_is_not_the_operator(
     found = compiled(variant(finish=finish))
     assert found.operators == SMALL[:-1]
     assert [why for name, why in found.refused if name == "plain_rms_norm_gated"] == reasons
+
+
+def with_rms_norm(self, o, z, o_weight, cu):
+    normed = torch.nn.functional.rms_norm(o, (V,), o_weight.to(o.dtype), 1e-5)
+    return normed * torch.sigmoid(z)
+
+
+def with_square_root(self, o, z, o_weight, cu):
+    x = wide(o) / torch.sqrt(wide(o).square().mean(-1).unsqueeze(-1) + 1e-5)
+    return (o_weight * x * (1 / (1 + torch.exp(-wide(z))))).to(o.dtype)
+
+
+def gated_in_one_row(self, o, z, o_weight, cu):
+    """The output of all heads in one row, and a gate that is rounded."""
+    x = wide(o)
+    x = x * (1.0 / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+    gate = torch.sigmoid(wide(z.flatten(-2))).to(z.dtype)
+    return (o_weight * x).to(o.dtype).flatten(-2) * gate
+
+
+@pytest.mark.parametrize("finish", [with_rms_norm, with_square_root, gated_in_one_row])
+def test_the_norm_in_other_words(finish: Callable[..., Tensor]) -> None:
+    found = compiled(variant(finish=finish))
+    assert found.operators == ["kda_decode"]
+    assert found.refused == []
+
+
+def test_a_swish_is_no_sigmoid() -> None:
+    """What is left of it is multiplied afterwards, and with the norm inside it is another one."""
+    assert compiled(variant(finish=swish)).operators == ["kda_decode"]
+
+    def silu(self, o, z, o_weight, cu):
+        x = wide(o)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return (o_weight * x * torch.nn.functional.silu(wide(z))).to(o.dtype)
+
+    assert compiled(variant(finish=silu)).operators == SMALL[:-1]
+
+
+@pytest.mark.parametrize("part", ["f", "z"])
+def test_a_gate_made_of_values_stays(part: str) -> None:
+    """The step would be an input of itself."""
+
+    def step(x, f, beta, z, conv, state, slots, cu, weight, A_log, bias, o_weight):
+        y = kda_ops.short_conv_update(x, conv, weight, slots=slots, cu_seqlens=cu)[None]
+        q, k, v = (y.unflatten(-1, (-1, K)) for y in y.split(KEY, dim=-1))
+        given = {"f": f, "z": f, part: v}
+        g, step = kda_ops.gate(given["f"], None, lower_bound=-5.0), torch.sigmoid(wide(beta))
+        q, k = kda_ops.l2norm(q), kda_ops.l2norm(k)
+        o = kda_ops.recurrent_kda(q, k, v, g, step, state, slots, cu_seqlens=cu)
+        return kda_ops.rms_norm_gated(o, given["z"], o_weight[:K])
+
+    given = inputs()
+    changed = {
+        "x": given["x"][:, : 3 * KEY],
+        "f": given["f"][:, :, :H],
+        "beta": given["beta"][:, :, :H],
+        "conv": given["conv"][:, :, : 3 * KEY].clone(),
+        "state": torch.randn(SLOTS, H, K, K),
+        "weight": given["weight"][: 3 * KEY],
+    }
+    found = compiled(step, **changed)
+    assert found.operators == SMALL
+    assert "an input depends on" in found.refused[0][1]
 
 
 def test_a_weight_per_head_is_none_per_channel() -> None:
@@ -324,6 +431,18 @@ def test_a_weight_per_head_is_none_per_channel() -> None:
     assert found.operators == ["recurrent_kda"]
 
 
+def wider_heads(self, x, eps):
+    return kda_ops.l2norm(x.flatten(-2).unflatten(-1, (1, H * K)), eps=eps).view(x.shape)
+
+
+def narrower_heads(self, x, eps):
+    return kda_ops.l2norm(x.unflatten(-1, (2, K // 2)), eps=eps).view(x.shape)
+
+
+def gated_by_itself(self, o, z, o_weight, cu):
+    return kda_ops.rms_norm_gated(o, o, o_weight)
+
+
 def axis(self, o, z, o_weight, cu):
     y = kda_ops.rms_norm_gated(o.flatten(-2), z.flatten(-2), o_weight.repeat(HV))
     return y.unflatten(-1, (HV, V))
@@ -335,6 +454,9 @@ def axis(self, o, z, o_weight, cu):
         ({"norm_eps": (1e-6, 1e-5)}, "different eps"),
         ({"scaled": lambda self, step: 3 * step}, "beta is not"),
         ({"normalise": tripled}, "is not the q of"),
+        ({"normalise": wider_heads}, "not of 1 x 16 as they are normalised"),
+        ({"normalise": narrower_heads}, "not of 4 x 4 as they are normalised"),
+        ({"finish": gated_by_itself}, "an input depends on"),
         ({"decay": nats}, "g is not a gate"),
         ({"finish": both}, "does not go into rms_norm_gated alone"),
         ({"finish": unfinished}, "does not go into rms_norm_gated alone"),

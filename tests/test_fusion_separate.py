@@ -165,20 +165,43 @@ def test_a_step_is_one_operator(attributes: dict[str, Any], dynamic: bool) -> No
     assert found.copies == 0
 
 
+def of_channels(given: dict[str, Any], layout: str) -> tuple[Tensor, Any]:
+    """One state, and how its channels are cut."""
+    axis = 2 if layout == "SD" else 1
+    return torch.cat(given["state"], axis), lambda whole: whole.split(WIDTHS, axis)
+
+
+def of_pages(given: dict[str, Any], layout: str) -> tuple[Tensor, Any]:
+    """Pages with one state behind the other, and some padding."""
+    pages = torch.cat([*(state.flatten(1) for state in given["state"]), torch.zeros(SLOTS, 5)], 1)
+    shapes = [state.shape[1:] for state in given["state"]]
+
+    def parts(whole: Tensor) -> list[Tensor]:
+        cut = whole.split([*(shape.numel() for shape in shapes), 5], 1)
+        return [part.unflatten(1, shape) for part, shape in zip(cut, shapes, strict=False)]
+
+    return pages.bfloat16(), parts
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("base", [Prefill, Step])
-@pytest.mark.parametrize("layout", ["SD", "DS"])
-def test_the_states_may_be_parts_of_one_tensor(base: type, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "packed"), [("SD", of_channels), ("DS", of_channels), ("SD", of_pages)]
+)
+def test_the_states_may_be_parts_of_one_tensor(
+    base: type, layout: str, packed: Any, dynamic: bool
+) -> None:
     """Each call writes its part, the next one what the one before has made of the whole."""
     given = inputs(layout)
-    axis = 2 if layout == "SD" else 1
-    whole = torch.cat(given["state"], dim=axis)
+    whole, parts = packed(given, layout)
 
     def call(whole: Tensor, *args: Tensor) -> Any:
-        return model(*args[:-3], *whole.split(WIDTHS, dim=axis))
+        return model(*args[:-3], *parts(whole))
 
     model = variant(base, layout=layout)
     flat = [given[name] for name in NAMES] + [x for name in PER_PART for x in given[name]]
-    found = rewritten(call, whole, *flat, written=(0, 5))
+    slots = {0: 0} if dynamic else False
+    found = rewritten(call, whole, *flat, dynamic=slots, written=(0, 5))
     assert found.refused == []
     assert found.operators == (["kda_decode"] if base is Step else ["short_conv_qkv", "chunk_kda"])
     assert found.copies == 0
@@ -232,6 +255,55 @@ def in_fp32(self: Any, i: int, x: Tensor, *rest: Any) -> Tensor:
 def one_state(self: Any, i: int, x: Tensor, weight: Tensor, bias: Any, state: Any, a: Any) -> Any:
     self.first = state if i == 0 else self.first
     return Prefill.convolve(self, i, x, weight, bias, self.first if i < 2 else state, a)
+
+
+@pytest.mark.parametrize("base", [Prefill, Step])
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda whole: whole[:-1, :, : H * K].view(SLOTS, W - 1, -1),
+        lambda whole: whole[:-1, :, 4 : 4 + H * K],
+        lambda whole: whole[1:, :, : H * K],
+        lambda whole: whole.as_strided((SLOTS, W - 1, H * K), (whole.stride(0), H * K, 1)),
+    ],
+    ids=["same", "some-channels", "next-slot", "other-rows"],
+)
+def test_states_with_a_part_in_common_stay(base: type, second: Any) -> None:
+    """The convolution of k reads what that of q has written."""
+    given = inputs()
+    whole = torch.randn(SLOTS + 1, W - 1, 2 * H * K, dtype=torch.bfloat16)
+
+    def call(whole: Tensor, *args: Tensor) -> Any:
+        return model(*args[:-3], whole[:-1, :, : H * K], second(whole), args[-1])
+
+    model = variant(
+        base, layout="SD", convolve=with_histories if base is Prefill else Step.convolve
+    )
+    flat = [given[name] for name in NAMES] + [x for name in PER_PART for x in given[name]]
+    found = rewritten(call, whole, *flat, written=(0, 5))
+    assert found.operators.count("short_conv_update" if base is Step else "short_conv") == 3
+    assert any("parts of it in common" in why for _, why in found.refused)
+
+
+def with_histories(
+    self: Any, i: int, x: Tensor, weight: Tensor, bias: Any, state: Tensor, a: dict[str, Any]
+) -> Tensor:
+    """Which sequences have one is computed for each convolution, and is the same."""
+    return kda_ops.short_conv(
+        x,
+        weight,
+        bias,
+        conv_state=state,
+        slots=a["slots"],
+        has_initial_state=a["slots"] > 0,
+        cu_seqlens=a["cu"],
+        layout=self.layout,
+    )
+
+
+def test_what_is_computed_for_each_convolution_is_one_value() -> None:
+    found = compiled(variant(convolve=with_histories, layout="DS"))
+    assert found.operators == ["short_conv_qkv", "chunk_kda"]
 
 
 def returns(index: int) -> Any:
@@ -323,6 +395,24 @@ def test_values_made_of_queries_stay() -> None:
     gates = -torch.rand(1, T, HV, K), torch.rand(1, T, HV)
     found = rewritten(function, *heads, *gates, *(torch.randn(n, W) for n in widths))
     assert "short_conv_qkv" not in found.operators
+    assert "an input depends on l2norm" in found.refused[0][1]
+
+
+@pytest.mark.parametrize("of", ["k", "v"])
+def test_what_is_convolved_of_a_norm_stays(of: str) -> None:
+    """With one head, there is nothing between the norm and the next convolution."""
+
+    def function(x: Tensor, weight: Tensor, g: Tensor, beta: Tensor) -> Any:
+        parts = dict(zip("qkv", zip(x.split(K, -1), weight.split(K), strict=True), strict=True))
+        q = kda_ops.l2norm(kda_ops.short_conv(*parts["q"]))
+        parts[of] = q, parts[of][1]
+        k = kda_ops.l2norm(kda_ops.short_conv(*parts["k"]))
+        q, k, v = (y[None, :, None] for y in (q, k, kda_ops.short_conv(*parts["v"])))
+        return kda_ops.chunk_kda(q, k, v, g, beta)[0]
+
+    gates = -torch.rand(1, T, 1, K), torch.rand(1, T, 1)
+    found = rewritten(function, torch.randn(T, 3 * K), torch.randn(3 * K, W), *gates)
+    assert found.operators.count("short_conv") == 3
     assert "an input depends on l2norm" in found.refused[0][1]
 
 
