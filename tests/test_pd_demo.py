@@ -83,6 +83,27 @@ def test_too_few_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--tokens must be at least 17, got 16" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("tokens", "spec"), [(24, 0), (600, 0), (600, 3)])
+def test_there_are_pages_for_any_number_of_tokens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokens: int, spec: int
+) -> None:
+    """More than every request takes on an engine that gives none back."""
+    made: list[StackConfig] = []
+
+    def start(config: StackConfig, *sizes: int) -> None:
+        made.append(config)
+        raise RuntimeError("stop here")
+
+    monkeypatch.setattr(serve, "engines", start)
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)
+    assert main(["pd-demo", "--tokens", str(tokens), "--spec", str(spec)]) == 1
+    assert "FAILED: stop here" in capsys.readouterr().out
+    (config,) = made
+    size, answers = config.block_tokens, {"whole blocks": [0] * tokens}
+    prompts = [len(r.tokens) for r in serve.requests(serve.TEXT, size, answers)]
+    assert sum(-(-(n + tokens + spec) // size) + spec for n in prompts) < config.pages
+
+
 @pytest.mark.parametrize("layout", ["SD", "DS"])
 def test_speculative_steps_on_checkpoints_give_the_plain_tokens(layout: str) -> None:
     """On one process: drafts, right and wrong, change nothing; its own checkpoints are used."""

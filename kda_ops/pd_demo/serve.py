@@ -25,6 +25,7 @@ TEXT = (
     b"convolution and one matrix per head; it moves between machines as a few ranges of bytes. "
 ) * 4
 PATIENCE_S = 120.0
+REQUESTS, LONGEST_PROMPT = 7, 96
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=_layers, default="KKAK", help="K: KDA, A: attention")
 
 
+def enough_pages(config: StackConfig, tokens: int) -> int:
+    """Pages of each group, the null block included, for all requests: none is ever given back."""
+    blocks = -(-(LONGEST_PROMPT + tokens + config.num_spec) // config.block_tokens)
+    return 1 + REQUESTS * (blocks + config.num_spec)
+
+
 def _layers(value: str) -> str:
     if set(value) != {"K", "A"}:
         raise argparse.ArgumentTypeError(f"must be made of K and A, with both, got {value!r}")
@@ -181,6 +188,7 @@ def run(args: argparse.Namespace) -> int:
         print("pd-demo needs NIXL: pip install 'kda-ops[nixl]', or make nixl in a checkout")
         return 2
     config = StackConfig(layers=args.layers, layout=args.layout, num_spec=args.spec)
+    config = replace(config, pages=max(config.pages, enough_pages(config, args.tokens)))
     plain = replace(config, num_spec=0)
     alone = Sequences(Stack(plain), Caches(plain, 1))
     print(
