@@ -77,7 +77,7 @@ class Prefill:
     def stalled(self) -> Iterator[None]:
         """The process does nothing; it may be killed meanwhile."""
         self.process.send_signal(signal.SIGSTOP)
-        # the signal is only on its way: NIXL's thread still answers reads until the last thread stops
+        # until the last thread has stopped, NIXL's may still answer reads
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
         try:
             yield
