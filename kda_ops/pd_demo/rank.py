@@ -31,6 +31,7 @@ class Place:
         store: A file through which the ranks of the engine find each other.
         page_padding: Bytes added to a state's page, so that engines differ.
         timeout_s: Of a read.
+        secret: Of both engines.
     """
 
     engine: str
@@ -39,6 +40,7 @@ class Place:
     store: str
     page_padding: int
     timeout_s: float
+    secret: bytes
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Rank:
             caches.pages,
             name=place.engine,
             timeout_s=place.timeout_s,
+            secret=place.secret,
         )
         self.server = HandshakeServer(self.engine.answer)
         self.offered: dict[str, list[list[int]]] = {}

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import multiprocessing
 import random
+import secrets
 import tempfile
 import time
 from collections import Counter
@@ -59,12 +60,20 @@ def requests(text: bytes, block: int, generated: dict[str, list[int]]) -> Iterat
 class Engine:
     """The processes of one engine."""
 
-    def __init__(self, name: str, tp_size: int, config: StackConfig, folder: str, padding: int):
+    def __init__(
+        self,
+        name: str,
+        tp_size: int,
+        config: StackConfig,
+        folder: str,
+        padding: int,
+        secret: bytes,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["kda_ops.pd_demo.rank"])
         self.name, self.pipes, self.processes = name, [], []
         for rank in range(tp_size):
-            place = Place(name, tp_size, rank, f"{folder}/{name}", padding, PATIENCE_S / 4)
+            place = Place(name, tp_size, rank, f"{folder}/{name}", padding, PATIENCE_S / 4, secret)
             ours, theirs = context.Pipe()
             process = context.Process(target=run_rank, args=(place, config, theirs), daemon=True)
             process.start()
@@ -116,9 +125,10 @@ def engines(
     """Both engines, and the addresses of the prefill ranks."""
     with tempfile.TemporaryDirectory() as folder:
         started: list[Engine] = []
+        secret = secrets.token_bytes(32)
         try:
             for name, tp_size, padding in (("prefill", prefill_tp, 0), ("decode", decode_tp, 512)):
-                started.append(Engine(name, tp_size, config, folder, padding))
+                started.append(Engine(name, tp_size, config, folder, padding, secret))
             prefill, decode = started
             addresses = prefill.receive()
             decode.receive()
