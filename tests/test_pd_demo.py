@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from kda_ops.__main__ import main
 from kda_ops.pd_demo import serve
 from kda_ops.pd_demo.model import Caches, Stack, StackConfig
+from kda_ops.pd_demo.rank import Place, Rank
 from kda_ops.pd_demo.sequence import Sequences
 
 
@@ -51,6 +53,22 @@ def test_any_two_sizes_give_the_tokens_of_one_process(
     if spec:
         kept = printed.split("steps by tokens kept")[1].splitlines()[0]
         assert all(f"{n}:" in kept for n in range(1, 2 + spec)), kept
+
+
+@pytest.mark.nixl
+def test_an_offer_outlasts_a_read() -> None:
+    """The notice of a read comes when the reader has made all its tokens, which may take long."""
+    place = Place("prefill", 1, 0, "", 0, timeout_s=0.01, secret=b"")
+    threads = torch.get_num_threads()
+    rank = Rank(place, StackConfig(layers="KA", pages=9))
+    try:
+        rank.prefill("request", list(range(40)))
+        time.sleep(0.1)
+        rank.idle()
+        assert rank.releases() == {}
+    finally:
+        torch.set_num_threads(threads)
+        assert rank.close() == []
 
 
 @pytest.mark.nixl

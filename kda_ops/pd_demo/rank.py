@@ -18,6 +18,7 @@ from kda_ops.transfer.results import TransferError
 from kda_ops.transfer.wire import HandshakeServer, tcp_caller
 
 IDLE_S = 0.001
+OFFER_S = 3600.0  # a reader's notice leaves it when it is idle again: after all tokens of a request
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Rank:
     def prefill(self, request: str, tokens: list[int]) -> list[list[int]]:
         """Computes a prompt but its last token, and offers its pages."""
         _, blocks = self.sequences.prefill(tokens[:-1])
-        self.engine.offer(request)
+        self.engine.offer(request, ttl_s=OFFER_S)
         self.offered[request] = blocks
         return blocks
 
