@@ -151,7 +151,9 @@ class Server:
         left = len(request.tokens) - request.computed
         if self.rng.random() < 0.1:
             return 0, [], False
-        if left > 1 or request.running < 0:
+        # a request that comes back with all but its last token may go on as a decode
+        fresh = request.running < 0 and (request.computed == 0 or self.rng.random() < 0.5)
+        if left > 1 or fresh:
             ends = [n for n in range(1, left) if (request.computed + n) % self.block == 0]
             choice = [left, self.rng.choice(ends or [left]), self.rng.randint(1, left)]
             return self.rng.choice(choice), [], True
