@@ -54,8 +54,11 @@ def units_held(units: int, tp_size: int, rank: int) -> range:
         rank: In `[0, tp_size)`.
 
     Raises:
-        ValueError: The rank does not exist, or neither of units and tp_size divides the other.
+        ValueError: The rank does not exist, there are no units, or neither of units and tp_size
+            divides the other.
     """
+    if units < 1:
+        raise ValueError(f"units must be at least 1, got {units}")
     if not 0 <= rank < tp_size:
         raise ValueError(f"rank must be in [0, {tp_size}), got {rank}")
     if units >= tp_size:

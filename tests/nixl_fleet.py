@@ -18,7 +18,7 @@ from tests.transfer_faults import Counted
 from tests.transfer_fleet import Side, content, geometry
 
 REMOTE = [[9, 9, 3], [5, 6, 7]]
-PATIENCE_S = 60
+PATIENCE_S = 180  # of what ends by itself; the machine may be a slow one and busy
 PAGES = 420
 
 
@@ -58,7 +58,7 @@ class Prefill:
         """Has the process run a command."""
         return self._ask({"do": name, **arguments})
 
-    def call(self, engine: str, timeout_s: float = 20) -> Callable[[int, bytes], bytes]:
+    def call(self, engine: str, timeout_s: float = PATIENCE_S) -> Callable[[int, bytes], bytes]:
         """What `TransferEngine.connect` takes."""
         addresses = {i: tuple(a) for i, a in enumerate(self.addresses[engine])}
         return tcp_caller(addresses, timeout_s=timeout_s)
@@ -77,8 +77,10 @@ class Prefill:
     def stalled(self) -> Iterator[None]:
         """The process does nothing; it may be killed meanwhile."""
         self.process.send_signal(signal.SIGSTOP)
-        # the signal is only on its way, and until then NIXL's thread still answers reads
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+        # until the last thread has stopped, NIXL's may still answer reads
+        states = os.WSTOPPED | os.WEXITED | os.WNOWAIT
+        found = os.waitid(os.P_PID, self.process.pid, states)
+        assert found.si_code == os.CLD_STOPPED, "the prefill process has died"
         try:
             yield
         finally:
@@ -122,6 +124,7 @@ class Decode:
                 name,
                 time.monotonic,
                 device=device,
+                timeout_s=PATIENCE_S,
             )
             for rank in range(tp)
         ]
@@ -131,7 +134,7 @@ class Decode:
     def close(self) -> None:
         """Every engine ends within its time, and gives back all that it took from NIXL."""
         for side in self.sides:
-            assert side.engine.close(timeout_s=5) == []
+            assert side.engine.close() == []
             assert side.engine.transport.left() == {}
 
 

@@ -17,6 +17,8 @@ from kda_ops.transfer.wire import HandshakeServer
 from tests.transfer_faults import Counted
 from tests.transfer_fleet import Side, content, geometry
 
+TTL_S = 3600  # no test takes as long
+
 
 class Short(Counted):
     """Registers less than its engine believes."""
@@ -66,7 +68,7 @@ class Host:
         return {name: [s.address for s in servers] for name, servers in self.servers.items()}
 
     def put(
-        self, engine: str, requests: list[tuple[str, int, list[list[int]]]], ttl_s: float = 60
+        self, engine: str, requests: list[tuple[str, int, list[list[int]]]], ttl_s: float = TTL_S
     ) -> None:
         """Prefills requests: ids, seeds of their content, blocks."""
         made = [(request, content(24, seed), blocks) for request, seed, blocks in requests]

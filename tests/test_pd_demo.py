@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from kda_ops.__main__ import main
 from kda_ops.pd_demo import serve
 from kda_ops.pd_demo.model import Caches, Stack, StackConfig
+from kda_ops.pd_demo.rank import Place, Rank
 from kda_ops.pd_demo.sequence import Sequences
 
 
@@ -54,6 +56,22 @@ def test_any_two_sizes_give_the_tokens_of_one_process(
 
 
 @pytest.mark.nixl
+def test_an_offer_outlasts_a_read() -> None:
+    """The notice of a read comes when the reader has made all its tokens, which may take long."""
+    place = Place("prefill", 1, 0, "", 0, timeout_s=0.01, secret=b"")
+    threads = torch.get_num_threads()
+    rank = Rank(place, StackConfig(layers="KA", pages=9))
+    try:
+        rank.prefill("request", list(range(40)))
+        time.sleep(0.1)
+        rank.idle()
+        assert rank.releases() == {}
+    finally:
+        torch.set_num_threads(threads)
+        assert rank.close() == []
+
+
+@pytest.mark.nixl
 def test_a_wrong_token_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +99,27 @@ def test_without_nixl_it_says_what_to_install(
 def test_too_few_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve.run(argparse.Namespace(tokens=16)) == 2
     assert "--tokens must be at least 17, got 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("tokens", "spec"), [(24, 0), (600, 0), (600, 3)])
+def test_there_are_pages_for_any_number_of_tokens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokens: int, spec: int
+) -> None:
+    """More than every request takes on an engine that gives none back."""
+    made: list[StackConfig] = []
+
+    def start(config: StackConfig, *sizes: int) -> None:
+        made.append(config)
+        raise RuntimeError("stop here")
+
+    monkeypatch.setattr(serve, "engines", start)
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)
+    assert main(["pd-demo", "--tokens", str(tokens), "--spec", str(spec)]) == 1
+    assert "FAILED: stop here" in capsys.readouterr().out
+    (config,) = made
+    size, answers = config.block_tokens, {"whole blocks": [0] * tokens}
+    prompts = [len(r.tokens) for r in serve.requests(serve.TEXT, size, answers)]
+    assert sum(-(-(n + tokens + spec) // size) + spec for n in prompts) < config.pages
 
 
 @pytest.mark.parametrize("layout", ["SD", "DS"])

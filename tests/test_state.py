@@ -204,3 +204,5 @@ def test_errors_of_methods() -> None:
         spec.offset("o")
     with pytest.raises(ValueError, match=re.escape("rank must be in [0, 4), got 4")):
         units_held(8, 4, 4)
+    with pytest.raises(ValueError, match="units must be at least 1, got 0"):
+        units_held(0, 4, 0)

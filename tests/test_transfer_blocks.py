@@ -87,12 +87,15 @@ def test_smaller_remote_blocks_fill_parts_and_the_rest_is_zeroed(
 
 def test_larger_remote_blocks_are_read_in_parts() -> None:
     group = BlockGroup("attention", 16, 32)
-    match = match_blocks([[7, 8, 9]], [[1, 2, 3]], [group], computed=16)[0]
+    match = match_blocks([[7, 8, 9]], [[1, 2]], [group], computed=16)[0]
     assert match.copies == (
         PageCopy(7, 1, 0, 16, 16),
         PageCopy(8, 2, 0, 0, 16),
         PageCopy(9, 2, 0, 16, 16),
     )
+    # the request may end in the first half of the last remote block
+    half = match_blocks([[7, 8]], [[1, 2]], [group], computed=16)[0]
+    assert half.copies == match.copies[:2]
     assert match.zero == ()
     with pytest.raises(ValueError, match=r"computed must be given where a remote block \(32"):
         match_blocks([[7, 8, 9]], [[1, 2, 3]], [group])
@@ -176,6 +179,8 @@ def test_attention_matches_token_by_token(data: st.DataObject) -> None:
         ([[1]], [[1]], [KV], 8, "computed must be a multiple of the 16 tokens .* got 8"),
         ([[1]], [[1]], [KV], -16, "computed must be a multiple of the 16 tokens .* got -16"),
         ([[1]], [[1]], [KV], [0, 0], "computed must have 1 entries, got 2"),
+        ([[7]], [[4, 5]], [KV], 0, "must take the last of 2 .* got 1 blocks of 16 from token 0"),
+        ([[7]], [[4, 5]], [BlockGroup("attention", 8, 16)], 8, "must take the last of 2 remote"),
         ([[0]], [[1]], [STATE], None, "local group 0 must end in its running state"),
         ([[1]], [[1, 0]], [STATE], None, "remote group 0 must end in its running state"),
     ],

@@ -17,6 +17,7 @@ from kda_ops.state import KDAStateSpec, Segment, mamba2_segments
 from kda_ops.transfer.geometry import PageGeometry, packed_geometry, state_geometry
 from kda_ops.transfer.pages import buffer_pages
 from kda_ops.transfer.plan import plan_reads, source_ranks
+from kda_ops.transfer.schema import GeometryError
 from tests.transfer_fleet import TP_SIZES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -196,6 +197,27 @@ def test_mamba2_by_hand() -> None:
         (1, "C", 192, 144, 96),
         (1, "ssm", 288 + 512, 240, 512),
     ]
+
+
+@pytest.mark.parametrize(
+    ("segment", "match"),
+    [
+        (Segment("B", 0, 8), "group g: segment B: units must be at least 1, got 0"),
+        (Segment("B", 3, 8), "group g: segment B: tp_size must divide 3 heads, got 2"),
+        (Segment("C", 1, 8), r"group g: dtypes must name segment C, got \['B'\]"),
+    ],
+)
+def test_segments_that_cannot_be_packed(segment: Segment, match: str) -> None:
+    with pytest.raises(GeometryError, match=match):
+        packed_geometry(
+            [segment],
+            name="g",
+            kind="state",
+            dtypes={"B": "bfloat16"},
+            tp_size=2,
+            pages=1,
+            block_tokens=16,
+        )
 
 
 @pytest.mark.parametrize(

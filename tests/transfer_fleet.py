@@ -108,6 +108,8 @@ class Side:
         name: str,
         clock: Callable[[], float] | None = None,
         device: str = "cpu",
+        secret: bytes = b"",
+        timeout_s: float = 10,
     ) -> None:
         self.shape, self.rank = shape, rank
         rng = np.random.default_rng(rank)
@@ -127,7 +129,14 @@ class Side:
         self.expected = [[b.cpu().clone() for b in buffers] for buffers in self.whole]
         self.clock = clock or Clock()
         self.engine = TransferEngine(
-            transport, shape, rank, self.pages, name=name, timeout_s=10, clock=self.clock
+            transport,
+            shape,
+            rank,
+            self.pages,
+            name=name,
+            timeout_s=timeout_s,
+            clock=self.clock,
+            secret=secret,
         )
 
     def expect(self, group: int, layer: int, page: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from kda_ops.transfer.results import TransferError
 from kda_ops.transfer.wire import HandshakeServer, tcp_caller
 
 IDLE_S = 0.001
+OFFER_S = 3600.0  # a reader's notice leaves it when it is idle again: after all tokens of a request
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Place:
         store: A file through which the ranks of the engine find each other.
         page_padding: Bytes added to a state's page, so that engines differ.
         timeout_s: Of a read.
+        secret: Of both engines.
     """
 
     engine: str
@@ -39,6 +41,7 @@ class Place:
     store: str
     page_padding: int
     timeout_s: float
+    secret: bytes
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Rank:
             caches.pages,
             name=place.engine,
             timeout_s=place.timeout_s,
+            secret=place.secret,
         )
         self.server = HandshakeServer(self.engine.answer)
         self.offered: dict[str, list[list[int]]] = {}
@@ -125,7 +129,7 @@ class Rank:
     def prefill(self, request: str, tokens: list[int]) -> list[list[int]]:
         """Computes a prompt but its last token, and offers its pages."""
         _, blocks = self.sequences.prefill(tokens[:-1])
-        self.engine.offer(request)
+        self.engine.offer(request, ttl_s=OFFER_S)
         self.offered[request] = blocks
         return blocks
 

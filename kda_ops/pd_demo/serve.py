@@ -5,6 +5,7 @@ import importlib.util
 import math
 import multiprocessing
 import random
+import secrets
 import tempfile
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ TEXT = (
     b"convolution and one matrix per head; it moves between machines as a few ranges of bytes. "
 ) * 4
 PATIENCE_S = 120.0
+REQUESTS, LONGEST_PROMPT = 7, 96
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,20 @@ def requests(text: bytes, block: int, generated: dict[str, list[int]]) -> Iterat
 class Engine:
     """The processes of one engine."""
 
-    def __init__(self, name: str, tp_size: int, config: StackConfig, folder: str, padding: int):
+    def __init__(
+        self,
+        name: str,
+        tp_size: int,
+        config: StackConfig,
+        folder: str,
+        padding: int,
+        secret: bytes,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["kda_ops.pd_demo.rank"])
         self.name, self.pipes, self.processes = name, [], []
         for rank in range(tp_size):
-            place = Place(name, tp_size, rank, f"{folder}/{name}", padding, PATIENCE_S / 4)
+            place = Place(name, tp_size, rank, f"{folder}/{name}", padding, PATIENCE_S / 4, secret)
             ours, theirs = context.Pipe()
             process = context.Process(target=run_rank, args=(place, config, theirs), daemon=True)
             process.start()
@@ -115,9 +125,10 @@ def engines(
     """Both engines, and the addresses of the prefill ranks."""
     with tempfile.TemporaryDirectory() as folder:
         started: list[Engine] = []
+        secret = secrets.token_bytes(32)
         try:
             for name, tp_size, padding in (("prefill", prefill_tp, 0), ("decode", decode_tp, 512)):
-                started.append(Engine(name, tp_size, config, folder, padding))
+                started.append(Engine(name, tp_size, config, folder, padding, secret))
             prefill, decode = started
             addresses = prefill.receive()
             decode.receive()
@@ -166,6 +177,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=_layers, default="KKAK", help="K: KDA, A: attention")
 
 
+def enough_pages(config: StackConfig, tokens: int) -> int:
+    """Pages of each group, the null block included, for all requests: none is ever given back."""
+    blocks = -(-(LONGEST_PROMPT + tokens + config.num_spec) // config.block_tokens)
+    return 1 + REQUESTS * (blocks + config.num_spec)
+
+
 def _layers(value: str) -> str:
     if set(value) != {"K", "A"}:
         raise argparse.ArgumentTypeError(f"must be made of K and A, with both, got {value!r}")
@@ -181,6 +198,7 @@ def run(args: argparse.Namespace) -> int:
         print("pd-demo needs NIXL: pip install 'kda-ops[nixl]', or make nixl in a checkout")
         return 2
     config = StackConfig(layers=args.layers, layout=args.layout, num_spec=args.spec)
+    config = replace(config, pages=max(config.pages, enough_pages(config, args.tokens)))
     plain = replace(config, num_spec=0)
     alone = Sequences(Stack(plain), Caches(plain, 1))
     print(

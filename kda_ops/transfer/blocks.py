@@ -119,7 +119,8 @@ def match_blocks(
 
     Raises:
         ValueError: Numbers of lists that differ, a list that is too long, a `computed` that is
-            missing or no block boundary, the null block as a state.
+            missing or no block boundary or leaves a list that ends before the remote one, the null
+            block as a state.
     """
     for name, lists in (("local", local), ("remote", remote)):
         if len(lists) != len(groups):
@@ -175,6 +176,11 @@ def _match_attention(
             )
         start = computed
         local = _drop_extra(i, local, max(0, needed - start // size))
+        if covered - start - len(local) * size >= remote_size:
+            raise ValueError(
+                f"local group {i} must take the last of {len(remote)} remote blocks of "
+                f"{remote_size} tokens, got {len(local)} blocks of {size} from token {start}"
+            )
     own_page, remote_page = (
         size // group.local_pages_per_block,
         remote_size // group.remote_pages_per_block,

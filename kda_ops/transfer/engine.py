@@ -31,6 +31,7 @@ from kda_ops.transfer.peers import Call, Peer, Peers, Source
 from kda_ops.transfer.plan import plan_zero
 from kda_ops.transfer.results import Counters, Progress, ReadResult, TransferError
 from kda_ops.transfer.schema import take_name
+from kda_ops.transfer.seal import check_secret
 from kda_ops.transfer.transport import ACTIVE, DONE, Transport, TransportError
 
 REMEMBERED_REQUESTS = 65536
@@ -66,9 +67,13 @@ class TransferEngine:
             makes one, for an engine of one rank.
         timeout_s: Of a read, and the default time to live of an offer.
         clock: Seconds that never go back.
+        secret: Shared by all engines that may meet, 16 bytes or more: handshakes are sealed with it
+            (not encrypted). Empty, whoever reaches a handshake is believed. Every field is checked
+            but for the transport's own metadata, and NIXL 1.5 does not survive all bytes of those:
+            let only a network that you trust do without a secret.
 
     Raises:
-        ValueError: A rank, or pages, that do not fit the geometry.
+        ValueError: A rank, or pages, that do not fit the geometry; a secret that is too short.
         TransportError: The transport cannot register the pages. Nothing stays registered.
     """
 
@@ -82,7 +87,9 @@ class TransferEngine:
         name: str | None = None,
         timeout_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
+        secret: bytes = b"",
     ) -> None:
+        check_secret(secret)
         if not 0 <= rank < geometry.tp_size:
             raise ValueError(f"rank must be in [0, {geometry.tp_size}), got {rank}")
         self.transport = transport
@@ -101,9 +108,9 @@ class TransferEngine:
             transport.deregister(self._registration)
             raise
         card = Card(self.name, rank, geometry, metadata, memory, regions)
-        self._offers = Offers(card, self.counters)
+        self._offers = Offers(card, self.counters, secret)
         hello = Hello(self.name, rank, transport.name, geometry)
-        self._peers = Peers(transport, hello, regions, memory)
+        self._peers = Peers(transport, hello, regions, memory, secret)
         self._readings: dict[str, _Reading] = {}
         self._draining: list[_Reading] = []
         self._written: dict[tuple[int, int], str] = {}

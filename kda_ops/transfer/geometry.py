@@ -260,10 +260,14 @@ def packed_geometry(
         layers: Layers of the group.
 
     Raises:
-        GeometryError: As `PageGeometry`.
+        GeometryError: As `PageGeometry`, or a segment without a dtype.
     """
     placed, end = [], 0
     for segment in segments:
+        if segment.name not in dtypes:
+            raise GeometryError(
+                f"group {name}: dtypes must name segment {segment.name}, got {sorted(dtypes)}"
+            )
         placed.append(
             PlacedSegment(
                 segment.name, segment.units, segment.bytes_per_unit, dtypes[segment.name], end

@@ -13,6 +13,7 @@ from kda_ops.transfer.schema import (
     VERSION,
     GeometryError,
     decode_json,
+    shown,
     take_count,
     take_fields,
     take_list,
@@ -20,6 +21,7 @@ from kda_ops.transfer.schema import (
 )
 from kda_ops.transfer.transport import MEMORIES, Region
 
+MAX_HELLO = 1 << 20  # from anyone who connects; as objects it takes twenty times as much
 MAX_HANDSHAKE = 16 << 20
 MAX_NOTICE = 4096
 MAX_ERROR = 1000
@@ -86,7 +88,7 @@ def decode_hello(message: bytes) -> Hello:
     Raises:
         GeometryError: Anything but a well-formed hello of this version.
     """
-    found = _decode("handshake", message, _HELLO)
+    found = _decode("handshake", message, _HELLO, limit=MAX_HELLO)
     hello = Hello(**found | {"geometry": decode_geometry(found["geometry"])})
     if hello.rank >= hello.geometry.tp_size:
         raise GeometryError(
@@ -126,7 +128,7 @@ def decode_card(answer: bytes, engine: str, rank: int) -> Card:
     """
     value = decode_json(answer, limit=MAX_HANDSHAKE)
     if isinstance(value, dict) and "error" in value:
-        raise GeometryError(f"rank {rank} refused: {str(value['error'])[:MAX_ERROR]}")
+        raise GeometryError(f"rank {rank} refused: {_printable(value['error'])}")
     found = _check("answer", value, _CARD)
     for name, expected in (("engine", engine), ("rank", rank)):
         if found[name] != expected:
@@ -162,9 +164,7 @@ def _encode(fields: dict[str, Any]) -> bytes:
     return json.dumps({"version": VERSION, **fields}).encode()
 
 
-def _decode(
-    name: str, message: bytes, schema: dict[str, Any], *, limit: int = MAX_HANDSHAKE
-) -> dict[str, Any]:
+def _decode(name: str, message: bytes, schema: dict[str, Any], *, limit: int) -> dict[str, Any]:
     return _check(name, decode_json(message, limit=limit), schema)
 
 
@@ -193,7 +193,7 @@ def _take_regions(geometry: EngineGeometry, value: Any) -> list[list[Region]]:
         for layer in layers:
             numbers = take_list("region", layer)
             if len(numbers) != 3 or any(type(n) is not int or n < 0 for n in numbers):
-                raise GeometryError(f"region must be address, bytes, device, got {layer!r:.80}")
+                raise GeometryError(f"region must be address, bytes, device, got {shown(layer)}")
             address, nbytes, _ = numbers
             if nbytes < group.pages * group.page_bytes or address + nbytes >= 1 << 64:
                 raise GeometryError(
@@ -203,6 +203,13 @@ def _take_regions(geometry: EngineGeometry, value: Any) -> list[list[Region]]:
             found.append(Region(*numbers))
         regions.append(found)
     return regions
+
+
+def _printable(error: Any) -> str:
+    """What a peer says is wrong, fit for a log."""
+    if type(error) is not str:
+        return shown(error)
+    return "".join(c if c.isprintable() else "?" for c in error[:MAX_ERROR])
 
 
 def _take_any(name: str, value: Any) -> Any:

@@ -15,6 +15,7 @@ from kda_ops.transfer.messages import (
 from kda_ops.transfer.plan import consumer_ranks, source_ranks
 from kda_ops.transfer.results import Counters, Release
 from kda_ops.transfer.schema import GeometryError, take_name
+from kda_ops.transfer.seal import seal, unseal
 
 REMEMBERED_CONSUMERS = 65536
 
@@ -33,10 +34,11 @@ class Offers:
     Args:
         card: How the rank answers a handshake.
         counters: Of the engine.
+        secret: Likewise.
     """
 
-    def __init__(self, card: Card, counters: Counters) -> None:
-        self._card, self._answer = card, encode_card(card)
+    def __init__(self, card: Card, counters: Counters, secret: bytes) -> None:
+        self._card, self._answer, self._secret = card, encode_card(card), secret
         self._counters = counters
         self._offers: dict[str, _Offer] = {}
         self._released: list[Release] = []
@@ -47,8 +49,11 @@ class Offers:
     def answer(self, message: bytes) -> bytes:
         """See `TransferEngine.answer`."""
         own = self._card
+        known = False
         try:
-            reader = decode_hello(message)
+            hello = unseal(self._secret, message)
+            known = True
+            reader = decode_hello(hello)
             if reader.engine == own.engine:
                 raise GeometryError(f"engine of handshake must not be the own one, {own.engine!r}")
             check_compatible(own.geometry, reader.geometry)
@@ -63,14 +68,16 @@ class Offers:
             log.warning("refused a handshake: %s", error)
             with self._lock:
                 self._counters.refused += 1
-            return encode_refusal(error)
+            refusal = encode_refusal(error)
+            # who lacks the secret could not open it
+            return seal(self._secret, refusal, message) if known else refusal
         with self._lock:
             self._consumers.pop((reader.engine, reader.rank), None)
             self._consumers[reader.engine, reader.rank] = (tp_size, reader.agent)
             while len(self._consumers) > REMEMBERED_CONSUMERS:
                 self._consumers.pop(next(iter(self._consumers)))
             self._counters.handshakes += 1
-        return self._answer
+        return seal(self._secret, self._answer, message)
 
     def offer(self, request: str, expires: float) -> None:
         """Keeps a request until `expires`; see `TransferEngine.offer`."""

@@ -14,6 +14,7 @@ from kda_ops.transfer.messages import Card, Hello, decode_card, encode_hello
 from kda_ops.transfer.plan import Granules, plan_granules, source_ranks
 from kda_ops.transfer.results import TransferError
 from kda_ops.transfer.schema import GeometryError
+from kda_ops.transfer.seal import seal, unseal
 from kda_ops.transfer.transport import Ranges, Region, Transport, TransportError
 
 Call = Callable[[int, bytes], bytes]
@@ -93,12 +94,18 @@ class Peers:
         own: How the rank introduces itself.
         regions: Its registered pages, per group and layer.
         memory: Where they are, `"cpu"` or `"cuda"`.
+        secret: Of the engine.
     """
 
     def __init__(
-        self, transport: Transport, own: Hello, regions: list[list[Region]], memory: str
+        self,
+        transport: Transport,
+        own: Hello,
+        regions: list[list[Region]],
+        memory: str,
+        secret: bytes,
     ) -> None:
-        self._transport, self._own = transport, own
+        self._transport, self._own, self._secret = transport, own, secret
         self._regions, self._memory = regions, memory
         self._connected: dict[str, Peer] = {}
         self._closing: list[Peer] = []
@@ -113,12 +120,13 @@ class Peers:
 
     def connect(self, engine: str, tp_size: int, call: Call) -> None:
         """See `TransferEngine.connect`."""
-        hello = encode_hello(self._own)
+        hello = seal(self._secret, encode_hello(self._own))
         sources: list[Source] = []
         geometries: list[EngineGeometry] = []
         try:
             for rank in source_ranks(tp_size, self._own.geometry.tp_size, self._own.rank):
-                card = decode_card(call(rank, hello), engine, rank)
+                answer = unseal(self._secret, call(rank, hello), hello)
+                card = decode_card(answer, engine, rank)
                 if card.geometry.tp_size != tp_size:
                     raise GeometryError(
                         f"tp_size of answer must be {tp_size}, got {card.geometry.tp_size}"

@@ -29,6 +29,13 @@ def decode_json(message: bytes, *, limit: int = MAX_BYTES) -> Any:
         raise GeometryError(f"message must be JSON, got {error}") from None
 
 
+def shown(value: Any) -> str:
+    """A value for an error: short, printable, and never deeper than what Python can print."""
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__}"
+    return f"{value!a:.80}"
+
+
 def take_fields(
     name: str, value: Any, schema: Mapping[str, Callable[[str, Any], Any]]
 ) -> dict[str, Any]:
@@ -38,7 +45,7 @@ def take_fields(
     if value.keys() != schema.keys():
         wrong = sorted(value.keys() ^ schema.keys())
         raise GeometryError(
-            f"{name} must have the fields {sorted(schema)}, differs in {wrong[:8]!r:.200}"
+            f"{name} must have the fields {sorted(schema)}, differs in {wrong[:8]!a:.200}"
         )
     return {field: check(f"{field} of {name}", value[field]) for field, check in schema.items()}
 
@@ -46,7 +53,7 @@ def take_fields(
 def take_count(name: str, value: Any) -> int:
     """An integer in `[0, 2**40]`."""
     if type(value) is not int or not 0 <= value <= MAX_COUNT:
-        raise GeometryError(f"{name} must be an integer in [0, {MAX_COUNT}], got {value!r:.80}")
+        raise GeometryError(f"{name} must be an integer in [0, {MAX_COUNT}], got {shown(value)}")
     return value
 
 
@@ -54,7 +61,7 @@ def take_name(name: str, value: Any) -> str:
     """A printable string of 1 to 256 characters."""
     if type(value) is not str or not 0 < len(value) <= MAX_NAME or not value.isprintable():
         raise GeometryError(
-            f"{name} must be a printable string of 1 to {MAX_NAME} characters, got {value!r:.80}"
+            f"{name} must be a printable string of 1 to {MAX_NAME} characters, got {shown(value)}"
         )
     return value
 

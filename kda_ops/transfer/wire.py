@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from kda_ops.transfer.messages import MAX_HANDSHAKE
+from kda_ops.transfer.messages import MAX_HANDSHAKE, MAX_HELLO
 from kda_ops.transfer.peers import Call
 
 HEADER = struct.Struct("!I")
@@ -78,10 +78,12 @@ class HandshakeServer:
         try:
             with client:
                 deadline = time.monotonic() + self._timeout_s
-                message = receive(client, deadline)
+                message = receive(client, deadline, limit=MAX_HELLO)
                 send(client, self._answer(message), deadline)
         except OSError:
             pass  # the client's loss: it sees its connection end
+        except Exception:  # nobody waits for this thread: what it says is all there is
+            log.exception("handshake server: no answer")
         finally:
             self._slots.release()
 
@@ -121,15 +123,15 @@ def send(connection: socket.socket, message: bytes, deadline: float) -> None:
     connection.sendall(HEADER.pack(len(message)) + message)
 
 
-def receive(connection: socket.socket, deadline: float) -> bytes:
-    """Receives one message of at most `MAX_HANDSHAKE` bytes.
+def receive(connection: socket.socket, deadline: float, *, limit: int = MAX_HANDSHAKE) -> bytes:
+    """Receives one message of at most `limit` bytes.
 
     Raises:
         OSError: Lost, late or too long.
     """
     (length,) = HEADER.unpack(_exactly(connection, HEADER.size, deadline))
-    if length > MAX_HANDSHAKE:
-        raise ConnectionError(f"message must have at most {MAX_HANDSHAKE} bytes, got {length}")
+    if length > limit:
+        raise ConnectionError(f"message must have at most {limit} bytes, got {length}")
     return _exactly(connection, length, deadline)
 
 
