@@ -2,11 +2,17 @@
 nothing else.
 """
 
+import operator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.virtualized import V
+from torch.utils._pytree import tree_leaves
 
+from lowering.matching import same_shape, value, values
 from lowering.provenance import inherit
 
 
@@ -57,6 +63,45 @@ def size_hint(expression: Any) -> int:
     sizes = V.graph.sizevars
     hint = sizes.optimization_hint if hasattr(sizes, "optimization_hint") else sizes.size_hint
     return int(hint(expression, fallback=0))
+
+
+def refresh_users(node: fx.Node) -> None:
+    """Brings the fake values of what reads a new node up to date, and of what reads that.
+
+    Inductor does so itself, after all passes. In torch 2.11 it knows a changed node by the address
+    of its arguments, and a node that is changed twice may get back the address of the first ones.
+    Then a view keeps the strides and the storage of a tensor that is gone, and what is lowered for
+    those strides gets a copy.
+    """
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            is_item = user.target is operator.getitem
+            if not is_item and not isinstance(user.target, torch._ops.OpOverload):
+                continue
+            if not all("val" in known.meta for known in (user, *user.all_input_nodes)):
+                continue
+            args, kwargs = values(user.args), values(user.kwargs)
+            symbols = V.fake_mode.shape_env
+            no_new = symbols.ignore_fresh_unbacked_symbols() if symbols else nullcontext()
+            with V.fake_mode, enable_python_dispatcher(), no_new:
+                new = user.target(*args, **kwargs)
+            if is_item or differs(new, value(user), (args, kwargs)):
+                user.meta["val"] = new
+                pending.append(user)
+
+
+def differs(new: Any, old: Any, inputs: Any) -> bool:
+    """Whether a fake value has other strides than before, or is a view of what it is made of."""
+
+    def tensors(x: Any) -> list[torch.Tensor]:
+        return [leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)]
+
+    read = {x.untyped_storage()._cdata for x in tensors(inputs)}
+    return any(
+        x.untyped_storage()._cdata in read or not same_shape(x.stride(), y.stride())
+        for x, y in zip(tensors(new), tensors(old), strict=True)
+    )
 
 
 def lower_storage_offset() -> None:

@@ -25,6 +25,7 @@ from torch import fx
 from torch._inductor.fx_passes.post_grad import pass_patterns
 from torch._inductor.pattern_matcher import stable_topological_sort
 
+from lowering.compat import refresh_users
 from lowering.emitting import UnknownSizeError
 from lowering.matching import Call, moves, operator_of, value, widens
 from lowering.provenance import inherit, layer_of, named, source_of
@@ -148,6 +149,8 @@ class Rewrite:
         unused = [node for inner in found.inner for node in inner.all_input_nodes]
         for node in sorted(found.inner, reverse=True):
             graph.erase_node(node)
+        for new in news.values():
+            refresh_users(new)
         while unused:  # casts and views of what was read, which would count as users of it
             node = unused.pop()
             if not node._erased and not node.users and (moves(node) or widens(node)):

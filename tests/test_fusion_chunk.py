@@ -226,11 +226,12 @@ def in_nats(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) 
 
 
 def other_chunks(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
-    return kda_ops.gate_cumsum(x, A_log, bias, chunk_size=32, cu_seqlens=cu)
+    """A gate that starts anew within a chunk makes the state grow there; weak, it stays finite."""
+    return kda_ops.gate_cumsum(x, A_log - 4, bias, chunk_size=32, cu_seqlens=cu)
 
 
-def other_chunks_alone(*args: Any) -> Tensor:
-    return kda_ops.gate_cumsum(*args[:3], chunk_size=32)
+def other_chunks_alone(x: Tensor, A_log: Tensor, bias: Tensor, *_: Any) -> Tensor:
+    return kda_ops.gate_cumsum(x, A_log - 4, bias, chunk_size=32)
 
 
 def one_head(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:

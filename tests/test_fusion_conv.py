@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 import kda_ops
+from lowering.matching import VIEWS, Call, value
+from lowering.rewrite import Rewrites
 from tests.rewritten import Rewritten, rewritten
 
 H, K, V, W, T, SLOTS = 2, 8, 24, 4, 7, 4
@@ -52,6 +54,25 @@ def compiled(function: Callable[..., Any], layout: str = "SD", dynamic: bool = F
     )
     axes = {0: 1} if dynamic else False
     return rewritten(function, *inputs, dynamic=axes, written=(2,))
+
+
+def test_what_reads_a_part_knows_its_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as the rewrites are done: a part of one result has become a result of its own."""
+    apply = Rewrites.apply
+    found: list[tuple[bool, bool]] = []
+
+    def checked(self: Rewrites, graph: torch.fx.Graph) -> int:
+        apply(self, graph)
+        for node in graph.nodes:
+            if node.target in VIEWS and Call.of(node.args[0].args[0]) is not None:
+                source, view = value(node.args[0]), value(node)
+                same_memory = source.untyped_storage()._cdata == view.untyped_storage()._cdata
+                found.append((view.is_contiguous(), same_memory))
+        return 0
+
+    monkeypatch.setattr(Rewrites, "apply", checked)
+    assert compiled(model(state="SD")).fired == ["short_conv_qkv"]
+    assert found == [(True, True)]
 
 
 def slices(y: Tensor) -> tuple[Tensor, ...]:
