@@ -110,16 +110,10 @@ def workspace_rows(total_tokens: Any, sequences: Any) -> Any:
     return total_tokens // CHUNK + sequences
 
 
-def workspace_slabs(rows: Any, HV: int, K: int, V: int, dtype: torch.dtype) -> int:
-    """In how many slabs of equal size that many rows are worked off.
-
-    A compiled graph has a fixed number of launches: a symbolic number of rows counts as the one
-    that it is compiled with, and as few where nothing is known of it.
-    """
-    if not isinstance(rows, int):
-        rows = rows.node.hint or 0
+def workspace_slabs(rows: int, HV: int, K: int, V: int, dtype: torch.dtype) -> int:
+    """In how many slabs of equal size that many rows are worked off."""
     most = max(WORKSPACE_BYTES // _row_bytes(HV, K, V, dtype), 1)
-    return max(-(-int(rows) // most), 1)
+    return max(-(-rows // most), 1)
 
 
 def _row_bytes(HV: int, K: int, V: int, dtype: torch.dtype) -> int:

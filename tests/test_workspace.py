@@ -37,8 +37,8 @@ BF16 = torch.bfloat16
 def in_slabs_of(rows: int) -> Any:
     """Workspaces of so many rows."""
 
-    def slabs(found: Any, *sizes: Any) -> int:
-        return max(-(-int(found) // rows), 1)
+    def slabs(found: int, *sizes: Any) -> int:
+        return max(-(-found // rows), 1)
 
     module = importlib.import_module("kda_ops.device.chunk.kernel")
     return mock.patch.object(module, "workspace_slabs", slabs)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
+from kda_ops.choice.examples import NoHintError, hint
 from kda_ops.chunks import workspace_row, workspace_rows, workspace_slabs
 from kda_ops.formulas import CHUNK
 
@@ -741,9 +742,17 @@ class Batch(NamedTuple):
         )
 
     def slabs(self, q: Tensor, v: Tensor) -> list["Batch"]:
-        """This batch in parts whose workspace is not too large."""
+        """This batch in parts whose workspace is not too large.
+
+        A compiled graph has a fixed number of launches: a symbolic number of rows counts as the one
+        that it is compiled with, and as few where nothing is known of it.
+        """
         rows = workspace_rows(q.shape[0] * self.T, self.N)
-        count = workspace_slabs(rows, v.shape[2], q.shape[3], v.shape[3], q.dtype)
+        try:
+            known = hint(rows)
+        except NoHintError:
+            known = 0
+        count = workspace_slabs(known, v.shape[2], q.shape[3], v.shape[3], q.dtype)
         if count == 1:
             return [self]
         size = (rows + count - 1) // count
