@@ -101,6 +101,16 @@ def test_too_few_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--tokens must be at least 17, got 16" in capsys.readouterr().out
 
 
+def test_the_row_interleaved_layout_needs_equal_numbers_of_ranks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Said before any process starts; engines that are not asked first refuse one another."""
+    assert main(["pd-demo", "--layout", "SD", "--prefill-tp", "1", "--decode-tp", "2"]) == 2
+    assert "--layout SD needs as many prefill as decode ranks, got 1 and 2" in (
+        capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize(("tokens", "spec"), [(24, 0), (600, 0), (600, 3)])
 def test_there_are_pages_for_any_number_of_tokens(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokens: int, spec: int

@@ -194,6 +194,12 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens < 17:
         print(f"--tokens must be at least 17, got {args.tokens}")
         return 2
+    if args.layout == "SD" and args.prefill_tp != args.decode_tp:
+        print(
+            f"--layout SD needs as many prefill as decode ranks, got {args.prefill_tp} and "
+            f"{args.decode_tp}"
+        )
+        return 2
     if importlib.util.find_spec("nixl") is None:
         print("pd-demo needs NIXL: pip install 'kda-ops[nixl]', or make nixl in a checkout")
         return 2
