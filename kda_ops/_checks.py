@@ -225,6 +225,8 @@ def resolve_activation(activation: str | None) -> str | None:
 def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """The arguments of a depthwise convolution over `x [..., D]`."""
     check_dtype("x", x)
+    if x.shape[-1] < 1:
+        raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
     check_rank("weight", weight, 2)
     if weight.shape[1] < 2:
         raise ValueError(

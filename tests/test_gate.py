@@ -117,3 +117,10 @@ X, A, BIAS = torch.zeros(1, 5, 2, 4), torch.zeros(2), torch.zeros(2, 4)
 def test_errors(args: tuple, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kda_ops.gate(*args, **options)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shape", [(2, 3, 0), (2, 0, 4), (0, 3, 4)])
+def test_kernel_of_an_empty_axis(shape: tuple[int, ...]) -> None:
+    g = run_kernels(kda_ops.gate)(x=torch.zeros(shape), A_log=torch.zeros(shape[1]))
+    assert g.shape == shape

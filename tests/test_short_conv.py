@@ -212,6 +212,7 @@ def test_gradients_of_padding_are_zero() -> None:
     ("change", "match"),
     [
         ({"x": torch.zeros(T)}, r"x must have 2 or 3 dimensions, got shape \(24,\)"),
+        ({"x": torch.zeros(T, 0)}, r"x must have at least one channel, got shape \(24, 0\)"),
         ({"x": torch.zeros(T, 12).int()}, r"x must have dtype .*, got int32"),
         ({"x": torch.zeros(2, T, 12)}, r"x must have batch size 1 with cu_seqlens, got 2"),
         ({"weight": torch.zeros(12)}, r"weight must have 2 dimensions, got shape \(12,\)"),

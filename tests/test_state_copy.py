@@ -151,6 +151,17 @@ def test_compiled_on_pages_of_the_spec(layout: str) -> None:
     assert torch.equal(recurrent, expected[1])
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("D", "heads"), [(0, 2), (3, 0), (0, 0)])
+def test_kernel_of_an_empty_part(D: int, heads: int) -> None:
+    conv, recurrent = torch.randn(3, 4, D), torch.randn(3, heads, 2, 2)
+    plan = torch.tensor([[1, 1, 2, 1]])
+    expected = conv[1, 1:].clone(), recurrent[1].clone()
+    run_kernels(kda_ops.state_copy)(conv=conv, recurrent=recurrent, plan=plan, layout="SD")
+    assert torch.equal(conv[2, :3], expected[0])
+    assert torch.equal(recurrent[2], expected[1])
+
+
 def test_layout_comes_from_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     x = copy_inputs([(1, 1, 2, 1)], 3, 4, 8, (1, 2, 2), layout="DS", device=CPU)
     conv, _ = copied(x)

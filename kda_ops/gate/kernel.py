@@ -54,6 +54,8 @@ def launch_gate(
 ) -> Tensor:
     HV, K = x.shape[-2:]
     g = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return g
     rows = x.numel() // (HV * K)
     flat = x.reshape(rows, HV, K)
     if flat.stride(2) != 1:
@@ -62,8 +64,6 @@ def launch_gate(
     block_k = triton.next_power_of_2(K)
     chosen = choose("gate", x.device, K=K, dtype=x.dtype)
     block_rows = max(1, chosen["TILE"] // block_k)
-    if rows == 0:
-        return g
     traceable(gate_kernel)[(triton.cdiv(rows, block_rows) * HV,)](
         flat,
         None if A_log is None else A_log.contiguous(),

@@ -123,13 +123,13 @@ def launch_state_copy(
     block_bytes = chosen["BYTES"]
     block_l = triton.next_power_of_2(L)
     block_columns = triton.next_power_of_2(
-        min(D, max(16, block_bytes // 2 // (conv.element_size() * block_l)))
+        min(max(D, 1), max(16, block_bytes // 2 // (conv.element_size() * block_l)))
     )
     columns = block_columns
     if dim_first:  # no lane idles on the padding of L, and every block starts at an aligned column
         columns = max(1, block_columns * block_l // L // 16 * 16)
     block = block_bytes // recurrent.element_size()
-    block = min(block, triton.next_power_of_2(elements))
+    block = min(block, triton.next_power_of_2(max(elements, 1)))
     blocks = triton.cdiv(D, columns) + triton.cdiv(elements, block)
     # a plan without requests still launches: CUDA has no empty grid
     grid = (torch.sym_max(plan.shape[0], 1) * (layers * blocks),)
