@@ -392,16 +392,17 @@ def chunk_prepare_general_kernel(
 @triton.jit
 def _slab_chunks(row, chunks, first_row, rows):
     """Of a sequence with its first workspace row: its first row in this slab, its chunks lo to hi
-    there, and whether it begins and ends there; hi < lo if it has no part in it.
+    there, and whether it begins there; hi < lo if it has no part in it.
 
-    An empty sequence counts as one row, in which it begins and ends.
+    An empty sequence counts as one row. What a slab leaves as the final state is replaced by the
+    sequence's next slab.
     """
     row -= first_row
     used = tl.maximum(chunks, 1)
     lo = tl.maximum(-row, 0).to(tl.int32)
     hi = tl.minimum(chunks, rows - row).to(tl.int32)
     hi = tl.where((row < rows) & (row + used > 0), hi, lo - 1)
-    return row, lo, hi, row >= 0, row + used <= rows
+    return row, lo, hi, row >= 0
 
 
 @triton.jit
@@ -484,8 +485,8 @@ def chunk_scan_kernel(
     w, kg, qg and Aqk at about the same time.
 
     With HALF (fp16 inputs) the operands S and vn are scaled by column, so that no value overflows.
-    With SLABS it takes the chunks of one slab, and S comes from and goes to S_ptr where the
-    sequence does not begin or end in it.
+    With SLABS it takes the chunks of one slab, and S goes to S_ptr, from where it comes in the
+    sequence's next slab.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     p = tl.program_id(0).to(tl.int64)
@@ -498,7 +499,7 @@ def chunk_scan_kernel(
     lo = 0
     hi = tl.cdiv(end - start, 64).to(tl.int32)
     if SLABS:
-        row, lo, hi, begins, ends = _slab_chunks(row, hi, first_row, rows)
+        row, lo, hi, begins = _slab_chunks(row, hi, first_row, rows)
         if hi < lo:
             return
     page, live = _page(indices_ptr, n, slots, PAGED)
@@ -565,12 +566,9 @@ def chunk_scan_kernel(
         tl.store(o_at + c * step * (64 * V), o.to(o_ptr.dtype.element_ty), mask=ok)
     if FINAL:
         at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
-        written = in_state
-        if SLABS:
-            written = written & ends
-        tl.store(final_ptr + at, S.to(final_ptr.dtype.element_ty), mask=written)
+        tl.store(final_ptr + at, S.to(final_ptr.dtype.element_ty), mask=in_state)
     if SLABS:
-        tl.store(carried, S, mask=(v < V)[None, :] & (ends == 0))
+        tl.store(carried, S, mask=(v < V)[None, :])
 
 
 @triton.jit
@@ -632,7 +630,7 @@ def chunk_scan_fp32_kernel(
     lo = 0
     hi = tl.cdiv(end - start, 64).to(tl.int32)
     if SLABS:
-        row, lo, hi, begins, ends = _slab_chunks(row, hi, first_row, rows)
+        row, lo, hi, begins = _slab_chunks(row, hi, first_row, rows)
         if hi < lo:
             return
     page, live = _page(indices_ptr, n, slots, PAGED)
@@ -697,10 +695,7 @@ def chunk_scan_fp32_kernel(
         tl.debug_barrier()
     if FINAL:
         final_at = final_ptr + page * final_n + h * final_h + v[None, :] * final_v
-        done = KP
-        if SLABS:
-            done = tl.where(ends, KP, 0)
-        for k0 in range(0, done, BLOCK):
+        for k0 in range(0, KP, BLOCK):
             keys = (k0 + d)[:, None]
             S = tl.load(S_at + k0 * V, mask=in_v, other=0.0)
             tl.store(
