@@ -53,7 +53,7 @@ def goes_into_operator(y: fx.Node) -> bool:
 def guard(found: Found) -> str | None:
     eps, x, y = (found.values[name] for name in ("eps", "x", "y"))
     if found.values["clamps"]:
-        return f"{y.name} divides by the larger of root and eps, l2norm adds eps below the root"
+        return f"{y.name} divides by the larger of root and eps, eps belongs below the root"
     if not isinstance(eps, float) or eps < 0:
         return f"eps is {eps}, {NOT_A_NUMBER}"
     if value(x).dtype != value(y).dtype:

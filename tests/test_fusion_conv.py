@@ -183,7 +183,7 @@ def test_another_norm_stays(normalise: Callable[[Tensor, float], Tensor]) -> Non
 
 def test_why_normalize_is_another_norm_is_said() -> None:
     found = compiled(model(clamped))
-    reason = "divides by the larger of root and eps, l2norm adds eps below the root"
+    reason = "divides by the larger of root and eps, eps belongs below the root"
     assert [name for name, why in found.refused if reason in why] == ["plain_l2norm"] * 2
 
 
