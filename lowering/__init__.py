@@ -29,6 +29,7 @@ FUSIONS = (  # in the order in which they run
     "fuse_plain_cumsum",
     "fuse_plain_gate",
     "fuse_plain_norm",
+    "fuse_repeated_heads",
     "fuse_cumsum_scale",
     "fuse_gate_cumsum",
     "fuse_kda_decode",

@@ -11,14 +11,16 @@ from torch import fx
 from kda_ops.l2norm.op import l2norm_op
 from lowering.emitting import compute
 from lowering.matching import Call, between_floats, moved, narrow, only_user, origin, value
-from lowering.norms import NOT_A_NUMBER, normed
+from lowering.norms import NOT_A_NUMBER, clamped, normed
 from lowering.rewrite import Found, register
 
 aten = torch.ops.aten
 
 
 def pattern(node: fx.Node) -> Found | None:
-    norm = normed(node)
+    norm, clamps = normed(node), False
+    if norm is None:
+        norm, clamps = clamped(node), True
     if norm is None:
         return None
     # a norm in fp32 that ends in the dtype it started from is the operator on the narrow input
@@ -29,7 +31,7 @@ def pattern(node: fx.Node) -> Found | None:
     source = before if value(y).dtype == value(before).dtype else norm.x
     if not (cut_from_operator(source) or goes_into_operator(y)):
         return None
-    return Found(inner, [y], [source], {"x": source, "eps": norm.eps, "y": y})
+    return Found(inner, [y], [source], {"x": source, "eps": norm.eps, "y": y, "clamps": clamps})
 
 
 def cut_from_operator(x: fx.Node) -> bool:
@@ -50,6 +52,8 @@ def goes_into_operator(y: fx.Node) -> bool:
 
 def guard(found: Found) -> str | None:
     eps, x, y = (found.values[name] for name in ("eps", "x", "y"))
+    if found.values["clamps"]:
+        return f"{y.name} divides by the larger of root and eps, eps belongs below the root"
     if not isinstance(eps, float) or eps < 0:
         return f"eps is {eps}, {NOT_A_NUMBER}"
     if value(x).dtype != value(y).dtype:

@@ -69,6 +69,23 @@ def normed(reduction: fx.Node) -> Normed | None:
     return Normed([*path, user], x, eps)
 
 
+def clamped(reduction: fx.Node) -> Normed | None:
+    """The norm that `F.normalize` is: nearly one, with the larger of root and eps below."""
+    path: list[Any] = [reduction.args[0], reduction]
+    x, eps = squared(path[0]), None
+    while x is not None and (user := only_user(path[-1])) is not None:
+        path.append(user)
+        if user.target is aten.clamp_min.default:
+            eps = user.args[1]
+        elif user.target is aten.div.Tensor and eps is not None:
+            return Normed(path, x, eps)
+        elif not (
+            power_of(user) == 0.5 or user.target is aten.expand.default or between_floats(user)
+        ):
+            return None
+    return None
+
+
 def squared(node: Any) -> fx.Node | None:
     """The tensor that a node is the square of."""
     if not isinstance(node, fx.Node) or not node.args:

@@ -73,7 +73,8 @@ class Outcome:
         where = f"{self.layer or 'graph'}: {self.node}"
         if self.reason is not None:
             return f"{self.rewrite} did not fire at {where}: {self.reason}"
-        return f"{self.rewrite} fired at {where}, replaces {', '.join(self.removed)}"
+        replaced = ", ".join(self.removed) or "plain PyTorch"
+        return f"{self.rewrite} fired at {where}, replaces {replaced}"
 
 
 @dataclass

@@ -232,6 +232,24 @@ def test_what_was_compiled_before_stays() -> None:
             assert torch.equal(compiled(x), before)
 
 
+def test_what_plain_pytorch_was_rewritten_and_nearly_was() -> None:
+    """A norm and what is nearly one; what has no operator to name is named too."""
+
+    def norms(x: Tensor) -> Tensor:
+        q = x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+        k = torch.nn.functional.normalize(x, dim=-1)
+        return kda_ops.conv_split(q[0], [1, 1, 1], layout="SD")[0] + kda_ops.l2norm(k).sum()
+
+    lines = str(kda_ops.explain(norms, torch.randn(1, 2, 4, 3))).splitlines()
+    fired = next(i for i, line in enumerate(lines) if "  fired" in line)
+    missed = next(i for i, line in enumerate(lines) if "nearly fired" in line)
+    assert "plain_l2norm" in lines[fired]
+    assert lines[fired + 2].strip() == "replaces plain PyTorch"
+    assert "plain_l2norm" in lines[missed]
+    assert lines[missed + 2].endswith("eps belongs below the root")
+    assert lines[missed + 3].startswith("  launches")  # the line of source once
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="model must be a module or a function, got int"):
         kda_ops.explain(3)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """`python -m kda_ops explain`: its report and page, its exit codes, its help."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -28,6 +29,9 @@ def breaks():
         return x + 1
     return f, (torch.ones(2),), {}
 
+def shapes():
+    return torch.matmul, (torch.ones(2, 3), torch.ones(2, 3))
+
 def number():
     return 3
 
@@ -42,6 +46,9 @@ def strings():
 
 def four():
     return 1, 2, 3, 4
+
+def raises():
+    raise RuntimeError("no weights here")
 
 constant = 3
 """
@@ -91,6 +98,7 @@ def test_the_command(factories: str, tmp_path: Path) -> None:
         ("{0}:three", "got a model that is int"),
         ("{0}:tensor", "got args that are Tensor, not a tuple"),
         ("{0}:strings", "got kwargs that are str, not a dict"),
+        ("{0}:raises", "the factory raised RuntimeError: no weights here"),
     ],
 )
 def test_a_wrong_specification_exits_with_2(
@@ -100,6 +108,27 @@ def test_a_wrong_specification_exits_with_2(
     error = capsys.readouterr().err
     assert "python -m kda_ops explain: error: " in error
     assert message.format(factories) in error
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ('raise ValueError("no weights here")', "ValueError: no weights here"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def factory(:", "SyntaxError: "),
+    ],
+)
+def test_a_module_that_raises_says_why(
+    source: str, reason: str, factories: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`argparse` alone would call a ValueError an invalid value and leave out the rest."""
+    name = f"{factories}_raises"
+    Path(f"{name}.py").write_text(source)
+    importlib.invalidate_caches()
+    assert run_main(["explain", f"{name}:factory"]) == 2
+    error = capsys.readouterr().err
+    assert f"the module '{name}' raised {reason}" in error
+    assert f'{name}.py", line 1' in error  # the traceback
 
 
 def run_main(arguments: list[str]) -> int | str | None:
@@ -113,6 +142,10 @@ def run_main(arguments: list[str]) -> int | str | None:
 def test_other_faults(factories: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(["explain", f"{factories}:breaks"]) == 1
     assert "does not compile as one graph: Call to" in capsys.readouterr().err
+    assert run_main(["explain", f"{factories}:shapes"]) == 1
+    error = capsys.readouterr().err
+    assert "does not compile as one graph: " in error
+    assert "same reduction dim" in error
     assert run_main(["explain", f"{factories}:good", "--html", "nowhere/page.html"]) == 2
     assert "cannot write nowhere/page.html" in capsys.readouterr().err
     if not torch.cuda.is_available():

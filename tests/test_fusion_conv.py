@@ -202,6 +202,12 @@ def test_another_norm_stays(normalise: Callable[[Tensor, float], Tensor]) -> Non
     assert compiled(model(normalise)).operators == ["short_conv"]
 
 
+def test_why_normalize_is_another_norm_is_said() -> None:
+    found = compiled(model(clamped))
+    reason = "divides by the larger of root and eps, eps belongs below the root"
+    assert [name for name, why in found.refused if reason in why] == ["plain_l2norm"] * 2
+
+
 def test_a_norm_that_widens_stays() -> None:
     found = compiled(model(widened))
     assert found.operators == ["short_conv"]

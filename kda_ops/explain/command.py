@@ -23,6 +23,7 @@ import dataclasses
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ def _factory(spec: str) -> Callable[[], Any]:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there and imports one that is not
+            raise _raised(f"the module {module!r}", error) from None  # it imports one that is not
         raise argparse.ArgumentTypeError(f"there is no module {error.name!r}") from None
+    except Exception as error:
+        raise _raised(f"the module {module!r}", error) from None
     for part in name.split("."):
         if not hasattr(found, part):
             raise argparse.ArgumentTypeError(f"{module!r} has no {name!r}")
@@ -75,6 +78,12 @@ def _factory(spec: str) -> Callable[[], Any]:
     if not callable(found):
         raise argparse.ArgumentTypeError(f"{spec} must be callable, got {type(found).__name__}")
     return found
+
+
+def _raised(what: str, error: Exception) -> argparse.ArgumentTypeError:
+    """Prints where a part of the model went wrong; argparse would hide some errors and why."""
+    traceback.print_exception(error)
+    return argparse.ArgumentTypeError(f"{what} raised {type(error).__name__}: {error}")
 
 
 def _file(name: str) -> Path:
@@ -89,19 +98,22 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         return _fail(2, "no CUDA device is available")
     on_cuda = args.device == "cuda"
-    with torch.device("cuda") if on_cuda else contextlib.nullcontext():
-        made = args.factory()
+    try:
+        with torch.device("cuda") if on_cuda else contextlib.nullcontext():
+            made = args.factory()
+    except Exception as error:
+        return _fail(2, str(_raised("the factory", error)))
     fault = _fault(made)
     if fault is not None:
         return _fail(2, f"the factory must return (model, args) or (model, args, kwargs), {fault}")
     model, call, named = (*(_on_cuda(made) if on_cuda else made), {})[:3]
-    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.exc import TorchRuntimeError, Unsupported
 
     try:
         grad = contextlib.nullcontext() if args.grad else torch.no_grad()
         with grad, progress("compiling without and with the rewrites", sys.stderr):
             explanation = explain(model, *call, dynamic=args.dynamic, **named)
-    except Unsupported as error:
+    except (TorchRuntimeError, Unsupported) as error:
         return _fail(1, f"the model does not compile as one graph: {error}")
     print(explanation)
     if args.html is not None:

@@ -237,7 +237,7 @@ def fired_at(what: Fired | NearMiss) -> str:
 
 
 def replaces(fired: Fired) -> str:
-    return f"replaces {', '.join(fired.removed)}"
+    return f"replaces {', '.join(fired.removed) or 'plain PyTorch'}"
 
 
 def refusal(miss: NearMiss) -> str:
@@ -246,7 +246,7 @@ def refusal(miss: NearMiss) -> str:
 
 def blame(miss: NearMiss) -> tuple[str, ...]:
     """Where the node is that a reason names, if it is another one than the call."""
-    if miss.blamed == miss.node or not miss.blamed_source:
+    if miss.blamed == miss.node or miss.blamed_source in ("", miss.source):
         return ()
     return (f"{miss.blamed} is {miss.blamed_source}",)
 
