@@ -148,11 +148,16 @@ def test_a_cumsum_with_another_user_keeps_its_scale() -> None:
     assert len(launches(both, *gate_inputs(256))) == 2
 
 
+def narrowed(x: Tensor) -> Tensor:
+    """Rounded to what Inductor of torch 2.11 does not take out of a graph, as it does bf16."""
+    return x.to(torch.float8_e5m2).float()
+
+
 def test_a_narrowing_cast_stays_before_the_scale() -> None:
     """The product of a rounded sum is not the rounded product."""
 
     def rounded(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
-        return kda_ops.chunk_cumsum(kda_ops.gate(x, A_log, bias)).bfloat16().float() * RCP_LN2
+        return narrowed(kda_ops.chunk_cumsum(kda_ops.gate(x, A_log, bias))) * RCP_LN2
 
     assert len(launches(rounded, *gate_inputs(256))) == 2
 
@@ -186,11 +191,11 @@ def test_both_rewrites_are_recorded_with_their_place() -> None:
     ("function", "expected"),
     [
         (
-            lambda g, f: (s := kda_ops.chunk_cumsum(g)).bfloat16().float() * RCP_LN2 + s.sum(),
+            lambda g, f: narrowed(s := kda_ops.chunk_cumsum(g)) * RCP_LN2 + s.sum(),
             [],
         ),
         (
-            lambda g, f: kda_ops.chunk_cumsum(g).bfloat16().float() * 2,
+            lambda g, f: narrowed(kda_ops.chunk_cumsum(g)) * 2,
             [("cumsum_scale", "rounds before the product")],
         ),
         (
