@@ -14,7 +14,7 @@ from kda_ops.choice import forcing
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import RCP_LN2
 from tests import generated
-from tests.fake_cuda import cuda_code, summary
+from tests.fake_cuda import REINDEXES, cuda_code, summary
 from tests.oracle import assert_close, tensors
 from tests.rewritten import rewritten
 
@@ -273,7 +273,8 @@ def test_the_norm_reads_and_writes_once(lengths: str) -> None:
         return kda_ops.rms_norm_gated(o, gate * 2, weight).flatten(2).float()
 
     o = torch.randn(1, 100, H, K, dtype=torch.bfloat16)
-    assert len(launches(norm, o, o.clone(), torch.randn(K), lengths=lengths)) == 1
+    kernels = launches(norm, o, o.clone(), torch.randn(K), lengths=lengths)
+    assert len(kernels) == (1 if REINDEXES else 2)
 
 
 @pytest.mark.parametrize("lengths", ["static", "dynamic-length"])
