@@ -13,11 +13,15 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._inductor.config
 
 from lowering.described import described_device, described_driver, on_cuda
 from lowering.generated import Summary, summary
 
-__all__ = ["Summary", "cuda_code", "summary"]
+__all__ = ["REINDEXES", "Summary", "cuda_code", "summary"]
+
+# Inductor fuses a reduction with pointwise work on its result in another shape; torch 2.11 does not
+REINDEXES = hasattr(torch._inductor.config, "loop_reindexing_after_fusion")
 
 
 def cuda_code(

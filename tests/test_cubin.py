@@ -9,6 +9,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,6 +58,8 @@ SPILLS = {
         **{"sm_80": 2688, "sm_90a": 2688, "sm_100a": 2944, "sm_120": 2752},
     },
 }
+# where another Triton than the pinned one leaves more
+MORE_SPILLS = {"3.9": {"kda_decode_kernel": {"sm_80": 224, "sm_90a": 256}}}
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
@@ -158,7 +161,9 @@ def assert_fits(launch: Launch, target: str, folder: Path) -> None:
     binary = compile_launch(launch, gpu)
     assert binary.asm[gpu.binary]
     assert binary.metadata.shared <= gpu.shared, kernel
-    spilled, noted = spilled_bytes(binary, gpu, folder), SPILLS.get(kernel, {}).get(target, 0)
+    more = MORE_SPILLS.get(version("triton").rpartition(".")[0], {})
+    noted = max(table.get(kernel, {}).get(target, 0) for table in (SPILLS, more))
+    spilled = spilled_bytes(binary, gpu, folder)
     assert spilled <= noted, f"{kernel} spills {spilled} bytes a thread, noted {noted}"
 
 

@@ -14,7 +14,7 @@ from kda_ops.choice import forcing
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import RCP_LN2
 from tests import generated
-from tests.fake_cuda import cuda_code, summary
+from tests.fake_cuda import REINDEXES, cuda_code, summary
 from tests.oracle import assert_close, tensors
 from tests.rewritten import rewritten
 
@@ -148,11 +148,16 @@ def test_a_cumsum_with_another_user_keeps_its_scale() -> None:
     assert len(launches(both, *gate_inputs(256))) == 2
 
 
+def narrowed(x: Tensor) -> Tensor:
+    """Rounded to what Inductor of torch 2.11 does not take out of a graph, as it does bf16."""
+    return x.to(torch.float8_e5m2).float()
+
+
 def test_a_narrowing_cast_stays_before_the_scale() -> None:
     """The product of a rounded sum is not the rounded product."""
 
     def rounded(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
-        return kda_ops.chunk_cumsum(kda_ops.gate(x, A_log, bias)).bfloat16().float() * RCP_LN2
+        return narrowed(kda_ops.chunk_cumsum(kda_ops.gate(x, A_log, bias))) * RCP_LN2
 
     assert len(launches(rounded, *gate_inputs(256))) == 2
 
@@ -186,11 +191,11 @@ def test_both_rewrites_are_recorded_with_their_place() -> None:
     ("function", "expected"),
     [
         (
-            lambda g, f: (s := kda_ops.chunk_cumsum(g)).bfloat16().float() * RCP_LN2 + s.sum(),
+            lambda g, f: narrowed(s := kda_ops.chunk_cumsum(g)) * RCP_LN2 + s.sum(),
             [],
         ),
         (
-            lambda g, f: kda_ops.chunk_cumsum(g).bfloat16().float() * 2,
+            lambda g, f: narrowed(kda_ops.chunk_cumsum(g)) * 2,
             [("cumsum_scale", "rounds before the product")],
         ),
         (
@@ -268,7 +273,8 @@ def test_the_norm_reads_and_writes_once(lengths: str) -> None:
         return kda_ops.rms_norm_gated(o, gate * 2, weight).flatten(2).float()
 
     o = torch.randn(1, 100, H, K, dtype=torch.bfloat16)
-    assert len(launches(norm, o, o.clone(), torch.randn(K), lengths=lengths)) == 1
+    kernels = launches(norm, o, o.clone(), torch.randn(K), lengths=lengths)
+    assert len(kernels) == (1 if REINDEXES else 2)
 
 
 @pytest.mark.parametrize("lengths", ["static", "dynamic-length"])
