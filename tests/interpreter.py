@@ -35,6 +35,18 @@ def patch_interpreter() -> None:
         rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
         return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16).reshape(x.shape)
 
+    def with_boolean_mask(access: Any, position: int) -> Any:
+        def call(self: Any, *args: Any) -> Any:
+            mask = args[position]
+            mask = interpreter.TensorHandle(mask.data.astype(np.bool_), mask.dtype.scalar)
+            return access(self, *args[:position], mask, *args[position + 1 :])
+
+        return call
+
+    # Triton 3.9 takes no other, and makes int32 of two comparisons that are joined by `&`
+    builder = interpreter.InterpreterBuilder
+    builder.create_masked_load = with_boolean_mask(builder.create_masked_load, 1)
+    builder.create_masked_store = with_boolean_mask(builder.create_masked_store, 2)
     interpreter._convert_float = round_to_nearest
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    builder.create_dot = create_dot
     np.seterr(all="ignore")  # a kernel may overflow to inf where a GPU would, without a warning
