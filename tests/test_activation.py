@@ -188,7 +188,7 @@ def test_every_source_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "lowering/fuse_kda_decode.py",
         "lowering/gate_cumsum.py",
         "kda_ops/kda_decode/kernel.py",
-        "kda_ops/device/chunk/kernel.py",
+        "kda_ops/device/scan/kernel.py",
         "kda_ops/gate/reference.py",
         "kda_ops/choice/table.py",
     ):

@@ -44,7 +44,7 @@ def kernel_module() -> Any:
 
 
 def shared_module() -> Any:
-    return importlib.import_module("kda_ops.device.chunk.kernel")
+    return importlib.import_module("kda_ops.device.scan.kernel")
 
 
 def step_by_step(inputs: dict[str, Any], y: Tensor, start: int, end: int, b: int, n: int) -> Any:

@@ -60,6 +60,8 @@ SPILLS = {
 }
 # where another Triton than the pinned one leaves more
 MORE_SPILLS = {"3.9": {"kda_decode_kernel": {"sm_80": 224, "sm_90a": 256}}}
+# where kernels are that more than one operator launches
+SHARED = ("kda_ops.device.chunk.kernel", "kda_ops.device.scan.kernel")
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
@@ -113,7 +115,7 @@ def launches_of(name: str) -> dict[str, list[Launch]]:
     """
     recorder = Recorder()
     with ExitStack() as patches:
-        for module in (f"kda_ops.{name}.kernel", "kda_ops.device.chunk.kernel"):
+        for module in (f"kda_ops.{name}.kernel", *SHARED):
             importlib.import_module(module)
             patches.enter_context(mock.patch.multiple(sys.modules[module], traceable=recorder))
         for case in [*cases(name, perf=True)[:1], *cases(name, kernels=True)]:

@@ -19,6 +19,7 @@ from kda_ops import chunks
 from kda_ops._cases import Case
 from kda_ops.chunk_kda.cases import chunk_kda_inputs, with_pages, with_states
 from kda_ops.chunks import WORKSPACE_BYTES, chunk_table, workspace_bytes
+from kda_ops.device import workspace
 from tests import test_cubin
 from tests.fake_cuda import cuda_code, summary
 from tests.operators import RunKernels, cases, public_function, run_kernels
@@ -40,8 +41,7 @@ def in_slabs_of(rows: int) -> Any:
     def slabs(found: int, *sizes: Any) -> int:
         return max(-(-found // rows), 1)
 
-    module = importlib.import_module("kda_ops.device.chunk.kernel")
-    return mock.patch.object(module, "workspace_slabs", slabs)
+    return mock.patch.object(workspace, "workspace_slabs", slabs)
 
 
 def assert_slabs_change_nothing(function: Any, name: str, case: Case, device: str) -> None:
@@ -70,7 +70,7 @@ def test_slabs_change_nothing_on_the_gpu(name: str, case: Case) -> None:
 def recording(name: str, traceable: Any) -> Iterator[None]:
     """An operator's launches go to `traceable`."""
     with contextlib.ExitStack() as patches:
-        for module in (f"kda_ops.{name}.kernel", "kda_ops.device.chunk.kernel"):
+        for module in (f"kda_ops.{name}.kernel", *test_cubin.SHARED):
             importlib.import_module(module)
             patches.enter_context(mock.patch.object(sys.modules[module], "traceable", traceable))
         yield

@@ -1,9 +1,9 @@
 """Chunked KDA as two Triton kernels: `prepare` works on all chunks at once, `scan` carries the
 state through them.
 
-Here is the fast `prepare`, for 16-bit inputs with K and V of 64 or 128. `kda_ops.device.chunk` has
-the rest: the general `prepare`, which takes fp32 (computed in fp32 throughout) and any K and V,
-both forms of `scan`, and what lies between the two.
+Here is the fast `prepare`, for 16-bit inputs with K and V of 64 or 128. `kda_ops.device` has the
+rest: the general `prepare`, which takes fp32 (computed in fp32 throughout) and any K and V, both
+forms of `scan`, and what lies between the two.
 """
 
 import torch
@@ -14,19 +14,17 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
 from kda_ops.device.chunk.kernel import (
-    Batch,
     block_diagonal,
     chunk_levels,
     clear_padding,
-    dense_rows,
     is_nvidia,
     join,
     launch_general_prepare,
-    launch_scan,
-    make_workspace,
     slab_rows,
     store_u,
 )
+from kda_ops.device.scan.kernel import launch_scan
+from kda_ops.device.workspace import Batch, dense_rows, make_workspace
 
 
 @triton.jit

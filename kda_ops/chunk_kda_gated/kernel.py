@@ -1,5 +1,5 @@
-"""Chunked KDA from raw inputs as two Triton kernels, `prepare` and `scan`; see
-`kda_ops.device.chunk` for the second and for what both operators share.
+"""Chunked KDA from raw inputs as two Triton kernels, `prepare` and `scan`; see `kda_ops.device` for
+the second and for what both operators share.
 
 Here is the `prepare` for 16-bit inputs with K and V of 64 or 128. For all other inputs one small
 kernel writes what `chunk_kda` takes, and the general `prepare` follows.
@@ -15,22 +15,20 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
 from kda_ops.device.chunk.kernel import (
-    Batch,
     block_diagonal,
     chunk_levels,
     chunk_rows,
     clear_padding,
-    dense_rows,
     half,
     is_nvidia,
     join,
     launch_general_prepare,
-    launch_scan,
-    make_workspace,
     slab_rows,
     store_u,
 )
 from kda_ops.device.kernel import softplus
+from kda_ops.device.scan.kernel import launch_scan
+from kda_ops.device.workspace import Batch, dense_rows, make_workspace
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""The recurrence of chunked KDA from chunk to chunk."""

@@ -1,0 +1,421 @@
+"""The second kernel of chunked KDA: carries the state through the chunks that `prepare` made ready
+(`kda_ops.device.chunk`), in 16 bits and in full fp32.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kda_ops._launch import traceable
+from kda_ops.choice import choose
+from kda_ops.device.chunk.kernel import full_dot, sequence_rows
+from kda_ops.device.workspace import Batch, Workspace, at_least_one
+from kda_ops.formulas import CHUNK
+
+
+@triton.jit
+def _slab_chunks(row, chunks, first_row, rows):
+    """Of a sequence with its first workspace row: its first row in this slab, its chunks lo to hi
+    there, and whether it begins there; hi < lo if it has no part in it.
+
+    An empty sequence counts as one row. What a slab leaves as the final state is replaced by the
+    sequence's next slab.
+    """
+    row -= first_row
+    used = tl.maximum(chunks, 1)
+    lo = tl.maximum(-row, 0).to(tl.int32)
+    hi = tl.minimum(chunks, rows - row).to(tl.int32)
+    hi = tl.where((row < rows) & (row + used > 0), hi, lo - 1)
+    return row, lo, hi, row >= 0
+
+
+@triton.jit
+def _page(indices_ptr, n, slots, PAGED: tl.constexpr):
+    """The state's page of sequence n, and whether it is one (slot 0 and slots out of range are
+    not).
+    """
+    if PAGED:
+        page = tl.load(indices_ptr + n).to(tl.int64)
+        live = (page > 0) & (page < slots)
+        page = tl.where(live, page, 0)
+    else:
+        page = n
+        live = n >= 0
+    return page, live
+
+
+@triton.jit
+def _clear_sequence(o_ptr, b, start, end, h, T, v, HV: tl.constexpr, V: tl.constexpr):
+    """Zeroes the output columns v of one sequence and head."""
+    t = start + tl.arange(0, 64)
+    zero = tl.zeros((64, v.shape[0]), tl.float32).to(o_ptr.dtype.element_ty)
+    for c in range(0, tl.cdiv(end - start, 64)):
+        tc = t + c * 64
+        at = ((b * T + tc)[:, None] * HV + h) * V + v[None, :]
+        tl.store(o_ptr + at, zero, mask=(tc < end)[:, None] & (v < V)[None, :])
+
+
+@triton.jit
+def _to_half(x):
+    """The fp16 form of x with every column scaled to at most 1, and the columns' scales."""
+    m = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)[None, :]
+    return (x * (1.0 / m)).to(tl.float16), m
+
+
+@triton.jit
+def chunk_scan_kernel(
+    w_ptr,
+    u_ptr,
+    kg_ptr,
+    qg_ptr,
+    A_ptr,
+    decay_ptr,
+    S_ptr,
+    o_ptr,
+    initial_ptr,
+    final_ptr,
+    indices_ptr,
+    has_initial_ptr,
+    cu_ptr,
+    T,
+    N,
+    first_row,
+    rows,
+    slots,
+    initial_n,
+    initial_h,
+    initial_v,
+    initial_k,
+    final_n,
+    final_h,
+    final_v,
+    final_k,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    BV: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    FINAL: tl.constexpr,
+    PAGED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HALF: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program carries BV columns of one head's state through one sequence, S [KP, BV] in fp32
+    registers. Grid: (V blocks * HV * N), V blocks innermost: the programs of one head read the same
+    w, kg, qg and Aqk at about the same time.
+
+    With HALF (fp16 inputs) the operands S and vn are scaled by column, so that no value overflows.
+    With SLABS it takes the chunks of one slab, and S goes to S_ptr, from where it comes in the
+    sequence's next slab.
+    """
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    p = tl.program_id(0).to(tl.int64)
+    n = p // (blocks * HV)
+    if n >= N:
+        return
+    h = (p // blocks) % HV
+    v = (p % blocks).to(tl.int32) * BV + tl.arange(0, BV)
+    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
+    lo = 0
+    hi = tl.cdiv(end - start, 64).to(tl.int32)
+    if SLABS:
+        row, lo, hi, begins = _slab_chunks(row, hi, first_row, rows)
+        if hi < lo:
+            return
+    page, live = _page(indices_ptr, n, slots, PAGED)
+    if live == 0:
+        _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
+        return
+    r = tl.arange(0, 64)
+    d = tl.arange(0, KP)
+    in_state = (d < K)[:, None] & (v < V)[None, :]
+    S = tl.zeros((KP, BV), tl.float32)
+    if PAGED:
+        read = in_state
+        if HAS_INITIAL:
+            read = in_state & (tl.load(has_initial_ptr + n) != 0)
+        if SLABS:
+            read = read & begins
+        at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
+        S = tl.load(final_ptr + at, mask=read, other=0.0).to(tl.float32)
+    elif INITIAL:
+        at = n * initial_n + h * initial_h + d[:, None] * initial_k + v[None, :] * initial_v
+        read = in_state
+        if SLABS:
+            read = read & begins
+        S = tl.load(initial_ptr + at, mask=read, other=0.0).to(tl.float32)
+    if SLABS:
+        carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
+        S += tl.load(carried, mask=(v < V)[None, :] & (begins == 0), other=0.0)
+
+    step = tl.full((), HV, tl.int64)
+    work = row * HV + h
+    tile = r[:, None] * KP + d[None, :]
+    w_at = w_ptr + work * (64 * KP) + tile
+    kg_at = kg_ptr + work * (64 * KP) + tile
+    qg_at = qg_ptr + work * (64 * KP) + tile
+    if u_ptr is not None:
+        u_at = u_ptr + work * (64 * V) + r[:, None] * V + v[None, :]
+    A_at = A_ptr + work * 4096 + r[:, None] * 64 + r[None, :]
+    decay_at = decay_ptr + work * KP + d
+    o_at = o_ptr + ((b * T + start + r)[:, None] * HV + h) * V + v[None, :]
+    in_v = (v < V)[None, :]
+    length = (end - start).to(tl.int32)
+    for c in tl.range(lo, hi, num_stages=STAGES):
+        ok = (r < length - c * 64)[:, None] & in_v
+        w = tl.load(w_at + c * step * (64 * KP))
+        if u_ptr is None:
+            u = tl.load(o_at + c * step * (64 * V), mask=ok, other=0.0)
+        else:
+            u = tl.load(u_at + c * step * (64 * V), mask=in_v, other=0.0)
+        kg = tl.load(kg_at + c * step * (64 * KP))
+        qg = tl.load(qg_at + c * step * (64 * KP))
+        A = tl.load(A_at + c * step * 4096)
+        decay = tl.load(decay_at + c * step * KP)
+        if HALF:
+            Sh, S_scale = _to_half(S)
+            vn, vn_scale = _to_half(u.to(tl.float32) - tl.dot(w, Sh) * S_scale)
+            o = tl.dot(qg, Sh) * S_scale + tl.dot(A, vn) * vn_scale
+            S = S * decay[:, None] + tl.dot(tl.trans(kg), vn) * vn_scale
+        else:
+            Sh = S.to(w.dtype)
+            vn = (u.to(tl.float32) - tl.dot(w, Sh)).to(w.dtype)
+            o = tl.dot(qg, Sh)
+            S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
+            o = tl.dot(A, vn, o)
+        tl.store(o_at + c * step * (64 * V), o.to(o_ptr.dtype.element_ty), mask=ok)
+    if FINAL:
+        at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
+        tl.store(final_ptr + at, S.to(final_ptr.dtype.element_ty), mask=in_state)
+    if SLABS:
+        tl.store(carried, S, mask=(v < V)[None, :])
+
+
+@triton.jit
+def chunk_scan_fp32_kernel(
+    w_ptr,
+    u_ptr,
+    kg_ptr,
+    qg_ptr,
+    A_ptr,
+    decay_ptr,
+    S_ptr,
+    o_ptr,
+    initial_ptr,
+    final_ptr,
+    indices_ptr,
+    has_initial_ptr,
+    cu_ptr,
+    T,
+    N,
+    first_row,
+    rows,
+    slots,
+    initial_n,
+    initial_h,
+    initial_v,
+    initial_k,
+    final_n,
+    final_h,
+    final_v,
+    final_k,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    BV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    FINAL: tl.constexpr,
+    PAGED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+):
+    """One program carries BV columns of one head's state through one sequence, in full fp32. Grid:
+    (V blocks * HV * N).
+
+    Dots in full fp32 run on ordinary registers, so the state is kept in memory (S [N, HV, KP, V])
+    and vn in the place of u, and both are worked on in blocks of BLOCK rows; a barrier stands
+    before and after each time that a program reads what it wrote.
+    """
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    p = tl.program_id(0).to(tl.int64)
+    n = p // (blocks * HV)
+    if n >= N:
+        return
+    h = (p // blocks) % HV
+    v = (p % blocks).to(tl.int32) * BV + tl.arange(0, BV)
+    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
+    lo = 0
+    hi = tl.cdiv(end - start, 64).to(tl.int32)
+    if SLABS:
+        row, lo, hi, begins = _slab_chunks(row, hi, first_row, rows)
+        if hi < lo:
+            return
+    page, live = _page(indices_ptr, n, slots, PAGED)
+    if live == 0:
+        _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
+        return
+    r = tl.arange(0, 64)
+    d = tl.arange(0, BLOCK)
+    in_v = (v < V)[None, :]
+    S_at = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
+    read = in_v
+    if HAS_INITIAL:
+        read = in_v & (tl.load(has_initial_ptr + n) != 0)
+    fresh = KP
+    if SLABS:
+        fresh = tl.where(begins, KP, 0)
+    for k0 in range(0, fresh, BLOCK):
+        keys = (k0 + d)[:, None]
+        S = tl.zeros((BLOCK, BV), tl.float32)
+        if PAGED:
+            at = page * final_n + h * final_h + keys * final_k + v[None, :] * final_v
+            S = tl.load(final_ptr + at, mask=read & (keys < K), other=0.0).to(tl.float32)
+        elif INITIAL:
+            at = n * initial_n + h * initial_h + keys * initial_k + v[None, :] * initial_v
+            S = tl.load(initial_ptr + at, mask=in_v & (keys < K), other=0.0).to(tl.float32)
+        tl.store(S_at + k0 * V, S, mask=in_v)
+    tl.debug_barrier()
+
+    for c in range(lo, hi):
+        work = (row + c) * HV + h
+        tile = work * (64 * KP) + r[:, None] * KP + d[None, :]
+        u_at = u_ptr + work * (64 * V) + v[None, :]
+        vn = tl.load(u_at + r[:, None] * V, mask=in_v, other=0.0)
+        o = tl.zeros((64, BV), tl.float32)
+        for k0 in range(0, KP, BLOCK):
+            S = tl.load(S_at + k0 * V, mask=in_v, other=0.0)
+            vn -= full_dot(tl.load(w_ptr + tile + k0), S)
+            o += full_dot(tl.load(qg_ptr + tile + k0), S)
+        tl.debug_barrier()
+        tl.store(u_at + r[:, None] * V, vn, mask=in_v)
+        tl.debug_barrier()
+        for r0 in range(0, 64, BLOCK):
+            part = tl.load(u_at + (r0 + d)[:, None] * V, mask=in_v, other=0.0)
+            o += full_dot(tl.load(A_ptr + work * 4096 + r[:, None] * 64 + (r0 + d)[None, :]), part)
+        t = start + c * 64 + r
+        tl.store(
+            o_ptr + ((b * T + t)[:, None] * HV + h) * V + v[None, :],
+            o,
+            mask=(t < end)[:, None] & in_v,
+        )
+        for k0 in range(0, KP, BLOCK):
+            S = (
+                tl.load(S_at + k0 * V, mask=in_v, other=0.0)
+                * tl.load(decay_ptr + work * KP + k0 + d)[:, None]
+            )
+            kg_at = kg_ptr + work * (64 * KP) + (k0 + d)[:, None]
+            for r0 in range(0, 64, BLOCK):
+                part = tl.load(u_at + (r0 + d)[:, None] * V, mask=in_v, other=0.0)
+                S += full_dot(tl.load(kg_at + (r0 + d)[None, :] * KP), part)
+            tl.debug_barrier()
+            tl.store(S_at + k0 * V, S, mask=in_v)
+        tl.debug_barrier()
+    if FINAL:
+        final_at = final_ptr + page * final_n + h * final_h + v[None, :] * final_v
+        for k0 in range(0, KP, BLOCK):
+            keys = (k0 + d)[:, None]
+            S = tl.load(S_at + k0 * V, mask=in_v, other=0.0)
+            tl.store(
+                final_at + keys * final_k, S.to(final_ptr.dtype.element_ty), mask=in_v & (keys < K)
+            )
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; 64 KB, which every GPU has, where it is not
+    known.
+    """
+    if device.type != "cuda":
+        return 64 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+
+
+def scan_values(K: int, V: int, programs: Any, o: Tensor) -> dict[str, Any]:
+    """What is chosen for `scan` by its number of (sequence, head) pairs: at most 16, 32, or more.
+
+    BV, the state columns per program, is at most V.
+    """
+    if not isinstance(programs, int):
+        programs = 64  # a symbolic number of sequences is a batch of them
+    programs = 16 if programs <= 16 else 32 if programs <= 32 else 64
+    chosen = choose("chunk_scan", o.device, K=K, V=V, programs=programs, dtype=o.dtype)
+    return {**chosen, "BV": min(chosen["BV"], max(16, triton.next_power_of_2(V)))}
+
+
+def stages(KP: int, BV: int, u_bytes: int, device: torch.device) -> int:
+    """How many chunks' tiles `scan` has in shared memory at a time, 1 for no pipelining."""
+    products = 2 * BV * (KP + CHUNK)  # S and vn as operands
+    for depth in (3, 2):
+        tiles = depth * 2 * CHUNK * (3 * KP + CHUNK)
+        if tiles + (depth - 1) * (CHUNK * BV * u_bytes + 4 * KP) + products <= shared_memory(
+            device
+        ):
+            return depth
+    return 1
+
+
+def launch_scan(
+    o: Tensor,
+    workspace: Workspace,
+    batch: Batch,
+    K: int,
+    initial: Tensor | None,
+    final: Tensor | None,
+    indices: Tensor | None,
+    has_initial: Tensor | None,
+) -> None:
+    """Writes the output to `o` and the final states to `final`.
+
+    With `indices`, the sequences' pages, `final` also holds the initial states.
+    """
+    HV, V = o.shape[2:]
+    KP = workspace.w.shape[3]
+    indices, has_initial = (None if x is None else x.contiguous() for x in (indices, has_initial))
+    sizes: dict[str, Any] = {
+        "HV": HV,
+        "K": K,
+        "V": V,
+        "KP": KP,
+        "VARLEN": batch.cu_seqlens is not None,
+        "SLABS": batch.slab is not None,
+        "INITIAL": initial is not None,
+        "FINAL": final is not None,
+        "PAGED": indices is not None,
+        "HAS_INITIAL": has_initial is not None,
+    }
+    slots = 0 if final is None else final.shape[0]
+    slab = batch.slab or (0, 0)
+    sequences = (batch.cu_seqlens, batch.T, batch.N, *slab)
+    states = (initial, final, indices, has_initial, *sequences, slots)
+    strides = [
+        stride for x in (initial, final) for stride in ((0,) * 4 if x is None else x.stride())
+    ]
+    pairs = HV * at_least_one(batch.N)
+    if o.dtype == torch.float32:
+        chosen = choose("chunk_scan_fp32", o.device)
+        traceable(chunk_scan_fp32_kernel)[(triton.cdiv(V, chosen["BV"]) * pairs,)](
+            *workspace, o, *states, *strides, **sizes, **chosen
+        )
+    else:
+        chosen = scan_values(K, V, batch.N * HV, o)
+        u = o if workspace.u is None else workspace.u
+        depth = stages(KP, chosen["BV"], u.element_size(), o.device)
+        traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * pairs,)](
+            *workspace,
+            o,
+            *states,
+            *strides,
+            **sizes,
+            HALF=o.dtype == torch.float16,
+            **{**chosen, "STAGES": min(chosen["STAGES"], depth)},
+        )

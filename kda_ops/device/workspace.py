@@ -1,0 +1,128 @@
+"""The memory between `prepare` and `scan`, the two kernels of chunked KDA.
+
+It has one row per (chunk, value head): `w`, `kg`, `qg [64, K]`, `u [64, V]`, `Aqk [64, 64]` and the
+chunk's decay `[K]`. The row of chunk c of sequence n is `cu_seqlens[n] // 64 + n + c`, which needs
+no table, is different for every chunk and below `T // 64 + N`. bf16 `u` needs no room of its own:
+it is as large as the output and lies there until `scan` puts the output in its place.
+
+A workspace that would be too large (`kda_ops.chunks.workspace_slabs`) holds a slab of the rows at a
+time: both kernels run once per slab, and fp32 states `S [N, HV, K, V]` are carried from one to the
+next.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kda_ops.choice.examples import NoHintError, hint
+from kda_ops.chunks import workspace_row, workspace_rows, workspace_slabs
+from kda_ops.formulas import CHUNK
+
+
+class Batch(NamedTuple):
+    """The sequences and chunks of a launch.
+
+    Attributes:
+        T: Tokens per batch row.
+        N: Sequences.
+        NC: Rows of the chunk table, or programs per batch row.
+        programs: Of `prepare`.
+        cu_seqlens: As given.
+        chunks: As given.
+        slab: First row and number of rows of the workspace's slab; None if it holds all.
+    """
+
+    T: int
+    N: int
+    NC: int
+    programs: int
+    cu_seqlens: Tensor | None
+    chunks: Tensor | None
+    slab: tuple[int, int] | None = None
+
+    @staticmethod
+    def of(q: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None) -> "Batch":
+        B, T = q.shape[:2]
+        if cu_seqlens is None or chunks is None:
+            NC = T // CHUNK + 1
+            return Batch(T, B, NC, B * NC, None, None)
+        NC = chunks.shape[0]
+        # T // 64 + N + 1 blocks of 64 rows cover the padding too
+        return Batch(
+            T, cu_seqlens.shape[0] - 1, NC, NC + 1, cu_seqlens.contiguous(), chunks.contiguous()
+        )
+
+    def slabs(self, q: Tensor, v: Tensor) -> list["Batch"]:
+        """This batch in parts whose workspace is not too large.
+
+        A compiled graph has a fixed number of launches: a symbolic number of rows counts as the one
+        that it is compiled with, and as few where nothing is known of it.
+        """
+        rows = workspace_rows(q.shape[0] * self.T, self.N)
+        try:
+            known = hint(rows)
+        except NoHintError:
+            known = 0
+        count = workspace_slabs(known, v.shape[2], q.shape[3], v.shape[3], q.dtype)
+        if count == 1:
+            return [self]
+        size = (rows + count - 1) // count
+        # see `slab_rows`; one more program for the padding that counts from behind the last row
+        part = self._replace(programs=size + self.N + 1)
+        return [part._replace(slab=(i * size, size)) for i in range(count)]
+
+    @property
+    def tables(self) -> tuple[Any, ...]:
+        """What every `prepare` takes of it, in order."""
+        return self.cu_seqlens, self.chunks, self.T, self.N, self.NC, *(self.slab or (0, 0))
+
+
+class Workspace(NamedTuple):
+    """What `prepare` writes and `scan` reads, in the order of their arguments, and the states that
+    `scan` keeps in memory.
+
+    `u` is None where the output is its place, `S` where states stay in registers.
+    """
+
+    w: Tensor
+    u: Tensor | None
+    kg: Tensor
+    qg: Tensor
+    A: Tensor
+    decay: Tensor
+    S: Tensor | None
+
+    @property
+    def tiles(self) -> tuple[Tensor | None, ...]:
+        """What `prepare` takes of it."""
+        return self[:6]
+
+
+def make_workspace(q: Tensor, v: Tensor, batch: Batch) -> Workspace:
+    """For a batch, or for any slab of one."""
+    rows = workspace_rows(q.shape[0] * batch.T, batch.N) if batch.slab is None else batch.slab[1]
+    HV, V = v.shape[2:]
+
+    def make(first: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty((first, HV, *shape), dtype=dtype, device=q.device)
+
+    row = workspace_row(q.shape[3], V, q.dtype)
+    tiles = {name: make(rows, *tile) for name, tile in row.items()}
+    S = None
+    if batch.slab is not None or q.dtype == torch.float32:
+        S = make(at_least_one(batch.N), (row["w"][0][1], V), torch.float32)
+    return Workspace(u=tiles.pop("u", None), S=S, **tiles)
+
+
+def at_least_one(sequences: Any) -> Any:
+    """No GPU launches an empty grid."""
+    return torch.sym_max(sequences, 1)
+
+
+def dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied where their last stride is not 1 or an offset within a chunk does not fit
+    32 bits.
+    """
+    tensors = tuple(x if x.dim() < 4 or x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    return tuple(x if x.stride(1) < 1 << 25 else x.contiguous() for x in tensors)
