@@ -376,7 +376,10 @@ def test_more_keys_than_queries_stay() -> None:
     gates = -torch.rand(1, T, 2 * H, K), torch.rand(1, T, 2 * H)
     found = rewritten(function, *heads, *gates, *(torch.randn(n, W) for n in widths))
     assert found.operators == ["short_conv", "l2norm"] * 2 + ["short_conv", "chunk_kda"]
-    assert found.refused == [("separate_convs", "q and k have different numbers of channels")]
+    assert found.refused == [
+        ("repeated_heads", "k is not repeated"),
+        ("separate_convs", "q and k have different numbers of channels"),
+    ]
 
 
 def test_values_made_of_queries_stay() -> None:

@@ -107,6 +107,7 @@ def test_measuring_records_the_peer_before_ours() -> None:
             mock.patch.object(rows, "ceilings", return_value=CEILINGS),
             mock.patch.object(timing, "kernels", return_value={"k": (2, 1.5)}),
             mock.patch.object(timing, "eager_seconds", return_value=1e-5),
+            mock.patch.object(timing, "workspace_bytes", return_value=0),
         ):
             measurer(make_row(who=who), benchmark)
         written[who] = benchmark.extra_info
