@@ -1,17 +1,19 @@
 """`explain`: what the graph rewrites make of a model, layer by layer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kda_ops._define import lowering_module
-from kda_ops.explain.report import Explanation
+
+if TYPE_CHECKING:  # its dataclasses are a tenth of what importing this package takes
+    from kda_ops.explain.report import Explanation
 
 __all__ = ["explain"]
 
 
 def explain(
     model: Callable[..., Any], /, *args: Any, dynamic: bool = False, **kwargs: Any
-) -> Explanation:
+) -> "Explanation":
     """Says what `torch.compile(model, fullgraph=True)` makes of `model(*args, **kwargs)`.
 
     The model is traced once, in the caller's grad mode, and its graph compiled twice, without and
