@@ -43,6 +43,15 @@ def patch_interpreter() -> None:
 
         return call
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    # Triton 3.6 asks for the `int` of an array with an axis, which NumPy 2.4 refuses
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+
     # Triton 3.9 takes no other, and makes int32 of two comparisons that are joined by `&`
     builder = interpreter.InterpreterBuilder
     builder.create_masked_load = with_boolean_mask(builder.create_masked_load, 1)
