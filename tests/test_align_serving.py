@@ -53,6 +53,13 @@ class Model(nn.Module):
         return self.head(x)[0]
 
 
+def assert_same(state: Tensor, expected: Tensor) -> None:
+    """Equal but for the order of sums in fp32, through layers and tokens."""
+    assert state.shape == expected.shape
+    error = (state - expected).abs().max()
+    assert error <= 4096 * torch.finfo(torch.float32).eps * expected.abs().max(), error
+
+
 def spec(layout: str, num_spec: int, page_bytes: int | None = None) -> KDAStateSpec:
     return KDAStateSpec(
         KEY_HEADS,
@@ -272,9 +279,8 @@ class Server:
             slot = request.table[boundary // self.block - 1]
             self.kept[seen], self.bits[seen] = slot, self.state(slot)
             _, right = self.alone(list(seen), 0)
-            history = right[0][:, 1]
-            torch.testing.assert_close(self.bits[seen][0], history, rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(self.bits[seen][1], right[1][:, 1], rtol=1e-3, atol=1e-3)
+            for state, expected in zip(self.bits[seen], right, strict=True):
+                assert_same(state, expected[:, 1])
             self.seen["checkpoints"] += 1
         answered = request.answer[: request.made]
         assert request.tokens[len(request.tokens) - request.made :] == answered
