@@ -17,6 +17,7 @@ from torch import Tensor
 import kda_ops
 from kda_ops import chunks
 from kda_ops._cases import Case
+from kda_ops._define import OPERATORS as OPERATORS_DEFINED
 from kda_ops.chunk_kda.cases import chunk_kda_inputs, with_pages, with_states
 from kda_ops.chunks import WORKSPACE_BYTES, chunk_table, workspace_bytes
 from kda_ops.device import workspace
@@ -129,6 +130,15 @@ def test_it_takes_what_it_says(sizes: dict[str, Any], limit: int) -> None:
     taken, launches = launched(sizes, limit)
     assert taken == said
     assert launches == 2 if limit == WORKSPACE_BYTES else launches > 2
+
+
+def test_a_ragged_batch_needs_its_chunk_table() -> None:
+    """Also where the operator is called past the public function: not as one long sequence."""
+    inputs = chunk_kda_inputs(CPU, T=70, K=64, V=64, cu_seqlens=[0, 30, 70])
+    arguments = [inputs[name] for name in ("q", "k", "v", "G", "beta")]
+    launch = OPERATORS_DEFINED[torch.ops.kda_ops.chunk_kda.default].launcher
+    with pytest.raises(ValueError, match="chunks must be given with cu_seqlens, got None"):
+        launch(*arguments, 1.0, None, False, inputs["cu_seqlens"], None)
 
 
 def test_kimi_linear_at_8192_tokens_is_one_slab() -> None:

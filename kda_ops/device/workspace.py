@@ -44,9 +44,11 @@ class Batch(NamedTuple):
     @staticmethod
     def of(q: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None) -> "Batch":
         B, T = q.shape[:2]
-        if cu_seqlens is None or chunks is None:
+        if cu_seqlens is None:
             NC = T // CHUNK + 1
             return Batch(T, B, NC, B * NC, None, None)
+        if chunks is None:
+            raise ValueError("chunks must be given with cu_seqlens, got None")
         NC = chunks.shape[0]
         # T // 64 + N + 1 blocks of 64 rows cover the padding too
         return Batch(
