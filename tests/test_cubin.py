@@ -134,6 +134,8 @@ def compile_launch(launch: Launch, target: Target) -> Any:
 
     names = launch.kernel.arg_names
     constants = {(names.index(name),): value for name, value in launch.constants.items()}
+    if "PACKED" in names:  # recorded on a CPU; NVIDIA GPUs take their own instructions
+        constants[(names.index("PACKED"),)] = target.backend == "cuda"
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(
         fn=launch.kernel, signature=launch.signature, constexprs=constants, attrs=attrs

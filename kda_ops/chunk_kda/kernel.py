@@ -14,14 +14,11 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
 from kda_ops.device.chunk.kernel import (
-    block_diagonal,
-    chunk_levels,
     clear_padding,
     is_nvidia,
-    join,
     launch_general_prepare,
+    prepare_chunk,
     slab_rows,
-    store_u,
 )
 from kda_ops.device.scan.kernel import launch_scan
 from kda_ops.device.workspace import Batch, dense_rows, make_workspace
@@ -102,45 +99,37 @@ def chunk_prepare_kernel(
     )
     # what is below -30000 decays to zero either way, and fp16 ends at -65504
     y = tl.where(okd, tl.where(y < -30000.0, -30000.0, y), 0.0).to(tl.float16)
-    k = tl.reshape(tl.load(k_at, mask=okd, other=0.0), (4, 16, K))
-    q = tl.reshape(tl.load(q_at, mask=okd, other=0.0), (4, 16, K))
+    k = tl.load(k_at, mask=okd, other=0.0)
+    q = tl.load(q_at, mask=okd, other=0.0)
     beta = tl.load(
         (beta_ptr + b * beta_b + h * beta_h + first * beta_t) + r * beta_t, mask=ok, other=0.0
     ).to(tl.float32)
-
-    A, X, L16, L32 = chunk_levels(q, k, y, beta, PACKED)
-    i = r[:, None]
-    j = r[None, :]
-    work = row * HV + h
-    tl.store((A_ptr + work * 4096) + (i * 64 + j), (A * SCALE).to(A_ptr.dtype.element_ty))
-    X = join(join(block_diagonal(X), L16), L32)
-    X = (X * beta[None, :]).to(k.dtype)
-
-    # all loads before the first use of one: with two programs per multiprocessor nothing else hides
-    # their latency. The addresses are those of above in another association: not merged, made anew
-    # instead of kept, a fifth of the spills
-    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + i * k_t + d[None, :]
-    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + i * q_t + d[None, :]
-    k_again = tl.load(k_at, mask=okd, other=0.0)
-    G = tl.load(G_head + i * G_t + d[None, :], mask=okd, other=0.0)
-    q_again = tl.load(q_at, mask=okd, other=0.0)
     last = tl.load(G_head + (count - 1) * G_t + d)
-    at = i * K + d[None, :]
-    kf = k_again.to(tl.float32)
+    work = row * HV + h
     tl.store(decay_ptr + work * K + d, tl.exp2(last))
-    tl.store(
-        (kg_ptr + work * (64 * K)) + at,
-        (kf * tl.exp2(tl.where(okd, last[None, :] - G, 0.0))).to(kg_ptr.dtype.element_ty),
+    prepare_chunk(
+        q,
+        k,
+        y,
+        beta,
+        v_ptr + b * v_b + h * v_h + first * v_t,
+        v_t,
+        o_ptr,
+        w_ptr,
+        u_ptr,
+        kg_ptr,
+        qg_ptr,
+        A_ptr,
+        work,
+        b * T + first,
+        count,
+        h,
+        SCALE,
+        HV,
+        K,
+        V,
+        PACKED,
     )
-    e = tl.exp2(G)
-    qg = q_again.to(tl.float32) * e * SCALE
-    tl.store((qg_ptr + work * (64 * K)) + at, qg.to(qg_ptr.dtype.element_ty))
-    w = tl.dot(X, (kf * e).to(k.dtype))
-    tl.store((w_ptr + work * (64 * K)) + at, w.to(w_ptr.dtype.element_ty))
-    dv = tl.arange(0, V)
-    v_at = (v_ptr + b * v_b + h * v_h + first * v_t) + (i * v_t + dv[None, :])
-    u = tl.dot(X, tl.load(v_at, mask=okd, other=0.0))
-    store_u(u_ptr, o_ptr, u, work, b * T + first, count, h, HV, V, 0, V)
 
 
 def _launch(

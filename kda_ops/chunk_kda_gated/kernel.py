@@ -15,16 +15,12 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
 from kda_ops.device.chunk.kernel import (
-    block_diagonal,
-    chunk_levels,
     chunk_rows,
     clear_padding,
-    half,
     is_nvidia,
-    join,
     launch_general_prepare,
+    prepare_chunk,
     slab_rows,
-    store_u,
 )
 from kda_ops.device.kernel import softplus
 from kda_ops.device.scan.kernel import launch_scan
@@ -54,11 +50,28 @@ def _bias(bias_ptr, d, ok, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _gate_log2(x, a, bias, BOUND: tl.constexpr):
-    """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound."""
+def _softplus(z):
+    """`kda_ops.device.kernel.softplus` to 1e-5 of the result: as max(z, 0) + e * P(e) with P of
+    degree 5.
+    """
+    e = tl.exp2(tl.abs(z) * -1.4426950408889634)
+    p = -0.023869140073657036
+    p = p * e + 0.10122225433588028
+    p = p * e - 0.21004866063594818
+    p = p * e + 0.3252066671848297
+    p = p * e - 0.4993613660335541
+    p = p * e + 0.9999915957450867
+    return tl.maximum(z, 0.0) + e * p
+
+
+@triton.jit
+def _gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
+    """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound. With FP16
+    it is right to 1e-5, for exponents in that type.
+    """
     z = x.to(tl.float32) + bias[None, :]
     if BOUND == 0.0:
-        return (a * -1.4426950408889634) * softplus(z)
+        return (a * -1.4426950408889634) * (_softplus(z) if FP16 else softplus(z))
     else:
         return (BOUND * 1.4426950408889634) * _sigmoid(a * z)
 
@@ -152,60 +165,49 @@ def chunk_gated_prepare_kernel(
     x_at = (x_ptr + b * x_b + h * x_h + first * x_t) + (r[:, None] * x_t + d[None, :])
     work = row * HV + h
 
-    x = tl.load(x_at, mask=okd, other=0.0)
+    x = tl.load(x_at, mask=okd, other=float("-inf") if BOUND == 0.0 else 0.0)
+    k = tl.load(k_at, mask=okd, other=0.0)
+    q = tl.load(q_at, mask=okd, other=0.0)
     bias = _bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
-    y = _gate_log2(x, _rate(A_log_ptr, h, HAS_A), bias, BOUND)
+    y = _gate_log2(x, _rate(A_log_ptr, h, HAS_A), bias, BOUND, True)
     # what is below -30000 decays to zero either way, and fp16 ends at -65504
-    y = tl.where(okd, tl.where(y < -30000.0, -30000.0, y), 0.0)
+    y = tl.where(y < -30000.0, -30000.0, y)
+    if BOUND != 0.0:
+        y = tl.where(okd, y, 0.0)
     tl.store(decay_ptr + work * K + d, tl.exp2(tl.sum(y, axis=0)))
     y = y.to(tl.float16)
     beta = tl.load(
         (beta_ptr + b * beta_b + h * beta_h + first * beta_t) + r * beta_t, mask=ok, other=0.0
     ).to(tl.float32)
-    beta = BETA_SCALE * tl.sigmoid(beta)
+    beta = BETA_SCALE * _sigmoid(beta)
 
-    k = tl.load(k_at, mask=okd, other=0.0)
-    q = tl.load(q_at, mask=okd, other=0.0)
-    q_scale = tl.zeros((64,), tl.float32) + SCALE
-    k_scale = q_scale
     if NORM:
         # raw values may not fit the fp16 of the levels
-        q_norm = _reciprocal_norm(q, ok, EPS)
-        q = (q.to(tl.float32) * q_norm[:, None]).to(tl.float16)
-        q_scale = q_norm * SCALE
-        k_scale = _reciprocal_norm(k, ok, EPS)
-        k = (k.to(tl.float32) * k_scale[:, None]).to(tl.float16)
-    k = tl.reshape(k, (4, 16, K))
-    q = tl.reshape(q, (4, 16, K))
-    A, X, L16, L32 = chunk_levels(q, k, y, beta, PACKED)
-    i = r[:, None]
-    j = r[None, :]
-    A = A * SCALE
-    tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
-    X = join(join(block_diagonal(X), L16), L32)
-    X = (X * beta[None, :]).to(v_ptr.dtype.element_ty)
-
-    # u first, and q and k loaded before they are needed: half the spills of the other order. The
-    # addresses are those of above in another association, so that they are not kept
-    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + i * k_t + d[None, :]
-    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + i * q_t + d[None, :]
-    k_again = tl.load(k_at, mask=okd, other=0.0)
-    q_again = tl.load(q_at, mask=okd, other=0.0)
-    dv = tl.arange(0, V)
-    v_at = (v_ptr + b * v_b + h * v_h + first * v_t) + (i * v_t + dv[None, :])
-    u = tl.dot(X, tl.load(v_at, mask=okd, other=0.0))
-    store_u(u_ptr, o_ptr, u, work, b * T + first, count, h, HV, V, 0, V)
-    at = i * K + d[None, :]
-    e = tl.exp2(tl.dot(half(j > i), y))  # 2^(G_last - G)
-    kf = k_again.to(tl.float32)
-    if NORM:
-        kf = kf * k_scale[:, None]
-    tl.store((kg_ptr + work * (64 * K)) + at, (kf * e).to(kg_ptr.dtype.element_ty))
-    e = tl.exp2(tl.dot(half(j <= i), y))  # 2^G
-    qg = q_again.to(tl.float32) * q_scale[:, None] * e
-    tl.store((qg_ptr + work * (64 * K)) + at, qg.to(qg_ptr.dtype.element_ty))
-    w = tl.dot(X, (kf * e).to(X.dtype))
-    tl.store((w_ptr + work * (64 * K)) + at, w.to(w_ptr.dtype.element_ty))
+        q = (q.to(tl.float32) * _reciprocal_norm(q, ok, EPS)[:, None]).to(tl.float16)
+        k = (k.to(tl.float32) * _reciprocal_norm(k, ok, EPS)[:, None]).to(tl.float16)
+    prepare_chunk(
+        q,
+        k,
+        y,
+        beta,
+        v_ptr + b * v_b + h * v_h + first * v_t,
+        v_t,
+        o_ptr,
+        w_ptr,
+        u_ptr,
+        kg_ptr,
+        qg_ptr,
+        A_ptr,
+        work,
+        b * T + first,
+        count,
+        h,
+        SCALE,
+        HV,
+        K,
+        V,
+        PACKED,
+    )
 
 
 @triton.jit
@@ -272,7 +274,7 @@ def chunk_inputs_kernel(
         inside = ok[:, None] & (d < K)[None, :]
         x = tl.load(x_row + d[None, :], mask=inside, other=0.0)
         bias = _bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
-        y = tl.where(inside, _gate_log2(x, a, bias, BOUND), 0.0)
+        y = tl.where(inside, _gate_log2(x, a, bias, BOUND, False), 0.0)
         at = (row[:, None] * HV + h) * K + d[None, :]
         tl.store(G_ptr + at, tl.cumsum(y, axis=0), mask=inside)
     beta = tl.load(beta_ptr + b * beta_b + h * beta_h + t * beta_t, mask=ok, other=0.0)

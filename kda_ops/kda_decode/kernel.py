@@ -9,7 +9,14 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
-from kda_ops.device.kernel import conv_row, conv_state_strides, conv_taps, gate_nats, three
+from kda_ops.device.kernel import (
+    conv_row,
+    conv_state_strides,
+    conv_taps,
+    gate_nats,
+    rounded_product,
+    three,
+)
 
 
 @triton.jit
@@ -46,6 +53,13 @@ def shift(ptr, stride, rows, tokens, ok, W: tl.constexpr, TOKENS: tl.constexpr):
     for keep in tl.static_range(W - 2 + TOKENS):
         new = rows[keep + 1].to(ptr.dtype.element_ty)
         tl.store(ptr + keep * stride, new, mask=ok & (keep < W - 2 + tokens))
+
+
+@triton.jit
+def row_sums(S, x, OUTER_K: tl.constexpr):
+    """The sums of S x over K; a thread may hold one product of a row where OUTER_K is 1."""
+    products = rounded_product(S, x) if OUTER_K == 1 else S * x
+    return tl.sum(tl.sum(products, axis=1), axis=1)
 
 
 @triton.jit
@@ -261,11 +275,11 @@ def kda_decode_kernel(
                 gates += (norm * tl.sigmoid(z[i].to(tl.float32)),)
                 o = tl.zeros([BLOCK_V], tl.float32)
                 if i < tokens:
-                    q_norm = tl.rsqrt(tl.sum(q[i] * q[i], axis=0) + QK_NORM_EPS)
-                    k_norm = tl.rsqrt(tl.sum(k[i] * k[i], axis=0) + QK_NORM_EPS)
+                    q_norm = tl.rsqrt(tl.sum(rounded_product(q[i], q[i]), axis=0) + QK_NORM_EPS)
+                    k_norm = tl.rsqrt(tl.sum(rounded_product(k[i], k[i]), axis=0) + QK_NORM_EPS)
                     q_i = q[i] * (q_norm * SCALE)
                     k_i = k[i] * k_norm
-                    kq = tl.sum(k_i * q_i, axis=0)
+                    kq = tl.sum(rounded_product(k_i, q_i), axis=0)
                     raw = f[i].to(tl.float32) + dt_bias
                     decay_i = tl.exp(gate_nats(raw, rate, LOWER_BOUND, BOUNDED))
                     decay_q = (decay_i * q_i).reshape(OUTER_K, INNER_K)[None, :, :]
@@ -273,8 +287,8 @@ def kda_decode_kernel(
                     k_i = k_i.reshape(OUTER_K, INNER_K)[None, :, :]
                     decay_i = decay_i.reshape(OUTER_K, INNER_K)[None, :, :]
                     # with S' the decayed state, the output of the new one is S' q + delta (k q)
-                    seen = tl.sum(tl.sum(S * decay_k, axis=1), axis=1)  # [BLOCK_V]
-                    old = tl.sum(tl.sum(S * decay_q, axis=1), axis=1)
+                    seen = row_sums(S, decay_k, OUTER_K)  # [BLOCK_V]
+                    old = row_sums(S, decay_q, OUTER_K)
                     write = BETA_SCALE * tl.sigmoid(beta[i].to(tl.float32))
                     delta = write * (v[i] - seen)
                     o = old + delta * kq
@@ -299,7 +313,7 @@ def kda_decode_kernel(
             squares = 0.0
             for block in tl.static_range(V_BLOCKS):
                 o = outputs[block * TOKENS + i]
-                squares += tl.sum(o * o, axis=0)
+                squares += tl.sum(rounded_product(o, o), axis=0)
             factor = tl.rsqrt(squares / V + NORM_EPS)
             for block in tl.static_range(V_BLOCKS):
                 i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
+from kda_ops.device.kernel import rounded_product
 
 
 @triton.jit
@@ -96,9 +97,9 @@ def recurrent_kda_kernel(
             v = tl.load(v_ptr + row * v_row + hv * v_head + i_v, mask=ok_v, other=0.0).to(ACC)
             beta = tl.load(beta_ptr + row * beta_row + hv * beta_head).to(ACC)
             S *= tl.exp(g)[None, :]
-            delta = beta * (v - tl.sum(S * k[None, :], axis=1))  # [BLOCK_V]
+            delta = beta * (v - tl.sum(rounded_product(S, k[None, :]), axis=1))  # [BLOCK_V]
             S += delta[:, None] * k[None, :]
-            o = SCALE * tl.sum(S * q[None, :], axis=1)
+            o = SCALE * tl.sum(rounded_product(S, q[None, :]), axis=1)
             o = tl.where(live, o, 0.0).to(o_ptr.dtype.element_ty)
             tl.store(o_ptr + (row * HV + hv) * V + i_v, o, mask=ok_v)
             if PER_TOKEN:

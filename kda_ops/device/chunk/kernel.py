@@ -114,9 +114,32 @@ def _multiply(a, b, PACKED: tl.constexpr):
 
 
 @triton.jit
+def laid_out_as(x, y, PACKED: tl.constexpr):
+    """x, on NVIDIA GPUs in the layout that y has."""
+    if not PACKED:
+        return x
+    elif x.dtype == tl.float32:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r", [x, y], dtype=x.dtype, is_pure=False, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r", [x, y], dtype=x.dtype, is_pure=False, pack=2
+        )
+
+
+@triton.jit
 def half(mask):
     """A mask as fp16 zeros and ones."""
     return tl.where(mask, 1.0, 0.0).to(tl.float16)
+
+
+@triton.jit
+def half_like(mask, y, PACKED: tl.constexpr):
+    if y.dtype == tl.float32:
+        return laid_out_as(tl.where(mask, 1.0, 0.0), y, PACKED).to(tl.float16)
+    else:
+        return laid_out_as(half(mask), y, PACKED)
 
 
 @triton.jit
@@ -131,7 +154,7 @@ def _between(i, t, s):
     product with y is -|G_i - G_a|.
     """
     a = (i // (2 * s)) * (2 * s) + s - 1
-    return half((t > tl.minimum(i, a)) & (t <= tl.maximum(i, a)))
+    return (t > tl.minimum(i, a)) & (t <= tl.maximum(i, a))
 
 
 @triton.jit
@@ -144,12 +167,17 @@ def join(X, L):
 
 
 @triton.jit
-def _small_level(X, A, i, j, q, k, y, beta, s: tl.constexpr, PACKED: tl.constexpr):
-    """A level s <= 8 of the four 16-row blocks: q, k, y [4, 16, K] -> inverse and q k^T, [4, 16,
+def _small_decays(i, j, y, s: tl.constexpr):
+    """2^-|G - G_a| of a level s <= 8 of the four 16-row blocks of y, [4, 16, K]."""
+    between = tl.broadcast_to(_between(i, j, s)[None, :, :], (4, 16, 16))
+    return tl.exp2(tl.dot(half(between), y)).to(tl.float16)
+
+
+@triton.jit
+def _small_level(X, A, i, j, q, k, e, beta, s: tl.constexpr, PACKED: tl.constexpr):
+    """A level s <= 8 of the four 16-row blocks: q, k, e [4, 16, K] -> inverse and q k^T, [4, 16,
     16].
     """
-    between = tl.broadcast_to(_between(i, j, s)[None, :, :], (4, 16, 16))
-    e = tl.exp2(tl.dot(between, y)).to(k.dtype)  # [4, 16, K]
     ke = _multiply(k, e, PACKED)
     qe = _multiply(q, e, PACKED)
     columns = tl.permute(ke, (0, 2, 1))
@@ -178,39 +206,105 @@ def chunk_levels(q, k, y, beta, PACKED: tl.constexpr):
     Normalised q and k and their decays are at most 1 in magnitude, so the products are made in
     fp16: three bits more than bf16, and an eighth less error of the output.
     """
-    K: tl.constexpr = k.shape[2]
-    q = q.to(tl.float16)
-    k = k.to(tl.float16)
+    K: tl.constexpr = k.shape[1]
+    q = tl.reshape(q.to(tl.float16), (4, 16, K))
+    k = tl.reshape(k.to(tl.float16), (4, 16, K))
     r = tl.arange(0, 64)
     i = tl.arange(0, 16)[:, None]
     j = tl.arange(0, 16)[None, :]
     diagonal = (i == j)[None, :, :]
     y_blocks = tl.reshape(y, (4, 16, K))
     beta_blocks = tl.reshape(beta, (4, 16))[:, :, None]
+    e = _small_decays(i, j, y_blocks, 1)
+    q = laid_out_as(q, e, PACKED)
+    k = laid_out_as(k, e, PACKED)
     X = tl.where(diagonal, 1.0, 0.0) + tl.zeros((4, 16, 16), tl.float32)
     A = tl.where(diagonal, tl.dot(q, tl.permute(k, (0, 2, 1))), 0.0)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 1, PACKED)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 2, PACKED)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 4, PACKED)
-    X, A = _small_level(X, A, i, j, q, k, y_blocks, beta_blocks, 8, PACKED)
+    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 1, PACKED)
+    e = _small_decays(i, j, y_blocks, 2)
+    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 2, PACKED)
+    e = _small_decays(i, j, y_blocks, 4)
+    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 4, PACKED)
+    e = _small_decays(i, j, y_blocks, 8)
+    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 8, PACKED)
     i = r[:, None]
     j = r[None, :]
     A = block_diagonal(A)
 
     meet = _meet(i, j, 16)
-    e = tl.reshape(tl.exp2(tl.dot(_between(i, j, 16), y)).to(k.dtype), (4, 16, K))
+    e = tl.reshape(
+        tl.exp2(tl.dot(half_like(_between(i, j, 16), A, PACKED), y)).to(k.dtype), (4, 16, K)
+    )
     ke = tl.reshape(_multiply(k, e, PACKED), (64, K))
     columns = tl.trans(ke)
     A = tl.where(meet, tl.dot(tl.reshape(_multiply(q, e, PACKED), (64, K)), columns), A)
     L16 = tl.where(meet, tl.dot(ke, columns) * beta[:, None], 0.0).to(tl.float16)
 
     meet = _meet(i, j, 32)
-    e = tl.reshape(tl.exp2(tl.dot(_between(i, j, 32), y)).to(k.dtype), (4, 16, K))
+    e = tl.reshape(
+        tl.exp2(tl.dot(half_like(_between(i, j, 32), L16, PACKED), y)).to(k.dtype), (4, 16, K)
+    )
     ke = tl.reshape(_multiply(k, e, PACKED), (64, K))
     columns = tl.trans(ke)
     A = tl.where(meet, tl.dot(tl.reshape(_multiply(q, e, PACKED), (64, K)), columns), A)
     L32 = tl.where(meet, tl.dot(ke, columns) * beta[:, None], 0.0).to(tl.float16)
-    return A, X, L16, L32
+    return A, X, L16, L32, tl.reshape(q, (64, K)), tl.reshape(k, (64, K))
+
+
+@triton.jit
+def prepare_chunk(
+    q,
+    k,
+    y,
+    beta,
+    v_ptr,
+    v_t,
+    o_ptr,
+    w_ptr,
+    u_ptr,
+    kg_ptr,
+    qg_ptr,
+    A_ptr,
+    work,
+    token,
+    count,
+    h,
+    SCALE: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """All of a chunk's workspace row but the decay, from tiles q, k [64, K], the tokens' gates y
+    [64, K] in fp16 and beta [64]; v_ptr is the chunk's first row of v, v_t its stride of tokens.
+
+    Exponents come as 0/1 matrices times y, also G and G_last - G, so that no sum over tokens stays
+    in registers.
+    """
+    A, X, L16, L32, q, k = chunk_levels(q, k, y, beta, PACKED)
+    r = tl.arange(0, 64)
+    i = r[:, None]
+    j = r[None, :]
+    A = A * SCALE
+    tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
+    # loaded before it is needed: with two programs per multiprocessor
+    # little else hides the latency
+    v_at = v_ptr + (i * v_t + tl.arange(0, V)[None, :])
+    v = tl.load(v_at, mask=i < count, other=0.0)
+    X = join(join(block_diagonal(X), L16), L32)
+    X = (X * beta[None, :]).to(v.dtype)
+    # u first: half the spills of the other order
+    u = tl.dot(X, v)
+    store_u(u_ptr, o_ptr, u, work, token, count, h, HV, V, 0, V)
+    at = i * K + tl.arange(0, K)[None, :]
+    e = tl.exp2(tl.dot(half_like(j > i, X, PACKED), y))  # 2^(G_last - G)
+    k = k.to(tl.float32)
+    tl.store((kg_ptr + work * (64 * K)) + at, (k * e).to(kg_ptr.dtype.element_ty))
+    e = tl.exp2(tl.dot(half_like(j <= i, X, PACKED), y))  # 2^G
+    qg = q.to(tl.float32) * SCALE * e
+    tl.store((qg_ptr + work * (64 * K)) + at, qg.to(qg_ptr.dtype.element_ty))
+    w = tl.dot(X, (k * e).to(X.dtype))
+    tl.store((w_ptr + work * (64 * K)) + at, w.to(w_ptr.dtype.element_ty))
 
 
 @triton.jit
