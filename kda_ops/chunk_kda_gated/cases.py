@@ -28,6 +28,7 @@ def chunk_kda_gated_inputs(
     norm: bool = False,
     size: float = 1.0,
     beta_scale: float = 1.0,
+    scale: float | None = None,
     cu_seqlens: list[int] | None = None,
     index_dtype: torch.dtype = torch.int32,
     packed: bool = False,
@@ -50,6 +51,7 @@ def chunk_kda_gated_inputs(
         norm: Whether the operator normalises q and k.
         size: Of the elements of q and k, with `norm`.
         beta_scale: As in `chunk_kda_gated`.
+        scale: As in `chunk_kda_gated`.
         cu_seqlens: Offsets of the sequences.
         index_dtype: Of `cu_seqlens`.
         packed: Whether q, k, v and x are slices of one projection.
@@ -82,6 +84,8 @@ def chunk_kda_gated_inputs(
         "beta_scale": beta_scale,
         "qk_norm_eps": 1e-6 if norm else None,
     }
+    if scale is not None:
+        inputs["scale"] = scale
     if cu_seqlens is not None:
         inputs["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=index_dtype, device=device)
     return inputs
@@ -134,6 +138,8 @@ CASES = [
     _case("bf16-slow", T=100, gate="slow"),
     _case("bf16-bounded-norm", T=100, gate="bounded", norm=True),
     _case("bounded-no-rate", T=70, K=64, V=64, gate="bounded", rate=False, dt_bias=False),
+    _case("scale-small-norm", T=70, K=64, V=64, norm=True, scale=1e-6),
+    _case("scale-2-norm", T=70, K=64, V=64, norm=True, scale=2.0),
     _case("no-bias", T=70, K=64, V=128, dt_bias=False),
     _case("fp16-norm-large", T=100, dtype=FP16, norm=True, size=100.0),
     _case("fp16-norm-small", T=70, dtype=FP16, norm=True, size=0.01, gate="slow"),

@@ -66,14 +66,20 @@ def _softplus(z):
 
 @triton.jit
 def _gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
-    """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound. With FP16
-    it is right to 1e-5, for exponents in that type.
+    """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound.
+
+    With FP16 it is right to 1e-5 and fits that type, which ends at -65504: what is below -30000
+    decays to zero either way.
     """
     z = x.to(tl.float32) + bias[None, :]
-    if BOUND == 0.0:
-        return (a * -1.4426950408889634) * (_softplus(z) if FP16 else softplus(z))
+    if BOUND != 0.0:
+        r = tl.rsqrt(1.0 + tl.exp2((a * -1.4426950408889634) * z))
+        return (BOUND * 1.4426950408889634) * (r * r)
+    elif FP16:
+        y = (a * -1.4426950408889634) * _softplus(z)
+        return tl.where(y < -30000.0, -30000.0, y)
     else:
-        return (BOUND * 1.4426950408889634) * _sigmoid(a * z)
+        return (a * -1.4426950408889634) * softplus(z)
 
 
 @triton.jit
@@ -170,8 +176,6 @@ def chunk_gated_prepare_kernel(
     q = tl.load(q_at, mask=okd, other=0.0)
     bias = _bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
     y = _gate_log2(x, _rate(A_log_ptr, h, HAS_A), bias, BOUND, True)
-    # what is below -30000 decays to zero either way, and fp16 ends at -65504
-    y = tl.where(y < -30000.0, -30000.0, y)
     if BOUND != 0.0:
         y = tl.where(okd, y, 0.0)
     tl.store(decay_ptr + work * K + d, tl.exp2(tl.sum(y, axis=0)))
@@ -181,9 +185,12 @@ def chunk_gated_prepare_kernel(
     ).to(tl.float32)
     beta = BETA_SCALE * _sigmoid(beta)
 
+    # a common scale goes into q's norm, one that leaves fp16's range does not
+    FOLD: tl.constexpr = NORM and SCALE > 0.001 and SCALE < 1000.0
     if NORM:
         # raw values may not fit the fp16 of the levels
-        q = (q.to(tl.float32) * _reciprocal_norm(q, ok, EPS)[:, None]).to(tl.float16)
+        q_norm = _reciprocal_norm(q, ok, EPS) * (SCALE if FOLD else 1.0)
+        q = (q.to(tl.float32) * q_norm[:, None]).to(tl.float16)
         k = (k.to(tl.float32) * _reciprocal_norm(k, ok, EPS)[:, None]).to(tl.float16)
     prepare_chunk(
         q,
@@ -202,7 +209,7 @@ def chunk_gated_prepare_kernel(
         b * T + first,
         count,
         h,
-        SCALE,
+        1.0 if FOLD else SCALE,
         HV,
         K,
         V,

@@ -285,7 +285,8 @@ def prepare_chunk(
     r = tl.arange(0, 64)
     i = r[:, None]
     j = r[None, :]
-    A = A * SCALE
+    if SCALE != 1.0:
+        A = A * SCALE
     tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
     # loaded before it is needed: with two programs per multiprocessor
     # little else hides the latency
@@ -301,7 +302,10 @@ def prepare_chunk(
     k = k.to(tl.float32)
     tl.store((kg_ptr + work * (64 * K)) + at, (k * e).to(kg_ptr.dtype.element_ty))
     e = tl.exp2(tl.dot(half_like(j <= i, X, PACKED), y))  # 2^G
-    qg = q.to(tl.float32) * SCALE * e
+    q = q.to(tl.float32)
+    if SCALE != 1.0:
+        q = q * SCALE
+    qg = q * e
     tl.store((qg_ptr + work * (64 * K)) + at, qg.to(qg_ptr.dtype.element_ty))
     w = tl.dot(X, (k * e).to(X.dtype))
     tl.store((w_ptr + work * (64 * K)) + at, w.to(w_ptr.dtype.element_ty))
