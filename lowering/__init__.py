@@ -36,6 +36,7 @@ FUSIONS = (  # in the order in which they run
     "fuse_short_conv_qkv",
     "fuse_separate_convs",
     "fuse_chunk_kda_gated",
+    "fuse_chunk_norms",
     "fuse_packed_projection",
 )
 

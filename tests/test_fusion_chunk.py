@@ -287,8 +287,87 @@ def test_it_stays_where_the_guard_says_so(function: Callable[..., Any], reason: 
     assert [name for name, why in found.refused if reason in why] == ["chunk_kda_gated"]
 
 
-def test_norms_stay_in_front() -> None:
-    assert compiled(model()).operators == ["l2norm", "l2norm", "chunk_kda_gated"]
+def test_norms_stay_in_front_of_the_general_kernel() -> None:
+    found = compiled(model())
+    assert found.operators == ["l2norm", "l2norm", "chunk_kda_gated"]
+    assert found.refused == []
+
+
+def normed(
+    paged: bool = False,
+    q_norm: Callable[[Tensor], Tensor] = kda_ops.l2norm,
+    k_norm: Callable[[Tensor], Tensor] = kda_ops.l2norm,
+    extra: Callable[[Tensor], Any] = lambda q: None,
+) -> Callable[..., Any]:
+    """A recurrence of heads of 64, the norms in front."""
+
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, x: Tensor, beta: Tensor, A_log: Tensor, *pages: Tensor
+    ) -> Any:
+        G, step = kda_ops.gate_cumsum(x, A_log), sigmoid(beta)
+        q, k = q_norm(q), k_norm(k)
+        where = {"state": pages[0], "state_indices": pages[1]} if paged else {}
+        return kda_ops.chunk_kda(q, k, v, G, step, **where)[0], extra(q)
+
+    return call
+
+
+def compiled_heads_of_64(function: Callable[..., Any], dynamic: bool = False) -> Rewritten:
+    torch.manual_seed(0)
+    heads = [torch.randn(1, T, HV, 64).bfloat16() for _ in range(4)]
+    beta, A_log = torch.randn(1, T, HV).bfloat16(), torch.randn(HV)
+    pages = torch.randn(SLOTS, HV, 64, 64), torch.tensor([2])
+    axes = dict.fromkeys(range(5), 1) if dynamic else False
+    return rewritten(function, *heads, beta, A_log, *pages, dynamic=axes, written=(6,))
+
+
+def in_flat_rows(q: Tensor) -> Tensor:
+    """Reshaped before the norm, and back."""
+    return kda_ops.l2norm(q.flatten(0, 2)).view(q.shape)
+
+
+def in_plain_torch(q: Tensor) -> Tensor:
+    wide_q = wide(q)
+    return (wide_q * torch.rsqrt((wide_q * wide_q).sum(-1, keepdim=True) + 1e-6)).to(q.dtype)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        normed(),
+        normed(paged=True),
+        normed(q_norm=in_flat_rows),
+        normed(q_norm=in_plain_torch, k_norm=in_plain_torch),
+    ],
+    ids=["tokens", "pages", "flat-rows", "plain"],
+)
+def test_it_takes_the_norms(function: Callable[..., Any], dynamic: bool) -> None:
+    found = compiled_heads_of_64(function, dynamic)
+    assert found.refused == []
+    assert found.operators == ["chunk_kda_gated"]
+    assert found.copies == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (normed(k_norm=lambda k: kda_ops.l2norm(k, eps=1e-5)), "different eps"),
+        (normed(k_norm=lambda k: kda_ops.l2norm(k.flatten(2)).view(k.shape)), "not over heads"),
+        (normed(extra=lambda q: q), "is returned"),
+        (normed(extra=lambda q: q * 2), "is also used by"),
+    ],
+    ids=["eps", "all-heads", "returned", "used"],
+)
+def test_norms_stay_where_the_guard_says_so(function: Callable[..., Any], reason: str) -> None:
+    found = compiled_heads_of_64(function)
+    assert found.operators == ["l2norm", "l2norm", "chunk_kda_gated"]
+    assert [name for name, why in found.refused if reason in why] == ["chunk_norms"]
+
+
+def test_one_norm_of_two_stays() -> None:
+    found = compiled_heads_of_64(normed(k_norm=lambda k: F.normalize(k, p=1.0, dim=-1)))
+    assert found.operators == ["l2norm", "chunk_kda_gated"]
 
 
 def faster(z: Tensor, A_log: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from kda_ops.device.chunk.kernel import (
     slab_rows,
 )
 from kda_ops.device.scan.kernel import launch_scan
-from kda_ops.device.workspace import Batch, dense_rows, make_workspace
+from kda_ops.device.workspace import Batch, dense_rows, has_fast_prepare, make_workspace
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def _launch(
     parts = batch.slabs(q, v)
     workspace = make_workspace(q, v, parts[0])
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    fast = q.dtype != torch.float32 and K in (64, 128) and V in (64, 128)
+    fast = has_fast_prepare(q.dtype, K, V)
     for part in parts:
         if fast:
             traceable(chunk_prepare_kernel)[(part.programs, HV)](

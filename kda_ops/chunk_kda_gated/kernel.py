@@ -24,7 +24,7 @@ from kda_ops.device.chunk.kernel import (
 )
 from kda_ops.device.kernel import softplus
 from kda_ops.device.scan.kernel import launch_scan
-from kda_ops.device.workspace import Batch, dense_rows, make_workspace
+from kda_ops.device.workspace import Batch, dense_rows, has_fast_prepare, make_workspace
 
 
 @triton.jit
@@ -339,7 +339,7 @@ def _launch(
         "K": K,
         "VARLEN": cu_seqlens is not None,
     }
-    fast = q.dtype != torch.float32 and K in (64, 128) and V in (64, 128)
+    fast = has_fast_prepare(q.dtype, K, V)
     if not fast:
         G = torch.empty((B, T, HV, K), dtype=torch.float32, device=q.device)
         beta_used = torch.empty((B, T, HV), dtype=torch.float32, device=q.device)

@@ -117,6 +117,11 @@ def make_workspace(q: Tensor, v: Tensor, batch: Batch) -> Workspace:
     return Workspace(u=tiles.pop("u", None), S=S, **tiles)
 
 
+def has_fast_prepare(dtype: torch.dtype, K: Any, V: Any) -> bool:
+    """Whether one program holds a whole chunk of a head; the general `prepare` takes the rest."""
+    return dtype != torch.float32 and K in (64, 128) and V in (64, 128)
+
+
 def at_least_one(sequences: Any) -> Any:
     """No GPU launches an empty grid."""
     return torch.sym_max(sequences, 1)
