@@ -1,7 +1,8 @@
 """Turns runs into a report: `python -m perf.report RUN.json ... [--readme FILE] [--picture PNG]`.
 
-Prints the targets and the table of all rows, each row from the newest run that has it. `--readme`
-puts them between that file's markers, `--picture` draws stacked bars (needs matplotlib).
+Prints the targets, each from the newest run with ours and a peer's row of it, and the table of all
+rows, each from the newest run that has it. `--readme` puts them between that file's markers,
+`--picture` draws stacked bars (needs matplotlib).
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from perf import targets
+from perf.rows import OURS
 
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 COLUMNS = (
@@ -96,6 +98,27 @@ def newest(runs: Iterable[dict[str, Any]], rows_of: Any = results) -> list[Resul
     return list({(row["stage"], row["case"], row["who"]): row for row in found}.values())
 
 
+def measured_together(
+    runs: Iterable[dict[str, Any]], rows_of: Any = targets.rows_of
+) -> list[Result]:
+    """The rows of several runs, those of a case from one: the newest that has ours and a peer's, or
+    the newest one where no run has both. A peer is compared with what was measured beside it.
+    """
+    cases: dict[Any, list[list[Result]]] = {}
+    for run in sorted(runs, key=lambda run: str(run.get("datetime", ""))):
+        found: dict[Any, list[Result]] = {}
+        for row in rows_of(run):
+            found.setdefault((row["stage"], row["case"]), []).append(row)
+        for case, rows in found.items():
+            cases.setdefault(case, []).append(rows)
+
+    def rank(pair: tuple[int, list[Result]]) -> tuple[bool, int]:
+        index, rows = pair
+        return len({row["who"].startswith(OURS) for row in rows}) == 2, index
+
+    return [row for found in cases.values() for row in max(enumerate(found), key=rank)[1]]
+
+
 def write_readme(
     path: Path, rows: Sequence[Result], goals: str, picture: Path | None = None
 ) -> None:
@@ -135,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if not rows:
         return 0
-    goals = targets.table(newest(runs, targets.rows_of))
+    goals = targets.table(measured_together(runs))
     print(f"{machine_line(rows)}\n\n{table(rows)}\n\n{goals}\n")
     for row in slower_than_peer(rows):
         peer = f"{row['peer']} ({row['peer_ratio']:.2f})"

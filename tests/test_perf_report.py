@@ -195,6 +195,25 @@ def test_each_row_is_from_the_newest_run_that_has_it(tmp_path: Path) -> None:
         assert found == {"FLA 0.6.0": 6.0, OURS: 4.0}
 
 
+def test_a_case_is_judged_by_rows_of_one_run() -> None:
+    runs = [
+        {
+            "datetime": f"2026-01-0{day}",
+            "benchmarks": [{"extra_info": make_result(*x)} for x in rows],
+        }
+        for day, rows in (
+            (1, [("FLA 0.6.0", 6.0), (OURS, 5.0), (f"{OURS}, fused", 1.0)]),
+            (2, [("FLA 0.6.0", 8.0), (OURS, 4.0)]),
+            (3, [("FLA 0.6.0", 9.0)]),
+        )
+    ]
+    for order in (runs, runs[::-1]):
+        found = {row["who"]: row["us"] for row in report.measured_together(order)}
+        assert found == {"FLA 0.6.0": 8.0, OURS: 4.0}
+    (alone,) = report.measured_together(runs[2:])
+    assert alone["us"] == 9.0
+
+
 def test_the_slowest_rows_to_measure_are_told() -> None:
     found = [make_result(OURS, 4.0, host_seconds={"check": x, "measure": 1.0}) for x in (2.0, 5.0)]
     assert [seconds for _, seconds in report.slowest([*found, make_result(OURS, 1.0)])] == [

@@ -171,13 +171,12 @@ def chunk_gated_prepare_kernel(
     x_at = (x_ptr + b * x_b + h * x_h + first * x_t) + (r[:, None] * x_t + d[None, :])
     work = row * HV + h
 
-    x = tl.load(x_at, mask=okd, other=float("-inf") if BOUND == 0.0 else 0.0)
+    x = tl.load(x_at, mask=okd, other=0.0)
     k = tl.load(k_at, mask=okd, other=0.0)
     q = tl.load(q_at, mask=okd, other=0.0)
     bias = _bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
     y = _gate_log2(x, _rate(A_log_ptr, h, HAS_A), bias, BOUND, True)
-    if BOUND != 0.0:
-        y = tl.where(okd, y, 0.0)
+    y = tl.where(okd, y, 0.0)
     tl.store(decay_ptr + work * K + d, tl.exp2(tl.sum(y, axis=0)))
     y = y.to(tl.float16)
     beta = tl.load(
