@@ -67,7 +67,7 @@ test-nixl: $(VENV)/.nixl-installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:benchmark --nixl only tests $(ARGS)
 
 test-gpu: $(VENV)/.installed
-	$(RUN) -m pytest -q -p no:benchmark -m gpu tests $(ARGS)
+	$(RUN) -m tests --gpu $(ARGS)
 
 # a whole run is kept with those of its GPU, a part of one (ARGS="-k gate") in build/
 perf: $(VENV)/.perf-installed

@@ -1,9 +1,10 @@
-"""Runs every test that needs no GPU: `python -m tests [pytest arguments]`.
+"""Runs every test that needs no GPU, or those that need one: `python -m tests [--gpu] [pytest
+arguments]`.
 
 Three processes, one after the other. Triton decides at import whether its kernels are interpreted:
 one with kernels compiled, one with `TRITON_INTERPRET=1`, each with a worker per core. Then, where
 NIXL is installed, the transfers between processes, which have the machine to themselves. Fails when
-any fails; ends with pytest's own summary line of each.
+any fails; ends with pytest's own summary line of each. The tests on a CUDA device are one pass.
 """
 
 import importlib.util
@@ -31,6 +32,8 @@ PASSES = (
     Pass("compiled kernels", {}, PARALLEL),
     Pass("kernels in Triton's interpreter", {"TRITON_INTERPRET": "1"}, PARALLEL),
 )
+GPU = "--gpu"
+GPU_PASS = Pass("on the CUDA device", {}, (*PARALLEL, "-m", "gpu"))
 NIXL_PASS = Pass("transfers over NIXL", {}, ("--nixl", "only"))
 
 
@@ -58,6 +61,9 @@ def run_pass(one: Pass, arguments: Sequence[str]) -> tuple[int, str]:
 def main(arguments: Sequence[str]) -> int:
     found = importlib.util.find_spec("nixl") is not None
     passes = (*PASSES, NIXL_PASS) if found else PASSES
+    if GPU in arguments:
+        passes = (GPU_PASS,)
+        arguments = [argument for argument in arguments if argument != GPU]
     summary, failed, empty = [], False, 0
     for one in passes:
         print(f"\n{one.title}", flush=True)
@@ -65,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         empty += status == NO_TESTS
         failed |= status not in ((0, NO_TESTS) if arguments else (0,))
         summary += [f"{one.title}:", last]
-    if not found:
+    if not found and passes is PASSES:
         summary += [f"{NIXL_PASS.title}:", NO_NIXL]
     print("\n" + "\n".join(summary), flush=True)
     return 1 if failed or empty == len(passes) else 0
