@@ -13,13 +13,9 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
-from kda_ops.device.chunk.kernel import (
-    clear_padding,
-    is_nvidia,
-    launch_general_prepare,
-    prepare_chunk,
-    slab_rows,
-)
+from kda_ops.device.chunk.kernel import clear_padding, slab_rows
+from kda_ops.device.general.kernel import launch_general_prepare
+from kda_ops.device.prepare.kernel import is_nvidia, prepare_chunk
 from kda_ops.device.scan.kernel import launch_scan
 from kda_ops.device.workspace import Batch, dense_rows, has_fast_prepare, make_workspace
 
@@ -71,9 +67,9 @@ def chunk_prepare_kernel(
 ):
     """One program prepares one chunk of one value head; K and V are 64 or 128. Grid: (chunks, HV).
 
-    The tokens' gates y go to fp16 and the exponents -|G - G_a| come as 0/1 matrices times y, so
-    that the tensor core hands them over in the layout that the next product wants. Their error is
-    at most 2^-12 |G - G_a|, weighted by 2^-|G - G_a|: below 2e-4.
+    The tokens' gates y go to fp16 and every exponent, also G and G_last - G, comes as a 0/1 matrix
+    times y: the tensor core hands it over in the layout that the next product wants. Its error is
+    at most 2^-12 of the exponent, weighted by its power of two: below 2e-4.
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)

@@ -14,15 +14,10 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
-from kda_ops.device.chunk.kernel import (
-    chunk_rows,
-    clear_padding,
-    is_nvidia,
-    launch_general_prepare,
-    prepare_chunk,
-    slab_rows,
-)
+from kda_ops.device.chunk.kernel import chunk_rows, clear_padding, slab_rows
+from kda_ops.device.general.kernel import launch_general_prepare
 from kda_ops.device.kernel import softplus
+from kda_ops.device.prepare.kernel import is_nvidia, prepare_chunk
 from kda_ops.device.scan.kernel import launch_scan
 from kda_ops.device.workspace import Batch, dense_rows, has_fast_prepare, make_workspace
 
@@ -149,8 +144,7 @@ def chunk_gated_prepare_kernel(
     exponent, weighted by its power of two: below 2e-4. The decay over the whole chunk, which the
     state accumulates, is summed in fp32.
 
-    With NORM, q and k are normalised on their way into the levels, and again where they are loaded
-    for kg, qg and w.
+    With NORM, q and k are normalised as they are loaded.
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)

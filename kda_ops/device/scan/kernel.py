@@ -1,5 +1,5 @@
 """The second kernel of chunked KDA: carries the state through the chunks that `prepare` made ready
-(`kda_ops.device.chunk`), in 16 bits and in full fp32.
+(`kda_ops.device.prepare`), in 16 bits and in full fp32.
 """
 
 from typing import Any

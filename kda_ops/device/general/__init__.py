@@ -1,0 +1,1 @@
+"""The first kernel of chunked KDA, for any size and dtype."""

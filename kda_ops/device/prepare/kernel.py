@@ -1,0 +1,226 @@
+"""The body of the fast `prepare` of chunked KDA, which two operators share: a program holds a chunk
+of a head, K and V of 64 or 128 in 16 bits.
+
+Every power of two has an exponent <= 0, whatever the gate. Rows i and j < i of a chunk meet at
+exactly one level s of 1, 2, ..., 32: in one block of 2s rows, i in its right and j in its left
+half. With a the last row of the left half, 2^(G_i - G_j) = 2^(G_i - G_a) 2^(G_a - G_j), so one tile
+2^-|G - G_a| per level serves as the row factor on the right and as the column factor on the left.
+The inverse of I + L is joined level by level in the same way: X <- X - X L_s X.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kda_ops.device.chunk.kernel import meets, store_u
+
+
+@triton.jit
+def _multiply(a, b, PACKED: tl.constexpr):
+    """A product of fp16 tiles, on NVIDIA GPUs two per instruction."""
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return (a.to(tl.float32) * b.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def laid_out_as(x, y, PACKED: tl.constexpr):
+    """x, on NVIDIA GPUs in the layout that y has, that of a product's result.
+
+    Left alone, the compiler takes a tile from the layout it was loaded in to that of each use, also
+    where two of them are the same bits under two names (q and k for the levels up to 8 and above),
+    and makes a 0/1 matrix in a layout of its own, stored two bytes at a time for its product. What
+    an instruction with side effects gives is neither made twice nor in another layout.
+    """
+    if not PACKED:
+        return x
+    elif x.dtype == tl.float32:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r", [x, y], dtype=x.dtype, is_pure=False, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r", [x, y], dtype=x.dtype, is_pure=False, pack=2
+        )
+
+
+@triton.jit
+def half(mask):
+    """A mask as fp16 zeros and ones."""
+    return tl.where(mask, 1.0, 0.0).to(tl.float16)
+
+
+@triton.jit
+def half_like(mask, y, PACKED: tl.constexpr):
+    """`half` in the layout of y, which has 16 or 32 bits."""
+    if y.dtype == tl.float32:
+        return laid_out_as(tl.where(mask, 1.0, 0.0), y, PACKED).to(tl.float16)
+    else:
+        return laid_out_as(half(mask), y, PACKED)
+
+
+@triton.jit
+def _between(i, t, s):
+    """The 0/1 matrix that sums the tokens' gates between row i and its anchor at level s: its
+    product with y is -|G_i - G_a|.
+    """
+    a = (i // (2 * s)) * (2 * s) + s - 1
+    return (t > tl.minimum(i, a)) & (t <= tl.maximum(i, a))
+
+
+@triton.jit
+def join(X, L):
+    """The inverse with one more level L of the lower triangle. Entries stay bounded (`|k| <= 1`),
+    so fp16 does as well as tf32.
+    """
+    Xh = X.to(tl.float16)
+    return X - tl.dot(tl.dot(Xh, L.to(tl.float16)).to(tl.float16), Xh)
+
+
+@triton.jit
+def _small_decays(i, j, y, s: tl.constexpr):
+    """2^-|G - G_a| of a level s <= 8 of the four 16-row blocks of y, [4, 16, K]."""
+    between = tl.broadcast_to(_between(i, j, s)[None, :, :], (4, 16, 16))
+    return tl.exp2(tl.dot(half(between), y)).to(tl.float16)
+
+
+@triton.jit
+def _small_level(X, A, i, j, q, k, e, beta, s: tl.constexpr, PACKED: tl.constexpr):
+    """A level s <= 8 of the four 16-row blocks: q, k, e [4, 16, K] -> inverse and q k^T, [4, 16,
+    16].
+    """
+    ke = _multiply(k, e, PACKED)
+    qe = _multiply(q, e, PACKED)
+    columns = tl.permute(ke, (0, 2, 1))
+    meet = meets(i, j, s)[None, :, :]
+    L = tl.where(meet, tl.dot(ke, columns) * beta, 0.0)
+    A = tl.where(meet, tl.dot(qe, columns), A)
+    X = X - L if s == 1 else join(X, L)
+    return X, A
+
+
+@triton.jit
+def block_diagonal(x):
+    """[4, 16, 16] -> [64, 64]."""
+    r = tl.arange(0, 64)
+    x = tl.broadcast_to(tl.reshape(x, (4, 16, 1, 16)), (4, 16, 4, 16))
+    return tl.where(r[:, None] // 16 == r[None, :] // 16, tl.reshape(x, (64, 64)), 0.0)
+
+
+@triton.jit
+def _large_level(A, q, k, y, beta, like, s: tl.constexpr, PACKED: tl.constexpr):
+    """Level 16 or 32: q k^T with it, and L, [64, 64] in fp16; `like` is laid out as a product."""
+    K: tl.constexpr = k.shape[2]
+    r = tl.arange(0, 64)
+    i = r[:, None]
+    j = r[None, :]
+    meet = meets(i, j, s)
+    e = tl.exp2(tl.dot(half_like(_between(i, j, s), like, PACKED), y)).to(k.dtype)
+    e = tl.reshape(e, (4, 16, K))
+    ke = tl.reshape(_multiply(k, e, PACKED), (64, K))
+    columns = tl.trans(ke)
+    A = tl.where(meet, tl.dot(tl.reshape(_multiply(q, e, PACKED), (64, K)), columns), A)
+    return A, tl.where(meet, tl.dot(ke, columns) * beta[:, None], 0.0).to(tl.float16)
+
+
+@triton.jit
+def chunk_levels(q, k, y, beta, PACKED: tl.constexpr):
+    """All levels of one chunk: q, k [64, K], the tokens' gates y [64, K] in fp16, beta [64].
+
+    Returns q k^T with the decays [64, 64], the inverse of the 16-row blocks [4, 16, 16], levels 16
+    and 32 of L, [64, 64] in fp16, and q and k in fp16.
+
+    Normalised q and k and their decays are at most 1 in magnitude, so the products are made in
+    fp16: three bits more than bf16, and an eighth less error of the output.
+    """
+    K: tl.constexpr = k.shape[1]
+    q = tl.reshape(q.to(tl.float16), (4, 16, K))
+    k = tl.reshape(k.to(tl.float16), (4, 16, K))
+    i = tl.arange(0, 16)[:, None]
+    j = tl.arange(0, 16)[None, :]
+    diagonal = (i == j)[None, :, :]
+    y_blocks = tl.reshape(y, (4, 16, K))
+    beta_blocks = tl.reshape(beta, (4, 16))[:, :, None]
+    e = _small_decays(i, j, y_blocks, 1)
+    q = laid_out_as(q, e, PACKED)
+    k = laid_out_as(k, e, PACKED)
+    X = tl.where(diagonal, 1.0, 0.0) + tl.zeros((4, 16, 16), tl.float32)
+    A = tl.where(diagonal, tl.dot(q, tl.permute(k, (0, 2, 1))), 0.0)
+    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 1, PACKED)
+    e = _small_decays(i, j, y_blocks, 2)
+    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 2, PACKED)
+    e = _small_decays(i, j, y_blocks, 4)
+    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 4, PACKED)
+    e = _small_decays(i, j, y_blocks, 8)
+    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 8, PACKED)
+    A = block_diagonal(A)
+    A, L16 = _large_level(A, q, k, y, beta, A, 16, PACKED)
+    A, L32 = _large_level(A, q, k, y, beta, L16, 32, PACKED)
+    return A, X, L16, L32, tl.reshape(q, (64, K)), tl.reshape(k, (64, K))
+
+
+@triton.jit
+def prepare_chunk(
+    q,
+    k,
+    y,
+    beta,
+    v_ptr,
+    v_t,
+    o_ptr,
+    w_ptr,
+    u_ptr,
+    kg_ptr,
+    qg_ptr,
+    A_ptr,
+    work,
+    token,
+    count,
+    h,
+    SCALE: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """All of a chunk's workspace row but the decay, from tiles q, k [64, K], the tokens' gates y
+    [64, K] in fp16 and beta [64]; v_ptr is the chunk's first row of v, v_t its stride of tokens.
+
+    Exponents come as 0/1 matrices times y, also G and G_last - G, so that no sum over tokens stays
+    in registers.
+    """
+    A, X, L16, L32, q, k = chunk_levels(q, k, y, beta, PACKED)
+    r = tl.arange(0, 64)
+    i = r[:, None]
+    j = r[None, :]
+    if SCALE != 1.0:
+        A = A * SCALE
+    tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
+    # loaded before it is needed: with two programs per multiprocessor
+    # little else hides the latency
+    v_at = v_ptr + (i * v_t + tl.arange(0, V)[None, :])
+    v = tl.load(v_at, mask=i < count, other=0.0)
+    X = join(join(block_diagonal(X), L16), L32)
+    X = (X * beta[None, :]).to(v.dtype)
+    # u first: half the spills of the other order
+    u = tl.dot(X, v)
+    store_u(u_ptr, o_ptr, u, work, token, count, h, HV, V, 0, V)
+    at = i * K + tl.arange(0, K)[None, :]
+    e = tl.exp2(tl.dot(half_like(j > i, X, PACKED), y))  # 2^(G_last - G)
+    k = k.to(tl.float32)
+    tl.store((kg_ptr + work * (64 * K)) + at, (k * e).to(kg_ptr.dtype.element_ty))
+    e = tl.exp2(tl.dot(half_like(j <= i, X, PACKED), y))  # 2^G
+    q = q.to(tl.float32)
+    if SCALE != 1.0:
+        q = q * SCALE
+    qg = q * e
+    tl.store((qg_ptr + work * (64 * K)) + at, qg.to(qg_ptr.dtype.element_ty))
+    w = tl.dot(X, (k * e).to(X.dtype))
+    tl.store((w_ptr + work * (64 * K)) + at, w.to(w_ptr.dtype.element_ty))
+
+
+def is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
