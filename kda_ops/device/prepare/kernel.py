@@ -32,18 +32,19 @@ def laid_out_as(x, y, PACKED: tl.constexpr):
 
     Left alone, the compiler takes a tile from the layout it was loaded in to that of each use, also
     where two of them are the same bits under two names (q and k for the levels up to 8 and above),
-    and makes a 0/1 matrix in a layout of its own, stored two bytes at a time for its product. What
-    an instruction with side effects gives is neither made twice nor in another layout.
+    and makes a 0/1 matrix in a layout of its own, stored two bytes at a time for its product. This
+    instruction ties x to y, which the compiler does not make again in another layout. It is pure:
+    of others PyTorch assumes that the kernel writes all its inputs, and copies them.
     """
     if not PACKED:
         return x
     elif x.dtype == tl.float32:
         return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r", [x, y], dtype=x.dtype, is_pure=False, pack=1
+            "mov.b32 $0, $1;", "=r,r,r", [x, y], dtype=x.dtype, is_pure=True, pack=1
         )
     else:
         return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r", [x, y], dtype=x.dtype, is_pure=False, pack=2
+            "mov.b32 $0, $1;", "=r,r,r", [x, y], dtype=x.dtype, is_pure=True, pack=2
         )
 
 
