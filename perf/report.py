@@ -91,23 +91,21 @@ def slowest(rows: Iterable[Result], count: int = 10) -> list[tuple[Result, float
     return sorted(timed, key=lambda pair: -pair[1])[:count]
 
 
-def newest(runs: Iterable[dict[str, Any]], rows_of: Any = results) -> list[Result]:
+def newest(runs: Iterable[dict[str, Any]]) -> list[Result]:
     """The rows of several runs, each from the newest one that has it."""
     ordered = sorted(runs, key=lambda run: str(run.get("datetime", "")))
-    found = [row for run in ordered for row in rows_of(run)]
+    found = [row for run in ordered for row in results(run)]
     return list({(row["stage"], row["case"], row["who"]): row for row in found}.values())
 
 
-def measured_together(
-    runs: Iterable[dict[str, Any]], rows_of: Any = targets.rows_of
-) -> list[Result]:
+def measured_together(runs: Iterable[dict[str, Any]]) -> list[Result]:
     """The rows of several runs, those of a case from one: the newest that has ours and a peer's, or
     the newest one where no run has both. A peer is compared with what was measured beside it.
     """
     cases: dict[Any, list[list[Result]]] = {}
     for run in sorted(runs, key=lambda run: str(run.get("datetime", ""))):
         found: dict[Any, list[Result]] = {}
-        for row in rows_of(run):
+        for row in targets.rows_of(run):
             found.setdefault((row["stage"], row["case"]), []).append(row)
         for case, rows in found.items():
             cases.setdefault(case, []).append(rows)

@@ -200,13 +200,12 @@ def prepare_chunk(
     if SCALE != 1.0:
         A = A * SCALE
     tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
-    # loaded before it is needed: with two programs per multiprocessor
-    # little else hides the latency
+    # loaded before it is needed: two programs per multiprocessor hide little of the latency
     v_at = v_ptr + (i * v_t + tl.arange(0, V)[None, :])
     v = tl.load(v_at, mask=i < count, other=0.0)
     X = join(join(block_diagonal(X), L16), L32)
     X = (X * beta[None, :]).to(v.dtype)
-    # u first: half the spills of the other order
+    # u first, before the exponents take its registers
     u = tl.dot(X, v)
     store_u(u_ptr, o_ptr, u, work, token, count, h, HV, V, 0, V)
     at = i * K + tl.arange(0, K)[None, :]
