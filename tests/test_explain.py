@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 
 import kda_ops
@@ -366,8 +367,11 @@ def test_drawn_nodes_stand_below_what_they_read_and_apart(prefill: Explanation) 
 @pytest.mark.gpu
 def test_on_a_real_device(prefill: Explanation) -> None:
     stack, x = Stack(2 * KINDS[:1]).cuda(), torch.randn(1, T, HIDDEN, dtype=BF16, device="cuda")
-    with torch.no_grad():
+    # Inductor may pad the two columns of beta's projection, one more kernel, if a timing says so.
+    with torch.no_grad(), inductor_config.patch(shape_padding=False):
         explanation = kda_ops.explain(stack, x)
     assert explanation.device == torch.cuda.get_device_name()
-    assert explanation.launches == prefill.launches
+    for there, here in zip(explanation.layers, prefill.layers, strict=True):
+        assert there.before.launches == here.before.launches
+        assert there.after.launches == here.after.launches
     assert explanation.bytes_saved == prefill.bytes_saved
