@@ -21,6 +21,7 @@ from kda_ops._define import OPERATORS as OPERATORS_DEFINED
 from kda_ops.chunk_kda.cases import chunk_kda_inputs, with_pages, with_states
 from kda_ops.chunks import WORKSPACE_BYTES, chunk_table, workspace_bytes
 from kda_ops.device import workspace
+from kda_ops.device.scan import kernel as scan
 from tests import test_cubin
 from tests.fake_cuda import cuda_code, summary
 from tests.operators import RunKernels, cases, public_function, run_kernels
@@ -171,6 +172,30 @@ def test_compiled_a_slab_is_two_launches(pages: bool, dynamic: bool) -> None:
     slabs = 3
     assert summary(code).launches == ["chunk_prepare_kernel", "chunk_scan_kernel"] * slabs
     assert not summary(code).externs
+
+
+@pytest.mark.parametrize(("heads", "scans"), [(66, 1), (67, 2), (96, 2), (98, 2), (99, 1)])
+def test_heads_left_over_after_a_full_round_are_launched_apart(heads: int, scans: int) -> None:
+    """An H200 has 132 multiprocessors, and a head takes two programs; with up to 32 heads four or
+    more.
+    """
+    inputs = chunk_kda_inputs(CPU, T=70, H=heads, K=64, V=128)
+    _, (code,) = cuda_code(lambda **x: kda_ops.chunk_kda(**x)[0], **inputs)
+    expected = ["chunk_prepare_kernel", *["chunk_scan_kernel"] * scans]
+    assert summary(code).launches == expected
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("slabs", [False, True], ids=["whole", "slabs"])
+def test_groups_of_heads_change_nothing(slabs: bool) -> None:
+    inputs = with_states(chunk_kda_inputs(CPU, B=2, T=150, H=3, K=64, V=64, dtype=BF16))
+    with RunKernels(), torch.no_grad():
+        whole = kda_ops.chunk_kda(**inputs)
+        groups = mock.patch.object(scan, "scan_groups", lambda *_: [(0, 2), (2, 3), (5, 1)])
+        with groups, poisoned(), in_slabs_of(1) if slabs else contextlib.nullcontext():
+            parts = kda_ops.chunk_kda(**inputs)
+    for part, expected in zip(parts, whole, strict=True):
+        assert torch.equal(part, expected)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

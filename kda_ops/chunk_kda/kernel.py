@@ -84,22 +84,21 @@ def chunk_prepare_kernel(
     r = tl.arange(0, 64)
     d = tl.arange(0, K)
     ok = r < count
-    okd = ok[:, None]
-    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + (r[:, None] * q_t + d[None, :])
-    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + (r[:, None] * k_t + d[None, :])
+    t = tl.minimum(r, count - 1)
+    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + (t[:, None] * q_t + d[None, :])
+    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + (t[:, None] * k_t + d[None, :])
     G_head = G_ptr + b * G_b + h * G_h + first * G_t
-    G_at = G_head + (r[:, None] * G_t + d[None, :])
+    G_at = G_head + (t[:, None] * G_t + d[None, :])
+    before_at = G_head + (tl.minimum(r - 1, count - 1)[:, None] * G_t + d[None, :])
 
-    y = tl.load(G_at, mask=okd, other=0.0) - tl.load(
-        G_at - G_t, mask=okd & (r > 0)[:, None], other=0.0
-    )
+    y = tl.load(G_at) - tl.load(before_at, mask=(r > 0)[:, None], other=0.0)
     # what is below -30000 decays to zero either way, and fp16 ends at -65504
-    y = tl.where(okd, tl.where(y < -30000.0, -30000.0, y), 0.0).to(tl.float16)
-    k = tl.load(k_at, mask=okd, other=0.0)
-    q = tl.load(q_at, mask=okd, other=0.0)
-    beta = tl.load(
-        (beta_ptr + b * beta_b + h * beta_h + first * beta_t) + r * beta_t, mask=ok, other=0.0
-    ).to(tl.float32)
+    y = tl.where(y < -30000.0, -30000.0, y).to(tl.float16)
+    k = tl.load(k_at)
+    q = tl.load(q_at)
+    beta_row = beta_ptr + b * beta_b + h * beta_h + first * beta_t
+    beta = tl.where(ok, tl.load(beta_row + t * beta_t).to(tl.float32), 0.0)
+    before = tl.load(beta_row + tl.maximum(t - 1, 0) * beta_t).to(tl.float32)
     last = tl.load(G_head + (count - 1) * G_t + d)
     work = row * HV + h
     tl.store(decay_ptr + work * K + d, tl.exp2(last))
@@ -108,6 +107,7 @@ def chunk_prepare_kernel(
         k,
         y,
         beta,
+        before,
         v_ptr + b * v_b + h * v_h + first * v_t,
         v_t,
         o_ptr,
@@ -124,6 +124,7 @@ def chunk_prepare_kernel(
         HV,
         K,
         V,
+        True,
         PACKED,
     )
 

@@ -78,10 +78,10 @@ def _gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
 
 
 @triton.jit
-def _reciprocal_norm(x, ok, EPS: tl.constexpr):
-    """1 / sqrt(sum x^2 + EPS) of the rows of x, 0 where not `ok`."""
+def _reciprocal_norm(x, EPS: tl.constexpr):
+    """1 / sqrt(sum x^2 + EPS) of the rows of x."""
     x = x.to(tl.float32)
-    return tl.where(ok, tl.rsqrt(tl.sum(x * x, axis=1) + EPS), 0.0)
+    return tl.rsqrt(tl.sum(x * x, axis=1) + EPS)
 
 
 @triton.jit
@@ -160,36 +160,39 @@ def chunk_gated_prepare_kernel(
     d = tl.arange(0, K)
     ok = r < count
     okd = ok[:, None]
-    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + (r[:, None] * q_t + d[None, :])
-    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + (r[:, None] * k_t + d[None, :])
-    x_at = (x_ptr + b * x_b + h * x_h + first * x_t) + (r[:, None] * x_t + d[None, :])
+    t = tl.minimum(r, count - 1)
+    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + (t[:, None] * q_t + d[None, :])
+    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + (t[:, None] * k_t + d[None, :])
+    x_at = (x_ptr + b * x_b + h * x_h + first * x_t) + (t[:, None] * x_t + d[None, :])
     work = row * HV + h
 
-    x = tl.load(x_at, mask=okd, other=0.0)
-    k = tl.load(k_at, mask=okd, other=0.0)
-    q = tl.load(q_at, mask=okd, other=0.0)
+    x = tl.load(x_at)
+    k = tl.load(k_at)
+    q = tl.load(q_at)
     bias = _bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
     y = _gate_log2(x, _rate(A_log_ptr, h, HAS_A), bias, BOUND, True)
     y = tl.where(okd, y, 0.0)
     tl.store(decay_ptr + work * K + d, tl.exp2(tl.sum(y, axis=0)))
     y = y.to(tl.float16)
-    beta = tl.load(
-        (beta_ptr + b * beta_b + h * beta_h + first * beta_t) + r * beta_t, mask=ok, other=0.0
-    ).to(tl.float32)
-    beta = BETA_SCALE * _sigmoid(beta)
+    beta_row = beta_ptr + b * beta_b + h * beta_h + first * beta_t
+    beta = BETA_SCALE * _sigmoid(tl.load(beta_row + t * beta_t).to(tl.float32))
+    beta = tl.where(ok, beta, 0.0)
+    before = tl.load(beta_row + tl.maximum(t - 1, 0) * beta_t).to(tl.float32)
+    before = BETA_SCALE * _sigmoid(before)
 
     # a common scale goes into q's norm, one that leaves fp16's range does not
     FOLD: tl.constexpr = NORM and SCALE > 0.001 and SCALE < 1000.0
     if NORM:
         # raw values may not fit the fp16 of the levels
-        q_norm = _reciprocal_norm(q, ok, EPS) * (SCALE if FOLD else 1.0)
+        q_norm = _reciprocal_norm(q, EPS) * (SCALE if FOLD else 1.0)
         q = (q.to(tl.float32) * q_norm[:, None]).to(tl.float16)
-        k = (k.to(tl.float32) * _reciprocal_norm(k, ok, EPS)[:, None]).to(tl.float16)
+        k = (k.to(tl.float32) * _reciprocal_norm(k, EPS)[:, None]).to(tl.float16)
     prepare_chunk(
         q,
         k,
         y,
         beta,
+        before,
         v_ptr + b * v_b + h * v_h + first * v_t,
         v_t,
         o_ptr,
@@ -206,6 +209,7 @@ def chunk_gated_prepare_kernel(
         HV,
         K,
         V,
+        not NORM,
         PACKED,
     )
 
@@ -285,10 +289,10 @@ def chunk_inputs_kernel(
         inside = ok[:, None] & (d < K) & (h % (HV // H) == 0)
         to = (row[:, None] * H + hk) * K + d
         k = tl.load(k_ptr + b * k_b + hk * k_h + t[:, None] * k_t + d, mask=inside, other=0.0)
-        kn = k.to(tl.float32) * _reciprocal_norm(k, ok, EPS)[:, None]
+        kn = k.to(tl.float32) * _reciprocal_norm(k, EPS)[:, None]
         tl.store(kn_ptr + to, kn, mask=inside)
         q = tl.load(q_ptr + b * q_b + hk * q_h + t[:, None] * q_t + d, mask=inside, other=0.0)
-        qn = q.to(tl.float32) * _reciprocal_norm(q, ok, EPS)[:, None]
+        qn = q.to(tl.float32) * _reciprocal_norm(q, EPS)[:, None]
         tl.store(qn_ptr + to, qn, mask=inside)
 
 

@@ -5,7 +5,14 @@ Every power of two has an exponent <= 0, whatever the gate. Rows i and j < i of 
 exactly one level s of 1, 2, ..., 32: in one block of 2s rows, i in its right and j in its left
 half. With a the last row of the left half, 2^(G_i - G_j) = 2^(G_i - G_a) 2^(G_a - G_j), so one tile
 2^-|G - G_a| per level serves as the row factor on the right and as the column factor on the left.
-The inverse of I + L is joined level by level in the same way: X <- X - X L_s X.
+With B = diag(beta) and M the strictly lower part of k k^T with its decays, X = (I + B M)^-1 B is
+joined level by level in the same way, from X = B on: X <- X - X M_s X. So only the rows' betas are
+needed, once.
+
+The programs fill their registers: two per multiprocessor, 255 a thread. What is live from the
+loads to the last stores (row numbers, masks) is then spilled, comes back out of the L2 cache, and
+costs 3 to 20 % of the time. Hence rows past a sequence's end are read as its last row instead of
+under masks, and `opaque` keeps apart what is computed early and late.
 """
 
 import torch
@@ -49,6 +56,19 @@ def laid_out_as(x, y, PACKED: tl.constexpr):
 
 
 @triton.jit
+def opaque(x, PACKED: tl.constexpr):
+    """x, a 32-bit integer, such that the compiler does not keep for late uses what it computed from
+    x for early ones.
+    """
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1
+        )
+    else:
+        return x
+
+
+@triton.jit
 def half(mask):
     """A mask as fp16 zeros and ones."""
     return tl.where(mask, 1.0, 0.0).to(tl.float16)
@@ -73,12 +93,12 @@ def _between(i, t, s):
 
 
 @triton.jit
-def join(X, L):
-    """The inverse with one more level L of the lower triangle. Entries stay bounded (`|k| <= 1`),
-    so fp16 does as well as tf32.
+def join(X, M):
+    """X with one more level M of the lower triangle. Entries stay bounded (`|k| <= 1`), so fp16
+    does as well as tf32.
     """
     Xh = X.to(tl.float16)
-    return X - tl.dot(tl.dot(Xh, L.to(tl.float16)).to(tl.float16), Xh)
+    return X - tl.dot(tl.dot(Xh, M.to(tl.float16)).to(tl.float16), Xh)
 
 
 @triton.jit
@@ -89,17 +109,17 @@ def _small_decays(i, j, y, s: tl.constexpr):
 
 
 @triton.jit
-def _small_level(X, A, i, j, q, k, e, beta, s: tl.constexpr, PACKED: tl.constexpr):
-    """A level s <= 8 of the four 16-row blocks: q, k, e [4, 16, K] -> inverse and q k^T, [4, 16,
-    16].
+def _small_level(X, A, i, j, q, k, e, betas, s: tl.constexpr, PACKED: tl.constexpr):
+    """A level s <= 8 of the four 16-row blocks: q, k, e [4, 16, K] -> X and q k^T, [4, 16, 16];
+    betas is the product of a row's beta with that of the row before, all that level 1 takes.
     """
     ke = _multiply(k, e, PACKED)
     qe = _multiply(q, e, PACKED)
     columns = tl.permute(ke, (0, 2, 1))
     meet = meets(i, j, s)[None, :, :]
-    L = tl.where(meet, tl.dot(ke, columns) * beta, 0.0)
+    M = tl.where(meet, tl.dot(ke, columns), 0.0)
+    X = X - M * betas if s == 1 else join(X, M)
     A = tl.where(meet, tl.dot(qe, columns), A)
-    X = X - L if s == 1 else join(X, L)
     return X, A
 
 
@@ -112,8 +132,8 @@ def block_diagonal(x):
 
 
 @triton.jit
-def _large_level(A, q, k, y, beta, like, s: tl.constexpr, PACKED: tl.constexpr):
-    """Level 16 or 32: q k^T with it, and L, [64, 64] in fp16; `like` is laid out as a product."""
+def _large_level(A, q, k, y, like, s: tl.constexpr, PACKED: tl.constexpr):
+    """Level 16 or 32: q k^T with it, and M, [64, 64] in fp16; `like` is laid out as a product."""
     K: tl.constexpr = k.shape[2]
     r = tl.arange(0, 64)
     i = r[:, None]
@@ -124,15 +144,16 @@ def _large_level(A, q, k, y, beta, like, s: tl.constexpr, PACKED: tl.constexpr):
     ke = tl.reshape(_multiply(k, e, PACKED), (64, K))
     columns = tl.trans(ke)
     A = tl.where(meet, tl.dot(tl.reshape(_multiply(q, e, PACKED), (64, K)), columns), A)
-    return A, tl.where(meet, tl.dot(ke, columns) * beta[:, None], 0.0).to(tl.float16)
+    return A, tl.where(meet, tl.dot(ke, columns), 0.0).to(tl.float16)
 
 
 @triton.jit
-def chunk_levels(q, k, y, beta, PACKED: tl.constexpr):
-    """All levels of one chunk: q, k [64, K], the tokens' gates y [64, K] in fp16, beta [64].
+def chunk_levels(q, k, y, beta, beta_before, PACKED: tl.constexpr):
+    """All levels of one chunk: q, k [64, K], the tokens' gates y [64, K] in fp16, beta of each row
+    and of the row before [64].
 
-    Returns q k^T with the decays [64, 64], the inverse of the 16-row blocks [4, 16, 16], levels 16
-    and 32 of L, [64, 64] in fp16, and q and k in fp16.
+    Returns q k^T with the decays [64, 64], X of the 16-row blocks [4, 16, 16], levels 16 and 32 of
+    M, [64, 64] in fp16, and q and k in fp16.
 
     Normalised q and k and their decays are at most 1 in magnitude, so the products are made in
     fp16: three bits more than bf16, and an eighth less error of the output.
@@ -144,23 +165,23 @@ def chunk_levels(q, k, y, beta, PACKED: tl.constexpr):
     j = tl.arange(0, 16)[None, :]
     diagonal = (i == j)[None, :, :]
     y_blocks = tl.reshape(y, (4, 16, K))
-    beta_blocks = tl.reshape(beta, (4, 16))[:, :, None]
+    betas = tl.reshape(beta * beta_before, (4, 16))[:, :, None]
     e = _small_decays(i, j, y_blocks, 1)
     q = laid_out_as(q, e, PACKED)
     k = laid_out_as(k, e, PACKED)
-    X = tl.where(diagonal, 1.0, 0.0) + tl.zeros((4, 16, 16), tl.float32)
+    X = tl.where(diagonal, tl.reshape(beta, (4, 16))[:, :, None], 0.0)
     A = tl.where(diagonal, tl.dot(q, tl.permute(k, (0, 2, 1))), 0.0)
-    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 1, PACKED)
+    X, A = _small_level(X, A, i, j, q, k, e, betas, 1, PACKED)
     e = _small_decays(i, j, y_blocks, 2)
-    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 2, PACKED)
+    X, A = _small_level(X, A, i, j, q, k, e, betas, 2, PACKED)
     e = _small_decays(i, j, y_blocks, 4)
-    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 4, PACKED)
+    X, A = _small_level(X, A, i, j, q, k, e, betas, 4, PACKED)
     e = _small_decays(i, j, y_blocks, 8)
-    X, A = _small_level(X, A, i, j, q, k, e, beta_blocks, 8, PACKED)
+    X, A = _small_level(X, A, i, j, q, k, e, betas, 8, PACKED)
     A = block_diagonal(A)
-    A, L16 = _large_level(A, q, k, y, beta, A, 16, PACKED)
-    A, L32 = _large_level(A, q, k, y, beta, L16, 32, PACKED)
-    return A, X, L16, L32, tl.reshape(q, (64, K)), tl.reshape(k, (64, K))
+    A, M16 = _large_level(A, q, k, y, A, 16, PACKED)
+    A, M32 = _large_level(A, q, k, y, M16, 32, PACKED)
+    return A, X, M16, M32, tl.reshape(q, (64, K)), tl.reshape(k, (64, K))
 
 
 @triton.jit
@@ -169,6 +190,7 @@ def prepare_chunk(
     k,
     y,
     beta,
+    beta_before,
     v_ptr,
     v_t,
     o_ptr,
@@ -185,15 +207,21 @@ def prepare_chunk(
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    MASKED_V: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """All of a chunk's workspace row but the decay, from tiles q, k [64, K], the tokens' gates y
-    [64, K] in fp16 and beta [64]; v_ptr is the chunk's first row of v, v_t its stride of tokens.
+    [64, K] in fp16 and beta of each row and of the row before [64]; v_ptr is the chunk's first row
+    of v, v_t its stride of tokens.
+
+    In the rows from `count` on, q and k may hold any finite values of the sequence; y and beta are
+    zero. MASKED_V tells how v is read, see above: what spills less differs between the kernels.
 
     Exponents come as 0/1 matrices times y, also G and G_last - G, so that no sum over tokens stays
     in registers.
     """
-    A, X, L16, L32, q, k = chunk_levels(q, k, y, beta, PACKED)
+    A, X, M16, M32, q, k = chunk_levels(q, k, y, beta, beta_before, PACKED)
+    count = opaque(count, PACKED)
     r = tl.arange(0, 64)
     i = r[:, None]
     j = r[None, :]
@@ -201,10 +229,12 @@ def prepare_chunk(
         A = A * SCALE
     tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
     # loaded before it is needed: two programs per multiprocessor hide little of the latency
-    v_at = v_ptr + (i * v_t + tl.arange(0, V)[None, :])
-    v = tl.load(v_at, mask=i < count, other=0.0)
-    X = join(join(block_diagonal(X), L16), L32)
-    X = (X * beta[None, :]).to(v.dtype)
+    d = tl.arange(0, V)[None, :]
+    if MASKED_V:
+        v = tl.load(v_ptr + (i * v_t + d), mask=i < count, other=0.0)
+    else:
+        v = tl.load(v_ptr + (tl.minimum(i, count - 1) * v_t + d))
+    X = join(join(block_diagonal(X), M16), M32).to(v.dtype)
     # u first, before the exponents take its registers
     u = tl.dot(X, v)
     store_u(u_ptr, o_ptr, u, work, token, count, h, HV, V, 0, V)

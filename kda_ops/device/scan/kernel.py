@@ -85,6 +85,7 @@ def chunk_scan_kernel(
     first_row,
     rows,
     slots,
+    first_pair,
     initial_n,
     initial_h,
     initial_v,
@@ -108,8 +109,8 @@ def chunk_scan_kernel(
     STAGES: tl.constexpr,
 ):
     """One program carries BV columns of one head's state through one sequence, S [KP, BV] in fp32
-    registers. Grid: (V blocks * HV * N), V blocks innermost: the programs of one head read the same
-    w, kg, qg and Aqk at about the same time.
+    registers. Grid: (V blocks * (sequence, head) pairs from first_pair on), V blocks innermost: the
+    programs of one head read the same w, kg, qg and Aqk at about the same time.
 
     With HALF (fp16 inputs) the operands S and vn are scaled by column, so that no value overflows.
     With SLABS it takes the chunks of one slab, and S goes to S_ptr, from where it comes in the
@@ -117,10 +118,11 @@ def chunk_scan_kernel(
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     p = tl.program_id(0).to(tl.int64)
-    n = p // (blocks * HV)
+    pair = p // blocks + first_pair
+    n = pair // HV
     if n >= N:
         return
-    h = (p // blocks) % HV
+    h = pair % HV
     v = (p % blocks).to(tl.int32) * BV + tl.arange(0, BV)
     b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
     lo = 0
@@ -352,6 +354,24 @@ def scan_values(K: int, V: int, programs: Any, o: Tensor) -> dict[str, Any]:
     return {**chosen, "BV": min(chosen["BV"], max(16, triton.next_power_of_2(V)))}
 
 
+def scan_groups(K: int, V: int, batch: Batch, o: Tensor) -> list[tuple[Any, Any]]:
+    """First and number of the (sequence, head) pairs of each launch.
+
+    A program of the usual form has a multiprocessor to itself, so a few pairs left over after the
+    last full round would take as long as a round. They are launched apart, in narrower blocks,
+    which fill the GPU and are faster. Not with `cu_seqlens`: what is left may be the longest.
+    """
+    pairs = batch.N * o.shape[2]
+    if o.device.type == "cuda" and isinstance(pairs, int) and batch.cu_seqlens is None:
+        blocks = triton.cdiv(V, scan_values(K, V, pairs, o)["BV"])
+        properties = torch.cuda.get_device_properties(o.device)
+        full = max(properties.multi_processor_count // blocks, 1)
+        rest = pairs % full
+        if full < pairs and 0 < rest <= 32:
+            return [(0, pairs - rest), (pairs - rest, rest)]
+    return [(0, pairs)]
+
+
 def stages(KP: int, BV: int, u_bytes: int, device: torch.device) -> int:
     """How many chunks' tiles `scan` has in shared memory at a time, 1 for no pipelining."""
     products = 2 * BV * (KP + CHUNK)  # S and vn as operands
@@ -407,15 +427,17 @@ def launch_scan(
             *workspace, o, *states, *strides, **sizes, **chosen
         )
     else:
-        chosen = scan_values(K, V, batch.N * HV, o)
         u = o if workspace.u is None else workspace.u
-        depth = stages(KP, chosen["BV"], u.element_size(), o.device)
-        traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * pairs,)](
-            *workspace,
-            o,
-            *states,
-            *strides,
-            **sizes,
-            HALF=o.dtype == torch.float16,
-            **{**chosen, "STAGES": min(chosen["STAGES"], depth)},
-        )
+        for first, count in scan_groups(K, V, batch, o):
+            chosen = scan_values(K, V, count, o)
+            depth = stages(KP, chosen["BV"], u.element_size(), o.device)
+            traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * at_least_one(count),)](
+                *workspace,
+                o,
+                *states,
+                first,
+                *strides,
+                **sizes,
+                HALF=o.dtype == torch.float16,
+                **{**chosen, "STAGES": min(chosen["STAGES"], depth)},
+            )
