@@ -191,7 +191,7 @@ def test_groups_of_heads_change_nothing(slabs: bool) -> None:
     inputs = with_states(chunk_kda_inputs(CPU, B=2, T=150, H=3, K=64, V=64, dtype=BF16))
     with RunKernels(), torch.no_grad():
         whole = kda_ops.chunk_kda(**inputs)
-        groups = mock.patch.object(scan, "scan_groups", lambda *_: [(0, 2), (2, 3), (5, 1)])
+        groups = mock.patch.object(scan, "scan_groups", return_value=[(0, 2), (2, 3), (5, 1)])
         with groups, poisoned(), in_slabs_of(1) if slabs else contextlib.nullcontext():
             parts = kda_ops.chunk_kda(**inputs)
     for part, expected in zip(parts, whole, strict=True):

@@ -89,9 +89,9 @@ def chunk_prepare_kernel(
     k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + (t[:, None] * k_t + d[None, :])
     G_head = G_ptr + b * G_b + h * G_h + first * G_t
     G_at = G_head + (t[:, None] * G_t + d[None, :])
-    before_at = G_head + (tl.minimum(r - 1, count - 1)[:, None] * G_t + d[None, :])
 
-    y = tl.load(G_at) - tl.load(before_at, mask=(r > 0)[:, None], other=0.0)
+    y = tl.load(G_at) - tl.load(G_at - G_t, mask=(r > 0)[:, None], other=0.0)
+    y = tl.where(ok[:, None], y, 0.0)
     # what is below -30000 decays to zero either way, and fp16 ends at -65504
     y = tl.where(y < -30000.0, -30000.0, y).to(tl.float16)
     k = tl.load(k_at)
@@ -124,7 +124,7 @@ def chunk_prepare_kernel(
         HV,
         K,
         V,
-        True,
+        VARLEN,
         PACKED,
     )
 

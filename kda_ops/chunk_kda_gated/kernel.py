@@ -209,7 +209,7 @@ def chunk_gated_prepare_kernel(
         HV,
         K,
         V,
-        not NORM,
+        True,
         PACKED,
     )
 

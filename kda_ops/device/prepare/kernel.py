@@ -207,7 +207,7 @@ def prepare_chunk(
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    MASKED_V: tl.constexpr,
+    APART: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """All of a chunk's workspace row but the decay, from tiles q, k [64, K], the tokens' gates y
@@ -215,13 +215,14 @@ def prepare_chunk(
     of v, v_t its stride of tokens.
 
     In the rows from `count` on, q and k may hold any finite values of the sequence; y and beta are
-    zero. MASKED_V tells how v is read, see above: what spills less differs between the kernels.
+    zero. APART tells whether to use `opaque`: what spills less differs between the kernels.
 
     Exponents come as 0/1 matrices times y, also G and G_last - G, so that no sum over tokens stays
     in registers.
     """
     A, X, M16, M32, q, k = chunk_levels(q, k, y, beta, beta_before, PACKED)
-    count = opaque(count, PACKED)
+    if APART:
+        count = opaque(count, PACKED)
     r = tl.arange(0, 64)
     i = r[:, None]
     j = r[None, :]
@@ -230,10 +231,7 @@ def prepare_chunk(
     tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
     # loaded before it is needed: two programs per multiprocessor hide little of the latency
     d = tl.arange(0, V)[None, :]
-    if MASKED_V:
-        v = tl.load(v_ptr + (i * v_t + d), mask=i < count, other=0.0)
-    else:
-        v = tl.load(v_ptr + (tl.minimum(i, count - 1) * v_t + d))
+    v = tl.load(v_ptr + (tl.minimum(i, count - 1) * v_t + d))
     X = join(join(block_diagonal(X), M16), M32).to(v.dtype)
     # u first, before the exponents take its registers
     u = tl.dot(X, v)
