@@ -58,7 +58,11 @@ SPILLS = {
 # where another Triton than the pinned one leaves more
 MORE_SPILLS = {"3.9": {"kda_decode_kernel": {"sm_80": 224, "sm_90a": 256}}}
 # where kernels are that more than one operator launches
-SHARED = ("kda_ops.device.general.kernel", "kda_ops.device.scan.kernel")
+SHARED = (
+    "kda_ops.device.general.kernel",
+    "kda_ops.device.scan.kernel",
+    "kda_ops.device.segments.kernel",
+)
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 

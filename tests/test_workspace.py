@@ -22,10 +22,11 @@ from kda_ops.chunk_kda.cases import chunk_kda_inputs, with_pages, with_states
 from kda_ops.chunks import WORKSPACE_BYTES, chunk_table, workspace_bytes
 from kda_ops.device import workspace
 from kda_ops.device.scan import kernel as scan
+from kda_ops.device.segments.kernel import WIDEST
 from tests import test_cubin
 from tests.fake_cuda import cuda_code, summary
 from tests.operators import RunKernels, cases, public_function, run_kernels
-from tests.oracle import copy_inputs, evaluate, poisoned
+from tests.oracle import assert_accurate, copy_inputs, evaluate, poisoned
 
 CPU = torch.device("cpu")
 OPERATORS = ("chunk_kda", "chunk_kda_gated")
@@ -196,6 +197,97 @@ def test_groups_of_heads_change_nothing(slabs: bool) -> None:
             parts = kda_ops.chunk_kda(**inputs)
     for part, expected in zip(parts, whole, strict=True):
         assert torch.equal(part, expected)
+
+
+def in_segments(count: int) -> Any:
+    """Sequences are scanned in so many segments, where K is not too large for it."""
+
+    def segments(K: int, *_: Any) -> int:
+        return count if K <= WIDEST else 1
+
+    return mock.patch.object(scan, "segment_count", segments)
+
+
+def long_case(gate: str, dtype: torch.dtype, D: int) -> Case:
+    """Several chunks in each of several segments, and sequences without one."""
+    offsets = [0, 0, 1, 400, 400, 580, 700]
+
+    def make(device: torch.device) -> dict[str, Any]:
+        sizes = {"T": 720, "K": D, "V": D, "cu_seqlens": offsets}
+        return with_states(chunk_kda_inputs(device, **sizes, gate=gate, dtype=dtype))
+
+    return Case(name=gate, make=make, operand_dtype=dtype)
+
+
+long_cases = pytest.mark.parametrize(
+    ("gate", "dtype"),
+    [("slow", BF16), ("slow", torch.float16), ("softplus", BF16), ("harsh", BF16)],
+    ids=str,
+)
+
+
+@pytest.mark.interpreter
+@long_cases
+def test_long_segments_in_the_interpreter(gate: str, dtype: torch.dtype) -> None:
+    with in_segments(4):
+        function = run_kernels(kda_ops.chunk_kda)
+        assert_accurate(function, kda_ops.chunk_kda, long_case(gate, dtype, 64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [2, 4])
+@long_cases
+def test_long_segments_on_the_gpu(gate: str, dtype: torch.dtype, segments: int) -> None:
+    with in_segments(segments):
+        case = long_case(gate, dtype, 128)
+        assert_accurate(kda_ops.chunk_kda, kda_ops.chunk_kda, case, device="cuda")
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "segmented"), [(2048, 8, True), (1984, 8, False), (2048, 64, False)]
+)
+def test_few_heads_are_scanned_in_segments(
+    tokens: int, heads: int, segmented: bool, dynamic: bool
+) -> None:
+    inputs = chunk_kda_inputs(CPU, T=tokens, H=heads, K=64, V=64)
+    _, (code,) = cuda_code(lambda **x: kda_ops.chunk_kda(**x)[0], **inputs, dynamic=dynamic)
+    first_pass = ["chunk_segments_kernel"] if segmented else []
+    assert summary(code).launches == ["chunk_prepare_kernel", *first_pass, "chunk_scan_kernel"]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a", "sm_120"])
+def test_segments_compile(target: str, tmp_path: Path) -> None:
+    recorder = test_cubin.Recorder()
+    inputs = with_states(chunk_kda_inputs(CPU, T=512, H=8))
+    with recording("chunk_kda", recorder), in_segments(4), torch.no_grad(), RunKernels():
+        kda_ops.chunk_kda(**inputs)
+    launches = {launch.kernel.fn.__name__: launch for launch in recorder.launches.values()}
+    for name in ("chunk_segments_kernel", "chunk_scan_kernel"):
+        assert launches[name].constants["SEGMENTS"] == 4
+        test_cubin.assert_fits(launches[name], target, tmp_path)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("segments", "rows"), [(3, None), (2, 1), (5, 3)], ids=["whole", "slabs", "wide-slabs"]
+)
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_segments_in_the_interpreter(
+    name: str, case: Case, segments: int, rows: int | None
+) -> None:
+    function = public_function(name)
+    with in_segments(segments), contextlib.nullcontext() if rows is None else in_slabs_of(rows):
+        assert_accurate(run_kernels(function), function, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [2, 5])
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_segments_on_the_gpu(name: str, case: Case, segments: int) -> None:
+    function = public_function(name)
+    with in_segments(segments):
+        assert_accurate(function, function, case, device="cuda")
 
 
 @pytest.mark.parametrize("name", OPERATORS)

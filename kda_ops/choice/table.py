@@ -37,6 +37,7 @@ SM90: dict[str, Rows] = {
         ({}, {"BV": 64, "STAGES": 3, "num_warps": 4}),
     ],
     "chunk_scan_fp32": [({}, {"BV": 32, "BLOCK": 32, "num_warps": 4})],
+    "chunk_segments": [({}, {"BV": 32, "STAGES": 3, "num_warps": 4})],
     "conv_split": [({}, {"BLOCK": 1024, "num_warps": 4})],
     "gate": [({}, {"TILE": 4096, "num_warps": 4})],
     # 32 loads in flight beat 16 by 6 %, 128 to 512 channels are alike
@@ -88,6 +89,7 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "chunk_kda_gated.form": _grid(form=("fused", "apart")),
     "chunk_prepare": _grid(num_warps=(4, 8), num_stages=(1,)),
     "conv_layout": _grid(layout=("SD", "DS")),
+    "chunk_segments": _grid(BV=(16, 32, 64), STAGES=(2, 3), num_warps=(4,)),
     "chunk_scan": _grid(BV=(16, 32, 64), STAGES=(2, 3), num_warps=(4,)),
     "gate": _grid(TILE=(2048, 4096, 8192), num_warps=(4, 8)),
     "gate_cumsum": _grid(BLOCK=(128, 256, 512), STEP=(16, 32), num_warps=(4,)),

@@ -81,6 +81,84 @@ def slab_rows(
 
 
 @triton.jit
+def slab_chunks(row, chunks, first_row, rows):
+    """Of a sequence with its first workspace row: its first row in this slab, its chunks lo to hi
+    there, and whether it begins there; hi < lo if it has no part in it.
+
+    An empty sequence counts as one row. What a slab leaves as the final state is replaced by the
+    sequence's next slab.
+    """
+    row -= first_row
+    used = tl.maximum(chunks, 1)
+    lo = tl.maximum(-row, 0).to(tl.int32)
+    hi = tl.minimum(chunks, rows - row).to(tl.int32)
+    hi = tl.where((row < rows) & (row + used > 0), hi, lo - 1)
+    return row, lo, hi, row >= 0
+
+
+@triton.jit
+def page_of(indices_ptr, n, slots, PAGED: tl.constexpr):
+    """The state's page of sequence n, and whether it is one (slot 0 and slots out of range are
+    not).
+    """
+    if PAGED:
+        page = tl.load(indices_ptr + n).to(tl.int64)
+        live = (page > 0) & (page < slots)
+        page = tl.where(live, page, 0)
+    else:
+        page = n
+        live = n >= 0
+    return page, live
+
+
+@triton.jit
+def first_state(
+    initial_ptr,
+    final_ptr,
+    has_initial_ptr,
+    carried,
+    n,
+    page,
+    h,
+    d,
+    v,
+    begins,
+    initial_n,
+    initial_h,
+    initial_v,
+    initial_k,
+    final_n,
+    final_h,
+    final_v,
+    final_k,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    SLABS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    PAGED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+):
+    """A head's state [d, v] in fp32 before a sequence's first chunk: from its page, the initial
+    states, or what the last slab left at `carried`; else zero.
+    """
+    read = (d < K)[:, None] & (v < V)[None, :]
+    if SLABS:
+        read = read & begins
+    S = tl.zeros((d.shape[0], v.shape[0]), tl.float32)
+    if PAGED:
+        if HAS_INITIAL:
+            read = read & (tl.load(has_initial_ptr + n) != 0)
+        at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
+        S = tl.load(final_ptr + at, mask=read, other=0.0).to(tl.float32)
+    elif INITIAL:
+        at = n * initial_n + h * initial_h + d[:, None] * initial_k + v[None, :] * initial_v
+        S = tl.load(initial_ptr + at, mask=read, other=0.0).to(tl.float32)
+    if SLABS:
+        S += tl.load(carried, mask=(v < V)[None, :] & (begins == 0), other=0.0)
+    return S
+
+
+@triton.jit
 def clear_padding(
     o_ptr, cu_ptr, p, h, T, N, NC, HV: tl.constexpr, V: tl.constexpr, VP: tl.constexpr
 ):
@@ -128,6 +206,13 @@ def store_u(
     else:
         at = u_ptr + work * (64 * V) + (r * V + v)
         tl.store(at, u.to(u_ptr.dtype.element_ty), mask=v < V)
+
+
+@triton.jit
+def to_half(x):
+    """The fp16 form of x with every column scaled to at most 1, and the columns' scales."""
+    m = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)[None, :]
+    return (x * (1.0 / m)).to(tl.float16), m
 
 
 @triton.jit

@@ -11,40 +11,22 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
-from kda_ops.device.chunk.kernel import full_dot, sequence_rows
+from kda_ops.device.chunk.kernel import (
+    first_state,
+    full_dot,
+    page_of,
+    sequence_rows,
+    slab_chunks,
+    to_half,
+)
+from kda_ops.device.segments.kernel import (
+    launch_segments,
+    segment_chunks,
+    segment_count,
+    segment_state,
+)
 from kda_ops.device.workspace import Batch, Workspace, at_least_one
 from kda_ops.formulas import CHUNK
-
-
-@triton.jit
-def _slab_chunks(row, chunks, first_row, rows):
-    """Of a sequence with its first workspace row: its first row in this slab, its chunks lo to hi
-    there, and whether it begins there; hi < lo if it has no part in it.
-
-    An empty sequence counts as one row. What a slab leaves as the final state is replaced by the
-    sequence's next slab.
-    """
-    row -= first_row
-    used = tl.maximum(chunks, 1)
-    lo = tl.maximum(-row, 0).to(tl.int32)
-    hi = tl.minimum(chunks, rows - row).to(tl.int32)
-    hi = tl.where((row < rows) & (row + used > 0), hi, lo - 1)
-    return row, lo, hi, row >= 0
-
-
-@triton.jit
-def _page(indices_ptr, n, slots, PAGED: tl.constexpr):
-    """The state's page of sequence n, and whether it is one (slot 0 and slots out of range are
-    not).
-    """
-    if PAGED:
-        page = tl.load(indices_ptr + n).to(tl.int64)
-        live = (page > 0) & (page < slots)
-        page = tl.where(live, page, 0)
-    else:
-        page = n
-        live = n >= 0
-    return page, live
 
 
 @triton.jit
@@ -59,13 +41,6 @@ def _clear_sequence(o_ptr, b, start, end, h, T, v, HV: tl.constexpr, V: tl.const
 
 
 @triton.jit
-def _to_half(x):
-    """The fp16 form of x with every column scaled to at most 1, and the columns' scales."""
-    m = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)[None, :]
-    return (x * (1.0 / m)).to(tl.float16), m
-
-
-@triton.jit
 def chunk_scan_kernel(
     w_ptr,
     u_ptr,
@@ -74,6 +49,8 @@ def chunk_scan_kernel(
     A_ptr,
     decay_ptr,
     S_ptr,
+    E_ptr,
+    M_ptr,
     o_ptr,
     initial_ptr,
     final_ptr,
@@ -106,6 +83,7 @@ def chunk_scan_kernel(
     PAGED: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HALF: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program carries BV columns of one head's state through one sequence, S [KP, BV] in fp32
@@ -114,11 +92,15 @@ def chunk_scan_kernel(
 
     With HALF (fp16 inputs) the operands S and vn are scaled by column, so that no value overflows.
     With SLABS it takes the chunks of one slab, and S goes to S_ptr, from where it comes in the
-    sequence's next slab.
+    sequence's next slab. With SEGMENTS > 1 it takes a segment of them, and S begins with what
+    `chunk_segments_kernel` found; segments are outermost in the grid.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     p = tl.program_id(0).to(tl.int64)
     pair = p // blocks + first_pair
+    if SEGMENTS > 1:
+        segment = pair // tl.maximum(N * HV, 1)
+        pair -= segment * (N * HV)
     n = pair // HV
     if n >= N:
         return
@@ -128,34 +110,50 @@ def chunk_scan_kernel(
     lo = 0
     hi = tl.cdiv(end - start, 64).to(tl.int32)
     if SLABS:
-        row, lo, hi, begins = _slab_chunks(row, hi, first_row, rows)
+        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
         if hi < lo:
             return
-    page, live = _page(indices_ptr, n, slots, PAGED)
+    if SEGMENTS > 1:
+        lo, hi, ends = segment_chunks(lo, hi, segment, SEGMENTS)
+        if (hi <= lo) & (segment > 0):
+            return
+    page, live = page_of(indices_ptr, n, slots, PAGED)
     if live == 0:
         _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
         return
     r = tl.arange(0, 64)
     d = tl.arange(0, KP)
-    in_state = (d < K)[:, None] & (v < V)[None, :]
-    S = tl.zeros((KP, BV), tl.float32)
-    if PAGED:
-        read = in_state
-        if HAS_INITIAL:
-            read = in_state & (tl.load(has_initial_ptr + n) != 0)
-        if SLABS:
-            read = read & begins
-        at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
-        S = tl.load(final_ptr + at, mask=read, other=0.0).to(tl.float32)
-    elif INITIAL:
-        at = n * initial_n + h * initial_h + d[:, None] * initial_k + v[None, :] * initial_v
-        read = in_state
-        if SLABS:
-            read = read & begins
-        S = tl.load(initial_ptr + at, mask=read, other=0.0).to(tl.float32)
     if SLABS:
         carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
-        S += tl.load(carried, mask=(v < V)[None, :] & (begins == 0), other=0.0)
+    if SEGMENTS > 1:
+        S = segment_state(E_ptr, M_ptr, pair, segment, d, v, KP, V, SEGMENTS)
+    else:
+        S = first_state(
+            initial_ptr,
+            final_ptr,
+            has_initial_ptr,
+            carried if SLABS else None,
+            n,
+            page,
+            h,
+            d,
+            v,
+            begins if SLABS else None,
+            initial_n,
+            initial_h,
+            initial_v,
+            initial_k,
+            final_n,
+            final_h,
+            final_v,
+            final_k,
+            K,
+            V,
+            SLABS,
+            INITIAL,
+            PAGED,
+            HAS_INITIAL,
+        )
 
     step = tl.full((), HV, tl.int64)
     work = row * HV + h
@@ -182,8 +180,8 @@ def chunk_scan_kernel(
         A = tl.load(A_at + c * step * 4096)
         decay = tl.load(decay_at + c * step * KP)
         if HALF:
-            Sh, S_scale = _to_half(S)
-            vn, vn_scale = _to_half(u.to(tl.float32) - tl.dot(w, Sh) * S_scale)
+            Sh, S_scale = to_half(S)
+            vn, vn_scale = to_half(u.to(tl.float32) - tl.dot(w, Sh) * S_scale)
             o = tl.dot(qg, Sh) * S_scale + tl.dot(A, vn) * vn_scale
             S = S * decay[:, None] + tl.dot(tl.trans(kg), vn) * vn_scale
         else:
@@ -195,9 +193,15 @@ def chunk_scan_kernel(
         tl.store(o_at + c * step * (64 * V), o.to(o_ptr.dtype.element_ty), mask=ok)
     if FINAL:
         at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
+        in_state = (d < K)[:, None] & (v < V)[None, :]
+        if SEGMENTS > 1:
+            in_state = in_state & ends
         tl.store(final_ptr + at, S.to(final_ptr.dtype.element_ty), mask=in_state)
     if SLABS:
-        tl.store(carried, S, mask=(v < V)[None, :])
+        in_state = (v < V)[None, :]
+        if SEGMENTS > 1:
+            in_state = in_state & ends
+        tl.store(carried, S, mask=in_state)
 
 
 @triton.jit
@@ -259,10 +263,10 @@ def chunk_scan_fp32_kernel(
     lo = 0
     hi = tl.cdiv(end - start, 64).to(tl.int32)
     if SLABS:
-        row, lo, hi, begins = _slab_chunks(row, hi, first_row, rows)
+        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
         if hi < lo:
             return
-    page, live = _page(indices_ptr, n, slots, PAGED)
+    page, live = page_of(indices_ptr, n, slots, PAGED)
     if live == 0:
         _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
         return
@@ -428,16 +432,24 @@ def launch_scan(
         )
     else:
         u = o if workspace.u is None else workspace.u
+        segments = segment_count(K, V, batch, o)
+        found: tuple[Tensor | None, ...] = (None, None)
+        if segments > 1:
+            found = launch_segments(o, workspace, batch, segments, states, strides, sizes)
         for first, count in scan_groups(K, V, batch, o):
-            chosen = scan_values(K, V, count, o)
+            programs = count * segments
+            # a segment's state comes from products that leave no registers for wider blocks
+            chosen = scan_values(K, V, programs if segments == 1 else min(programs, 32), o)
             depth = stages(KP, chosen["BV"], u.element_size(), o.device)
-            traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * at_least_one(count),)](
+            traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * at_least_one(programs),)](
                 *workspace,
+                *found,
                 o,
                 *states,
                 first,
                 *strides,
                 **sizes,
                 HALF=o.dtype == torch.float16,
+                SEGMENTS=segments,
                 **{**chosen, "STAGES": min(chosen["STAGES"], depth)},
             )

@@ -1,0 +1,1 @@
+"""Parts of one sequence worked on at the same time, where there are few heads."""
