@@ -47,9 +47,11 @@ def segment_state(
     E_at = E_ptr + pair * (SEGMENTS * KP * V) + d[:, None] * V + v[None, :]
     M_at = M_ptr + pair * (SEGMENTS * KP * KP) + d[:, None] * KP + d[None, :]
     S = tl.load(E_at + tl.minimum(segment, 1) * (KP * V), mask=(v < V)[None, :], other=0.0)
-    for i in tl.range(2, segment + 1, num_stages=1):
+    for i in tl.range(2, segment + 1, num_stages=2):
+        M = tl.load(M_at + i * (KP * KP))
         E = tl.load(E_at + i * (KP * V), mask=(v < V)[None, :], other=0.0)
-        S = tl.dot(tl.load(M_at + i * (KP * KP)), S, E, input_precision="tf32")
+        Sh, S_scale = to_half(S)
+        S = tl.dot(M, Sh) * S_scale + E
     return S
 
 
@@ -95,8 +97,9 @@ def chunk_segments_kernel(
     SEGMENTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """E and M [N, HV, SEGMENTS, KP, V or KP] in fp32: of place 0 E is what the sequence begins
-    with, of place i + 1 what segment i leaves, begun with that (i = 0) or with zero.
+    """E [N, HV, SEGMENTS, KP, V] in fp32 and M [N, HV, SEGMENTS, KP, KP] in fp16: of place 0 E is
+    what the sequence begins with, of place i + 1 what segment i leaves, begun with that (i = 0) or
+    with zero. With `|k| <= 1` no entry of M is above 1.
 
     Grid: (blocks of BV columns of E and M * HV * N * (SEGMENTS - 1)), blocks innermost.
     """
@@ -131,16 +134,12 @@ def chunk_segments_kernel(
     r = tl.arange(0, 64)
     d = tl.arange(0, KP)
     in_v = (v < V)[None, :]
+    m = v - v_blocks * BV
+    E_at = E_ptr + pair * (SEGMENTS * KP * V) + d[:, None] * V + v[None, :]
+    M_at = M_ptr + pair * (SEGMENTS * KP * KP) + d[:, None] * KP + m[None, :]
     if of_M:
-        m = v - v_blocks * BV
-        at = M_ptr + pair * (SEGMENTS * KP * KP) + d[:, None] * KP + m[None, :]
-        step = KP * KP
-        in_at = (m < KP)[None, :]
         S = tl.where(d[:, None] == m[None, :], 1.0, 0.0)
     else:
-        at = E_ptr + pair * (SEGMENTS * KP * V) + d[:, None] * V + v[None, :]
-        step = KP * V
-        in_at = in_v
         S = tl.zeros((KP, BV), tl.float32)
         if segment == 0:
             S = first_state(
@@ -169,7 +168,7 @@ def chunk_segments_kernel(
                 PAGED,
                 HAS_INITIAL,
             )
-            tl.store(at, S, mask=in_v)
+            tl.store(E_at, S, mask=in_v)
 
     rows_of = tl.full((), HV, tl.int64)
     work = row * HV + h
@@ -195,7 +194,10 @@ def chunk_segments_kernel(
         else:
             vn = (u.to(tl.float32) - tl.dot(w, S.to(w.dtype))).to(w.dtype)
             S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
-    tl.store(at + (segment + 1) * step, S, mask=in_at)
+    if of_M:
+        tl.store(M_at + (segment + 1) * (KP * KP), S.to(tl.float16), mask=(m < KP)[None, :])
+    else:
+        tl.store(E_at + (segment + 1) * (KP * V), S, mask=in_v)
 
 
 class Segments(NamedTuple):
@@ -237,7 +239,8 @@ def launch_segments(
     HV, V, KP = sizes["HV"], sizes["V"], sizes["KP"]
     places = (at_least_one(batch.N), HV, segments, KP)
     found = Segments(
-        *(torch.empty((*places, n), dtype=torch.float32, device=o.device) for n in (V, KP))
+        torch.empty((*places, V), dtype=torch.float32, device=o.device),
+        torch.empty((*places, KP), dtype=torch.float16, device=o.device),
     )
     chosen = choose("chunk_segments", o.device, K=KP, V=V, dtype=o.dtype)
     blocks = triton.cdiv(V, chosen["BV"]) + triton.cdiv(KP, chosen["BV"])
