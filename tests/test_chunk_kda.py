@@ -14,6 +14,7 @@ from torch import Tensor
 import kda_ops
 from kda_ops.chunk_kda.cases import chunk_kda_inputs, cumulative, log2_gate, with_pages, with_states
 from kda_ops.chunks import chunk_table
+from kda_ops.device import workspace
 from kda_ops.formulas import CHUNK
 from tests import test_cubin
 from tests.fake_cuda import cuda_code, summary
@@ -238,7 +239,7 @@ def test_kernels_of_a_gpu_with_much_shared_memory(dtype: torch.dtype, K: int) ->
     torch.manual_seed(0)
     inputs = with_states(chunk_kda_inputs(CPU, T=150, K=K, dtype=dtype, cu_seqlens=[0, 70, 140]))
     expected = kda_ops.chunk_kda(**copy_inputs(inputs, FP64))
-    with mock.patch.object(shared_module(), "shared_memory", return_value=227 << 10):
+    with mock.patch.object(workspace, "shared_memory", return_value=227 << 10):
         result = run_kernels(kda_ops.chunk_kda)(**inputs)
     for out, exact in zip(result, expected, strict=True):
         assert relative_error(out, exact) <= FROBENIUS * torch.finfo(dtype).eps / 2**-7
@@ -316,7 +317,7 @@ def test_nvidia_launches_compile(dtype: torch.dtype, target: str, tmp_path: Path
         mock.patch.object(kernels, "traceable", recorder),
         mock.patch.object(shared, "traceable", recorder),
         mock.patch.object(kernels, "is_nvidia", return_value=True),
-        mock.patch.object(shared, "shared_memory", return_value=gpu.shared),
+        mock.patch.object(workspace, "shared_memory", return_value=gpu.shared),
         torch.no_grad(),
         RunKernels(),
     ):
@@ -327,12 +328,13 @@ def test_nvidia_launches_compile(dtype: torch.dtype, target: str, tmp_path: Path
 
 
 def test_the_state_is_pipelined_as_far_as_shared_memory_goes() -> None:
-    kernels = shared_module()
     depths = []
     for shared in (64 << 10, 99 << 10, 163 << 10, 227 << 10):
-        with mock.patch.object(kernels, "shared_memory", return_value=shared):
-            depths.append(kernels.stages(128, 32, 2, CPU))
-    assert depths == [1, 1, 2, 3]
+        with mock.patch.object(workspace, "shared_memory", return_value=shared):
+            scan = workspace.stages(3 * 128 + 64, 128, 32, 2, CPU)
+            first_pass = workspace.stages(2 * 128, 128, 64, 2, CPU)
+        depths.append((scan, first_pass))
+    assert depths == [(1, 1), (1, 2), (2, 3), (3, 3)]
 
 
 def bad(message: str, **change: Any) -> Any:

@@ -18,6 +18,8 @@ import kda_ops
 from kda_ops import chunks
 from kda_ops._cases import Case
 from kda_ops._define import OPERATORS as OPERATORS_DEFINED
+from kda_ops.choice import forcing
+from kda_ops.choice.table import DEFAULTS, SM90, row_for
 from kda_ops.chunk_kda.cases import chunk_kda_inputs, with_pages, with_states
 from kda_ops.chunks import WORKSPACE_BYTES, chunk_table, workspace_bytes
 from kda_ops.device import workspace
@@ -245,7 +247,7 @@ def test_long_segments_on_the_gpu(gate: str, dtype: torch.dtype, segments: int) 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
-    ("tokens", "heads", "segmented"), [(2048, 8, True), (1984, 8, False), (2048, 64, False)]
+    ("tokens", "heads", "segmented"), [(2048, 8, True), (1900, 8, False), (2048, 32, False)]
 )
 def test_few_heads_are_scanned_in_segments(
     tokens: int, heads: int, segmented: bool, dynamic: bool
@@ -260,7 +262,16 @@ def test_few_heads_are_scanned_in_segments(
 def test_segments_compile(target: str, tmp_path: Path) -> None:
     recorder = test_cubin.Recorder()
     inputs = with_states(chunk_kda_inputs(CPU, T=512, H=8))
-    with recording("chunk_kda", recorder), in_segments(4), torch.no_grad(), RunKernels():
+    shared = test_cubin.TARGETS[target].shared
+    table = SM90 if target == "sm_90a" else DEFAULTS
+    with (
+        recording("chunk_kda", recorder),
+        forcing({"chunk_segments": row_for(table["chunk_segments"], {})}),
+        in_segments(4),
+        mock.patch.object(workspace, "shared_memory", return_value=shared),
+        torch.no_grad(),
+        RunKernels(),
+    ):
         kda_ops.chunk_kda(**inputs)
     launches = {launch.kernel.fn.__name__: launch for launch in recorder.launches.values()}
     for name in ("chunk_segments_kernel", "chunk_scan_kernel"):

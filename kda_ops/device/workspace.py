@@ -133,3 +133,25 @@ def dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     tensors = tuple(x if x.dim() < 4 or x.stride(-1) == 1 else x.contiguous() for x in tensors)
     return tuple(x if x.stride(1) < 1 << 25 else x.contiguous() for x in tensors)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; 64 KB, which every GPU has, where it is not
+    known.
+    """
+    if device.type != "cuda":
+        return 64 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+
+
+def stages(columns: int, KP: int, BV: int, u_bytes: int, device: torch.device) -> int:
+    """How many chunks' tiles a program that carries BV columns of a state has in shared memory at a
+    time, 1 for no pipelining; `columns` are those of its 16-bit tiles [64, n] together.
+    """
+    products = 2 * BV * (KP + CHUNK)  # S and vn as operands
+    for depth in (3, 2):
+        tiles = depth * 2 * CHUNK * columns + (depth - 1) * (CHUNK * BV * u_bytes + 4 * KP)
+        if tiles + products <= shared_memory(device):
+            return depth
+    return 1

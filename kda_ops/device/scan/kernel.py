@@ -25,7 +25,7 @@ from kda_ops.device.segments.kernel import (
     segment_count,
     segment_state,
 )
-from kda_ops.device.workspace import Batch, Workspace, at_least_one
+from kda_ops.device.workspace import Batch, Workspace, at_least_one, stages
 from kda_ops.formulas import CHUNK
 
 
@@ -336,16 +336,6 @@ def chunk_scan_fp32_kernel(
             )
 
 
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have; 64 KB, which every GPU has, where it is not
-    known.
-    """
-    if device.type != "cuda":
-        return 64 << 10
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 64 << 10)
-
-
 def scan_values(K: int, V: int, programs: Any, o: Tensor) -> dict[str, Any]:
     """What is chosen for `scan` by its number of (sequence, head) pairs: at most 16, 32, or more.
 
@@ -374,18 +364,6 @@ def scan_groups(K: int, V: int, batch: Batch, o: Tensor) -> list[tuple[Any, Any]
         if full < pairs and 0 < rest <= 32:
             return [(0, pairs - rest), (pairs - rest, rest)]
     return [(0, pairs)]
-
-
-def stages(KP: int, BV: int, u_bytes: int, device: torch.device) -> int:
-    """How many chunks' tiles `scan` has in shared memory at a time, 1 for no pipelining."""
-    products = 2 * BV * (KP + CHUNK)  # S and vn as operands
-    for depth in (3, 2):
-        tiles = depth * 2 * CHUNK * (3 * KP + CHUNK)
-        if tiles + (depth - 1) * (CHUNK * BV * u_bytes + 4 * KP) + products <= shared_memory(
-            device
-        ):
-            return depth
-    return 1
 
 
 def launch_scan(
@@ -440,7 +418,7 @@ def launch_scan(
             programs = count * segments
             # a segment's state comes from products that leave no registers for wider blocks
             chosen = scan_values(K, V, programs if segments == 1 else min(programs, 32), o)
-            depth = stages(KP, chosen["BV"], u.element_size(), o.device)
+            depth = stages(3 * KP + CHUNK, KP, chosen["BV"], u.element_size(), o.device)
             traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * at_least_one(programs),)](
                 *workspace,
                 *found,

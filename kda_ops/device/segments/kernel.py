@@ -20,11 +20,12 @@ from kda_ops.choice import choose
 from kda_ops.choice.examples import NoHintError, hint
 from kda_ops.device.chunk.kernel import first_state, page_of, sequence_rows, slab_chunks, to_half
 from kda_ops.device.prepare.kernel import is_nvidia
-from kda_ops.device.workspace import Batch, at_least_one
+from kda_ops.device.workspace import Batch, Workspace, at_least_one, stages
 from kda_ops.formulas import CHUNK
 
-MOST = 8  # segments; each waits for a product per one before it
-FEWEST_CHUNKS = 16  # of a segment: below, the passes' starts outweigh what they gain
+# The number of segments: two gain nothing, each waits for a product per one before it, and with
+# fewer chunks than this the passes' starts outweigh what they gain.
+FEWEST, MOST, FEWEST_CHUNKS = 3, 8, 10
 WIDEST = 128  # K: M is held whole in shared memory
 
 
@@ -223,12 +224,13 @@ def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
     programs = pairs * triton.cdiv(V, 32)
     processors = torch.cuda.get_device_properties(o.device).multi_processor_count
     chunks = tokens // (CHUNK * batch.N)
-    return max(min(processors // programs, chunks // FEWEST_CHUNKS, MOST), 1)
+    count = min(processors // programs, chunks // FEWEST_CHUNKS, MOST)
+    return count if count >= FEWEST else 1
 
 
 def launch_segments(
     o: Tensor,
-    workspace: Any,
+    workspace: Workspace,
     batch: Batch,
     segments: int,
     states: tuple[Any, ...],
@@ -242,7 +244,9 @@ def launch_segments(
         torch.empty((*places, V), dtype=torch.float32, device=o.device),
         torch.empty((*places, KP), dtype=torch.float16, device=o.device),
     )
-    chosen = choose("chunk_segments", o.device, K=KP, V=V, dtype=o.dtype)
+    chosen = choose("chunk_segments", o.device, K=sizes["K"], V=V, dtype=o.dtype)
+    u = o if workspace.u is None else workspace.u
+    depth = stages(2 * KP, KP, chosen["BV"], u.element_size(), o.device)
     blocks = triton.cdiv(V, chosen["BV"]) + triton.cdiv(KP, chosen["BV"])
     grid = blocks * HV * at_least_one(batch.N) * (segments - 1)
     traceable(chunk_segments_kernel)[(grid,)](
@@ -258,6 +262,6 @@ def launch_segments(
         **{name: size for name, size in sizes.items() if name != "FINAL"},
         HALF=o.dtype == torch.float16,
         SEGMENTS=segments,
-        **chosen,
+        **{**chosen, "STAGES": min(chosen["STAGES"], depth)},
     )
     return found
