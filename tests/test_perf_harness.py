@@ -155,7 +155,7 @@ def test_both_of_our_cores_compute_the_core(
 def test_accuracy_is_held_against_the_definition(name: str) -> None:
     """Our references in fp64 agree with the loop over tokens to rounding, on each case's inputs."""
     with mock.patch.multiple(bench_core_accuracy, T=70, H=2):
-        inputs = bench_core_accuracy.make(name, CPU)
+        inputs = bench_core_accuracy.make(name, 0, CPU)
     exact = bench_core_accuracy.step_recurrence(**inputs)
     double = {key: x.double() if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
     for function in (core, fused_core):

@@ -137,7 +137,8 @@ def chunk_gated_prepare_kernel(
     SLABS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """One program prepares one chunk of one value head; K and V are 64 or 128. Grid: (chunks, HV).
+    """One program prepares one chunk of one value head; K and V are 64 or 128.
+    Grid: (chunks * HV), heads fastest.
 
     The tokens' gates y go to fp16 and every exponent, also G and G_last - G, comes as a 0/1 matrix
     times y, so that no sum over tokens stays in registers. Their error is at most 2^-12 of the
@@ -147,7 +148,8 @@ def chunk_gated_prepare_kernel(
     With NORM, q and k are normalised as they are loaded.
     """
     p = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
+    h = p % HV
+    p = p // HV
     p, b, first, count, row, inside = slab_rows(
         p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
@@ -364,7 +366,7 @@ def _launch(
         )
     for part in parts:
         if fast:
-            traceable(chunk_gated_prepare_kernel)[(part.programs, HV)](
+            traceable(chunk_gated_prepare_kernel)[(part.programs * HV,)](
                 q,
                 k,
                 v,
