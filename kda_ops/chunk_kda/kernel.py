@@ -92,7 +92,7 @@ def chunk_prepare_kernel(
     G_head = G_ptr + b * G_b + h * G_h + first * G_t
     G_at = G_head + (t[:, None] * G_t + d[None, :])
 
-    y = tl.load(G_at) - tl.load(G_at - G_t, mask=(r > 0)[:, None], other=0.0)
+    y = tl.load(G_at) - tl.load(G_at - G_t, mask=(t > 0)[:, None], other=0.0)
     y = tl.where(ok[:, None], y, 0.0)
     # what is below -30000 decays to zero either way, and fp16 ends at -65504
     y = tl.where(y < -30000.0, -30000.0, y).to(tl.float16)

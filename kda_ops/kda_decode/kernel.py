@@ -18,6 +18,8 @@ from kda_ops.device.kernel import (
     three,
 )
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 
 @triton.jit
 def rows_at(ptr, stride, count, ok, ROWS: tl.constexpr):
@@ -56,10 +58,23 @@ def shift(ptr, stride, rows, tokens, ok, W: tl.constexpr, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def row_sums(S, x, OUTER_K: tl.constexpr):
+def over_k(x, OUTER_K: tl.constexpr, INNER_K: tl.constexpr, V_FIRST: tl.constexpr):
+    """A vector over K as it lies in a tile of the state."""
+    x = x.reshape(OUTER_K, INNER_K)
+    return x[None, :, :] if V_FIRST else x[:, None, :]
+
+
+@triton.jit
+def over_v(x, V_FIRST: tl.constexpr):
+    """A vector over V, likewise."""
+    return x[:, None, None] if V_FIRST else x[None, :, None]
+
+
+@triton.jit
+def row_sums(S, x, OUTER_K: tl.constexpr, V_FIRST: tl.constexpr):
     """The sums of S x over K; a thread may hold one product of a row where OUTER_K is 1."""
     products = rounded_product(S, x) if OUTER_K == 1 else S * x
-    return tl.sum(tl.sum(products, axis=1), axis=1)
+    return tl.sum(tl.sum(products, axis=1 if V_FIRST else 0), axis=1)
 
 
 @triton.jit
@@ -130,6 +145,7 @@ def kda_decode_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_W: tl.constexpr,
     INNER_K: tl.constexpr,
+    V_FIRST: tl.constexpr,
     APART: tl.constexpr,
     SILU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -149,7 +165,8 @@ def kda_decode_kernel(
     The loads that need no slot go first, then the history of the convolution, then the state, so
     that everything else is done while the state arrives. A tile of the state is
     [BLOCK_V, OUTER_K, INNER_K]: fewer lanes share a row than in [BLOCK_V, BLOCK_K], so most of a
-    sum over K stays within a thread. Tiles of BLOCK_V rows follow one another.
+    sum over K stays within a thread. Without V_FIRST it is [OUTER_K, BLOCK_V, INNER_K], see
+    `tile_of`. Tiles of BLOCK_V rows follow one another.
 
     With APART each of q, k and v has an input, weight, bias and convolution state of its own;
     without, the first pointers lead to tensors of all channels, q | k | v, and those of k and v are
@@ -179,7 +196,10 @@ def kda_decode_kernel(
     h = tl.program_id(0) % H
     i_k = tl.arange(0, BLOCK_K)
     ok_k = i_k < K
-    tile_k = tl.arange(0, OUTER_K)[None, :, None] * INNER_K + tl.arange(0, INNER_K)[None, None, :]
+    # not by a reshape: of that Triton does not know what lies side by side
+    outer_k = tl.arange(0, OUTER_K) * INNER_K
+    outer_k = outer_k[None, :, None] if V_FIRST else outer_k[:, None, None]
+    tile_k = outer_k + tl.arange(0, INNER_K)[None, None, :]
 
     first = n
     length = tl.where(n < N, 1, 0).to(tl.int64)
@@ -259,13 +279,13 @@ def kda_decode_kernel(
 
             tile = (
                 head * stride_state_head
-                + i_v.to(tl.int64)[:, None, None] * STRIDE_STATE_V
+                + over_v(i_v.to(tl.int64), V_FIRST) * STRIDE_STATE_V
                 + tile_k.to(tl.int64) * STRIDE_STATE_K
             )
-            ok = ok_v[:, None, None] & (tile_k < K)
+            ok = over_v(ok_v, V_FIRST) & (tile_k < K)
             S_ptr = state_ptr + source * stride_state_slot + tile
             S = tl.load(S_ptr, mask=ok & (live & (tokens > 0)), other=0.0)
-            S = S.to(tl.float32)  # [BLOCK_V, OUTER_K, INNER_K]
+            S = S.to(tl.float32)
 
             if block == 0:
                 q = convolved(x_q, conv_count, taps_q, bias_q, W, TOKENS, SILU)
@@ -282,17 +302,17 @@ def kda_decode_kernel(
                     kq = tl.sum(rounded_product(k_i, q_i), axis=0)
                     raw = f[i].to(tl.float32) + dt_bias
                     decay_i = tl.exp(gate_nats(raw, rate, LOWER_BOUND, BOUNDED))
-                    decay_q = (decay_i * q_i).reshape(OUTER_K, INNER_K)[None, :, :]
-                    decay_k = (decay_i * k_i).reshape(OUTER_K, INNER_K)[None, :, :]
-                    k_i = k_i.reshape(OUTER_K, INNER_K)[None, :, :]
-                    decay_i = decay_i.reshape(OUTER_K, INNER_K)[None, :, :]
+                    decay_q = over_k(decay_i * q_i, OUTER_K, INNER_K, V_FIRST)
+                    decay_k = over_k(decay_i * k_i, OUTER_K, INNER_K, V_FIRST)
+                    k_i = over_k(k_i, OUTER_K, INNER_K, V_FIRST)
+                    decay_i = over_k(decay_i, OUTER_K, INNER_K, V_FIRST)
                     # with S' the decayed state, the output of the new one is S' q + delta (k q)
-                    seen = row_sums(S, decay_k, OUTER_K)  # [BLOCK_V]
-                    old = row_sums(S, decay_q, OUTER_K)
+                    seen = row_sums(S, decay_k, OUTER_K, V_FIRST)  # [BLOCK_V]
+                    old = row_sums(S, decay_q, OUTER_K, V_FIRST)
                     write = BETA_SCALE * tl.sigmoid(beta[i].to(tl.float32))
                     delta = write * (v[i] - seen)
                     o = old + delta * kq
-                    S = S * decay_i + delta[:, None, None] * k_i
+                    S = S * decay_i + over_v(delta, V_FIRST) * k_i
                     if PER_TOKEN:
                         target = tl.load(
                             indices_ptr + n * stride_indices_row + i * stride_indices_column,
@@ -335,7 +355,9 @@ def tile_of(V: int, K: int, state: Tensor, layout: str, N: Any, tokens: int) -> 
     """The tile of the state that a program holds in registers, and its warps.
 
     INNER_K elements, LINE bytes, lie side by side in a warp's lanes; the rest of a row of the
-    state is in a thread's registers.
+    state is in a thread's registers. For that the lanes that are left must go to V: of axes alike
+    in contiguity, Triton gives them to the first up to 3.6, to the last from 3.7 on. With the lanes
+    on K a step has 727 shuffles instead of 73.
     """
     key = {"K": K, "V": V, "state": state.dtype, "layout": layout}
     chosen = choose(
@@ -346,6 +368,7 @@ def tile_of(V: int, K: int, state: Tensor, layout: str, N: Any, tokens: int) -> 
     return {
         "BLOCK_V": block_v,
         "INNER_K": min(block_k, chosen["LINE"] // state.element_size()),
+        "V_FIRST": TRITON < (3, 7),
         "num_warps": min(max(block_v * block_k // 2048, 1), chosen["num_warps"]),
     }
 
