@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from kda_ops._cases import Case
+from tests.bounds import within_tensors
 from tests.operators import NAMES, all_cases, cases, public_function, run_kernels
 from tests.oracle import assert_accurate, copy_inputs, tensors
 
@@ -35,7 +36,8 @@ def compiled(name: str, *, dynamic: bool | None = None) -> Any:
 @pytest.mark.interpreter
 @every_case_with_kernels
 def test_kernel_in_the_interpreter(name: str, case: Case) -> None:
-    assert_accurate(run_kernels(public_function(name)), public_function(name), case)
+    with within_tensors():
+        assert_accurate(run_kernels(public_function(name)), public_function(name), case)
 
 
 def strided(x: Any) -> Any:

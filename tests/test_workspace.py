@@ -26,6 +26,7 @@ from kda_ops.device import workspace
 from kda_ops.device.scan import kernel as scan
 from kda_ops.device.segments.kernel import WIDEST
 from tests import test_cubin
+from tests.bounds import within_tensors
 from tests.fake_cuda import cuda_code, summary
 from tests.operators import RunKernels, cases, public_function, run_kernels
 from tests.oracle import assert_accurate, copy_inputs, evaluate, poisoned
@@ -53,7 +54,8 @@ def assert_slabs_change_nothing(function: Any, name: str, case: Case, device: st
     torch.manual_seed(0)
     inputs = case.make(torch.device(device))
     whole = evaluate(function, copy_inputs(inputs), case.mutated)
-    with in_slabs_of(1), poisoned():
+    bounds = within_tensors() if device == "cpu" else contextlib.nullcontext()
+    with in_slabs_of(1), poisoned(), bounds:
         parts = evaluate(function, copy_inputs(inputs), case.mutated)
     for part, expected in zip(parts, whole, strict=True):
         assert torch.equal(part.nan_to_num(), expected.nan_to_num())
@@ -231,7 +233,7 @@ long_cases = pytest.mark.parametrize(
 @pytest.mark.interpreter
 @long_cases
 def test_long_segments_in_the_interpreter(gate: str, dtype: torch.dtype) -> None:
-    with in_segments(4):
+    with in_segments(4), within_tensors():
         function = run_kernels(kda_ops.chunk_kda)
         assert_accurate(function, kda_ops.chunk_kda, long_case(gate, dtype, 64))
 
@@ -288,7 +290,11 @@ def test_segments_in_the_interpreter(
     name: str, case: Case, segments: int, rows: int | None
 ) -> None:
     function = public_function(name)
-    with in_segments(segments), contextlib.nullcontext() if rows is None else in_slabs_of(rows):
+    with (
+        within_tensors(),
+        in_segments(segments),
+        contextlib.nullcontext() if rows is None else in_slabs_of(rows),
+    ):
         assert_accurate(run_kernels(function), function, case)
 
 
