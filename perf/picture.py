@@ -17,7 +17,7 @@ STAGES = {
     "projections": r"nvjet|gemm|cutlass|cublas|splitK|addmm|_mm_|Cijk",
     "convolution": r"conv",
     "decode step": r"kda_decode|recurrent",
-    "chunks: scan": r"chunk_scan|chunk_gated_delta_rule|chunk_gla_fwd_kernel_o|delta_h",
+    "chunks: scan": r"chunk_(scan|segments)|chunk_gated_delta_rule|chunk_gla_fwd_kernel_o|delta_h",
     "chunks: prepare": r"prepare|intra|inter_solve|recompute_w_u|chunk_inputs",
     "norm of q and k": r"l2norm",
     "output norm": r"rms_norm|layer_norm",

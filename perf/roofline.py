@@ -7,6 +7,7 @@ the newest committed run that has it. Each is carried to another GPU by what lim
 * `flops`: by the rate of bf16 matrix products; one Nth likewise.
 * `work`: instructions of programs that fill the GPU, by multiprocessors and clock; one Nth.
 * `chain`: one chunk, or one launch, after the other, by clock alone: more ranks do not shorten it.
+  With 8 heads or fewer on a rank the chunks' time is what 8 heads were measured to take, in segments.
 
 Never less than the kernel's own floor there. Other GPUs' ceilings are their data sheets', times the
 share of its data sheet that the H200 was measured to reach. None of the others was measured.
@@ -59,7 +60,8 @@ ALL_REDUCE_SECONDS = 8e-6  # of a small one; assumed
 @dataclass(frozen=True)
 class Piece:
     """A kernel, or all kernels of a stage: what it moves and computes on one rank of one, how long
-    it takes on the measured GPU, and what limits it.
+    it takes on the measured GPU, and what limits it; of a chain also from how many ranks on it
+    takes how long instead.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Piece:
     flops: int
     seconds: float
     limit: str
+    shorter: tuple[int, float] | None = None
 
     def floor(self, gpu: Gpu, ranks: int) -> float:
         needed = self.bytes_moved / gpu.bytes_per_second, self.flops / gpu.flops_per_second
@@ -82,7 +85,10 @@ class Piece:
             / (gpu.multiprocessors * gpu.hertz * ranks),
             "chain": measured.hertz / gpu.hertz,
         }[self.limit]
-        return max(self.seconds * slower, self.floor(gpu, ranks))
+        seconds = self.seconds
+        if self.shorter is not None and ranks >= self.shorter[0]:
+            seconds = self.shorter[1]
+        return max(seconds * slower, self.floor(gpu, ranks))
 
 
 def case_of(operator: str, name: str) -> Any:
@@ -137,9 +143,17 @@ def prefill_pieces(rows: Sequence[Row]) -> list[Piece]:
     norm = case_of("rms_norm_gated", "T8192-H32")
     core = stacked(best(rows, "core", "softplus-T8192-H32"))
     core.pop("norm of q and k", None)  # the convolution makes them
+    few = stacked(best(rows, "core", "softplus-T8192-H8"))
     share = chunks.bytes_moved // 2
     pieces = [
-        Piece(stage, share, chunks.flops // 2, core.pop(stage) * 1e-6, limit)
+        Piece(
+            stage,
+            share,
+            chunks.flops // 2,
+            core.pop(stage) * 1e-6,
+            limit,
+            (32 // 8, few[stage] * 1e-6) if limit == "chain" else None,
+        )
         for stage, limit in CORE.items()
         if stage in core
     ]
