@@ -6,8 +6,8 @@ the newest committed run that has it. Each is carried to another GPU by what lim
 * `bytes`: by copy bandwidth; every head has its own bytes, so a rank of N has one Nth of them.
 * `flops`: by the rate of bf16 matrix products; one Nth likewise.
 * `work`: instructions of programs that fill the GPU, by multiprocessors and clock; one Nth.
-* `chain`: one chunk, or one launch, after the other, by clock alone: more ranks do not shorten it.
-  With 8 heads or fewer on a rank the chunks take what 8 heads were measured to, in segments.
+* `chain`: one chunk, or one launch, after the other, by clock alone: more ranks do not shorten it,
+  until 8 heads are left on each: then the chunks take what 8 heads were measured to, in segments.
 
 Never less than the kernel's own floor there. Other GPUs' ceilings are their data sheets', times the
 share of its data sheet that the H200 was measured to reach. None of the others was measured.

@@ -1,7 +1,9 @@
 """`kda_decode` beyond the common cases: definition, composition, slots, errors, generated code."""
 
+import importlib
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from kda_ops.kda_decode.cases import CASES, kda_decode_inputs
 from kda_ops.state import KDAStateSpec
 from tests.fake_cuda import cuda_code, summary
 from tests.operators import run_kernels
+from tests.oracle import assert_accurate
 
 CPU = torch.device("cpu")
 FP64 = torch.float64
@@ -237,6 +240,16 @@ def test_what_is_skipped() -> None:
 @pytest.mark.interpreter
 def test_what_is_skipped_by_the_kernel() -> None:
     check_what_is_skipped(run_kernels(kda_ops.kda_decode))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("version", [(3, 6), (3, 7)], ids=str)
+@pytest.mark.parametrize("name", VARIED)
+def test_tiles_as_every_triton_lays_them_out(name: str, version: tuple[int, int]) -> None:
+    case = next(case for case in CASES if case.name == name)
+    kernels = importlib.import_module("kda_ops.kda_decode.kernel")
+    with mock.patch.object(kernels, "TRITON", version):
+        assert_accurate(run_kernels(kda_ops.kda_decode), kda_ops.kda_decode, case)
 
 
 @pytest.mark.interpreter

@@ -29,6 +29,12 @@ def test_each_limit_carries_over_in_its_own_way(limit: str, one: float, four: fl
     assert piece.predicted(THERE, HERE, 4) == pytest.approx(four)
 
 
+def test_a_chain_is_shorter_from_so_many_ranks_on() -> None:
+    piece = Piece("kernel", 0, 0, 10e-6, "chain", shorter=(4, 3e-6))
+    assert piece.predicted(THERE, HERE, 2) == pytest.approx(20e-6)
+    assert piece.predicted(THERE, HERE, 4) == pytest.approx(6e-6)
+
+
 def test_nothing_is_predicted_below_its_floor() -> None:
     by_bytes = Piece("kernel", 400_000_000, 0, 1e-6, "chain")
     assert by_bytes.floor(THERE, 1) == pytest.approx(200e-6)

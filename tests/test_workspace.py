@@ -203,13 +203,23 @@ def test_groups_of_heads_change_nothing(slabs: bool) -> None:
         assert torch.equal(part, expected)
 
 
-def in_segments(count: int) -> Any:
-    """Sequences are scanned in so many segments, where K is not too large for it."""
+@contextlib.contextmanager
+def in_segments(count: int) -> Iterator[None]:
+    """Sequences are scanned in so many segments, and some are."""
+    first_pass = mock.patch.object(scan, "launch_segments", wraps=scan.launch_segments)
+    with mock.patch.object(scan, "segment_count", return_value=count), first_pass as launched:
+        yield
+    assert launched.called
 
-    def segments(K: int, *_: Any) -> int:
-        return count if K <= WIDEST else 1
 
-    return mock.patch.object(scan, "segment_count", segments)
+def has_segments(case: Case) -> bool:
+    q = case.make(CPU)["q"]
+    return q.dtype != torch.float32 and q.shape[-1] <= WIDEST
+
+
+segmented_cases = pytest.mark.parametrize(
+    ("name", "case"), [param for param in CASES if has_segments(param.values[1])]
+)
 
 
 def long_case(gate: str, dtype: torch.dtype, D: int) -> Case:
@@ -285,7 +295,7 @@ def test_segments_compile(target: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("segments", "rows"), [(3, None), (2, 1), (5, 3)], ids=["whole", "slabs", "wide-slabs"]
 )
-@pytest.mark.parametrize(("name", "case"), CASES)
+@segmented_cases
 def test_segments_in_the_interpreter(
     name: str, case: Case, segments: int, rows: int | None
 ) -> None:
@@ -300,7 +310,7 @@ def test_segments_in_the_interpreter(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("segments", [2, 5])
-@pytest.mark.parametrize(("name", "case"), CASES)
+@segmented_cases
 def test_segments_on_the_gpu(name: str, case: Case, segments: int) -> None:
     function = public_function(name)
     with in_segments(segments):
@@ -309,7 +319,7 @@ def test_segments_on_the_gpu(name: str, case: Case, segments: int) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_slabs_compile(name: str, tmp_path: Path) -> None:
-    """For one GPU: they differ from a whole workspace in masks alone."""
+    """For one GPU: they differ from a whole workspace in how a program finds its chunk alone."""
     recorder = test_cubin.Recorder()
     case = cases(name, perf=True)[0]
     with recording(name, recorder), in_slabs_of(64), torch.no_grad(), RunKernels():

@@ -211,7 +211,7 @@ def chunk_gated_prepare_kernel(
         HV,
         K,
         V,
-        True,
+        True,  # spills less with any lengths here
         PACKED,
     )
 

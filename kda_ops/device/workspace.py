@@ -1,4 +1,4 @@
-"""The memory between `prepare` and `scan`, the two kernels of chunked KDA.
+"""The memory between `prepare` and `scan`, the kernels of chunked KDA.
 
 It has one row per (chunk, value head): `w`, `kg`, `qg [64, K]`, `u [64, V]`, `Aqk [64, 64]` and the
 chunk's decay `[K]`. The row of chunk c of sequence n is `cu_seqlens[n] // 64 + n + c`, which needs
@@ -6,7 +6,7 @@ no table, is different for every chunk and below `T // 64 + N`. bf16 `u` needs n
 it is as large as the output and lies there until `scan` puts the output in its place.
 
 A workspace that would be too large (`kda_ops.chunks.workspace_slabs`) holds a slab of the rows at a
-time: both kernels run once per slab, and fp32 states `S [N, HV, K, V]` are carried from one to the
+time: all kernels run once per slab, and fp32 states `S [N, HV, K, V]` are carried from one to the
 next.
 """
 

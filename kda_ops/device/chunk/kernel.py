@@ -2,9 +2,10 @@
 the raw one.
 
 Two kernels each: `prepare`, for tiles that a program holds whole (`kda_ops.device.prepare`) or in
-general form (`kda_ops.device.general`), and `scan` (`kda_ops.device.scan`). Between them lies a
-workspace (`kda_ops.device.workspace`). Here is how a program finds its chunk, and what both forms
-of `prepare` do alike.
+general form (`kda_ops.device.general`), and `scan` (`kda_ops.device.scan`), with few heads after a
+first pass of its own (`kda_ops.device.segments`). Between them lies a workspace
+(`kda_ops.device.workspace`). Here is how a program finds its chunk or sequence and its state, and
+what both forms of `prepare` do alike.
 """
 
 import triton

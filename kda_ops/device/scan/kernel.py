@@ -98,6 +98,7 @@ def chunk_scan_kernel(
     blocks: tl.constexpr = (V + BV - 1) // BV
     p = tl.program_id(0).to(tl.int64)
     pair = p // blocks + first_pair
+    segment = 0
     if SEGMENTS > 1:
         segment = pair // tl.maximum(N * HV, 1)
         pair -= segment * (N * HV)
@@ -119,7 +120,8 @@ def chunk_scan_kernel(
             return
     page, live = page_of(indices_ptr, n, slots, PAGED)
     if live == 0:
-        _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
+        if segment == 0:
+            _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
         return
     r = tl.arange(0, 64)
     d = tl.arange(0, KP)
@@ -414,7 +416,8 @@ def launch_scan(
         found: tuple[Tensor | None, ...] = (None, None)
         if segments > 1:
             found = launch_segments(o, workspace, batch, segments, states, strides, sizes)
-        for first, count in scan_groups(K, V, batch, o):
+        groups = scan_groups(K, V, batch, o) if segments == 1 else [(0, batch.N * HV)]
+        for first, count in groups:
             programs = count * segments
             # a segment's state comes from products that leave no registers for wider blocks
             chosen = scan_values(K, V, programs if segments == 1 else min(programs, 32), o)

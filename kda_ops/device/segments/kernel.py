@@ -100,7 +100,8 @@ def chunk_segments_kernel(
 ):
     """E [N, HV, SEGMENTS, KP, V] in fp32 and M [N, HV, SEGMENTS, KP, KP] in fp16: of place 0 E is
     what the sequence begins with, of place i + 1 what segment i leaves, begun with that (i = 0) or
-    with zero. With `|k| <= 1` no entry of M is above 1.
+    with zero; of M the first two places are not used. With `|k| <= 1` and beta at most 2 no entry
+    of M is above 1.
 
     Grid: (blocks of BV columns of E and M * HV * N * (SEGMENTS - 1)), blocks innermost.
     """
