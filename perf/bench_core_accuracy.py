@@ -7,7 +7,6 @@ of rounding alike one sample decides by a percent: the errors are those of sever
 Runs after `bench_core`: FLA tunes itself at the first size it meets, and these are short.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from perf.bench_core import core, core_inputs, fused_core
 from perf.machine import gpu, software
 from perf.peers import fla, fla_core
-from perf.rows import OURS, SEED, Inputs, Prepare, direct
+from perf.rows import OURS, SEED, Inputs, Prepare, direct, relative_error
 from perf.timing import CLOCK, event_seconds
 
 T, H = 512, 32
@@ -100,13 +99,6 @@ def who_computes() -> dict[str, Prepare]:
     }
 
 
-def error(results: list[Tensor], exact: list[Tensor]) -> float:
-    """The relative Frobenius error of several results taken as one."""
-    pairs = [(x.double(), y) for x, y in zip(results, exact, strict=True)]
-    squares = sum((x - y).square().sum().item() for x, y in pairs)
-    return math.sqrt(squares / sum(y.square().sum().item() for _, y in pairs))
-
-
 @pytest.fixture(scope="module")
 def exact() -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Filled case by case."""
@@ -136,8 +128,10 @@ def bench_core_accuracy(
         results = [call() for call in calls]
         benchmark.pedantic(lambda: CLOCK.advance(event_seconds(calls[0])), rounds=1)
     errors = {
-        f"error_{part}": error([x[i] for x in results], [x[i] for x in exact[name]])
-        for i, part in enumerate(("o", "S"))
+        f"error_{part}": relative_error(torch.cat(ours), torch.cat(truth))
+        for part, ours, truth in zip(
+            ("o", "S"), zip(*results, strict=True), zip(*exact[name], strict=True), strict=True
+        )
     }
     if not who.startswith(OURS):
         peer_errors[name] = {"peer": who} | {f"peer_{key}": x for key, x in errors.items()}
