@@ -98,7 +98,6 @@ def chunk_scan_kernel(
     blocks: tl.constexpr = (V + BV - 1) // BV
     p = tl.program_id(0).to(tl.int64)
     pair = p // blocks + first_pair
-    segment = 0
     if SEGMENTS > 1:
         segment = pair // tl.maximum(N * HV, 1)
         pair -= segment * (N * HV)
@@ -120,8 +119,7 @@ def chunk_scan_kernel(
             return
     page, live = page_of(indices_ptr, n, slots, PAGED)
     if live == 0:
-        if segment == 0:
-            _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
+        _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
         return
     r = tl.arange(0, 64)
     d = tl.arange(0, KP)
