@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 
 import kda_ops
 from kda_ops.__main__ import main
@@ -165,7 +166,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.gpu
 def test_the_command_on_a_real_device(factories: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_main(["explain", f"{factories}:good", "--device", "cuda"]) == 0
+    # Inductor may pad the two columns of beta's projection, one more kernel, if a timing says so.
+    with inductor_config.patch(shape_padding=False):
+        assert run_main(["explain", f"{factories}:good", "--device", "cuda"]) == 0
     out = capsys.readouterr().out
     assert torch.cuda.get_device_name() in out
     assert "launches       8 -> 4" in out
