@@ -38,7 +38,7 @@ SM90: dict[str, Rows] = {
     ],
     "chunk_scan_fp32": [({}, {"BV": 32, "BLOCK": 32, "num_warps": 4})],
     # 32 columns take 2 % more of the core at 8 heads, and as much at fewer
-    "chunk_segments": [({}, {"BV": 64, "STAGES": 3, "num_warps": 4})],
+    "chunk_segments": [({}, {"BE": 64, "STAGES": 3, "num_warps": 4})],
     "conv_split": [({}, {"BLOCK": 1024, "num_warps": 4})],
     "gate": [({}, {"TILE": 4096, "num_warps": 4})],
     # 32 loads in flight beat 16 by 6 %, 128 to 512 channels are alike
@@ -78,7 +78,7 @@ TABLE: dict[str, dict[str, Rows]] = {"sm_90": SM90}
 DEFAULTS: dict[str, Rows] = {
     **SM90,
     # 64 columns spill elsewhere
-    "chunk_segments": [({}, {"BV": 32, "STAGES": 3, "num_warps": 4})],
+    "chunk_segments": [({}, {"BE": 32, "STAGES": 3, "num_warps": 4})],
     "conv_layout": [({}, {"layout": "SD"})],
 }
 

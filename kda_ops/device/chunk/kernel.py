@@ -162,6 +162,116 @@ def first_state(
 
 
 @triton.jit
+def scan_chunks(
+    w_ptr,
+    u_ptr,
+    kg_ptr,
+    qg_ptr,
+    A_ptr,
+    decay_ptr,
+    o_ptr,
+    S,
+    b,
+    start,
+    length,
+    row,
+    h,
+    T,
+    lo,
+    hi,
+    v,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    HALF: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Columns v of a head's state after chunks lo to hi of one sequence, begun with S [KP, v]; the
+    output's columns are written.
+    """
+    r = tl.arange(0, 64)
+    d = tl.arange(0, KP)
+    step = tl.full((), HV, tl.int64)
+    work = row * HV + h
+    tile = r[:, None] * KP + d[None, :]
+    w_at = w_ptr + work * (64 * KP) + tile
+    kg_at = kg_ptr + work * (64 * KP) + tile
+    qg_at = qg_ptr + work * (64 * KP) + tile
+    if u_ptr is not None:
+        u_at = u_ptr + work * (64 * V) + r[:, None] * V + v[None, :]
+    A_at = A_ptr + work * 4096 + r[:, None] * 64 + r[None, :]
+    decay_at = decay_ptr + work * KP + d
+    o_at = o_ptr + ((b * T + start + r)[:, None] * HV + h) * V + v[None, :]
+    in_v = (v < V)[None, :]
+    for c in tl.range(lo, hi, num_stages=STAGES):
+        ok = (r < length - c * 64)[:, None] & in_v
+        w = tl.load(w_at + c * step * (64 * KP))
+        if u_ptr is None:
+            u = tl.load(o_at + c * step * (64 * V), mask=ok, other=0.0)
+        else:
+            u = tl.load(u_at + c * step * (64 * V), mask=in_v, other=0.0)
+        kg = tl.load(kg_at + c * step * (64 * KP))
+        qg = tl.load(qg_at + c * step * (64 * KP))
+        A = tl.load(A_at + c * step * 4096)
+        decay = tl.load(decay_at + c * step * KP)
+        if HALF:
+            Sh, S_scale = to_half(S)
+            vn, vn_scale = to_half(u.to(tl.float32) - tl.dot(w, Sh) * S_scale)
+            o = tl.dot(qg, Sh) * S_scale + tl.dot(A, vn) * vn_scale
+            S = S * decay[:, None] + tl.dot(tl.trans(kg), vn) * vn_scale
+        else:
+            Sh = S.to(w.dtype)
+            vn = (u.to(tl.float32) - tl.dot(w, Sh)).to(w.dtype)
+            o = tl.dot(qg, Sh)
+            S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
+            o = tl.dot(A, vn, o)
+        tl.store(o_at + c * step * (64 * V), o.to(o_ptr.dtype.element_ty), mask=ok)
+    return S
+
+
+@triton.jit
+def store_state(
+    final_ptr,
+    carried,
+    S,
+    stored,
+    page,
+    h,
+    d,
+    v,
+    final_n,
+    final_h,
+    final_v,
+    final_k,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    FINAL: tl.constexpr,
+    SLABS: tl.constexpr,
+):
+    """Where `stored`, puts a head's state [d, v] where it belongs after a sequence's last chunk, in
+    this slab.
+    """
+    in_state = (v < V)[None, :] & stored
+    if FINAL:
+        at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
+        in_final = (d < K)[:, None] & in_state
+        tl.store(final_ptr + at, S.to(final_ptr.dtype.element_ty), mask=in_final)
+    if SLABS:
+        tl.store(carried, S, mask=in_state)
+
+
+@triton.jit
+def clear_sequence(o_ptr, b, start, end, h, T, v, HV: tl.constexpr, V: tl.constexpr):
+    """Zeroes the output columns v of one sequence and head."""
+    t = start + tl.arange(0, 64)
+    zero = tl.zeros((64, v.shape[0]), tl.float32).to(o_ptr.dtype.element_ty)
+    for c in range(0, tl.cdiv(end - start, 64)):
+        tc = t + c * 64
+        at = ((b * T + tc)[:, None] * HV + h) * V + v[None, :]
+        tl.store(o_ptr + at, zero, mask=(tc < end)[:, None] & (v < V)[None, :])
+
+
+@triton.jit
 def clear_padding(
     o_ptr, cu_ptr, p, h, T, N, NC, HV: tl.constexpr, V: tl.constexpr, VP: tl.constexpr
 ):

@@ -12,12 +12,14 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
 from kda_ops.device.chunk.kernel import (
+    clear_sequence,
     first_state,
     full_dot,
     page_of,
+    scan_chunks,
     sequence_rows,
     slab_chunks,
-    to_half,
+    store_state,
 )
 from kda_ops.device.segments.kernel import (
     launch_segments,
@@ -27,17 +29,6 @@ from kda_ops.device.segments.kernel import (
 )
 from kda_ops.device.workspace import Batch, Workspace, at_least_one, stages
 from kda_ops.formulas import CHUNK
-
-
-@triton.jit
-def _clear_sequence(o_ptr, b, start, end, h, T, v, HV: tl.constexpr, V: tl.constexpr):
-    """Zeroes the output columns v of one sequence and head."""
-    t = start + tl.arange(0, 64)
-    zero = tl.zeros((64, v.shape[0]), tl.float32).to(o_ptr.dtype.element_ty)
-    for c in range(0, tl.cdiv(end - start, 64)):
-        tc = t + c * 64
-        at = ((b * T + tc)[:, None] * HV + h) * V + v[None, :]
-        tl.store(o_ptr + at, zero, mask=(tc < end)[:, None] & (v < V)[None, :])
 
 
 @triton.jit
@@ -92,15 +83,15 @@ def chunk_scan_kernel(
 
     With HALF (fp16 inputs) the operands S and vn are scaled by column, so that no value overflows.
     With SLABS it takes the chunks of one slab, and S goes to S_ptr, from where it comes in the
-    sequence's next slab. With SEGMENTS > 1 it takes a segment of them, and S begins with what
-    `chunk_segments_kernel` found; segments are outermost in the grid.
+    sequence's next slab. With SEGMENTS > 1 it takes a segment of them, not the first, and S begins
+    with what `chunk_segments_kernel` found; segments are outermost in the grid.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     p = tl.program_id(0).to(tl.int64)
     pair = p // blocks + first_pair
     if SEGMENTS > 1:
-        segment = pair // tl.maximum(N * HV, 1)
-        pair -= segment * (N * HV)
+        segment = pair // tl.maximum(N * HV, 1) + 1
+        pair -= (segment - 1) * (N * HV)
     n = pair // HV
     if n >= N:
         return
@@ -115,18 +106,18 @@ def chunk_scan_kernel(
             return
     if SEGMENTS > 1:
         lo, hi, ends = segment_chunks(lo, hi, segment, SEGMENTS)
-        if (hi <= lo) & (segment > 0):
+        if hi <= lo:
             return
     page, live = page_of(indices_ptr, n, slots, PAGED)
     if live == 0:
-        _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
+        if SEGMENTS == 1:
+            clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
         return
-    r = tl.arange(0, 64)
     d = tl.arange(0, KP)
     if SLABS:
         carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
     if SEGMENTS > 1:
-        S = segment_state(E_ptr, M_ptr, pair, segment, d, v, KP, V, SEGMENTS)
+        S = segment_state(E_ptr, M_ptr, pair, segment, d, v, KP, V, SEGMENTS, STAGES)
     else:
         S = first_state(
             initial_ptr,
@@ -155,53 +146,48 @@ def chunk_scan_kernel(
             HAS_INITIAL,
         )
 
-    step = tl.full((), HV, tl.int64)
-    work = row * HV + h
-    tile = r[:, None] * KP + d[None, :]
-    w_at = w_ptr + work * (64 * KP) + tile
-    kg_at = kg_ptr + work * (64 * KP) + tile
-    qg_at = qg_ptr + work * (64 * KP) + tile
-    if u_ptr is not None:
-        u_at = u_ptr + work * (64 * V) + r[:, None] * V + v[None, :]
-    A_at = A_ptr + work * 4096 + r[:, None] * 64 + r[None, :]
-    decay_at = decay_ptr + work * KP + d
-    o_at = o_ptr + ((b * T + start + r)[:, None] * HV + h) * V + v[None, :]
-    in_v = (v < V)[None, :]
-    length = (end - start).to(tl.int32)
-    for c in tl.range(lo, hi, num_stages=STAGES):
-        ok = (r < length - c * 64)[:, None] & in_v
-        w = tl.load(w_at + c * step * (64 * KP))
-        if u_ptr is None:
-            u = tl.load(o_at + c * step * (64 * V), mask=ok, other=0.0)
-        else:
-            u = tl.load(u_at + c * step * (64 * V), mask=in_v, other=0.0)
-        kg = tl.load(kg_at + c * step * (64 * KP))
-        qg = tl.load(qg_at + c * step * (64 * KP))
-        A = tl.load(A_at + c * step * 4096)
-        decay = tl.load(decay_at + c * step * KP)
-        if HALF:
-            Sh, S_scale = to_half(S)
-            vn, vn_scale = to_half(u.to(tl.float32) - tl.dot(w, Sh) * S_scale)
-            o = tl.dot(qg, Sh) * S_scale + tl.dot(A, vn) * vn_scale
-            S = S * decay[:, None] + tl.dot(tl.trans(kg), vn) * vn_scale
-        else:
-            Sh = S.to(w.dtype)
-            vn = (u.to(tl.float32) - tl.dot(w, Sh)).to(w.dtype)
-            o = tl.dot(qg, Sh)
-            S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
-            o = tl.dot(A, vn, o)
-        tl.store(o_at + c * step * (64 * V), o.to(o_ptr.dtype.element_ty), mask=ok)
-    if FINAL:
-        at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
-        in_state = (d < K)[:, None] & (v < V)[None, :]
-        if SEGMENTS > 1:
-            in_state = in_state & ends
-        tl.store(final_ptr + at, S.to(final_ptr.dtype.element_ty), mask=in_state)
-    if SLABS:
-        in_state = (v < V)[None, :]
-        if SEGMENTS > 1:
-            in_state = in_state & ends
-        tl.store(carried, S, mask=in_state)
+    S = scan_chunks(
+        w_ptr,
+        u_ptr,
+        kg_ptr,
+        qg_ptr,
+        A_ptr,
+        decay_ptr,
+        o_ptr,
+        S,
+        b,
+        start,
+        (end - start).to(tl.int32),
+        row,
+        h,
+        T,
+        lo,
+        hi,
+        v,
+        HV,
+        V,
+        KP,
+        HALF,
+        STAGES,
+    )
+    store_state(
+        final_ptr,
+        carried if SLABS else None,
+        S,
+        ends if SEGMENTS > 1 else True,
+        page,
+        h,
+        d,
+        v,
+        final_n,
+        final_h,
+        final_v,
+        final_k,
+        K,
+        V,
+        FINAL,
+        SLABS,
+    )
 
 
 @triton.jit
@@ -268,7 +254,7 @@ def chunk_scan_fp32_kernel(
             return
     page, live = page_of(indices_ptr, n, slots, PAGED)
     if live == 0:
-        _clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
+        clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
         return
     r = tl.arange(0, 64)
     d = tl.arange(0, BLOCK)
@@ -411,15 +397,16 @@ def launch_scan(
     else:
         u = o if workspace.u is None else workspace.u
         segments = segment_count(K, V, batch, o)
-        found: tuple[Tensor | None, ...] = (None, None)
-        if segments > 1:
-            found = launch_segments(o, workspace, batch, segments, states, strides, sizes)
-        groups = scan_groups(K, V, batch, o) if segments == 1 else [(0, batch.N * HV)]
-        for first, count in groups:
-            programs = count * segments
-            # a segment's state comes from products that leave no registers for wider blocks
-            chosen = scan_values(K, V, programs if segments == 1 else min(programs, 32), o)
+        groups = scan_groups(K, V, batch, o) if segments == 1 else [(0, pairs * (segments - 1))]
+        for first, programs in groups:
+            chosen = scan_values(K, V, programs, o)
             depth = stages(3 * KP + CHUNK, KP, chosen["BV"], u.element_size(), o.device)
+            chosen["STAGES"] = min(chosen["STAGES"], depth)
+            found: tuple[Tensor | None, ...] = (None, None)
+            if segments > 1:
+                found = launch_segments(
+                    o, workspace, batch, segments, chosen, states, strides, sizes
+                )
             traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * at_least_one(programs),)](
                 *workspace,
                 *found,
@@ -430,5 +417,5 @@ def launch_scan(
                 **sizes,
                 HALF=o.dtype == torch.float16,
                 SEGMENTS=segments,
-                **{**chosen, "STAGES": min(chosen["STAGES"], depth)},
+                **chosen,
             )

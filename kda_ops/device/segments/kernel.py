@@ -1,11 +1,11 @@
 """`scan` for few heads: a sequence's chunks in segments that are worked on at the same time.
 
 A chunk takes S to T S + U, with T = diag(decay) - kg^T w and U = kg^T u, so a segment takes S to
-M S + E with M the product of its T and E what it makes of zero. A first pass finds M and E of
-every segment but the last, columns of both alike: those of M are states of a sequence without u
-that begins with the unit matrix. Then each segment finds the state it begins with from the M and E
-before it, and `scan` runs in all of them at once. The first pass makes two of `scan`'s four
-products, for three times as many columns.
+M S + E with M the product of its T and E what it makes of zero. A first pass scans the first
+segment and finds M and E of those between it and the last, columns of both alike: those of M are
+states of a sequence without u that begins with the unit matrix. Then every other segment finds the
+state it begins with from the M and E before it, and `scan` runs in all of them at once. For M and E
+a chunk makes two of `scan`'s four products, for as many columns as a state has and for K more.
 """
 
 from typing import Any, NamedTuple
@@ -18,14 +18,25 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
 from kda_ops.choice.examples import NoHintError, hint
-from kda_ops.device.chunk.kernel import first_state, page_of, sequence_rows, slab_chunks, to_half
+from kda_ops.device.chunk.kernel import (
+    clear_sequence,
+    first_state,
+    page_of,
+    scan_chunks,
+    sequence_rows,
+    slab_chunks,
+    store_state,
+    to_half,
+)
 from kda_ops.device.prepare.kernel import is_nvidia
 from kda_ops.device.workspace import Batch, Workspace, at_least_one, stages
 from kda_ops.formulas import CHUNK
 
-# The number of segments: two gain nothing, each waits for a product per one before it, and with
-# fewer chunks than this the passes' starts outweigh what they gain.
-FEWEST, MOST, FEWEST_CHUNKS = 3, 8, 10
+# How `scan` is done in segments: columns of the state per program, the fewest segments, the fewest
+# chunks in each. Fewer gain nothing: each waits for a product per one before it, and wide blocks
+# need two rounds in the first pass.
+FORMS = ((32, 4, 8), (64, 5, 20))
+MOST = 16  # segments
 WIDEST = 128  # K: M is held whole in shared memory
 
 
@@ -42,13 +53,22 @@ def segment_chunks(lo, hi, segment, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def segment_state(
-    E_ptr, M_ptr, pair, segment, d, v, KP: tl.constexpr, V: tl.constexpr, SEGMENTS: tl.constexpr
+    E_ptr,
+    M_ptr,
+    pair,
+    segment,
+    d,
+    v,
+    KP: tl.constexpr,
+    V: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """The state [KP, v] that a segment begins with."""
-    E_at = E_ptr + pair * (SEGMENTS * KP * V) + d[:, None] * V + v[None, :]
-    M_at = M_ptr + pair * (SEGMENTS * KP * KP) + d[:, None] * KP + d[None, :]
-    S = tl.load(E_at + tl.minimum(segment, 1) * (KP * V), mask=(v < V)[None, :], other=0.0)
-    for i in tl.range(2, segment + 1, num_stages=2):
+    """The state [KP, v] that a segment begins with, not the first."""
+    E_at = E_ptr + pair * ((SEGMENTS - 1) * KP * V) + d[:, None] * V + v[None, :]
+    M_at = M_ptr + pair * ((SEGMENTS - 1) * KP * KP) + d[:, None] * KP + d[None, :]
+    S = tl.load(E_at, mask=(v < V)[None, :], other=0.0)
+    for i in tl.range(1, segment, num_stages=STAGES):
         M = tl.load(M_at + i * (KP * KP))
         E = tl.load(E_at + i * (KP * V), mask=(v < V)[None, :], other=0.0)
         Sh, S_scale = to_half(S)
@@ -57,10 +77,64 @@ def segment_state(
 
 
 @triton.jit
+def _column(
+    w_ptr,
+    u_ptr,
+    kg_ptr,
+    decay_ptr,
+    o_ptr,
+    S,
+    b,
+    start,
+    length,
+    row,
+    h,
+    T,
+    lo,
+    hi,
+    v,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    HALF: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`scan_chunks` without output; v may lie past V, where u is zero."""
+    r = tl.arange(0, 64)
+    d = tl.arange(0, KP)
+    step = tl.full((), HV, tl.int64)
+    work = row * HV + h
+    tile = r[:, None] * KP + d[None, :]
+    w_at = w_ptr + work * (64 * KP) + tile
+    kg_at = kg_ptr + work * (64 * KP) + tile
+    decay_at = decay_ptr + work * KP + d
+    if u_ptr is None:
+        u_at = o_ptr + ((b * T + start + r)[:, None] * HV + h) * V + v[None, :]
+    else:
+        u_at = u_ptr + work * (64 * V) + r[:, None] * V + v[None, :]
+    for c in tl.range(lo, hi, num_stages=STAGES):
+        ok = (r < length - c * 64)[:, None] & (v < V)[None, :]
+        w = tl.load(w_at + c * step * (64 * KP))
+        u = tl.load(u_at + c * step * (64 * V), mask=ok, other=0.0)
+        kg = tl.load(kg_at + c * step * (64 * KP))
+        decay = tl.load(decay_at + c * step * KP)
+        if HALF:
+            Sh, S_scale = to_half(S)
+            vn, vn_scale = to_half(u.to(tl.float32) - tl.dot(w, Sh) * S_scale)
+            S = S * decay[:, None] + tl.dot(tl.trans(kg), vn) * vn_scale
+        else:
+            vn = (u.to(tl.float32) - tl.dot(w, S.to(w.dtype))).to(w.dtype)
+            S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
+    return S
+
+
+@triton.jit
 def chunk_segments_kernel(
     w_ptr,
     u_ptr,
     kg_ptr,
+    qg_ptr,
+    A_ptr,
     decay_ptr,
     S_ptr,
     E_ptr,
@@ -89,37 +163,44 @@ def chunk_segments_kernel(
     V: tl.constexpr,
     KP: tl.constexpr,
     BV: tl.constexpr,
+    BE: tl.constexpr,
     VARLEN: tl.constexpr,
     SLABS: tl.constexpr,
     INITIAL: tl.constexpr,
+    FINAL: tl.constexpr,
     PAGED: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HALF: tl.constexpr,
     SEGMENTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """E [N, HV, SEGMENTS, KP, V] in fp32 and M [N, HV, SEGMENTS, KP, KP] in fp16: of place 0 E is
-    what the sequence begins with, of place i + 1 what segment i leaves, begun with that (i = 0) or
-    with zero; of M the first two places are not used. With `|k| <= 1` and beta at most 2 no entry
-    of M is above 1.
+    """The first segment of every sequence, and of those between it and the last
+    E [N, HV, SEGMENTS - 1, KP, V] in fp32 and M [N, HV, SEGMENTS - 1, KP, KP] in fp16; in the first
+    one's place E is the state it leaves, and M is not used. With `|k| <= 1` and beta at most 2 no
+    entry of M is above 1.
 
-    Grid: (blocks of BV columns of E and M * HV * N * (SEGMENTS - 1)), blocks innermost.
+    Grid: (blocks of BV columns of a state * HV * N, then blocks of BE columns of E and M * HV * N *
+    (SEGMENTS - 2)), blocks innermost.
     """
-    v_blocks: tl.constexpr = (V + BV - 1) // BV
-    blocks: tl.constexpr = v_blocks + (KP + BV - 1) // BV
-    p = tl.program_id(0).to(tl.int64)
-    block = (p % blocks).to(tl.int32)
+    scanned: tl.constexpr = (V + BV - 1) // BV
+    v_blocks: tl.constexpr = (V + BE - 1) // BE
+    blocks: tl.constexpr = v_blocks + (KP + BE - 1) // BE
     pairs = tl.maximum(N * HV, 1)
-    segment = p // blocks // pairs
-    pair = p // blocks - segment * pairs
+    p = tl.program_id(0).to(tl.int64)
+    in_first = p < scanned * pairs
+    if in_first:
+        segment = p * 0
+        pair = p // scanned
+        block = (p % scanned).to(tl.int32)
+    else:
+        p -= scanned * pairs
+        segment = p // blocks // pairs + 1
+        pair = p // blocks % pairs
+        block = (p % blocks).to(tl.int32)
     n = pair // HV
     if n >= N:
         return
-    of_M = block >= v_blocks
-    if of_M & (segment == 0):
-        return
     h = pair % HV
-    v = block * BV + tl.arange(0, BV)
     b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
     lo = 0
     hi = tl.cdiv(end - start, 64).to(tl.int32)
@@ -128,78 +209,123 @@ def chunk_segments_kernel(
         if hi < lo:
             return
     lo, hi, ends = segment_chunks(lo, hi, segment, SEGMENTS)
-    if ends & (segment > 0):
-        return
     page, live = page_of(indices_ptr, n, slots, PAGED)
-    if live == 0:
-        return
-    r = tl.arange(0, 64)
     d = tl.arange(0, KP)
-    in_v = (v < V)[None, :]
-    m = v - v_blocks * BV
-    E_at = E_ptr + pair * (SEGMENTS * KP * V) + d[:, None] * V + v[None, :]
-    M_at = M_ptr + pair * (SEGMENTS * KP * KP) + d[:, None] * KP + m[None, :]
-    if of_M:
-        S = tl.where(d[:, None] == m[None, :], 1.0, 0.0)
-    else:
-        S = tl.zeros((KP, BV), tl.float32)
-        if segment == 0:
-            S = first_state(
-                initial_ptr,
-                final_ptr,
-                has_initial_ptr,
-                S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :] if SLABS else None,
-                n,
-                page,
-                h,
-                d,
-                v,
-                begins if SLABS else None,
-                initial_n,
-                initial_h,
-                initial_v,
-                initial_k,
-                final_n,
-                final_h,
-                final_v,
-                final_k,
-                K,
-                V,
-                SLABS,
-                INITIAL,
-                PAGED,
-                HAS_INITIAL,
-            )
-            tl.store(E_at, S, mask=in_v)
-
-    rows_of = tl.full((), HV, tl.int64)
-    work = row * HV + h
-    tile = r[:, None] * KP + d[None, :]
-    w_at = w_ptr + work * (64 * KP) + tile
-    kg_at = kg_ptr + work * (64 * KP) + tile
-    decay_at = decay_ptr + work * KP + d
-    if u_ptr is None:
-        u_at = o_ptr + ((b * T + start + r)[:, None] * HV + h) * V + v[None, :]
-    else:
-        u_at = u_ptr + work * (64 * V) + r[:, None] * V + v[None, :]
     length = (end - start).to(tl.int32)
-    for c in tl.range(lo, hi, num_stages=STAGES):
-        ok = (r < length - c * 64)[:, None] & in_v
-        w = tl.load(w_at + c * rows_of * (64 * KP))
-        u = tl.load(u_at + c * rows_of * (64 * V), mask=ok, other=0.0)
-        kg = tl.load(kg_at + c * rows_of * (64 * KP))
-        decay = tl.load(decay_at + c * rows_of * KP)
-        if HALF:
-            Sh, S_scale = to_half(S)
-            vn, vn_scale = to_half(u.to(tl.float32) - tl.dot(w, Sh) * S_scale)
-            S = S * decay[:, None] + tl.dot(tl.trans(kg), vn) * vn_scale
-        else:
-            vn = (u.to(tl.float32) - tl.dot(w, S.to(w.dtype))).to(w.dtype)
-            S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
-    if of_M:
-        tl.store(M_at + (segment + 1) * (KP * KP), S.to(tl.float16), mask=(m < KP)[None, :])
+    E_at = E_ptr + (pair * (SEGMENTS - 1) + segment) * (KP * V) + d[:, None] * V
+    if in_first:
+        v = block * BV + tl.arange(0, BV)
+        if live == 0:
+            clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
+            return
+        if SLABS:
+            carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
+        S = first_state(
+            initial_ptr,
+            final_ptr,
+            has_initial_ptr,
+            carried if SLABS else None,
+            n,
+            page,
+            h,
+            d,
+            v,
+            begins if SLABS else None,
+            initial_n,
+            initial_h,
+            initial_v,
+            initial_k,
+            final_n,
+            final_h,
+            final_v,
+            final_k,
+            K,
+            V,
+            SLABS,
+            INITIAL,
+            PAGED,
+            HAS_INITIAL,
+        )
+        S = scan_chunks(
+            w_ptr,
+            u_ptr,
+            kg_ptr,
+            qg_ptr,
+            A_ptr,
+            decay_ptr,
+            o_ptr,
+            S,
+            b,
+            start,
+            length,
+            row,
+            h,
+            T,
+            lo,
+            hi,
+            v,
+            HV,
+            V,
+            KP,
+            HALF,
+            STAGES,
+        )
+        store_state(
+            final_ptr,
+            carried if SLABS else None,
+            S,
+            ends,
+            page,
+            h,
+            d,
+            v,
+            final_n,
+            final_h,
+            final_v,
+            final_k,
+            K,
+            V,
+            FINAL,
+            SLABS,
+        )
+        tl.store(E_at + v[None, :], S, mask=(v < V)[None, :])
+        return
+    if ends | (live == 0):
+        return
+    v = block * BE + tl.arange(0, BE)
+    m = v - v_blocks * BE
+    if block >= v_blocks:
+        S = tl.where(d[:, None] == m[None, :], 1.0, 0.0)
+        v = V + m  # no column of u
     else:
-        tl.store(E_at + (segment + 1) * (KP * V), S, mask=in_v)
+        S = tl.zeros((KP, BE), tl.float32)
+    S = _column(
+        w_ptr,
+        u_ptr,
+        kg_ptr,
+        decay_ptr,
+        o_ptr,
+        S,
+        b,
+        start,
+        length,
+        row,
+        h,
+        T,
+        lo,
+        hi,
+        v,
+        HV,
+        V,
+        KP,
+        HALF,
+        STAGES,
+    )
+    if block >= v_blocks:
+        M_at = M_ptr + (pair * (SEGMENTS - 1) + segment) * (KP * KP) + d[:, None] * KP
+        tl.store(M_at + m[None, :], S.to(tl.float16), mask=(m < KP)[None, :])
+    else:
+        tl.store(E_at + v[None, :], S, mask=(v < V)[None, :])
 
 
 class Segments(NamedTuple):
@@ -219,14 +345,17 @@ def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
     if not (isinstance(pairs, int) and pairs and K <= WIDEST and is_nvidia(o.device)):
         return 1
     try:
-        tokens = hint(o.shape[0] * batch.T)
+        chunks = hint(o.shape[0] * batch.T) // (CHUNK * batch.N)
     except NoHintError:
         return 1
-    programs = pairs * triton.cdiv(V, 32)
     processors = torch.cuda.get_device_properties(o.device).multi_processor_count
-    chunks = tokens // (CHUNK * batch.N)
-    count = min(processors // programs, chunks // FEWEST_CHUNKS, MOST)
-    return count if count >= FEWEST else 1
+    for columns, fewest, fewest_chunks in FORMS:
+        # the first pass scans one more than the second
+        count = processors // (pairs * triton.cdiv(V, columns)) + 1
+        count = min(count, chunks // fewest_chunks, MOST)
+        if count >= fewest:
+            return count
+    return 1
 
 
 def launch_segments(
@@ -234,35 +363,36 @@ def launch_segments(
     workspace: Workspace,
     batch: Batch,
     segments: int,
+    scan: dict[str, Any],
     states: tuple[Any, ...],
     strides: list[Any],
     sizes: dict[str, Any],
 ) -> Segments:
-    """The first pass; the arguments after `segments` are those of `chunk_scan_kernel`."""
+    """The first pass; `scan` is what is chosen for the second, and the arguments after it are those
+    of `chunk_scan_kernel`.
+    """
     HV, V, KP = sizes["HV"], sizes["V"], sizes["KP"]
-    places = (at_least_one(batch.N), HV, segments, KP)
+    pairs = HV * at_least_one(batch.N)
+    places = (at_least_one(batch.N), HV, segments - 1, KP)
     found = Segments(
         torch.empty((*places, V), dtype=torch.float32, device=o.device),
         torch.empty((*places, KP), dtype=torch.float16, device=o.device),
     )
     chosen = choose("chunk_segments", o.device, K=sizes["K"], V=V, dtype=o.dtype)
     u = o if workspace.u is None else workspace.u
-    depth = stages(2 * KP, KP, chosen["BV"], u.element_size(), o.device)
-    blocks = triton.cdiv(V, chosen["BV"]) + triton.cdiv(KP, chosen["BV"])
-    grid = blocks * HV * at_least_one(batch.N) * (segments - 1)
+    depth = stages(2 * KP, KP, chosen["BE"], u.element_size(), o.device)
+    blocks = triton.cdiv(V, chosen["BE"]) + triton.cdiv(KP, chosen["BE"])
+    grid = (triton.cdiv(V, scan["BV"]) + blocks * (segments - 2)) * pairs
     traceable(chunk_segments_kernel)[(grid,)](
-        workspace.w,
-        workspace.u,
-        workspace.kg,
-        workspace.decay,
-        workspace.S,
+        *workspace,
         *found,
         o,
         *states,
         *strides,
-        **{name: size for name, size in sizes.items() if name != "FINAL"},
+        **sizes,
         HALF=o.dtype == torch.float16,
         SEGMENTS=segments,
-        **{**chosen, "STAGES": min(chosen["STAGES"], depth)},
+        BV=scan["BV"],
+        **{**chosen, "STAGES": min(chosen["STAGES"], scan["STAGES"], depth)},
     )
     return found
