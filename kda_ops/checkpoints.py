@@ -8,10 +8,10 @@ Four namings are known and told apart by the names themselves:
   `q_conv1d`, `k_conv1d`, `v_conv1d`;
 * Hugging Face: `forget_gate.f_a_proj`, `forget_gate.f_b_proj`, `forget_gate.A_log`,
   `forget_gate.dt_bias`, `g_a_proj`, `g_b_proj`, one `conv1d`;
-* kda_ops: the layer's own, `qkv_proj`, `conv_weight`, ...
+* kda_ops: the layer's own, `in_proj`, `conv_weight`, ...
 
-A full-rank gate is one `f_proj` or `g_proj` in all of them. The projections of q, k and v are
-separate everywhere but here.
+A full-rank gate is one `f_proj` or `g_proj` in all but the last. What is one matrix there,
+`in_proj`, is one for each of q, k, v, the gates and beta elsewhere.
 """
 
 import re
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def detect_naming(names: Mapping[str, Tensor]) -> str:
     """A layer's naming: `"kda_ops"`, `"Hugging Face"`, `"Moonshot"` or `"FLA"`."""
     firsts = {name.split(".")[0] for name in names}
-    if "qkv_proj" in firsts:
+    if "in_proj" in firsts:
         return "kda_ops"
     if firsts & {"forget_gate", "conv1d"}:
         return "Hugging Face"
@@ -96,9 +96,14 @@ def _sources(
     """What one parameter is made of: the checkpoint's names, in order, with allowed shapes."""
     if naming == "kda_ops":
         return {name: [shape]}
-    rows = {"q": layer.key_dim, "k": layer.key_dim, "v": layer.value_dim}
-    if name == "qkv_proj.weight":
-        return {f"{x}_proj.weight": [(n, *shape[1:])] for x, n in rows.items()}
+    rows = {x: layer.in_sizes[x] for x in "qkv"}
+    if name == "in_proj.weight":
+        seconds = {"f": layer.f_proj, "g": layer.g_proj}
+        firsts = {x: ".0" for x, second in seconds.items() if second is not None}
+        return {
+            _elsewhere(f"{x}_proj{firsts.get(x, '')}.weight", naming): [(n, *shape[1:])]
+            for x, n in layer.in_sizes.items()
+        }
     if name in ("conv_weight", "conv_bias"):
         part = name.removeprefix("conv_")
         names = (
@@ -115,11 +120,18 @@ def _sources(
     allowed = {"A_log": [shape, (1, 1, HV, 1)], "dt_bias": [shape, (HV, K)]}.get(name, [shape])
     if name == "o_norm_weight":
         name = "o_norm.weight"
+    if name.startswith("f_proj") or (name.startswith("g_proj") and "g" in layer.in_sizes):
+        name = name.replace("_proj.", "_proj.1.")
+    return {_elsewhere(name, naming): allowed}
+
+
+def _elsewhere(name: str, naming: str) -> str:
+    """FLA's name of a parameter in another naming."""
     if naming != "FLA":
         name = re.sub(r"^([fg])_proj\.([01])\.", lambda m: f"{m[1]}_{'ab'[int(m[2])]}_proj.", name)
     if naming == "Hugging Face" and name.startswith(("f_", "A_log", "dt_bias")):
         name = f"forget_gate.{name}"
-    return {name: allowed}
+    return name
 
 
 def _some(names: Mapping[str, Tensor]) -> str:

@@ -51,8 +51,11 @@ class KimiDeltaAttention(nn.Module):
         S <- diag(exp(g)) S;    S <- S + beta k (v - k^T S)^T;    o = K^-0.5 S^T q
         y = W_o (rms_norm(o) * sigmoid(W_g x))
 
-    The projections of q, k and v are one matrix `qkv_proj`, their convolutions one weight
-    `conv_weight [D, conv_size]` with `D = H*K + H*K + HV*V`, both in the order q | k | v.
+    What is projected from x is one matrix `in_proj`, with the rows of `in_sizes`: q | k | v | f | g
+    | b, of a gate of low rank its first factor, the second being `f_proj` or `g_proj` (and a
+    full-rank output gate with a bias is `g_proj` alone). A decode step is held up by the number of
+    its products, not by their size. The convolutions are one weight `conv_weight [D, conv_size]`
+    with `D = H*K + H*K + HV*V`, in the order q | k | v.
     `load_checkpoint` packs the checkpoints of FLA, Hugging Face and Moonshot that way. `A_log` and
     `dt_bias` stay in fp32 when the layer is cast to a 16-bit dtype.
 
@@ -77,11 +80,11 @@ class KimiDeltaAttention(nn.Module):
         conv_bias: Whether the convolution has a bias.
         layer_idx: Kept for the caller.
         norm_eps: eps of the output norm.
-        forget_gate_rank: Rank of `f_proj`: a number, `"head"` for V (FLA, Kimi Linear), or None for
-            one full-rank matrix.
-        output_gate_rank: Rank of `g_proj`, likewise (None: Kimi K3).
-        output_gate_bias: Whether `g_proj` ends in a bias (FLA has one, Moonshot's checkpoints have
-            none).
+        forget_gate_rank: Rank of the forget gate: a number, `"head"` for V (FLA, Kimi Linear), or
+            None for one full-rank matrix.
+        output_gate_rank: Rank of the output gate, likewise (None: Kimi K3).
+        output_gate_bias: Whether the output gate ends in a bias (FLA has one, Moonshot's
+            checkpoints have none).
         conv_layout: `"SD"`, `"DS"`, `"auto"`, or None to follow `kda_ops.config.conv_layout`.
             `"auto"` goes by the shape of the state that a call gets.
         device: Where the parameters are made.
@@ -168,7 +171,19 @@ class KimiDeltaAttention(nn.Module):
 
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
         gate_dim, value_dim = num_v_heads * head_dim, self.value_dim
-        self.qkv_proj = nn.Linear(hidden_size, self.conv_dim, bias=False, **kw)
+        f_rank = self._gate_rank("forget_gate_rank", forget_gate_rank)
+        g_rank = self._gate_rank("output_gate_rank", output_gate_rank)
+        self.in_sizes = {
+            "q": self.key_dim,
+            "k": self.key_dim,
+            "v": self.value_dim,
+            "f": gate_dim if f_rank is None else f_rank,
+            "g": value_dim if g_rank is None else g_rank,
+            "b": num_v_heads,
+        }
+        if g_rank is None and output_gate_bias:
+            del self.in_sizes["g"]
+        self.in_proj = nn.Linear(hidden_size, sum(self.in_sizes.values()), bias=False, **kw)
         if use_short_conv:
             self.conv_weight = nn.Parameter(torch.empty(self.conv_dim, conv_size, **kw))
         else:
@@ -177,32 +192,23 @@ class KimiDeltaAttention(nn.Module):
             self.conv_bias = nn.Parameter(torch.empty(self.conv_dim, **kw))
         else:
             self.register_parameter("conv_bias", None)
-        self.f_proj = self._gate_projection(
-            "forget_gate_rank", forget_gate_rank, gate_dim, False, kw
-        )
-        self.b_proj = nn.Linear(hidden_size, num_v_heads, bias=False, **kw)
+        self.f_proj = None if f_rank is None else nn.Linear(f_rank, gate_dim, bias=False, **kw)
         self.A_log = nn.Parameter(torch.empty(num_v_heads, device=device, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(gate_dim, device=device, dtype=torch.float32))
-        self.g_proj = self._gate_projection(
-            "output_gate_rank", output_gate_rank, value_dim, output_gate_bias, kw
-        )
+        self.g_proj = None
+        if g_rank is not None or output_gate_bias:
+            rank = hidden_size if g_rank is None else g_rank
+            self.g_proj = nn.Linear(rank, value_dim, bias=output_gate_bias, **kw)
         self.o_norm_weight = nn.Parameter(torch.empty(head_v_dim, **kw))
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False, **kw)
         self.reset_parameters()
 
-    def _gate_projection(
-        self, name: str, rank: int | str | None, out: int, bias: bool, kw: dict[str, Any]
-    ) -> nn.Module:
-        if rank is None:
-            return nn.Linear(self.hidden_size, out, bias=bias, **kw)
+    def _gate_rank(self, name: str, rank: int | str | None) -> int | None:
         if rank == "head":
-            rank = self.head_v_dim
-        if not isinstance(rank, int) or rank < 1:
+            return self.head_v_dim
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
             raise ValueError(f'{name} must be a positive number, "head" or None, got {rank!r}')
-        return nn.Sequential(
-            nn.Linear(self.hidden_size, rank, bias=False, **kw),
-            nn.Linear(rank, out, bias=bias, **kw),
-        )
+        return rank
 
     @property
     def key_dim(self) -> int:
@@ -282,11 +288,11 @@ class KimiDeltaAttention(nn.Module):
             self.head_v_dim,
             conv_size=self.conv_size,
             num_spec=num_spec,
-            conv_dtype=self.qkv_proj.weight.dtype,
+            conv_dtype=self.in_proj.weight.dtype,
             recurrent_dtype=recurrent_dtype,
             layout=configured_layout(self.conv_layout),
         )
-        return spec.decide_layout(self.qkv_proj.weight.device, transfer=transfer)
+        return spec.decide_layout(self.in_proj.weight.device, transfer=transfer)
 
     def forward(
         self,
@@ -330,10 +336,7 @@ class KimiDeltaAttention(nn.Module):
         self._check(hidden_states, state, batch, cu_seqlens, chunks)
         conv = None if state is None else state[0]
         layout = resolve_layout(self.conv_layout, conv, self.conv_dim)
-        x = self.qkv_proj(hidden_states)
-        f = self.f_proj(hidden_states).unflatten(-1, (self.num_v_heads, self.head_k_dim))
-        beta = self.b_proj(hidden_states)
-        z = self.g_proj(hidden_states).unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        x, f, z, beta = self._project(hidden_states)
         if batch is not None and state is not None:
             o = self._step(x, f, beta, z, state, batch, layout)
         else:
@@ -348,6 +351,22 @@ class KimiDeltaAttention(nn.Module):
             o = self._prefill(x, f, beta, z, state, slots, None, cu_seqlens, chunks, layout)
         output = self.o_proj(o.flatten(-2))
         return (output, state) if output_state else output
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What goes into the convolution, both gates by head, and beta before its sigmoid."""
+        sizes = self.in_sizes
+        widths = [self.conv_dim, *(sizes[name] for name in "fgb" if name in sizes)]
+        # products of rows: `nn.Linear` would add the bias of a slice with more axes on its own
+        rows = hidden_states.flatten(0, 1)
+        x, f, *rest, beta = self.in_proj(rows).split(widths, dim=-1)
+        z = rest[0] if rest else rows
+        if self.f_proj is not None:
+            f = self.f_proj(f)
+        if self.g_proj is not None:
+            z = self.g_proj(z)
+        x, f, z, beta = (y.unflatten(0, hidden_states.shape[:2]) for y in (x, f, z, beta))
+        f = f.unflatten(-1, (self.num_v_heads, self.head_k_dim))
+        return x, f, z.unflatten(-1, (self.num_v_heads, self.head_v_dim)), beta
 
     def _step(
         self,

@@ -33,10 +33,10 @@ FUSIONS = (  # in the order in which they run
     "fuse_cumsum_scale",
     "fuse_gate_cumsum",
     "fuse_kda_decode",
-    "fuse_short_conv_qkv",
     "fuse_separate_convs",
     "fuse_chunk_kda_gated",
     "fuse_chunk_norms",
+    "fuse_short_conv_qkv",  # the norms that the recurrence does not take
     "fuse_packed_projection",
 )
 

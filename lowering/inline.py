@@ -12,6 +12,7 @@ from threading import Thread
 from typing import Any
 
 import torch
+from sympy import Integer
 from torch._inductor import ir
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.lowering import _maybe_layout_constraints as layout_constraints
@@ -73,7 +74,7 @@ def inline_launcher(launcher: Callable[..., Any], *args: Any) -> Any:
     """Lowers the current node to the kernel launches (and allocations) of its launcher.
 
     The launcher reads strides from its arguments while it is traced, so the buffers are held to
-    exactly those strides.
+    exactly those strides; see `_placed`.
     """
     return _inline(launcher, args, exact_strides=True)
 
@@ -144,15 +145,39 @@ def _inline(function: Callable[..., Any], args: tuple[Any, ...], *, exact_stride
             filled[i] = x
         return function(*filled)
 
-    with V.fake_mode:
-        trace = make_fx(call, decomposition_table=select_decomp_table())
-        graph = trace(*[values[i] for i in traced])
     inputs = [args[i] for i in traced]
+    shown = [values[i] for i in traced]
     if exact_strides:
-        inputs = [
-            ir.ExternKernel.require_exact_strides(x, values[i].stride())
-            if isinstance(x, ir.TensorBox)
-            else x
-            for x, i in zip(inputs, traced, strict=True)
-        ]
+        placed = [_placed(x, value) for x, value in zip(inputs, shown, strict=True)]
+        inputs, shown = [list(y) for y in zip(*placed, strict=True)]
+    with V.fake_mode:
+        graph = make_fx(call, decomposition_table=select_decomp_table())(*shown)
     return compat.inline_subgraph(graph, inputs)
+
+
+def _placed(x: Any, value: Any) -> tuple[Any, Any]:
+    """An argument of a launcher, and what the launcher is traced with in its place.
+
+    Inductor pads the rows of a large intermediate result whose width is not a multiple of 128
+    bytes, and with them the strides of its slices. To ask for the strides of the graph then is to
+    ask for a copy; the launcher takes any, so it is traced with those there are.
+    """
+    if not isinstance(x, ir.TensorBox):
+        return x, value
+    base = x.data.unwrap_view() if isinstance(x.data, ir.BaseView) else x.data
+    if ir.is_storage_and_layout(base) and isinstance(base.get_layout(), ir.FixedLayout):
+        real = ir.ExternKernel.realize_input(x)
+        strides = [
+            int(there) if isinstance(own, int) and isinstance(there, (int, Integer)) else own
+            for own, there in zip(value.stride(), real.get_layout().stride, strict=True)
+        ]
+        if any(
+            own is not there and own != there and not (isinstance(size, int) and size == 1)
+            for size, own, there in zip(value.shape, value.stride(), strides, strict=True)
+        ):
+            with V.fake_mode:
+                value = torch.empty_strided(
+                    value.shape, strides, dtype=value.dtype, device=value.device
+                )
+            return ir.TensorBox(real), value
+    return ir.ExternKernel.require_exact_strides(x, value.stride()), value

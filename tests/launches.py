@@ -10,11 +10,12 @@ from tests.fake_cuda import Summary, cuda_code, summary
 
 DECODE = ["kda_decode_kernel"]
 PREFILL = [
-    "short_conv_qkv_kernel",
+    "short_conv_kernel",
     "chunk_gated_prepare_kernel",
     "chunk_scan_kernel",
     "rms_norm_gated",
 ]
+PREFILL_APART = ["short_conv_qkv_kernel", *PREFILL[1:]]  # q, k and v convolved apart
 FORBIDDEN = ("copy_(", "fill_(", "zero_(", ".item()", ".tolist()", ".cpu()", "synchronize()")
 GEMMS = ("extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm")
 

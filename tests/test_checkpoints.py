@@ -78,20 +78,32 @@ def hugging_face(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check(layer: KimiDeltaAttention, source: dict[str, Tensor]) -> None:
     """Every parameter of the layer is FLA's tensor of that meaning."""
-    q, k, v = layer.qkv_proj.weight.split([H * K, H * K, HV * V])
-    assert torch.equal(q, source["q_proj.weight"])
-    assert torch.equal(k, source["k_proj.weight"])
-    assert torch.equal(v, source["v_proj.weight"])
+    parts = dict(
+        zip(
+            layer.in_sizes,
+            layer.in_proj.weight.split(list(layer.in_sizes.values())),
+            strict=True,
+        )
+    )
+    low_rank = {x for x in "fg" if f"{x}_proj.0.weight" in source}
+    for x, part in parts.items():
+        name = f"{x}_proj.0.weight" if x in low_rank else f"{x}_proj.weight"
+        assert torch.equal(part, source[name]), name
     q, k, v = layer.conv_weight.split([H * K, H * K, HV * V])
     assert torch.equal(q, source["q_conv1d.weight"][:, 0])
     assert torch.equal(k, source["k_conv1d.weight"][:, 0])
     assert torch.equal(v, source["v_conv1d.weight"][:, 0])
     assert torch.equal(layer.o_norm_weight, source["o_norm.weight"])
     own = dict(layer.named_parameters())
-    for name in ("A_log", "dt_bias", "b_proj.weight", "o_proj.weight"):
+    for name in ("A_log", "dt_bias", "o_proj.weight"):
         assert torch.equal(own[name], source[name]), name
-    for name in (n for n in source if n.startswith(("f_proj", "g_proj"))):
-        assert torch.equal(own[name], source[name]), name
+    rest = {"g_proj.weight", "g_proj.bias"} if "g" not in parts else set()
+    expected = {f"{x}_proj.{part}" for x in low_rank for part in ("weight", "bias")} | rest
+    for name in expected:
+        theirs = source.get(name if name in rest else name.replace("_proj.", "_proj.1."))
+        assert (name in own) == (theirs is not None), name
+        assert theirs is None or torch.equal(own[name], theirs), name
+    assert {name for name in own if name.startswith(("f_proj", "g_proj"))} <= expected
 
 
 def test_fla() -> None:
@@ -146,6 +158,13 @@ def test_full_rank_output_gate_and_biases(naming: Any) -> None:
     layer = make_layer(output_gate_rank=None, output_gate_bias=True)
     layer.load_checkpoint(naming(source))
     check(layer, source)
+    assert "g" not in layer.in_sizes
+
+    del source["g_proj.bias"]
+    layer = make_layer(output_gate_rank=None)
+    layer.load_checkpoint(naming(source))
+    check(layer, source)
+    assert layer.g_proj is None
 
 
 @pytest.mark.parametrize("naming", [dict, moonshot, hugging_face])

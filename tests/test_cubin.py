@@ -45,6 +45,7 @@ TARGETS = {
 # spill nothing. A change that spills more is measured, and noted here.
 SPILLS = {
     "chunk_scan_kernel": {"sm_80": 192},
+    "chunk_segments_kernel": {"sm_80": 16},
     # the most of any launch tested; at the benchmarks' sizes on sm_90a, Triton 3.6: chunk_prepare
     # 40, with cu_seqlens 104; chunk_gated_prepare 0 and 8, without the norms 80
     "chunk_prepare_kernel": {"sm_80": 752, "sm_90a": 456, "sm_100a": 176, "sm_120": 744},

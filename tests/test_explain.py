@@ -20,7 +20,7 @@ from tests.test_fusion_decode import inputs as step_inputs
 from tests.test_fusion_decode import variant
 from tests.test_launch_contract import DECODE, HIDDEN, KINDS, PREFILL, H, K, Stack, paged
 
-GEMMS = {"extern_kernels.mm": 6, "extern_kernels.addmm": 1}
+GEMMS = {"extern_kernels.mm": 3, "extern_kernels.addmm": 1}
 T, BF16 = 104, torch.bfloat16
 
 
@@ -55,10 +55,11 @@ def test_a_layer_shows_what_fired_and_what_it_launches(prefill: Explanation) -> 
         ("layers.1", "KimiDeltaAttention"),
     ]
     for layer in prefill.layers:
-        assert [fired.rewrite for fired in layer.fired] == ["short_conv_qkv", "chunk_kda_gated"]
-        assert layer.fired[0].removed == ("short_conv", "l2norm", "l2norm")
+        assert [fired.rewrite for fired in layer.fired] == ["chunk_kda_gated", "chunk_norms"]
+        assert layer.fired[0].removed == ("gate_cumsum", "chunk_kda")
+        assert layer.fired[1].removed == ("l2norm", "l2norm", "chunk_kda_gated")
         assert "kda_ops/layer.py" in layer.fired[0].source
-        assert layer.fired[0].source.endswith("in _prefill: x = short_conv(...)")
+        assert layer.fired[0].source.endswith("in _prefill: o, _ = chunk_kda(...)")
         assert layer.near_misses == ()
         for name, part in zip(layer.after.launches, PREFILL, strict=True):
             assert part in name
@@ -69,12 +70,11 @@ def test_a_layer_shows_what_fired_and_what_it_launches(prefill: Explanation) -> 
 
 
 def test_bytes_are_those_of_a_hand_count(prefill: Explanation) -> None:
-    """Per layer, written once and read once: what is normalised apart from the convolution, the
-    cumulative gate in fp32, and beta in fp32.
+    """Per layer, written once and read once: normalised q and k, the cumulative gate in fp32, and
+    beta in fp32.
     """
-    convolved, normalised, G, beta = 3 * T * H * K * 2, 2 * T * H * K * 2, T * H * K * 4, T * H * 4
-    parts = convolved  # dense, from the fused convolution
-    saved = 2 * (convolved + normalised + G + beta - parts)
+    normalised, G, beta = 2 * T * H * K * 2, T * H * K * 4, T * H * 4
+    saved = 2 * (normalised + G + beta)
     assert [layer.bytes_saved for layer in prefill.layers] == [saved, saved]
     assert prefill.bytes_saved == 2 * saved
     # the second layer's result is returned and not an intermediate one
@@ -153,24 +153,28 @@ def test_an_intermediate_that_is_needed_is_a_near_miss() -> None:
 def test_graphs_say_what_a_rewrite_takes_and_makes(prefill: Explanation) -> None:
     layer = prefill.layers[0]
     taken = {node.operator: node.rewrite for node in layer.before.graph if node.rewrite}
-    made = {node.operator: node.rewrite for node in layer.after.graph if node.rewrite}
-    assert taken["short_conv"] == taken["l2norm"] == "short_conv_qkv"
+    made = {
+        node.operator: node.rewrite
+        for node in layer.after.graph
+        if node.rewrite and node.operator != "getitem"
+    }
+    assert taken["l2norm"] == "chunk_norms"
     assert taken["chunk_kda"] == taken["gate_cumsum"] == taken["aten.sigmoid"] == "chunk_kda_gated"
-    assert made["short_conv_qkv"] == "short_conv_qkv"
-    assert made["chunk_kda_gated"] == "chunk_kda_gated"
+    assert "short_conv" not in taken
+    assert made == {"chunk_kda_gated": "chunk_norms"}
     names = [{node.name for node in side.graph} for side in (layer.before, layer.after)]
     for node in layer.before.graph:  # marked if and only if it is gone
         assert (node.rewrite is None) == (node.name in names[1]), node
     gemm = next(node for node in layer.before.graph if node.operator == "aten.mm")
-    assert gemm.value == f"bfloat16[{T}, {3 * H * K}]"
+    assert gemm.value == f"bfloat16[{T}, {3 * H * K + 2 * K + H}]"
 
 
 def test_the_text_says_alike_layers_once(prefill: Explanation) -> None:
     text = str(prefill)
     assert text.startswith("compiled for NVIDIA H200 (described, not present), static shapes\n")
-    assert "layers.0  KimiDeltaAttention\n  fired          short_conv_qkv at short_conv\n" in text
+    assert "layers.0  KimiDeltaAttention\n  fired          chunk_kda_gated at chunk_kda\n" in text
     assert "launches       8 -> 4" in text
-    assert "6 x extern_kernels.mm" in text
+    assert "3 x extern_kernels.mm" in text
     saved = f"{prefill.bytes_saved / 1024:.4g} KiB less through memory"
     assert text.endswith(f"whole graph: 16 -> 8 launches, {saved}")
     first = prefill.layers[0]
@@ -329,7 +333,7 @@ def test_the_page_is_whole_and_loads_nothing(prefill: Explanation) -> None:
         assert f">{operator}" in where
     assert ">chunk_kda_gated<" not in before
     assert "16 -> 8 launches" in page.text
-    for name in ("chunk_gated_prepare_kernel", "6 x extern_kernels.mm", "in _prefill"):
+    for name in ("chunk_gated_prepare_kernel", "3 x extern_kernels.mm", "in _prefill"):
         assert name in page.text
 
 

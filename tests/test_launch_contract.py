@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 
 import kda_ops
@@ -100,6 +101,18 @@ def test_packed_sequences_are_four_launches(dynamic: bool) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_sequences_of_one_length_are_four_launches(batch: int, dynamic: bool) -> None:
     expect(compiled(Stack(KINDS[:2]), 130, dynamic, entries=batch), 2 * PREFILL)
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_padded_rows_of_the_projections_are_not_copied(step: str) -> None:
+    """Inductor pads rows of more than 1024 elements; here all, to the next 128 bytes."""
+    stack = Stack(KINDS[:1])
+    how = {"states": paged(stack), "batch": KDABatch.decode([1, 2, 3])} if step == "decode" else {}
+    with inductor_config.patch(padding_stride_threshold=0), torch.no_grad():
+        _, (source,) = cuda_code(stack, torch.randn(1, 3, HIDDEN, dtype=torch.bfloat16), **how)
+    assert "empty_strided_cuda((3, 514), (576, 1), torch.bfloat16)" in source
+    names = summary(source).launches
+    expect(Summary(names, [], []), DECODE if step == "decode" else PREFILL)
 
 
 def test_a_length_that_is_a_difference_costs_no_copy() -> None:

@@ -58,9 +58,17 @@ def naive(layer: KimiDeltaAttention, hidden: Tensor, lengths: list[int] | None =
         return rows
     K, V = layer.head_k_dim, layer.head_v_dim
     groups = layer.num_v_heads // layer.num_heads
-    x = hidden @ layer.qkv_proj.weight.T
-    forget, output_gate = layer.f_proj(hidden), layer.g_proj(hidden)
-    beta = torch.sigmoid(hidden @ layer.b_proj.weight.T) * (2 if layer.allow_neg_eigval else 1)
+    rows = layer.in_proj.weight.split(list(layer.in_sizes.values()))
+    parts = {name: hidden @ part.T for name, part in zip(layer.in_sizes, rows, strict=True)}
+    x = torch.cat([parts[name] for name in "qkv"], dim=-1)
+    forget, output_gate, beta = parts["f"], parts.get("g", hidden), parts["b"]
+    if layer.f_proj is not None:
+        forget = forget @ layer.f_proj.weight.T
+    if layer.g_proj is not None:
+        output_gate = output_gate @ layer.g_proj.weight.T
+        if layer.g_proj.bias is not None:
+            output_gate = output_gate + layer.g_proj.bias
+    beta = torch.sigmoid(beta) * (2 if layer.allow_neg_eigval else 1)
     A_log, dt_bias = (p.to(hidden.dtype) for p in (layer.A_log, layer.dt_bias))
     S = [hidden.new_zeros(K, V)] * layer.num_v_heads
     outputs = []

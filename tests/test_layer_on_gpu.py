@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -69,6 +70,14 @@ def test_compiled_against_fp64(mode: str, layout: str, gate: dict[str, Any]) -> 
             states = (on_device["state"], inputs["state"], exact["state"])
             for s, r, e in zip(*states, strict=True):
                 assert_close(s, r, e, operand_dtype=BF16)
+
+
+@every_layout
+@pytest.mark.parametrize("mode", ["batch", "varlen", "decode", "mixed"])
+def test_padded_rows_of_the_projections(mode: str, layout: str) -> None:
+    """As Inductor makes them of layers of real width; see `tests/test_launch_contract.py`."""
+    with inductor_config.patch(padding_stride_threshold=0):
+        test_compiled_against_fp64(mode, layout, {})
 
 
 # PyTorch starts its tree of graphs with an empty one

@@ -122,14 +122,17 @@ def shard_kda(full: KimiDeltaAttention, tp_size: int, rank: int, layout: str) ->
         conv_layout=layout,
     )
     weights = dict(full.state_dict())
-    for name in ("qkv_proj.weight", "conv_weight"):
-        parts = weights[name].split([full.key_dim, full.key_dim, full.value_dim])
+    heads = {"q": H, "k": H, "v": HV, "b": HV}
+    for name, sizes in (
+        ("in_proj.weight", full.in_sizes),
+        ("conv_weight", {x: full.in_sizes[x] for x in "qkv"}),
+    ):
+        parts = dict(zip(sizes, weights[name].split(list(sizes.values())), strict=True))
         weights[name] = torch.cat(
-            [held(x, n, tp_size, rank) for x, n in zip(parts, (H, H, HV), strict=True)]
+            [held(x, heads[n], tp_size, rank) if n in heads else x for n, x in parts.items()]
         )
-    for name in ("f_proj.1.weight", "b_proj.weight", "A_log", "dt_bias", "g_proj.1.weight"):
+    for name in ("f_proj.weight", "A_log", "dt_bias", "g_proj.weight", "g_proj.bias"):
         weights[name] = held(weights[name], HV, tp_size, rank)
-    weights["g_proj.1.bias"] = held(weights["g_proj.1.bias"], HV, tp_size, rank)
     weights["o_proj.weight"] = held(weights["o_proj.weight"].t(), HV, tp_size, rank).t()
     local.load_state_dict(weights)
     return local
