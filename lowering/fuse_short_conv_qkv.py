@@ -4,6 +4,7 @@
     short_conv_qkv(x)
 
 The convolved queries and keys are not written and read again, and the three parts come out dense.
+Where the recurrence takes the norms there are none left (`fuse_chunk_norms`).
 """
 
 from typing import Any

@@ -138,11 +138,10 @@ CORE = {"chunks: prepare": "work", "chunks: scan": "chain"}
 
 def prefill_pieces(rows: Sequence[Row]) -> list[Piece]:
     """A layer at hidden 2304, H = 32, T = 8192, on one GPU."""
-    conv = case_of("short_conv_qkv", "T8192-H32")
+    conv = case_of("short_conv", "T8192-D12288")
     chunks = case_of("chunk_kda_gated", "norm-T8192-H32")
     norm = case_of("rms_norm_gated", "T8192-H32")
     core = stacked(best(rows, "core", "softplus-T8192-H32"))
-    core.pop("norm of q and k", None)  # the convolution makes them
     few = stacked(best(rows, "core", "softplus-T8192-H8"))
     share = chunks.bytes_moved // 2
     pieces = [
@@ -162,7 +161,7 @@ def prefill_pieces(rows: Sequence[Row]) -> list[Piece]:
     products = projections(best(rows, "layer", f"prefill-T{TOKENS}-H32"))
     return [
         Piece("projections", 2 * WEIGHTS, flops, products, "flops"),
-        _piece("convolution, norms of q and k", conv, best(rows, "short_conv_qkv", conv.name)),
+        _piece("convolution", conv, best(rows, "short_conv", conv.name)),
         *pieces,
         *([Piece("gate and beta", 0, 0, rest, "bytes")] if rest else []),
         _piece("output norm", norm, best(rows, "rms_norm_gated", norm.name)),

@@ -185,9 +185,11 @@ def scan_chunks(
     KP: tl.constexpr,
     HALF: tl.constexpr,
     STAGES: tl.constexpr,
+    OUTPUT: tl.constexpr,
 ):
-    """Columns v of a head's state after chunks lo to hi of one sequence, begun with S [KP, v]; the
-    output's columns are written.
+    """Columns v of a head's state after chunks lo to hi of one sequence, begun with S [KP, v].
+
+    With OUTPUT the output's columns are written; without, v may lie past V, where u is zero.
     """
     r = tl.arange(0, 64)
     d = tl.arange(0, KP)
@@ -211,21 +213,26 @@ def scan_chunks(
         else:
             u = tl.load(u_at + c * step * (64 * V), mask=in_v, other=0.0)
         kg = tl.load(kg_at + c * step * (64 * KP))
-        qg = tl.load(qg_at + c * step * (64 * KP))
-        A = tl.load(A_at + c * step * 4096)
+        if OUTPUT:
+            qg = tl.load(qg_at + c * step * (64 * KP))
+            A = tl.load(A_at + c * step * 4096)
         decay = tl.load(decay_at + c * step * KP)
         if HALF:
             Sh, S_scale = to_half(S)
             vn, vn_scale = to_half(u.to(tl.float32) - tl.dot(w, Sh) * S_scale)
-            o = tl.dot(qg, Sh) * S_scale + tl.dot(A, vn) * vn_scale
+            if OUTPUT:
+                o = tl.dot(qg, Sh) * S_scale + tl.dot(A, vn) * vn_scale
             S = S * decay[:, None] + tl.dot(tl.trans(kg), vn) * vn_scale
         else:
             Sh = S.to(w.dtype)
             vn = (u.to(tl.float32) - tl.dot(w, Sh)).to(w.dtype)
-            o = tl.dot(qg, Sh)
+            if OUTPUT:
+                o = tl.dot(qg, Sh)
             S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
-            o = tl.dot(A, vn, o)
-        tl.store(o_at + c * step * (64 * V), o.to(o_ptr.dtype.element_ty), mask=ok)
+            if OUTPUT:
+                o = tl.dot(A, vn, o)
+        if OUTPUT:
+            tl.store(o_at + c * step * (64 * V), o.to(o_ptr.dtype.element_ty), mask=ok)
     return S
 
 

@@ -169,6 +169,7 @@ def chunk_scan_kernel(
         KP,
         HALF,
         STAGES,
+        True,
     )
     store_state(
         final_ptr,

@@ -77,58 +77,6 @@ def segment_state(
 
 
 @triton.jit
-def _column(
-    w_ptr,
-    u_ptr,
-    kg_ptr,
-    decay_ptr,
-    o_ptr,
-    S,
-    b,
-    start,
-    length,
-    row,
-    h,
-    T,
-    lo,
-    hi,
-    v,
-    HV: tl.constexpr,
-    V: tl.constexpr,
-    KP: tl.constexpr,
-    HALF: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """`scan_chunks` without output; v may lie past V, where u is zero."""
-    r = tl.arange(0, 64)
-    d = tl.arange(0, KP)
-    step = tl.full((), HV, tl.int64)
-    work = row * HV + h
-    tile = r[:, None] * KP + d[None, :]
-    w_at = w_ptr + work * (64 * KP) + tile
-    kg_at = kg_ptr + work * (64 * KP) + tile
-    decay_at = decay_ptr + work * KP + d
-    if u_ptr is None:
-        u_at = o_ptr + ((b * T + start + r)[:, None] * HV + h) * V + v[None, :]
-    else:
-        u_at = u_ptr + work * (64 * V) + r[:, None] * V + v[None, :]
-    for c in tl.range(lo, hi, num_stages=STAGES):
-        ok = (r < length - c * 64)[:, None] & (v < V)[None, :]
-        w = tl.load(w_at + c * step * (64 * KP))
-        u = tl.load(u_at + c * step * (64 * V), mask=ok, other=0.0)
-        kg = tl.load(kg_at + c * step * (64 * KP))
-        decay = tl.load(decay_at + c * step * KP)
-        if HALF:
-            Sh, S_scale = to_half(S)
-            vn, vn_scale = to_half(u.to(tl.float32) - tl.dot(w, Sh) * S_scale)
-            S = S * decay[:, None] + tl.dot(tl.trans(kg), vn) * vn_scale
-        else:
-            vn = (u.to(tl.float32) - tl.dot(w, S.to(w.dtype))).to(w.dtype)
-            S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
-    return S
-
-
-@triton.jit
 def chunk_segments_kernel(
     w_ptr,
     u_ptr,
@@ -269,6 +217,7 @@ def chunk_segments_kernel(
             KP,
             HALF,
             STAGES,
+            True,
         )
         store_state(
             final_ptr,
@@ -299,10 +248,12 @@ def chunk_segments_kernel(
         v = V + m  # no column of u
     else:
         S = tl.zeros((KP, BE), tl.float32)
-    S = _column(
+    S = scan_chunks(
         w_ptr,
         u_ptr,
         kg_ptr,
+        qg_ptr,
+        A_ptr,
         decay_ptr,
         o_ptr,
         S,
@@ -320,6 +271,7 @@ def chunk_segments_kernel(
         KP,
         HALF,
         STAGES,
+        False,
     )
     if block >= v_blocks:
         M_at = M_ptr + (pair * (SEGMENTS - 1) + segment) * (KP * KP) + d[:, None] * KP
