@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -84,10 +85,14 @@ def convert_state_dict(
             f"state_dict ({naming} naming) does not fit the layer: " + "; ".join(problems)
         )
     # the first allowed shape is the one that the layer keeps
-    return {
+    converted = {
         name: torch.cat([found[source].reshape(allowed[0]) for source, allowed in sources.items()])
         for name, sources in parts.items()
     }
+    if naming != "kda_ops":
+        rows = converted["in_proj.weight"]
+        converted["in_proj.weight"] = F.pad(rows, (0, 0, 0, layer.in_sizes["pad"]))
+    return converted
 
 
 def _sources(
@@ -103,6 +108,7 @@ def _sources(
         return {
             _elsewhere(f"{x}_proj{firsts.get(x, '')}.weight", naming): [(n, *shape[1:])]
             for x, n in layer.in_sizes.items()
+            if x != "pad"
         }
     if name in ("conv_weight", "conv_bias"):
         part = name.removeprefix("conv_")

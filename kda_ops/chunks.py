@@ -72,9 +72,9 @@ def workspace_bytes(
     `chunk_kda_gated` takes the same where K and V are 64 or 128 in 16 bits; at other sizes it also
     keeps the cumulative gate, `[B, T, HV, K]` in fp32, and normalised q and k. Where few heads are
     scanned in segments, a state in fp32 and a K x K matrix in fp16 per segment come to it, below
-    10 MB and not counted here. With 16 bits and 128 x 128 a chunk of a head takes 57,856 bytes in
-    bf16 (90,624 in fp16), 239 MB at T = 8192 and 32 heads. What would be more than
-    `WORKSPACE_BYTES` is worked off in slabs, one after the other.
+    10 MB on a GPU with 132 multiprocessors and not counted here. With 16 bits and 128 x 128 a chunk
+    of a head takes 57,856 bytes in bf16 (90,624 in fp16), 239 MB at T = 8192 and 32 heads. What
+    would be more than `WORKSPACE_BYTES` is worked off in slabs, one after the other.
 
     Args:
         total_tokens: `B * T`.

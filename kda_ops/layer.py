@@ -39,6 +39,7 @@ from kda_ops.state import KDAStateSpec
 
 State = tuple[Tensor | None, Tensor]
 MODES = ("chunk", "fused_recurrent")
+ROW = 64  # elements: rows that are read in parts begin at whole memory transactions
 
 
 class KimiDeltaAttention(nn.Module):
@@ -52,10 +53,11 @@ class KimiDeltaAttention(nn.Module):
         y = W_o (rms_norm(o) * sigmoid(W_g x))
 
     What is projected from x is one matrix `in_proj`, with the rows of `in_sizes`: q | k | v | f | g
-    | b, of a gate of low rank its first factor, the second being `f_proj` or `g_proj` (and a
-    full-rank output gate with a bias is `g_proj` alone). A decode step is held up by the number of
-    its products, not by their size. The convolutions are one weight `conv_weight [D, conv_size]`
-    with `D = H*K + H*K + HV*V`, in the order q | k | v.
+    | b | pad, of a gate of low rank its first factor, the second being `f_proj` or `g_proj` (and a
+    full-rank output gate with a bias is `g_proj` alone); `pad` rows, zero in a checkpoint that is
+    loaded and never read, make a multiple of 64. A decode step is held up by the number of its
+    products, not by their size. The convolutions are one weight `conv_weight [D, conv_size]` with
+    `D = H*K + H*K + HV*V`, in the order q | k | v.
     `load_checkpoint` packs the checkpoints of FLA, Hugging Face and Moonshot that way. `A_log` and
     `dt_bias` stay in fp32 when the layer is cast to a 16-bit dtype.
 
@@ -183,6 +185,7 @@ class KimiDeltaAttention(nn.Module):
         }
         if g_rank is None and output_gate_bias:
             del self.in_sizes["g"]
+        self.in_sizes["pad"] = -sum(self.in_sizes.values()) % ROW
         self.in_proj = nn.Linear(hidden_size, sum(self.in_sizes.values()), bias=False, **kw)
         if use_short_conv:
             self.conv_weight = nn.Parameter(torch.empty(self.conv_dim, conv_size, **kw))
@@ -355,11 +358,13 @@ class KimiDeltaAttention(nn.Module):
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What goes into the convolution, both gates by head, and beta before its sigmoid."""
         sizes = self.in_sizes
-        widths = [self.conv_dim, *(sizes[name] for name in "fgb" if name in sizes)]
+        names = [name for name in sizes if name not in "qkv"]
+        widths = [self.conv_dim, *(sizes[name] for name in names)]
         # products of rows: `nn.Linear` would add the bias of a slice with more axes on its own
         rows = hidden_states.flatten(0, 1)
-        x, f, *rest, beta = self.in_proj(rows).split(widths, dim=-1)
-        z = rest[0] if rest else rows
+        x, *rest = self.in_proj(rows).split(widths, dim=-1)
+        parts = dict(zip(names, rest, strict=True))
+        f, z, beta = parts["f"], parts.get("g", rows), parts["b"]
         if self.f_proj is not None:
             f = self.f_proj(f)
         if self.g_proj is not None:

@@ -160,24 +160,31 @@ def _placed(x: Any, value: Any) -> tuple[Any, Any]:
 
     Inductor pads the rows of a large intermediate result whose width is not a multiple of 128
     bytes, and with them the strides of its slices. To ask for the strides of the graph then is to
-    ask for a copy; the launcher takes any, so it is traced with those there are.
+    ask for a copy; the launcher takes any, so it is traced with those there are, where they are
+    numbers: all of them or none, or entries would overlap.
     """
     if not isinstance(x, ir.TensorBox):
         return x, value
     base = x.data.unwrap_view() if isinstance(x.data, ir.BaseView) else x.data
     if ir.is_storage_and_layout(base) and isinstance(base.get_layout(), ir.FixedLayout):
         real = ir.ExternKernel.realize_input(x)
-        strides = [
-            int(there) if isinstance(own, int) and isinstance(there, (int, Integer)) else own
-            for own, there in zip(value.stride(), real.get_layout().stride, strict=True)
+        there = real.get_layout().stride
+        other = [
+            i
+            for i, (size, own) in enumerate(zip(value.shape, value.stride(), strict=True))
+            if not (isinstance(size, int) and size == 1) and not _same(own, there[i])
         ]
-        if any(
-            own is not there and own != there and not (isinstance(size, int) and size == 1)
-            for size, own, there in zip(value.shape, value.stride(), strides, strict=True)
-        ):
+        if other and all(isinstance(there[i], (int, Integer)) for i in other):
+            strides = [int(there[i]) if i in other else own for i, own in enumerate(value.stride())]
             with V.fake_mode:
                 value = torch.empty_strided(
                     value.shape, strides, dtype=value.dtype, device=value.device
                 )
             return ir.TensorBox(real), value
     return ir.ExternKernel.require_exact_strides(x, value.stride()), value
+
+
+def _same(stride: Any, expression: Any) -> bool:
+    """Whether a stride of a fake tensor is provably that of a layout."""
+    known = stride.node.expr if isinstance(stride, torch.SymInt) else stride
+    return bool(V.graph.sizevars.statically_known_equals(known, expression))

@@ -85,6 +85,8 @@ def fla_layer_like(ours: KimiDeltaAttention) -> torch.nn.Module:
                 weights[f"{gate}_proj.1.{part}"] = weights.pop(f"{gate}_proj.{part}")
     projections = weights.pop("in_proj.weight").split(list(sizes.values()))
     for name, projection in zip(sizes, projections, strict=True):
+        if name == "pad":
+            continue
         weights[f"{name}_proj.0.weight" if name in "fg" else f"{name}_proj.weight"] = projection
     convolutions = weights.pop("conv_weight").split([sizes[x] for x in "qkv"])
     for name, convolution in zip("qkv", convolutions, strict=True):

@@ -86,6 +86,8 @@ def check(layer: KimiDeltaAttention, source: dict[str, Tensor]) -> None:
         )
     )
     low_rank = {x for x in "fg" if f"{x}_proj.0.weight" in source}
+    assert not parts.pop("pad").any()
+    assert len(layer.in_proj.weight) % 64 == 0
     for x, part in parts.items():
         name = f"{x}_proj.0.weight" if x in low_rank else f"{x}_proj.weight"
         assert torch.equal(part, source[name]), name

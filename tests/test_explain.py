@@ -166,7 +166,7 @@ def test_graphs_say_what_a_rewrite_takes_and_makes(prefill: Explanation) -> None
     for node in layer.before.graph:  # marked if and only if it is gone
         assert (node.rewrite is None) == (node.name in names[1]), node
     gemm = next(node for node in layer.before.graph if node.operator == "aten.mm")
-    assert gemm.value == f"bfloat16[{T}, {3 * H * K + 2 * K + H}]"
+    assert gemm.value == f"bfloat16[{T}, {3 * H * K + 2 * K + 64}]"  # beta in a whole row
 
 
 def test_the_text_says_alike_layers_once(prefill: Explanation) -> None:

@@ -5,6 +5,7 @@ copies of a state, nothing filled, no host waiting, one graph for a stack of lay
 one layer of each kind, so that one compilation counts them all.
 """
 
+import re
 from typing import Any
 
 import pytest
@@ -103,16 +104,49 @@ def test_sequences_of_one_length_are_four_launches(batch: int, dynamic: bool) ->
     expect(compiled(Stack(KINDS[:2]), 130, dynamic, entries=batch), 2 * PREFILL)
 
 
-@pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_padded_rows_of_the_projections_are_not_copied(step: str) -> None:
+class Sliced(nn.Module):
+    """A projection of odd width: a part is projected on, another convolved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(HIDDEN, 3 * H * K + K + 2, bias=False, dtype=torch.bfloat16)
+        self.low = nn.Linear(K, 3 * H * K, bias=False, dtype=torch.bfloat16)
+        self.weight = nn.Parameter(torch.randn(3 * H * K, 4, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.proj(x.flatten(0, 1))
+        low = self.low(y[:, :K])
+        convolved = y[:, K + 1 : K + 1 + 3 * H * K].unflatten(0, x.shape[:2])
+        return low, kda_ops.short_conv(convolved, self.weight)
+
+
+@pytest.mark.parametrize("entries", [1, 3])
+def test_padded_rows_of_a_projection_are_not_copied(entries: int) -> None:
     """Inductor pads rows of more than 1024 elements; here all, to the next 128 bytes."""
-    stack = Stack(KINDS[:1])
-    how = {"states": paged(stack), "batch": KDABatch.decode([1, 2, 3])} if step == "decode" else {}
+    x = torch.randn(entries, 5, HIDDEN, dtype=torch.bfloat16)
     with inductor_config.patch(padding_stride_threshold=0), torch.no_grad():
-        _, (source,) = cuda_code(stack, torch.randn(1, 3, HIDDEN, dtype=torch.bfloat16), **how)
-    assert "empty_strided_cuda((3, 514), (576, 1), torch.bfloat16)" in source
-    names = summary(source).launches
-    expect(Summary(names, [], []), DECODE if step == "decode" else PREFILL)
+        _, (source,) = cuda_code(Sliced(), x)
+    assert f"empty_strided_cuda(({5 * entries}, 450), (512, 1), torch.bfloat16)" in source
+    assert summary(source).launches == ["short_conv_kernel"]
+
+
+def test_padded_rows_of_unknown_number_do_not_overlap() -> None:
+    """Padded strides that are no numbers are not traced: a copy, with the strides of the graph."""
+    x = torch.randn(3, 130, HIDDEN, dtype=torch.bfloat16)
+    pads = {"padding_stride_threshold": 0, "pad_dynamic_shapes": True}
+    with inductor_config.patch(pads), torch.no_grad():
+        _, (source,) = cuda_code(Sliced(), x, dynamic=True)
+    strides = re.findall(r"\((\d+)\*s\d+, (\d+), 1\)", source)
+    assert ("450", "450") in strides
+    assert all(outer == inner for outer, inner in strides), strides
+
+
+@pytest.mark.parametrize("heads", [1, 3, 8, 12])
+def test_rows_of_the_layers_projection_are_whole(heads: int) -> None:
+    """What kernels read of a row begins at whole memory transactions, whatever the heads."""
+    layer = KimiDeltaAttention(HIDDEN, K, heads, output_gate_rank=None, output_gate_bias=False)
+    assert sum(layer.in_sizes.values()) % 64 == 0
+    assert list(layer.in_sizes)[-1] == "pad"
 
 
 def test_a_length_that_is_a_difference_costs_no_copy() -> None:

@@ -112,7 +112,9 @@ class Mlp(nn.Module):
 
 
 def shard_kda(full: KimiDeltaAttention, tp_size: int, rank: int, layout: str) -> KimiDeltaAttention:
-    """The layer of one rank: its own heads of everything per head, low ranks whole."""
+    """The layer of one rank, for gates as they are by default: its own heads of everything per
+    head, low ranks whole.
+    """
     H, HV = full.num_heads, full.num_v_heads
     local = KimiDeltaAttention(
         full.hidden_size,
@@ -123,14 +125,16 @@ def shard_kda(full: KimiDeltaAttention, tp_size: int, rank: int, layout: str) ->
     )
     weights = dict(full.state_dict())
     heads = {"q": H, "k": H, "v": HV, "b": HV}
-    for name, sizes in (
-        ("in_proj.weight", full.in_sizes),
-        ("conv_weight", {x: full.in_sizes[x] for x in "qkv"}),
-    ):
-        parts = dict(zip(sizes, weights[name].split(list(sizes.values())), strict=True))
-        weights[name] = torch.cat(
-            [held(x, heads[n], tp_size, rank) if n in heads else x for n, x in parts.items()]
-        )
+    sizes = dict(full.in_sizes)
+    rows = dict(zip(sizes, weights["in_proj.weight"].split(list(sizes.values())), strict=True))
+    rows["pad"] = rows["q"].new_zeros(local.in_sizes["pad"], full.hidden_size)
+    weights["in_proj.weight"] = torch.cat(
+        [held(x, heads[n], tp_size, rank) if n in heads else x for n, x in rows.items()]
+    )
+    taps = weights["conv_weight"].split([sizes[x] for x in "qkv"])
+    weights["conv_weight"] = torch.cat(
+        [held(x, heads[n], tp_size, rank) for n, x in zip("qkv", taps, strict=True)]
+    )
     for name in ("f_proj.weight", "A_log", "dt_bias", "g_proj.weight", "g_proj.bias"):
         weights[name] = held(weights[name], HV, tp_size, rank)
     weights["o_proj.weight"] = held(weights["o_proj.weight"].t(), HV, tp_size, rank).t()
