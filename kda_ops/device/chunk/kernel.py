@@ -4,8 +4,8 @@ the raw one.
 Two kernels each: `prepare`, for tiles that a program holds whole (`kda_ops.device.prepare`) or in
 general form (`kda_ops.device.general`), and `scan` (`kda_ops.device.scan`), with few heads after a
 first pass of its own (`kda_ops.device.segments`). Between them lies a workspace
-(`kda_ops.device.workspace`). Here is how a program finds its chunk or sequence and its state, and
-what both forms of `prepare` do alike.
+(`kda_ops.device.workspace`). Here is how a program finds its chunk or sequence and its state, how
+it goes through a sequence's chunks, and what both forms of `prepare` do alike.
 """
 
 import triton
@@ -115,10 +115,15 @@ def page_of(indices_ptr, n, slots, PAGED: tl.constexpr):
 
 
 @triton.jit
+def place_of(strides, n, h, d, v):
+    """Where the part [d, v] of a state [n, h, v, k] lies."""
+    stride_n, stride_h, stride_v, stride_k = strides
+    return n * stride_n + h * stride_h + d[:, None] * stride_k + v[None, :] * stride_v
+
+
+@triton.jit
 def first_state(
-    initial_ptr,
-    final_ptr,
-    has_initial_ptr,
+    states,
     carried,
     n,
     page,
@@ -126,14 +131,6 @@ def first_state(
     d,
     v,
     begins,
-    initial_n,
-    initial_h,
-    initial_v,
-    initial_k,
-    final_n,
-    final_h,
-    final_v,
-    final_k,
     K: tl.constexpr,
     V: tl.constexpr,
     SLABS: tl.constexpr,
@@ -143,7 +140,11 @@ def first_state(
 ):
     """A head's state [d, v] in fp32 before a sequence's first chunk: from its page, the initial
     states, or what the last slab left at `carried`; else zero.
+
+    `states`: initial states, their strides, final states or pages, their strides, which sequences
+    have one.
     """
+    initial_ptr, initial, final_ptr, final, has_initial_ptr = states
     read = (d < K)[:, None] & (v < V)[None, :]
     if SLABS:
         read = read & begins
@@ -151,10 +152,10 @@ def first_state(
     if PAGED:
         if HAS_INITIAL:
             read = read & (tl.load(has_initial_ptr + n) != 0)
-        at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
-        S = tl.load(final_ptr + at, mask=read, other=0.0).to(tl.float32)
+        S = tl.load(final_ptr + place_of(final, page, h, d, v), mask=read, other=0.0)
+        S = S.to(tl.float32)
     elif INITIAL:
-        at = n * initial_n + h * initial_h + d[:, None] * initial_k + v[None, :] * initial_v
+        at = place_of(initial, n, h, d, v)
         S = tl.load(initial_ptr + at, mask=read, other=0.0).to(tl.float32)
     if SLABS:
         S += tl.load(carried, mask=(v < V)[None, :] & (begins == 0), other=0.0)
@@ -163,20 +164,9 @@ def first_state(
 
 @triton.jit
 def scan_chunks(
-    w_ptr,
-    u_ptr,
-    kg_ptr,
-    qg_ptr,
-    A_ptr,
-    decay_ptr,
-    o_ptr,
+    tiles,
     S,
-    b,
-    start,
-    length,
-    row,
-    h,
-    T,
+    place,
     lo,
     hi,
     v,
@@ -190,7 +180,11 @@ def scan_chunks(
     """Columns v of a head's state after chunks lo to hi of one sequence, begun with S [KP, v].
 
     With OUTPUT the output's columns are written; without, v may lie past V, where u is zero.
+    `tiles`: the workspace (None for u where it lies in the output) and the output. `place`: the
+    head, the output's row of the sequence's first token, its tokens, its first workspace row.
     """
+    w_ptr, u_ptr, kg_ptr, qg_ptr, A_ptr, decay_ptr, o_ptr = tiles
+    h, first, length, row = place
     r = tl.arange(0, 64)
     d = tl.arange(0, KP)
     step = tl.full((), HV, tl.int64)
@@ -203,7 +197,7 @@ def scan_chunks(
         u_at = u_ptr + work * (64 * V) + r[:, None] * V + v[None, :]
     A_at = A_ptr + work * 4096 + r[:, None] * 64 + r[None, :]
     decay_at = decay_ptr + work * KP + d
-    o_at = o_ptr + ((b * T + start + r)[:, None] * HV + h) * V + v[None, :]
+    o_at = o_ptr + ((first + r)[:, None] * HV + h) * V + v[None, :]
     in_v = (v < V)[None, :]
     for c in tl.range(lo, hi, num_stages=STAGES):
         ok = (r < length - c * 64)[:, None] & in_v
@@ -239,6 +233,7 @@ def scan_chunks(
 @triton.jit
 def store_state(
     final_ptr,
+    final,
     carried,
     S,
     stored,
@@ -246,10 +241,6 @@ def store_state(
     h,
     d,
     v,
-    final_n,
-    final_h,
-    final_v,
-    final_k,
     K: tl.constexpr,
     V: tl.constexpr,
     FINAL: tl.constexpr,
@@ -260,7 +251,7 @@ def store_state(
     """
     in_state = (v < V)[None, :] & stored
     if FINAL:
-        at = page * final_n + h * final_h + d[:, None] * final_k + v[None, :] * final_v
+        at = place_of(final, page, h, d, v)
         in_final = (d < K)[:, None] & in_state
         tl.store(final_ptr + at, S.to(final_ptr.dtype.element_ty), mask=in_final)
     if SLABS:

@@ -114,15 +114,18 @@ def chunk_scan_kernel(
             clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
         return
     d = tl.arange(0, KP)
+    tiles = (w_ptr, u_ptr, kg_ptr, qg_ptr, A_ptr, decay_ptr, o_ptr)
+    place = (h, b * T + start, (end - start).to(tl.int32), row)
+    initial = (initial_n, initial_h, initial_v, initial_k)
+    final = (final_n, final_h, final_v, final_k)
+    states = (initial_ptr, initial, final_ptr, final, has_initial_ptr)
     if SLABS:
         carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
     if SEGMENTS > 1:
         S = segment_state(E_ptr, M_ptr, pair, segment, d, v, KP, V, SEGMENTS, STAGES)
     else:
         S = first_state(
-            initial_ptr,
-            final_ptr,
-            has_initial_ptr,
+            states,
             carried if SLABS else None,
             n,
             page,
@@ -130,14 +133,6 @@ def chunk_scan_kernel(
             d,
             v,
             begins if SLABS else None,
-            initial_n,
-            initial_h,
-            initial_v,
-            initial_k,
-            final_n,
-            final_h,
-            final_v,
-            final_k,
             K,
             V,
             SLABS,
@@ -146,33 +141,10 @@ def chunk_scan_kernel(
             HAS_INITIAL,
         )
 
-    S = scan_chunks(
-        w_ptr,
-        u_ptr,
-        kg_ptr,
-        qg_ptr,
-        A_ptr,
-        decay_ptr,
-        o_ptr,
-        S,
-        b,
-        start,
-        (end - start).to(tl.int32),
-        row,
-        h,
-        T,
-        lo,
-        hi,
-        v,
-        HV,
-        V,
-        KP,
-        HALF,
-        STAGES,
-        True,
-    )
+    S = scan_chunks(tiles, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
     store_state(
         final_ptr,
+        final,
         carried if SLABS else None,
         S,
         ends if SEGMENTS > 1 else True,
@@ -180,10 +152,6 @@ def chunk_scan_kernel(
         h,
         d,
         v,
-        final_n,
-        final_h,
-        final_v,
-        final_k,
         K,
         V,
         FINAL,

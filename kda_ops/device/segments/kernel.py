@@ -159,7 +159,11 @@ def chunk_segments_kernel(
     lo, hi, ends = segment_chunks(lo, hi, segment, SEGMENTS)
     page, live = page_of(indices_ptr, n, slots, PAGED)
     d = tl.arange(0, KP)
-    length = (end - start).to(tl.int32)
+    tiles = (w_ptr, u_ptr, kg_ptr, qg_ptr, A_ptr, decay_ptr, o_ptr)
+    place = (h, b * T + start, (end - start).to(tl.int32), row)
+    initial = (initial_n, initial_h, initial_v, initial_k)
+    final = (final_n, final_h, final_v, final_k)
+    states = (initial_ptr, initial, final_ptr, final, has_initial_ptr)
     E_at = E_ptr + (pair * (SEGMENTS - 1) + segment) * (KP * V) + d[:, None] * V
     if in_first:
         v = block * BV + tl.arange(0, BV)
@@ -169,9 +173,7 @@ def chunk_segments_kernel(
         if SLABS:
             carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
         S = first_state(
-            initial_ptr,
-            final_ptr,
-            has_initial_ptr,
+            states,
             carried if SLABS else None,
             n,
             page,
@@ -179,14 +181,6 @@ def chunk_segments_kernel(
             d,
             v,
             begins if SLABS else None,
-            initial_n,
-            initial_h,
-            initial_v,
-            initial_k,
-            final_n,
-            final_h,
-            final_v,
-            final_k,
             K,
             V,
             SLABS,
@@ -194,33 +188,10 @@ def chunk_segments_kernel(
             PAGED,
             HAS_INITIAL,
         )
-        S = scan_chunks(
-            w_ptr,
-            u_ptr,
-            kg_ptr,
-            qg_ptr,
-            A_ptr,
-            decay_ptr,
-            o_ptr,
-            S,
-            b,
-            start,
-            length,
-            row,
-            h,
-            T,
-            lo,
-            hi,
-            v,
-            HV,
-            V,
-            KP,
-            HALF,
-            STAGES,
-            True,
-        )
+        S = scan_chunks(tiles, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
         store_state(
             final_ptr,
+            final,
             carried if SLABS else None,
             S,
             ends,
@@ -228,10 +199,6 @@ def chunk_segments_kernel(
             h,
             d,
             v,
-            final_n,
-            final_h,
-            final_v,
-            final_k,
             K,
             V,
             FINAL,
@@ -248,31 +215,7 @@ def chunk_segments_kernel(
         v = V + m  # no column of u
     else:
         S = tl.zeros((KP, BE), tl.float32)
-    S = scan_chunks(
-        w_ptr,
-        u_ptr,
-        kg_ptr,
-        qg_ptr,
-        A_ptr,
-        decay_ptr,
-        o_ptr,
-        S,
-        b,
-        start,
-        length,
-        row,
-        h,
-        T,
-        lo,
-        hi,
-        v,
-        HV,
-        V,
-        KP,
-        HALF,
-        STAGES,
-        False,
-    )
+    S = scan_chunks(tiles, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, False)
     if block >= v_blocks:
         M_at = M_ptr + (pair * (SEGMENTS - 1) + segment) * (KP * KP) + d[:, None] * KP
         tl.store(M_at + m[None, :], S.to(tl.float16), mask=(m < KP)[None, :])
