@@ -57,9 +57,9 @@ class KimiDeltaAttention(nn.Module):
     full-rank output gate with a bias is `g_proj` alone); `pad` rows, zero in a checkpoint that is
     loaded and never read, make a multiple of 64. A decode step is held up by the number of its
     products, not by their size. The convolutions are one weight `conv_weight [D, conv_size]` with
-    `D = H*K + H*K + HV*V`, in the order q | k | v.
-    `load_checkpoint` packs the checkpoints of FLA, Hugging Face and Moonshot that way. `A_log` and
-    `dt_bias` stay in fp32 when the layer is cast to a 16-bit dtype.
+    `D = H*K + H*K + HV*V`, in the order q | k | v. `load_checkpoint` packs the checkpoints of FLA,
+    Hugging Face and Moonshot that way. `A_log` and `dt_bias` stay in fp32 when the layer is cast to
+    a 16-bit dtype.
 
     Source: Kimi Linear (arXiv:2510.26692), section 4. The arguments up to `norm_eps` are those of
     FLA's layer of this name.
@@ -227,6 +227,13 @@ class KimiDeltaAttention(nn.Module):
     def conv_dim(self) -> int:
         """D, the channels of q, k and v together."""
         return 2 * self.key_dim + self.value_dim
+
+    def in_parts(self) -> dict[str, Tensor]:
+        """The rows of `in_proj` by the names in `in_sizes`, without `pad`: views of its weight."""
+        parts = self.in_proj.weight.split(list(self.in_sizes.values()))
+        named = dict(zip(self.in_sizes, parts, strict=True))
+        del named["pad"]
+        return named
 
     def extra_repr(self) -> str:
         gate = "softplus" if self.lower_bound is None else f"bounded at {self.lower_bound}"

@@ -78,17 +78,14 @@ def fla_layer_like(ours: KimiDeltaAttention) -> torch.nn.Module:
     )
     weights = dict(ours.named_parameters())
     weights["o_norm.weight"] = weights.pop("o_norm_weight")
-    sizes = ours.in_sizes
     for gate in "fg":
         for part in ("weight", "bias"):
             if f"{gate}_proj.{part}" in weights:
                 weights[f"{gate}_proj.1.{part}"] = weights.pop(f"{gate}_proj.{part}")
-    projections = weights.pop("in_proj.weight").split(list(sizes.values()))
-    for name, projection in zip(sizes, projections, strict=True):
-        if name == "pad":
-            continue
+    del weights["in_proj.weight"]
+    for name, projection in ours.in_parts().items():
         weights[f"{name}_proj.0.weight" if name in "fg" else f"{name}_proj.weight"] = projection
-    convolutions = weights.pop("conv_weight").split([sizes[x] for x in "qkv"])
+    convolutions = weights.pop("conv_weight").split([ours.in_sizes[x] for x in "qkv"])
     for name, convolution in zip("qkv", convolutions, strict=True):
         weights[f"{name}_conv1d.weight"] = convolution
     for name, parameter in theirs.named_parameters():

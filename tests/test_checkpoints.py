@@ -88,7 +88,9 @@ def check(layer: KimiDeltaAttention, source: dict[str, Tensor]) -> None:
     low_rank = {x for x in "fg" if f"{x}_proj.0.weight" in source}
     assert not parts.pop("pad").any()
     assert len(layer.in_proj.weight) % 64 == 0
+    assert list(layer.in_parts()) == list(parts)
     for x, part in parts.items():
+        assert torch.equal(layer.in_parts()[x], part), x
         name = f"{x}_proj.0.weight" if x in low_rank else f"{x}_proj.weight"
         assert torch.equal(part, source[name]), name
     q, k, v = layer.conv_weight.split([H * K, H * K, HV * V])

@@ -125,13 +125,11 @@ def shard_kda(full: KimiDeltaAttention, tp_size: int, rank: int, layout: str) ->
     )
     weights = dict(full.state_dict())
     heads = {"q": H, "k": H, "v": HV, "b": HV}
-    sizes = dict(full.in_sizes)
-    rows = dict(zip(sizes, weights["in_proj.weight"].split(list(sizes.values())), strict=True))
-    rows["pad"] = rows["q"].new_zeros(local.in_sizes["pad"], full.hidden_size)
-    weights["in_proj.weight"] = torch.cat(
-        [held(x, heads[n], tp_size, rank) if n in heads else x for n, x in rows.items()]
+    rows = torch.cat(
+        [held(x, heads[n], tp_size, rank) if n in heads else x for n, x in full.in_parts().items()]
     )
-    taps = weights["conv_weight"].split([sizes[x] for x in "qkv"])
+    weights["in_proj.weight"] = F.pad(rows, (0, 0, 0, local.in_sizes["pad"]))
+    taps = weights["conv_weight"].split([full.in_sizes[x] for x in "qkv"])
     weights["conv_weight"] = torch.cat(
         [held(x, heads[n], tp_size, rank) for n, x in zip("qkv", taps, strict=True)]
     )
