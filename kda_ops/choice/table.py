@@ -37,7 +37,7 @@ SM90: dict[str, Rows] = {
         ({}, {"BV": 64, "STAGES": 3, "num_warps": 4}),
     ],
     "chunk_scan_fp32": [({}, {"BV": 32, "BLOCK": 32, "num_warps": 4})],
-    # 32 columns take 2 % more of the core at 8 heads, and as much at fewer
+    # with 32 columns the core takes 6 % more at 8 heads, with 128 10 %
     "chunk_segments": [({}, {"BE": 64, "STAGES": 3, "num_warps": 4})],
     "conv_split": [({}, {"BLOCK": 1024, "num_warps": 4})],
     "gate": [({}, {"TILE": 4096, "num_warps": 4})],
