@@ -89,7 +89,7 @@ def workspace_bytes(
     slabs = workspace_slabs(rows, *sizes)
     states = 0
     if slabs > 1 or dtype == torch.float32:
-        columns = workspace_row(head_k_dim, head_v_dim, dtype)["w"][0][1]
+        (columns,), _ = workspace_row(head_k_dim, head_v_dim, dtype)["decay"]
         states = 4 * max(sequences, 1) * num_v_heads * columns * head_v_dim
     return -(-rows // slabs) * _row_bytes(*sizes) + states
 
@@ -97,10 +97,10 @@ def workspace_bytes(
 def workspace_row(
     K: int, V: int, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of the tiles that `chunk_kda`'s kernels keep of one chunk of one head."""
+    """Shapes and dtypes of what `chunk_kda`'s kernels keep of one chunk of one head."""
     KP = max(32 if dtype == torch.float32 else 16, 1 << (K - 1).bit_length())
-    keys = ((CHUNK, KP), dtype)
-    row = {"w": keys, "kg": keys, "qg": keys, "A": ((CHUNK, CHUNK), dtype)}
+    row: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    row = {"tiles": ((CHUNK * (3 * KP + CHUNK),), dtype)}
     if dtype != torch.bfloat16:
         # sums of 64 values do not always fit fp16; in bf16 the output is their place
         row["u"] = ((CHUNK, V), torch.float32)

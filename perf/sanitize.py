@@ -13,8 +13,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -23,6 +26,7 @@ import kda_ops
 TOOLS = ("memcheck", "racecheck")
 FINDING = 99  # exit status of the sanitizer when it found something
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
+SEGMENTED = ("chunk_kda", "chunk_kda_gated")
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer",)
 
 
@@ -31,8 +35,27 @@ def operators() -> list[str]:
     return sorted(path.parent.name for path in folder.glob("*/cases.py"))
 
 
+@contextmanager
+def in_segments(count: int) -> Iterator[None]:
+    """Chunked KDA scans sequences in so many segments, however short they are."""
+    module = importlib.import_module("kda_ops.device.scan.kernel")
+    with mock.patch.object(module, "segment_count", return_value=count):
+        yield
+
+
+def takes_segments(name: str, inputs: dict[str, Any]) -> bool:
+    """Whether an operator scans these inputs in segments where they are long and of few heads."""
+    if name not in SEGMENTED:
+        return False
+    from kda_ops.device.segments.kernel import has_segments
+
+    return has_segments(inputs["q"].dtype, inputs["q"].shape[-1])
+
+
 def run_cases(names: Sequence[str], device: torch.device) -> int:
-    """Calls each operator once on each of its small cases; how many calls that were."""
+    """Calls each operator once on each of its small cases, chunked KDA in segments too; how many
+    calls that were.
+    """
     calls = 0
     for name in names:
         cases = importlib.import_module(f"kda_ops.{name}.cases").CASES
@@ -42,7 +65,11 @@ def run_cases(names: Sequence[str], device: torch.device) -> int:
             inputs = case.make(device)
             with torch.no_grad():
                 getattr(kda_ops, name)(**inputs)
-            calls += 1
+                calls += 1
+                if takes_segments(name, inputs):
+                    with in_segments(3):
+                        getattr(kda_ops, name)(**inputs)
+                    calls += 1
     if device.type == "cuda":
         torch.cuda.synchronize()
     return calls

@@ -6,8 +6,10 @@ from unittest import mock
 import pytest
 import torch
 
+from kda_ops.device.scan import kernel as scan
 from kda_ops.gate.cases import CASES
 from perf import sanitize
+from tests.operators import RunKernels, cases
 
 CLEAN = "========= ERROR SUMMARY: 0 errors"
 RACES = "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)"
@@ -76,6 +78,16 @@ def test_a_missing_sanitizer_is_named() -> None:
         pytest.raises(FileNotFoundError, match="compute-sanitizer is not on the PATH"),
     ):
         sanitize.find_sanitizer()
+
+
+@pytest.mark.interpreter
+def test_chunked_kda_runs_in_segments_too() -> None:
+    module = "kda_ops.chunk_kda.cases"
+    case = next(case for case in cases("chunk_kda") if case.name == "bf16")
+    launched = mock.patch.object(scan, "launch_segments", wraps=scan.launch_segments)
+    with mock.patch(f"{module}.CASES", [case]), launched as launch, RunKernels():
+        assert sanitize.run_cases(["chunk_kda"], torch.device("cpu")) == 2
+    assert launch.call_count == 1
 
 
 def test_small_cases_run() -> None:

@@ -24,7 +24,7 @@ from kda_ops.chunk_kda.cases import chunk_kda_inputs, with_pages, with_states
 from kda_ops.chunks import WORKSPACE_BYTES, chunk_table, workspace_bytes
 from kda_ops.device import workspace
 from kda_ops.device.scan import kernel as scan
-from kda_ops.device.segments.kernel import WIDEST
+from kda_ops.device.segments.kernel import has_segments
 from tests import test_cubin
 from tests.bounds import within_tensors
 from tests.fake_cuda import cuda_code, summary
@@ -212,13 +212,13 @@ def in_segments(count: int) -> Iterator[None]:
     assert launched.called
 
 
-def has_segments(case: Case) -> bool:
+def takes_segments(case: Case) -> bool:
     q = case.make(CPU)["q"]
-    return q.dtype != torch.float32 and q.shape[-1] <= WIDEST
+    return has_segments(q.dtype, q.shape[-1])
 
 
 segmented_cases = pytest.mark.parametrize(
-    ("name", "case"), [param for param in CASES if has_segments(param.values[1])]
+    ("name", "case"), [param for param in CASES if takes_segments(param.values[1])]
 )
 
 

@@ -48,7 +48,7 @@ SM90: dict[str, Rows] = {
     # fewer warps where the tile is small
     "kda_decode": [
         ({"several": True}, {"TILE": 16384, "LINE": 64, "num_warps": 4}),
-        ({"single": True}, {"TILE": 16384, "LINE": 128, "num_warps": 4}),
+        ({"few": True}, {"TILE": 16384, "LINE": 64, "num_warps": 4}),
         ({}, {"TILE": 16384, "LINE": 256, "num_warps": 4}),
     ],
     "l2norm": [({}, {"TILE": 2048, "num_warps": 4})],

@@ -1,9 +1,12 @@
 """The memory between `prepare` and `scan`, the kernels of chunked KDA.
 
-It has one row per (chunk, value head): `w`, `kg`, `qg [64, K]`, `u [64, V]`, `Aqk [64, 64]` and the
-chunk's decay `[K]`. The row of chunk c of sequence n is `cu_seqlens[n] // 64 + n + c`, which needs
-no table, is different for every chunk and below `T // 64 + N`. bf16 `u` needs no room of its own:
-it is as large as the output and lies there until `scan` puts the output in its place.
+It has one row per (chunk, value head): the tiles `w`, `kg`, `qg [64, K]` and `Aqk [64, 64]`, one
+behind the other, `u [64, V]` and the chunk's decay `[K]`. The row of chunk c of sequence n is
+`cu_seqlens[n] // 64 + n + c`, which needs no table, is different for every chunk and below
+`T // 64 + N`. bf16 `u` needs no room of its own: it is as large as the output and lies there until
+`scan` puts the output in its place.
+
+One tensor holds all tiles: for few tokens allocating each takes the host longer than the kernels.
 
 A workspace that would be too large (`kda_ops.chunks.workspace_slabs`) holds a slab of the rows at a
 time: all kernels run once per slab, and fp32 states `S [N, HV, K, V]` are carried from one to the
@@ -87,18 +90,20 @@ class Workspace(NamedTuple):
     `u` is None where the output is its place, `S` where states stay in registers.
     """
 
-    w: Tensor
+    tiles: Tensor
     u: Tensor | None
-    kg: Tensor
-    qg: Tensor
-    A: Tensor
     decay: Tensor
     S: Tensor | None
 
     @property
-    def tiles(self) -> tuple[Tensor | None, ...]:
+    def prepared(self) -> tuple[Tensor | None, ...]:
         """What `prepare` takes of it."""
-        return self[:6]
+        return self[:3]
+
+    @property
+    def columns(self) -> int:
+        """K, as the tiles hold it."""
+        return int(self.decay.shape[2])
 
 
 def make_workspace(q: Tensor, v: Tensor, batch: Batch) -> Workspace:
@@ -113,8 +118,8 @@ def make_workspace(q: Tensor, v: Tensor, batch: Batch) -> Workspace:
     tiles = {name: make(rows, *tile) for name, tile in row.items()}
     S = None
     if batch.slab is not None or q.dtype == torch.float32:
-        S = make(at_least_one(batch.N), (row["w"][0][1], V), torch.float32)
-    return Workspace(u=tiles.pop("u", None), S=S, **tiles)
+        S = make(at_least_one(batch.N), (*row["decay"][0], V), torch.float32)
+    return Workspace(tiles["tiles"], tiles.get("u"), tiles["decay"], S)
 
 
 def has_fast_prepare(dtype: torch.dtype, K: Any, V: Any) -> bool:

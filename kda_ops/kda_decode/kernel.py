@@ -351,6 +351,9 @@ def kda_decode_kernel(
             shift(rows_k_ptr, stride_conv_row_k, x_k, conv_count, ok_k, W, TOKENS)
 
 
+FEW = 4  # sequences: their programs have a multiprocessor to themselves
+
+
 def tile_of(V: int, K: int, state: Tensor, layout: str, N: Any, tokens: int) -> dict[str, int]:
     """The tile of the state that a program holds in registers, and its warps.
 
@@ -360,9 +363,8 @@ def tile_of(V: int, K: int, state: Tensor, layout: str, N: Any, tokens: int) -> 
     on K a step has 727 shuffles instead of 73.
     """
     key = {"K": K, "V": V, "state": state.dtype, "layout": layout}
-    chosen = choose(
-        "kda_decode", state.device, **key, several=tokens > 1, single=isinstance(N, int) and N == 1
-    )
+    few = isinstance(N, int) and N <= FEW
+    chosen = choose("kda_decode", state.device, **key, several=tokens > 1, few=few)
     block_k = triton.next_power_of_2(K)
     block_v = min(triton.next_power_of_2(V), chosen["TILE"] // block_k)
     return {

@@ -183,33 +183,35 @@ def scan_chunks(
     `tiles`: the workspace (None for u where it lies in the output) and the output. `place`: the
     head, the output's row of the sequence's first token, its tokens, its first workspace row.
     """
-    w_ptr, u_ptr, kg_ptr, qg_ptr, A_ptr, decay_ptr, o_ptr = tiles
+    tiles_ptr, u_ptr, decay_ptr, o_ptr = tiles
     h, first, length, row = place
     r = tl.arange(0, 64)
     d = tl.arange(0, KP)
     step = tl.full((), HV, tl.int64)
+    ROW: tl.constexpr = 64 * (3 * KP + 64)
     work = row * HV + h
+    w_ptr, kg_ptr, qg_ptr, A_ptr = tiles_of(tiles_ptr, work, KP)
     tile = r[:, None] * KP + d[None, :]
-    w_at = w_ptr + work * (64 * KP) + tile
-    kg_at = kg_ptr + work * (64 * KP) + tile
-    qg_at = qg_ptr + work * (64 * KP) + tile
+    w_at = w_ptr + tile
+    kg_at = kg_ptr + tile
+    qg_at = qg_ptr + tile
     if u_ptr is not None:
         u_at = u_ptr + work * (64 * V) + r[:, None] * V + v[None, :]
-    A_at = A_ptr + work * 4096 + r[:, None] * 64 + r[None, :]
+    A_at = A_ptr + r[:, None] * 64 + r[None, :]
     decay_at = decay_ptr + work * KP + d
     o_at = o_ptr + ((first + r)[:, None] * HV + h) * V + v[None, :]
     in_v = (v < V)[None, :]
     for c in tl.range(lo, hi, num_stages=STAGES):
         ok = (r < length - c * 64)[:, None] & in_v
-        w = tl.load(w_at + c * step * (64 * KP))
+        w = tl.load(w_at + c * step * ROW)
         if u_ptr is None:
             u = tl.load(o_at + c * step * (64 * V), mask=ok, other=0.0)
         else:
             u = tl.load(u_at + c * step * (64 * V), mask=in_v, other=0.0)
-        kg = tl.load(kg_at + c * step * (64 * KP))
+        kg = tl.load(kg_at + c * step * ROW)
         if OUTPUT:
-            qg = tl.load(qg_at + c * step * (64 * KP))
-            A = tl.load(A_at + c * step * 4096)
+            qg = tl.load(qg_at + c * step * ROW)
+            A = tl.load(A_at + c * step * ROW)
         decay = tl.load(decay_at + c * step * KP)
         if HALF:
             Sh, S_scale = to_half(S)
@@ -290,6 +292,15 @@ def clear_padding(
 def meets(i, j, s):
     """Whether rows i and columns j meet at level s."""
     return (i // (2 * s) == j // (2 * s)) & ((i // s) % 2 == 1) & ((j // s) % 2 == 0)
+
+
+@triton.jit
+def tiles_of(tiles_ptr, work, KP: tl.constexpr):
+    """Where w, kg, qg [64, KP] and Aqk [64, 64] of a chunk lie, one behind the other in its
+    workspace row.
+    """
+    w_ptr = tiles_ptr + work * (64 * (3 * KP + 64))
+    return w_ptr, w_ptr + 64 * KP, w_ptr + 128 * KP, w_ptr + 192 * KP
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
-from kda_ops.device.chunk.kernel import clear_padding, full_dot, meets, slab_rows, store_u
+from kda_ops.device.chunk.kernel import clear_padding, full_dot, meets, slab_rows, store_u, tiles_of
 from kda_ops.device.workspace import Batch, Workspace
 
 
@@ -20,11 +20,8 @@ def chunk_prepare_general_kernel(
     G_ptr,
     beta_ptr,
     o_ptr,
-    w_ptr,
+    tiles_ptr,
     u_ptr,
-    kg_ptr,
-    qg_ptr,
-    A_ptr,
     decay_ptr,
     cu_ptr,
     chunks_ptr,
@@ -123,7 +120,8 @@ def chunk_prepare_general_kernel(
     X = (X * beta[None, :]).to(dtype)
 
     work = row * HV + h
-    tl.store(A_ptr + work * 4096 + i * 64 + j, (A * SCALE).to(A_ptr.dtype.element_ty))
+    w_ptr, kg_ptr, qg_ptr, A_ptr = tiles_of(tiles_ptr, work, KP)
+    tl.store(A_ptr + i * 64 + j, (A * SCALE).to(tiles_ptr.dtype.element_ty))
     for k0 in range(0, KP, BLOCK):
         cols = (k0 + d)[None, :]
         q = tl.load(q_head + cols, mask=ok & (cols < K), other=0.0).to(tl.float32)
@@ -131,12 +129,12 @@ def chunk_prepare_general_kernel(
         G = tl.load(G_row + cols, mask=cols < K, other=0.0)
         last = tl.load(G_head + (first + count - 1) * G_t + k0 + d, mask=k0 + d < K, other=0.0)
         tl.store(decay_ptr + work * KP + k0 + d, tl.exp2(last))
-        at = work * (64 * KP) + i * KP + cols
+        at = i * KP + cols
         e = tl.exp2(G)
-        tl.store(kg_ptr + at, (k * tl.exp2(last[None, :] - G)).to(kg_ptr.dtype.element_ty))
-        tl.store(qg_ptr + at, (q * e * SCALE).to(qg_ptr.dtype.element_ty))
+        tl.store(kg_ptr + at, (k * tl.exp2(last[None, :] - G)).to(tiles_ptr.dtype.element_ty))
+        tl.store(qg_ptr + at, (q * e * SCALE).to(tiles_ptr.dtype.element_ty))
         w = full_dot(X, (k * e).to(dtype))
-        tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty))
+        tl.store(w_ptr + at, w.to(tiles_ptr.dtype.element_ty))
     v_head = v_ptr + b * v_b + h * v_h + t[:, None] * v_t
     for v0 in range(0, V, BLOCK):
         cols = (v0 + d)[None, :]
@@ -168,7 +166,7 @@ def launch_general_prepare(
         G,
         beta,
         o,
-        *workspace.tiles,
+        *workspace.prepared,
         *batch.tables,
         *(stride for x in (q, k, v, G, beta) for stride in x.stride()[:3]),
         SCALE=scale,
@@ -178,7 +176,7 @@ def launch_general_prepare(
         V=V,
         VARLEN=batch.cu_seqlens is not None,
         SLABS=batch.slab is not None,
-        KP=workspace.w.shape[3],
+        KP=workspace.columns,
         VP=triton.next_power_of_2(V),
         BLOCK=16,
         FP32=wide,

@@ -12,14 +12,16 @@ needed, once.
 The programs fill their registers: two per multiprocessor, 255 a thread. What is live from the
 loads to the last stores (row numbers, masks) is then spilled, comes back out of the L2 cache, and
 costs 3 to 20 % of the time. Hence rows past a sequence's end are read as its last row instead of
-under masks, and `opaque` keeps apart what is computed early and late.
+under masks, and `opaque` keeps apart what is computed early and late. Levels 2 and 4 are a loop
+although they could be written out: its edges keep the compiler from mixing levels, which spilled up
+to 100 bytes, and within a level the decays of the next one are made beside its products.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from kda_ops.device.chunk.kernel import meets, store_u
+from kda_ops.device.chunk.kernel import meets, store_u, tiles_of
 
 
 @triton.jit
@@ -102,25 +104,21 @@ def join(X, M):
 
 
 @triton.jit
-def _small_decays(i, j, y, s: tl.constexpr):
+def _small_decays(i, j, y, s):
     """2^-|G - G_a| of a level s <= 8 of the four 16-row blocks of y, [4, 16, K]."""
     between = tl.broadcast_to(_between(i, j, s)[None, :, :], (4, 16, 16))
     return tl.exp2(tl.dot(half(between), y)).to(tl.float16)
 
 
 @triton.jit
-def _small_level(X, A, i, j, q, k, e, betas, s: tl.constexpr, PACKED: tl.constexpr):
-    """A level s <= 8 of the four 16-row blocks: q, k, e [4, 16, K] -> X and q k^T, [4, 16, 16];
-    betas is the product of a row's beta with that of the row before, all that level 1 takes.
+def _small_level(A, ke, qe, i, j, s):
+    """A level s <= 8 of the four 16-row blocks from keys and queries with its decays [4, 16, K]:
+    q k^T with it, and M, [4, 16, 16].
     """
-    ke = _multiply(k, e, PACKED)
-    qe = _multiply(q, e, PACKED)
     columns = tl.permute(ke, (0, 2, 1))
     meet = meets(i, j, s)[None, :, :]
-    M = tl.where(meet, tl.dot(ke, columns), 0.0)
-    X = X - M * betas if s == 1 else join(X, M)
     A = tl.where(meet, tl.dot(qe, columns), A)
-    return X, A
+    return A, tl.where(meet, tl.dot(ke, columns), 0.0)
 
 
 @triton.jit
@@ -150,10 +148,10 @@ def _large_level(A, q, k, y, like, s: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def chunk_levels(q, k, y, beta, beta_before, PACKED: tl.constexpr):
     """All levels of one chunk: q, k [64, K], the tokens' gates y [64, K] in fp16, beta of each row
-    and of the row before [64].
+    and of the row before [64], which level 1 takes instead of two products.
 
-    Returns q k^T with the decays [64, 64], X of the 16-row blocks [4, 16, 16], levels 16 and 32 of
-    M, [64, 64] in fp16, and q and k in fp16.
+    Returns q k^T with the decays [64, 64], X up to level 16 and level 32 of M, [64, 64] in fp16,
+    and q and k in fp16.
 
     Normalised q and k and their decays are at most 1 in magnitude, so the products are made in
     fp16: three bits more than bf16, and an eighth less error of the output.
@@ -165,23 +163,29 @@ def chunk_levels(q, k, y, beta, beta_before, PACKED: tl.constexpr):
     j = tl.arange(0, 16)[None, :]
     diagonal = (i == j)[None, :, :]
     y_blocks = tl.reshape(y, (4, 16, K))
-    betas = tl.reshape(beta * beta_before, (4, 16))[:, :, None]
     e = _small_decays(i, j, y_blocks, 1)
     q = laid_out_as(q, e, PACKED)
     k = laid_out_as(k, e, PACKED)
     X = tl.where(diagonal, tl.reshape(beta, (4, 16))[:, :, None], 0.0)
     A = tl.where(diagonal, tl.dot(q, tl.permute(k, (0, 2, 1))), 0.0)
-    X, A = _small_level(X, A, i, j, q, k, e, betas, 1, PACKED)
-    e = _small_decays(i, j, y_blocks, 2)
-    X, A = _small_level(X, A, i, j, q, k, e, betas, 2, PACKED)
-    e = _small_decays(i, j, y_blocks, 4)
-    X, A = _small_level(X, A, i, j, q, k, e, betas, 4, PACKED)
-    e = _small_decays(i, j, y_blocks, 8)
-    X, A = _small_level(X, A, i, j, q, k, e, betas, 8, PACKED)
+    e_next = _small_decays(i, j, y_blocks, 2)
+    A, M = _small_level(A, _multiply(k, e, PACKED), _multiply(q, e, PACKED), i, j, 1)
+    e = e_next
+    X = X - M * tl.reshape(beta * beta_before, (4, 16))[:, :, None]
+    for level in tl.range(1, 3, num_stages=1):
+        s = 1 << level
+        ke = _multiply(k, e, PACKED)
+        qe = _multiply(q, e, PACKED)
+        e = _small_decays(i, j, y_blocks, 2 * s)
+        A, M = _small_level(A, ke, qe, i, j, s)
+        X = join(X, M)
+    A, M = _small_level(A, _multiply(k, e, PACKED), _multiply(q, e, PACKED), i, j, 8)
+    X = join(X, M)
     A = block_diagonal(A)
-    A, M16 = _large_level(A, q, k, y, A, 16, PACKED)
-    A, M32 = _large_level(A, q, k, y, M16, 32, PACKED)
-    return A, X, M16, M32, tl.reshape(q, (64, K)), tl.reshape(k, (64, K))
+    A, M = _large_level(A, q, k, y, A, 16, PACKED)
+    X = join(block_diagonal(X), M).to(tl.float16)
+    A, M = _large_level(A, q, k, y, A, 32, PACKED)
+    return A, X, M, tl.reshape(q, (64, K)), tl.reshape(k, (64, K))
 
 
 @triton.jit
@@ -194,11 +198,8 @@ def prepare_chunk(
     v_ptr,
     v_t,
     o_ptr,
-    w_ptr,
+    tiles_ptr,
     u_ptr,
-    kg_ptr,
-    qg_ptr,
-    A_ptr,
     work,
     token,
     count,
@@ -220,7 +221,9 @@ def prepare_chunk(
     Exponents come as 0/1 matrices times y, also G and G_last - G, so that no sum over tokens stays
     in registers.
     """
-    A, X, M16, M32, q, k = chunk_levels(q, k, y, beta, beta_before, PACKED)
+    A, X, M, q, k = chunk_levels(q, k, y, beta, beta_before, PACKED)
+    w_ptr, kg_ptr, qg_ptr, A_ptr = tiles_of(tiles_ptr, work, K)
+    dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     if APART:
         count = opaque(count, PACKED)
     r = tl.arange(0, 64)
@@ -228,26 +231,26 @@ def prepare_chunk(
     j = r[None, :]
     if SCALE != 1.0:
         A = A * SCALE
-    tl.store((A_ptr + work * 4096) + (i * 64 + j), A.to(A_ptr.dtype.element_ty))
+    tl.store(A_ptr + (i * 64 + j), A.to(dtype))
     # loaded before it is needed: two programs per multiprocessor hide little of the latency
     d = tl.arange(0, V)[None, :]
     v = tl.load(v_ptr + (tl.minimum(i, count - 1) * v_t + d))
-    X = join(join(block_diagonal(X), M16), M32).to(v.dtype)
+    X = join(X, M).to(v.dtype)
     # u first, before the exponents take its registers
     u = tl.dot(X, v)
     store_u(u_ptr, o_ptr, u, work, token, count, h, HV, V, 0, V)
     at = i * K + tl.arange(0, K)[None, :]
     e = tl.exp2(tl.dot(half_like(j > i, X, PACKED), y))  # 2^(G_last - G)
     k = k.to(tl.float32)
-    tl.store((kg_ptr + work * (64 * K)) + at, (k * e).to(kg_ptr.dtype.element_ty))
+    tl.store(kg_ptr + at, (k * e).to(dtype))
     e = tl.exp2(tl.dot(half_like(j <= i, X, PACKED), y))  # 2^G
     q = q.to(tl.float32)
     if SCALE != 1.0:
         q = q * SCALE
     qg = q * e
-    tl.store((qg_ptr + work * (64 * K)) + at, qg.to(qg_ptr.dtype.element_ty))
+    tl.store(qg_ptr + at, qg.to(dtype))
     w = tl.dot(X, (k * e).to(X.dtype))
-    tl.store((w_ptr + work * (64 * K)) + at, w.to(w_ptr.dtype.element_ty))
+    tl.store(w_ptr + at, w.to(dtype))
 
 
 def is_nvidia(device: torch.device) -> bool:

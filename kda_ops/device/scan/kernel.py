@@ -20,6 +20,7 @@ from kda_ops.device.chunk.kernel import (
     sequence_rows,
     slab_chunks,
     store_state,
+    tiles_of,
 )
 from kda_ops.device.segments.kernel import (
     launch_segments,
@@ -33,11 +34,8 @@ from kda_ops.formulas import CHUNK
 
 @triton.jit
 def chunk_scan_kernel(
-    w_ptr,
+    tiles_ptr,
     u_ptr,
-    kg_ptr,
-    qg_ptr,
-    A_ptr,
     decay_ptr,
     S_ptr,
     E_ptr,
@@ -114,7 +112,7 @@ def chunk_scan_kernel(
             clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
         return
     d = tl.arange(0, KP)
-    tiles = (w_ptr, u_ptr, kg_ptr, qg_ptr, A_ptr, decay_ptr, o_ptr)
+    tiles = (tiles_ptr, u_ptr, decay_ptr, o_ptr)
     place = (h, b * T + start, (end - start).to(tl.int32), row)
     initial = (initial_n, initial_h, initial_v, initial_k)
     final = (final_n, final_h, final_v, final_k)
@@ -161,11 +159,8 @@ def chunk_scan_kernel(
 
 @triton.jit
 def chunk_scan_fp32_kernel(
-    w_ptr,
+    tiles_ptr,
     u_ptr,
-    kg_ptr,
-    qg_ptr,
-    A_ptr,
     decay_ptr,
     S_ptr,
     o_ptr,
@@ -249,7 +244,8 @@ def chunk_scan_fp32_kernel(
 
     for c in range(lo, hi):
         work = (row + c) * HV + h
-        tile = work * (64 * KP) + r[:, None] * KP + d[None, :]
+        w_ptr, kg_ptr, qg_ptr, A_ptr = tiles_of(tiles_ptr, work, KP)
+        tile = r[:, None] * KP + d[None, :]
         u_at = u_ptr + work * (64 * V) + v[None, :]
         vn = tl.load(u_at + r[:, None] * V, mask=in_v, other=0.0)
         o = tl.zeros((64, BV), tl.float32)
@@ -262,7 +258,7 @@ def chunk_scan_fp32_kernel(
         tl.debug_barrier()
         for r0 in range(0, 64, BLOCK):
             part = tl.load(u_at + (r0 + d)[:, None] * V, mask=in_v, other=0.0)
-            o += full_dot(tl.load(A_ptr + work * 4096 + r[:, None] * 64 + (r0 + d)[None, :]), part)
+            o += full_dot(tl.load(A_ptr + r[:, None] * 64 + (r0 + d)[None, :]), part)
         t = start + c * 64 + r
         tl.store(
             o_ptr + ((b * T + t)[:, None] * HV + h) * V + v[None, :],
@@ -274,7 +270,7 @@ def chunk_scan_fp32_kernel(
                 tl.load(S_at + k0 * V, mask=in_v, other=0.0)
                 * tl.load(decay_ptr + work * KP + k0 + d)[:, None]
             )
-            kg_at = kg_ptr + work * (64 * KP) + (k0 + d)[:, None]
+            kg_at = kg_ptr + (k0 + d)[:, None]
             for r0 in range(0, 64, BLOCK):
                 part = tl.load(u_at + (r0 + d)[:, None] * V, mask=in_v, other=0.0)
                 S += full_dot(tl.load(kg_at + (r0 + d)[None, :] * KP), part)
@@ -336,7 +332,7 @@ def launch_scan(
     With `indices`, the sequences' pages, `final` also holds the initial states.
     """
     HV, V = o.shape[2:]
-    KP = workspace.w.shape[3]
+    KP = workspace.columns
     indices, has_initial = (None if x is None else x.contiguous() for x in (indices, has_initial))
     sizes: dict[str, Any] = {
         "HV": HV,

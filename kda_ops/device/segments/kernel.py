@@ -78,11 +78,8 @@ def segment_state(
 
 @triton.jit
 def chunk_segments_kernel(
-    w_ptr,
+    tiles_ptr,
     u_ptr,
-    kg_ptr,
-    qg_ptr,
-    A_ptr,
     decay_ptr,
     S_ptr,
     E_ptr,
@@ -159,7 +156,7 @@ def chunk_segments_kernel(
     lo, hi, ends = segment_chunks(lo, hi, segment, SEGMENTS)
     page, live = page_of(indices_ptr, n, slots, PAGED)
     d = tl.arange(0, KP)
-    tiles = (w_ptr, u_ptr, kg_ptr, qg_ptr, A_ptr, decay_ptr, o_ptr)
+    tiles = (tiles_ptr, u_ptr, decay_ptr, o_ptr)
     place = (h, b * T + start, (end - start).to(tl.int32), row)
     initial = (initial_n, initial_h, initial_v, initial_k)
     final = (final_n, final_h, final_v, final_k)
@@ -230,6 +227,11 @@ class Segments(NamedTuple):
     M: Tensor
 
 
+def has_segments(dtype: torch.dtype, K: Any) -> bool:
+    """Whether the kernels here take such inputs, whatever their length."""
+    return bool(dtype != torch.float32 and K <= WIDEST)
+
+
 def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
     """In how many segments `scan` works off each sequence: as many as fill the GPU with programs.
 
@@ -237,7 +239,7 @@ def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
     a symbolic number of sequences nothing is assumed.
     """
     pairs = batch.N * int(o.shape[2])
-    if not (isinstance(pairs, int) and pairs and K <= WIDEST and is_nvidia(o.device)):
+    if not (isinstance(pairs, int) and pairs and has_segments(o.dtype, K) and is_nvidia(o.device)):
         return 1
     try:
         chunks = hint(o.shape[0] * batch.T) // (CHUNK * batch.N)
