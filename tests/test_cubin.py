@@ -47,9 +47,11 @@ SPILLS = {
     "chunk_scan_kernel": {"sm_80": 192},
     "chunk_segments_kernel": {"sm_80": 16},
     # the most of any launch tested; at the benchmarks' sizes on sm_90a, Triton 3.6: chunk_prepare
-    # 40, with cu_seqlens 104; chunk_gated_prepare 0 and 8, without the norms 80
-    "chunk_prepare_kernel": {"sm_80": 752, "sm_90a": 456, "sm_100a": 176, "sm_120": 744},
-    "chunk_gated_prepare_kernel": {"sm_80": 688, "sm_90a": 128, "sm_100a": 168, "sm_120": 760},
+    # 72, with cu_seqlens 0; chunk_gated_prepare 8 and 16, without the norms 48
+    "chunk_prepare_kernel": {"sm_80": 624, "sm_90a": 216, "sm_100a": 328, "sm_120": 616},
+    "chunk_gated_prepare_kernel": {
+        **{"sm_80": 624, "sm_90a": 88, "sm_100a": 192, "sm_120": 632, "gfx942": 72},
+    },
     # with q, k and v apart and biases, at K = V = 64
     "kda_decode_kernel": {"sm_80": 168, "sm_90a": 184, "sm_100a": 184, "sm_120": 168},
     "chunk_prepare_general_kernel": {
@@ -57,7 +59,14 @@ SPILLS = {
     },
 }
 # where another Triton than the pinned one leaves more
-MORE_SPILLS = {"3.9": {"kda_decode_kernel": {"sm_80": 224, "sm_90a": 256}}}
+MORE_SPILLS = {
+    "3.9": {
+        "kda_decode_kernel": {"sm_80": 224, "sm_90a": 256},
+        "chunk_prepare_kernel": {"sm_80": 744, "sm_90a": 688, "sm_100a": 704, "sm_120": 928},
+        "chunk_gated_prepare_kernel": {"sm_80": 680, "sm_90a": 616, "sm_100a": 600, "sm_120": 728},
+        "chunk_prepare_general_kernel": {"sm_90a": 3000, "sm_120": 2776},
+    }
+}
 # where kernels are that more than one operator launches
 SHARED = (
     "kda_ops.device.general.kernel",

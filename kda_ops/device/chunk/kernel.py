@@ -64,7 +64,7 @@ def slab_rows(
 
     Program p's row is between p and p + N, so a slab's chunks are those of `rows + N` programs. One
     sequence, where N is a constant, is simpler: its rows are its chunks. That it counts in 32 bits
-    leaves `prepare` the registers to spill 48 bytes under a bound instead of 104, and none without.
+    leaves `prepare` registers, which it is short of.
     """
     if SLABS and not VARLEN and N == 1:
         c = p.to(tl.int32)
