@@ -119,5 +119,5 @@ def workspace_slabs(rows: int, HV: int, K: int, V: int, dtype: torch.dtype) -> i
 
 
 def _row_bytes(HV: int, K: int, V: int, dtype: torch.dtype) -> int:
-    tiles = workspace_row(K, V, dtype).values()
-    return HV * sum(math.prod(shape) * dtype.itemsize for shape, dtype in tiles)
+    parts = workspace_row(K, V, dtype).values()
+    return HV * sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)

@@ -1,6 +1,6 @@
 """In Triton's interpreter, a kernel that reads or writes outside the tensors it was given fails:
 what compute-sanitizer finds on a GPU, on a machine that has none. A place elsewhere in a tensor's
-storage, or in another of the launch's tensors, passes.
+storage (another tile of a workspace), or in another of the launch's tensors, passes.
 """
 
 import contextlib

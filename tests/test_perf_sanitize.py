@@ -11,6 +11,7 @@ from kda_ops.gate.cases import CASES
 from perf import sanitize
 from tests.operators import RunKernels, cases
 
+CPU = torch.device("cpu")
 CLEAN = "========= ERROR SUMMARY: 0 errors"
 RACES = "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)"
 
@@ -81,12 +82,13 @@ def test_a_missing_sanitizer_is_named() -> None:
 
 
 @pytest.mark.interpreter
-def test_chunked_kda_runs_in_segments_too() -> None:
-    module = "kda_ops.chunk_kda.cases"
-    case = next(case for case in cases("chunk_kda") if case.name == "bf16")
+@pytest.mark.parametrize("name", ["chunk_kda", "chunk_kda_gated"])
+def test_chunked_kda_runs_in_segments_too(name: str) -> None:
+    module = f"kda_ops.{name}.cases"
+    case = next(case for case in cases(name) if sanitize.takes_segments(name, case.make(CPU)))
     launched = mock.patch.object(scan, "launch_segments", wraps=scan.launch_segments)
     with mock.patch(f"{module}.CASES", [case]), launched as launch, RunKernels():
-        assert sanitize.run_cases(["chunk_kda"], torch.device("cpu")) == 2
+        assert sanitize.run_cases([name], CPU) == 2
     assert launch.call_count == 1
 
 

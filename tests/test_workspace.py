@@ -25,6 +25,7 @@ from kda_ops.chunks import WORKSPACE_BYTES, chunk_table, workspace_bytes
 from kda_ops.device import workspace
 from kda_ops.device.scan import kernel as scan
 from kda_ops.device.segments.kernel import has_segments
+from perf import sanitize
 from tests import test_cubin
 from tests.bounds import within_tensors
 from tests.fake_cuda import cuda_code, summary
@@ -207,7 +208,7 @@ def test_groups_of_heads_change_nothing(slabs: bool) -> None:
 def in_segments(count: int) -> Iterator[None]:
     """Sequences are scanned in so many segments, and some are."""
     first_pass = mock.patch.object(scan, "launch_segments", wraps=scan.launch_segments)
-    with mock.patch.object(scan, "segment_count", return_value=count), first_pass as launched:
+    with sanitize.in_segments(count), first_pass as launched:
         yield
     assert launched.called
 

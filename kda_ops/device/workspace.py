@@ -6,7 +6,8 @@ behind the other, `u [64, V]` and the chunk's decay `[K]`. The row of chunk c of
 `T // 64 + N`. bf16 `u` needs no room of its own: it is as large as the output and lies there until
 `scan` puts the output in its place.
 
-One tensor holds all tiles: for few tokens allocating each takes the host longer than the kernels.
+One tensor holds all tiles: an allocation takes the host a few microseconds, which shows where
+tokens are few.
 
 A workspace that would be too large (`kda_ops.chunks.workspace_slabs`) holds a slab of the rows at a
 time: all kernels run once per slab, and fp32 states `S [N, HV, K, V]` are carried from one to the
@@ -115,11 +116,11 @@ def make_workspace(q: Tensor, v: Tensor, batch: Batch) -> Workspace:
         return torch.empty((first, HV, *shape), dtype=dtype, device=q.device)
 
     row = workspace_row(q.shape[3], V, q.dtype)
-    tiles = {name: make(rows, *tile) for name, tile in row.items()}
+    parts = {name: make(rows, *part) for name, part in row.items()}
     S = None
     if batch.slab is not None or q.dtype == torch.float32:
         S = make(at_least_one(batch.N), (*row["decay"][0], V), torch.float32)
-    return Workspace(tiles["tiles"], tiles.get("u"), tiles["decay"], S)
+    return Workspace(parts["tiles"], parts.get("u"), parts["decay"], S)
 
 
 def has_fast_prepare(dtype: torch.dtype, K: Any, V: Any) -> bool:

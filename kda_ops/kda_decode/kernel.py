@@ -351,7 +351,7 @@ def kda_decode_kernel(
             shift(rows_k_ptr, stride_conv_row_k, x_k, conv_count, ok_k, W, TOKENS)
 
 
-FEW = 4  # sequences: their programs have a multiprocessor to themselves
+FEW = 4  # sequences, as measured with 32 heads
 
 
 def tile_of(V: int, K: int, state: Tensor, layout: str, N: Any, tokens: int) -> dict[str, int]:

@@ -164,7 +164,7 @@ def first_state(
 
 @triton.jit
 def scan_chunks(
-    tiles,
+    memory,
     S,
     place,
     lo,
@@ -180,15 +180,15 @@ def scan_chunks(
     """Columns v of a head's state after chunks lo to hi of one sequence, begun with S [KP, v].
 
     With OUTPUT the output's columns are written; without, v may lie past V, where u is zero.
-    `tiles`: the workspace (None for u where it lies in the output) and the output. `place`: the
+    `memory`: the workspace (None for u where it lies in the output) and the output. `place`: the
     head, the output's row of the sequence's first token, its tokens, its first workspace row.
     """
-    tiles_ptr, u_ptr, decay_ptr, o_ptr = tiles
+    tiles_ptr, u_ptr, decay_ptr, o_ptr = memory
     h, first, length, row = place
     r = tl.arange(0, 64)
     d = tl.arange(0, KP)
     step = tl.full((), HV, tl.int64)
-    ROW: tl.constexpr = 64 * (3 * KP + 64)
+    ROW: tl.constexpr = 64 * (3 * KP + 64)  # of `tiles_of`
     work = row * HV + h
     w_ptr, kg_ptr, qg_ptr, A_ptr = tiles_of(tiles_ptr, work, KP)
     tile = r[:, None] * KP + d[None, :]

@@ -13,8 +13,8 @@ The programs fill their registers: two per multiprocessor, 255 a thread. What is
 loads to the last stores (row numbers, masks) is then spilled, comes back out of the L2 cache, and
 costs 3 to 20 % of the time. Hence rows past a sequence's end are read as its last row instead of
 under masks, and `opaque` keeps apart what is computed early and late. Levels 2 and 4 are a loop
-although they could be written out: its edges keep the compiler from mixing levels, which spilled up
-to 100 bytes, and within a level the decays of the next one are made beside its products.
+although they could be written out: its edges keep the compiler from mixing levels, which spilled
+more (`perf/NOTES.md`), and within a level the decays of the next one are made beside its products.
 """
 
 import torch

@@ -112,7 +112,7 @@ def chunk_scan_kernel(
             clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
         return
     d = tl.arange(0, KP)
-    tiles = (tiles_ptr, u_ptr, decay_ptr, o_ptr)
+    memory = (tiles_ptr, u_ptr, decay_ptr, o_ptr)
     place = (h, b * T + start, (end - start).to(tl.int32), row)
     initial = (initial_n, initial_h, initial_v, initial_k)
     final = (final_n, final_h, final_v, final_k)
@@ -139,7 +139,7 @@ def chunk_scan_kernel(
             HAS_INITIAL,
         )
 
-    S = scan_chunks(tiles, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
+    S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
     store_state(
         final_ptr,
         final,

@@ -156,7 +156,7 @@ def chunk_segments_kernel(
     lo, hi, ends = segment_chunks(lo, hi, segment, SEGMENTS)
     page, live = page_of(indices_ptr, n, slots, PAGED)
     d = tl.arange(0, KP)
-    tiles = (tiles_ptr, u_ptr, decay_ptr, o_ptr)
+    memory = (tiles_ptr, u_ptr, decay_ptr, o_ptr)
     place = (h, b * T + start, (end - start).to(tl.int32), row)
     initial = (initial_n, initial_h, initial_v, initial_k)
     final = (final_n, final_h, final_v, final_k)
@@ -185,7 +185,7 @@ def chunk_segments_kernel(
             PAGED,
             HAS_INITIAL,
         )
-        S = scan_chunks(tiles, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
+        S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
         store_state(
             final_ptr,
             final,
@@ -212,7 +212,7 @@ def chunk_segments_kernel(
         v = V + m  # no column of u
     else:
         S = tl.zeros((KP, BE), tl.float32)
-    S = scan_chunks(tiles, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, False)
+    S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, False)
     if block >= v_blocks:
         M_at = M_ptr + (pair * (SEGMENTS - 1) + segment) * (KP * KP) + d[:, None] * KP
         tl.store(M_at + m[None, :], S.to(tl.float16), mask=(m < KP)[None, :])
