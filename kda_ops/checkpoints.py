@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -90,8 +89,7 @@ def convert_state_dict(
         for name, sources in parts.items()
     }
     if naming != "kda_ops":
-        rows = converted["in_proj.weight"]
-        converted["in_proj.weight"] = F.pad(rows, (0, 0, 0, layer.in_sizes["pad"]))
+        converted["in_proj.weight"] = layer.in_padded(converted["in_proj.weight"])
     return converted
 
 

@@ -235,6 +235,10 @@ class KimiDeltaAttention(nn.Module):
         del named["pad"]
         return named
 
+    def in_padded(self, rows: Tensor) -> Tensor:
+        """A weight for `in_proj` from the rows of its parts, one behind the other."""
+        return F.pad(rows, (0, 0, 0, self.in_sizes["pad"]))
+
     def extra_repr(self) -> str:
         gate = "softplus" if self.lower_bound is None else f"bounded at {self.lower_bound}"
         return (

@@ -4,9 +4,9 @@
     chunk_kda_gated(q, k, ..., qk_norm_eps)
 
 On an H200 at T = 8192, H = 32 `prepare` takes 5 to 10 us more with the norms, a convolution 16, and
-kernels of their own take 67: so this comes before
-`fuse_short_conv_qkv`, which has the norms that are left. Only where `prepare` is one kernel: the
-other sizes would write normalised q and k to memory too.
+kernels of their own take 67: so this comes before `fuse_short_conv_qkv`, which has the norms that
+are left. Only where `prepare` is one kernel: the other sizes would write normalised q and k to
+memory too.
 """
 
 from typing import Any

@@ -128,7 +128,7 @@ def shard_kda(full: KimiDeltaAttention, tp_size: int, rank: int, layout: str) ->
     rows = torch.cat(
         [held(x, heads[n], tp_size, rank) if n in heads else x for n, x in full.in_parts().items()]
     )
-    weights["in_proj.weight"] = F.pad(rows, (0, 0, 0, local.in_sizes["pad"]))
+    weights["in_proj.weight"] = local.in_padded(rows)
     taps = weights["conv_weight"].split([full.in_sizes[x] for x in "qkv"])
     weights["conv_weight"] = torch.cat(
         [held(x, heads[n], tp_size, rank) for n, x in zip("qkv", taps, strict=True)]

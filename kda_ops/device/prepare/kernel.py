@@ -183,6 +183,7 @@ def chunk_levels(q, k, y, beta, beta_before, PACKED: tl.constexpr):
     X = join(X, M)
     A = block_diagonal(A)
     A, M = _large_level(A, q, k, y, A, 16, PACKED)
+    # in fp16 it takes 16 registers less meanwhile; that rounds beta twice, see `perf/NOTES.md`
     X = join(block_diagonal(X), M).to(tl.float16)
     A, M = _large_level(A, q, k, y, A, 32, PACKED)
     return A, X, M, tl.reshape(q, (64, K)), tl.reshape(k, (64, K))
