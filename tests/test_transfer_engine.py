@@ -147,7 +147,7 @@ def test_pages_are_released_when_the_last_consumer_is_done() -> None:
         reader.engine.read("r", "P", [[4], [8]], REMOTE)
         reader.engine.poll()
         if i < 3:  # the same consumer again does not count
-            notice = {"version": 1, "engine": "D", "rank": i, "request": "r"}
+            notice = {"version": 2, "engine": "D", "rank": i, "request": "r"}
             reader.engine.transport.notify("P0", json.dumps(notice).encode())
     assert [tuple(r) for r in source.poll().released] == [("r", "done")]
     assert source.counters.stray_notices == 0
@@ -294,7 +294,7 @@ def test_no_handshake_field_is_left_out() -> None:
     fleet.check_nothing_left()
 
 
-@pytest.mark.parametrize("answer", [b"", b"{", b"[]", b"\xff", b"[" * 10_000, b'{"version": 1}'])
+@pytest.mark.parametrize("answer", [b"", b"{", b"[]", b"\xff", b"[" * 10_000, b'{"version": 2}'])
 def test_answers_that_are_no_handshake(answer: bytes) -> None:
     fleet = Local(1, 1)
     with pytest.raises(GeometryError, match=r"message must be JSON|answer must"):
@@ -304,9 +304,9 @@ def test_answers_that_are_no_handshake(answer: bytes) -> None:
 
 
 def test_a_mismatch_names_the_field_and_both_values() -> None:
-    shape = geometry(1)
-    fleet = Local(1, 1, prefill=changed(shape, 0, rows=9))
-    with pytest.raises(GeometryError, match=r"rank 0 refused: .*rows .* got 9 and 4"):
+    shape = geometry(1)  # 4 rows
+    fleet = Local(1, 1, prefill=changed(shape, 0, conv_size=3, num_spec=2))
+    with pytest.raises(GeometryError, match=r"rank 0 refused: .*kda: conv_size .* got 3 and 4"):
         fleet.connect()
 
 
@@ -554,7 +554,7 @@ def test_strays_release_nothing() -> None:
     fleet.put("r", content(24, 0), REMOTE)
     fleet.connect()
     source = fleet.sources[0].engine
-    good = {"version": 1, "engine": "D", "rank": 0, "request": "r"}
+    good = {"version": 2, "engine": "D", "rank": 0, "request": "r"}
     bad = [
         b"",
         b"\xff",
@@ -563,7 +563,7 @@ def test_strays_release_nothing() -> None:
         *(
             json.dumps(good | change).encode()
             for change in (
-                {"version": 2},
+                {"version": 1},
                 {"engine": "E"},
                 {"rank": 1},
                 {"rank": -1},
@@ -702,12 +702,12 @@ def test_a_peer_that_comes_back() -> None:
     def restart(name: str, shape: Any) -> Side:
         return Side(InProcessTransport(fleet.network, f"{name}0"), shape, 0, name)
 
-    other = restart("P2", changed(geometry(1), 0, rows=5))
+    other = restart("P2", changed(geometry(1), 0, num_spec=2))
 
     def other_call(rank: int, message: bytes) -> bytes:
         return other.engine.answer(message)
 
-    with pytest.raises(GeometryError, match=r"refused: group kda: rows .* got 5 and 4"):
+    with pytest.raises(GeometryError, match=r"refused: group kda: num_spec .* got 2 and 1"):
         reader.engine.connect("P2", 1, other_call)
     again = restart("P3", geometry(1))
     made = content(24, 5)

@@ -11,16 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kda_ops.state import KDAStateSpec
+from kda_ops.state import KDAStateSpec, Segment
 from kda_ops.transfer.geometry import (
     EngineGeometry,
     PageGeometry,
     PlacedSegment,
     check_compatible,
-    decode_geometry,
-    encode_geometry,
+    packed_geometry,
     state_geometry,
 )
+from kda_ops.transfer.messages import decode_geometry, encode_geometry
 from kda_ops.transfer.plan import (
     Read,
     consumer_ranks,
@@ -44,6 +44,7 @@ def place(
 ) -> PageGeometry:
     """A page geometry with a gap before every segment and one after the last."""
     placed, end = [], 0
+    state = fields.get("kind") != "attention"
     for (name, units, nbytes), gap in zip(segments, gaps, strict=False):
         placed.append(PlacedSegment(name, units, nbytes, "uint8", end + gap))
         end += gap + max(units // tp, 1) * nbytes
@@ -51,7 +52,8 @@ def place(
         "name": "g",
         "kind": "state",
         "layout": "DS",
-        "rows": 3,
+        "conv_size": 3 if state else 0,
+        "num_spec": 1 if state else 0,
         "block_tokens": 16,
         "pages_per_block": 1,
         "page_bytes": end + gaps[-1],
@@ -203,7 +205,7 @@ def test_granules_make_pages_of_another_size(src_tokens: int, dst_tokens: int) -
 
     def geometry(tp: int, page_tokens: int) -> PageGeometry:
         segments = [(n, heads, page_tokens * width) for n in "kv"]
-        kind = {"kind": "attention", "rows": 0, "block_tokens": page_tokens}
+        kind = {"kind": "attention", "block_tokens": page_tokens}
         return place(segments, [1, 2, 3], tp, **kind)
 
     def pages(g: PageGeometry, rank: int) -> list[np.ndarray]:
@@ -237,7 +239,7 @@ def test_page_sizes_with_little_in_common_are_refused() -> None:
     """A peer's page size is its own word: it must not make a list of 2**30 ranges here."""
 
     def geometry(page_tokens: int) -> PageGeometry:
-        kind = {"kind": "attention", "rows": 0, "block_tokens": page_tokens}
+        kind = {"kind": "attention", "block_tokens": page_tokens}
         return place([("k", 1, page_tokens)], [0, 0], 1, **kind)
 
     assert plan_granules(geometry(4096 * 3), geometry(3), 0).src_per_page == 4096
@@ -248,7 +250,7 @@ def test_page_sizes_with_little_in_common_are_refused() -> None:
 
 def test_zeroing_names_the_tail_of_every_head() -> None:
     segments = [("k", 4, 24), ("v", 4, 16)]
-    geometry = place(segments, [1, 2, 3], 2, kind="attention", rows=0, block_tokens=8)
+    geometry = place(segments, [1, 2, 3], 2, kind="attention", block_tokens=8)
     assert plan_zero(geometry, 6, 8) == [(19, 6), (43, 6), (63, 4), (79, 4)]
     assert plan_zero(geometry, 3, 3) == []
     with pytest.raises(GeometryError, match=r"tokens must be in \[0, 8\]"):
@@ -262,7 +264,7 @@ def hybrid(tp: int = 2, **changes: Any) -> EngineGeometry:
     state, kv = [("q", 12, 6), ("recurrent", 12, 8)], [("k", 12, 32)]
     groups = {
         "kda": place(state, [0, 0, 4096], tp, name="kda", pages=8),
-        "kv": place(kv, [0, 0], tp, name="kv", kind="attention", rows=0, pages=8),
+        "kv": place(kv, [0, 0], tp, name="kv", kind="attention", pages=8),
     }
     for key, value in changes.items():
         group, _, field = key.partition("_")
@@ -286,13 +288,18 @@ def segment(**changes: Any) -> tuple[PlacedSegment, PlacedSegment]:
         (lambda: hybrid(kda_name="mamba"), r"name of a group .* 'kda' and 'mamba'"),
         (lambda: hybrid(kv_kind="state"), r"kind .* 'attention' and 'state'"),
         (lambda: hybrid(kda_layout="SD"), r"layout .* 'DS' and 'SD'"),
-        (lambda: hybrid(kda_rows=5), r"rows .* got 3 and 5"),
+        (lambda: hybrid(kda_conv_size=4), r"kda: conv_size .* got 3 and 4"),
+        (lambda: hybrid(kda_num_spec=0), r"kda: num_spec .* got 1 and 0"),
         (lambda: hybrid(kda_layers=2), r"layers .* got 1 and 2"),
         (lambda: hybrid(kda_segments=segment()[:1]), r"number of segments .* got 2 and 1"),
         (lambda: hybrid(kda_segments=segment(name="x")), r"name of a segment .* 'q' and 'x'"),
         (lambda: hybrid(kda_segments=segment(units=8)), r"units of segment q .* got 12 and 8"),
         (lambda: hybrid(kda_segments=segment(bytes_per_unit=7)), r"bytes_per_unit .* got 6 and 7"),
         (lambda: hybrid(kda_segments=segment(dtype="int8")), r"dtype .* 'uint8' and 'int8'"),
+        (
+            lambda: hybrid(kda_segments=segment(shape=(2,))),
+            r"shape of segment q .* got \(\) and \(2",
+        ),
         (lambda: hybrid(kv_block_tokens=8), r"per token and unit of segment k .* got 2 and 4"),
     ],
 )
@@ -302,6 +309,150 @@ def test_mismatches_name_the_field_and_both_values(
     check_compatible(hybrid(), hybrid(4))
     with pytest.raises(GeometryError, match=match):
         check_compatible(hybrid(), remote())
+
+
+def kda(**changes: Any) -> PageGeometry:
+    """States with everything different: heads, sizes and dtypes."""
+    sizes = {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 8, "head_v_dim": 12}
+    rest = {"conv_size": 4, "num_spec": 1, "conv_dtype": torch.bfloat16, "layout": "DS"}
+    spec = KDAStateSpec(**(sizes | rest | changes))
+    return state_geometry(spec, pages=2, block_tokens=16)
+
+
+def recurrent_only(V: int, K: int) -> PageGeometry:
+    """A state without a convolution."""
+    return packed_geometry(
+        [Segment("recurrent", 4, V * K * 4)],
+        name="kda",
+        kind="state",
+        dtypes={"recurrent": "float32"},
+        tp_size=1,
+        pages=2,
+        block_tokens=16,
+        shapes={"recurrent": (V, K)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_k_heads": 4}, r"units of segment q .* got 2 and 4"),
+        ({"num_v_heads": 8}, r"units of segment v .* got 4 and 8"),
+        ({"head_k_dim": 16}, r"shape of segment q .* got \(8,\) and \(16,\)"),
+        ({"head_v_dim": 8}, r"shape of segment v .* got \(12,\) and \(8,\)"),
+        ({"conv_size": 3}, r"conv_size .* got 4 and 3"),
+        ({"num_spec": 2}, r"num_spec .* got 1 and 2"),
+        ({"conv_dtype": torch.float16}, r"dtype of segment q .* got 'bfloat16' and 'float16'"),
+        (
+            {"recurrent_dtype": "bfloat16"},
+            r"dtype of segment recurrent .* got 'float32' and 'bfloat16'",
+        ),
+        ({"layout": "SD"}, r"layout .* got 'DS' and 'SD'"),
+    ],
+    ids=str,
+)
+def test_every_field_of_a_spec_is_compared_by_itself(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(GeometryError, match=match):
+        check_compatible(EngineGeometry((kda(),)), EngineGeometry((kda(**changes),)))
+
+
+def test_no_field_of_a_spec_is_left_out() -> None:
+    """Those that may differ: a plan takes them into account."""
+    check_compatible(EngineGeometry((kda(),)), EngineGeometry((kda(tp_size=2, page_bytes=8192),)))
+    (compared,) = [
+        mark.args[1]
+        for mark in test_every_field_of_a_spec_is_compared_by_itself.pytestmark
+        if mark.name == "parametrize"
+    ]
+    names = {name for changes, _ in compared for name in changes} | {"tp_size", "page_bytes"}
+    assert names == {field.name for field in dataclasses.fields(KDAStateSpec)}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "match"),
+    [
+        # as many rows, as many bytes: other widths, other dtypes, another shape
+        (
+            kda(conv_size=4, num_spec=0),
+            kda(conv_size=2, num_spec=2),
+            r"conv_size .* got 4 and 2",
+        ),
+        (
+            kda(conv_size=3, conv_dtype=torch.float32),
+            kda(conv_size=6, conv_dtype=torch.bfloat16),
+            r"conv_size .* got 3 and 6",
+        ),
+        (
+            kda(head_k_dim=8, num_spec=0),
+            kda(head_k_dim=6, num_spec=1),
+            r"num_spec .* got 0 and 1",
+        ),
+        (
+            kda(head_k_dim=8, conv_dtype=torch.bfloat16),
+            kda(head_k_dim=4, conv_dtype=torch.float32),
+            r"dtype of segment q .* got 'bfloat16' and 'float32'",
+        ),
+        (
+            kda(num_k_heads=2, head_k_dim=8),
+            kda(num_k_heads=4, head_k_dim=4),
+            r"units of segment q .* got 2 and 4",
+        ),
+        (
+            recurrent_only(8, 16),
+            recurrent_only(16, 8),
+            r"shape of segment recurrent .* got \(8, 16\) and \(16, 8\)",
+        ),
+    ],
+)
+def test_equal_products_of_other_parts_are_refused(
+    ours: PageGeometry, theirs: PageGeometry, match: str
+) -> None:
+    with pytest.raises(GeometryError, match=match):
+        check_compatible(EngineGeometry((ours,)), EngineGeometry((theirs,)))
+
+
+def segments(geometry: PageGeometry, **changes: Any) -> PageGeometry:
+    """The geometry with fields of its last segment replaced."""
+    *rest, last = geometry.segments
+    return dataclasses.replace(geometry, segments=(*rest, dataclasses.replace(last, **changes)))
+
+
+def test_every_field_of_a_geometry_is_compared_or_taken_into_account() -> None:
+    """Of two geometries that differ in one field, the field is named, or pages come over right."""
+    state, kv = hybrid(1, kv_block_tokens=4).groups
+    free = {
+        "offset": segments(state, offset=100),
+        "tp_size": hybrid(4).groups[0],
+        "block_tokens": dataclasses.replace(state, block_tokens=32),
+        "pages_per_block": dataclasses.replace(kv, pages_per_block=2, block_tokens=8),
+        "page_bytes": dataclasses.replace(state, page_bytes=state.page_bytes + 8),
+        "pages": dataclasses.replace(state, pages=9),
+    }
+    compared = {
+        "name": dataclasses.replace(state, name="mamba"),
+        "kind": dataclasses.replace(
+            state, kind="attention", conv_size=0, num_spec=0, block_tokens=2
+        ),
+        "segments": dataclasses.replace(state, segments=state.segments[:1]),
+        "layout": dataclasses.replace(state, layout="SD"),
+        "conv_size": dataclasses.replace(state, conv_size=4),
+        "num_spec": dataclasses.replace(state, num_spec=2),
+        "layers": dataclasses.replace(state, layers=2),
+        "name of a segment": segments(state, name="x"),
+        "units": segments(state, units=8),
+        "bytes_per_unit": segments(state, bytes_per_unit=4),
+        "dtype": segments(state, dtype="int8"),
+        "shape": segments(state, shape=(2,)),
+    }
+    fields = {*dataclasses.fields(PageGeometry), *dataclasses.fields(PlacedSegment)}
+    assert free.keys() | compared.keys() == {f.name for f in fields} | {"name of a segment"}
+    for theirs in free.values():
+        ours = state if theirs.kind == "state" else kv
+        check_reads(theirs, ours)
+        check_reads(ours, theirs)
+    for name, theirs in compared.items():
+        with pytest.raises(GeometryError, match=rf"{name}.* must be the same .* got .* and "):
+            check_compatible(EngineGeometry((state,)), EngineGeometry((theirs,)))
 
 
 def test_row_interleaved_states_need_equal_tp() -> None:
@@ -316,6 +467,11 @@ def test_row_interleaved_states_need_equal_tp() -> None:
         ({"kda_kind": "ring"}, "kind must be state or attention, got 'ring'"),
         ({"kda_layout": "XY"}, "layout must be SD or DS, got 'XY'"),
         ({"kv_layout": "SD"}, "layout of attention pages must be DS"),
+        ({"kv_conv_size": 4}, "conv_size of attention pages must be 0, got 4"),
+        ({"kv_num_spec": 1}, "num_spec of attention pages must be 0, got 1"),
+        ({"kda_conv_size": 1}, "conv_size must be 0 or at least 2 .* got 1 and 1"),
+        ({"kda_segments": segment(shape=(4,))}, r"multiple of the elements of its shape \[4\]"),
+        ({"kda_segments": segment(shape=(0,))}, r"multiple of the elements of its shape \[0\]"),
         ({"kda_pages_per_block": 2}, "pages_per_block of state pages must be 1, got 2"),
         ({"kv_pages_per_block": 3}, "pages_per_block must divide block_tokens = 16, got 3"),
         ({"kda_layers": 0}, "layers must be at least 1, got 0"),
@@ -351,8 +507,10 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("bad", [None, -1, 1.5, True, "", "x" * 300, "\x00", [], {}, 1 << 50])
 def test_every_field_of_untrusted_metadata_is_checked(bad: Any) -> None:
-    encoded = json.dumps(encode_geometry(hybrid()))
+    encoded = json.dumps(encode_geometry(hybrid(kda_segments=segment(shape=(2,)))))
     for path in _paths(json.loads(encoded)):
+        if (path[-1], bad) == ("shape", []):
+            continue  # nothing is known of it
         value = json.loads(encoded)
         at = value
         for key in path[:-1]:
@@ -378,8 +536,8 @@ def test_messages_are_limited_and_versioned() -> None:
     with pytest.raises(GeometryError, match="differs in") as refusal:
         decode_geometry({"x" * 1_000_000: 1})
     assert len(str(refusal.value)) < 400  # what is logged of it
-    with pytest.raises(GeometryError, match="version of geometry must be 1, got 2"):
-        decode_geometry(encode_geometry(hybrid()) | {"version": 2})
+    with pytest.raises(GeometryError, match="version of geometry must be 2, got 3"):
+        decode_geometry(encode_geometry(hybrid()) | {"version": 3})
 
 
 def test_ranks_that_do_not_exist() -> None:

@@ -65,7 +65,8 @@ def mamba2_engine(
             tp_size=tp,
             pages=1,
             block_tokens=16,
-            rows=rows,
+            conv_size=4,
+            num_spec=rows - 3,
             page_bytes=page_bytes,
         )
 

@@ -136,7 +136,7 @@ def deep(depth: int) -> Any:
 
 def test_errors_do_not_print_what_is_too_deep_to_print(monkeypatch: pytest.MonkeyPatch) -> None:
     """How deep a parser goes and how deep Python prints are limits of their own."""
-    who = {"version": 1, "engine": "P", "rank": 0}
+    who = {"version": 2, "engine": "P", "rank": 0}
     for found in (
         {"error": deep(100_000)},
         who | {"request": deep(100_000)},
@@ -156,7 +156,7 @@ def test_a_refusal_is_fit_for_a_log() -> None:
         (None, "refused: None$"),
         ("x" * 5000, "refused: x{1000}$"),
     ):
-        answer = json.dumps({"version": 1, "error": error}).encode()
+        answer = json.dumps({"version": 2, "error": error}).encode()
         with pytest.raises(GeometryError, match=shown):
             decode_card(answer, "P", 0)
 
@@ -231,7 +231,7 @@ def test_mutated_messages_are_refused_or_harmless(seed: int) -> None:
         return answer
 
     reader.connect("P", 1, call)
-    seen["notice"] = {"version": 1, "engine": "D", "rank": 0, "request": "r"}
+    seen["notice"] = {"version": 2, "engine": "D", "rank": 0, "request": "r"}
     source.offer("r")
     refused = connected = released = 0
     for _ in range(300):

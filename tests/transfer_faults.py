@@ -33,20 +33,23 @@ def tampered(honest: Call, where: str, path: tuple[Any, ...], value: Any) -> Cal
 GROUP = ("geometry", "groups", 0)
 SEGMENT = (*GROUP, "segments", 0)
 SHARED = [
-    (("version",), 2),
-    (("version",), "1"),
+    (("version",), 1),
+    (("version",), "2"),
     (("engine",), 7),
     (("engine",), ""),
     (("rank",), 99),
     (("rank",), None),
     (("geometry",), None),
-    (("geometry", "version"), 2),
+    (("geometry", "version"), 1),
     (("geometry", "groups"), []),
     (("surplus",), 1),
     ((*GROUP, "name"), "mamba"),
     ((*GROUP, "kind"), "attention"),
     ((*GROUP, "layout"), "SD"),
-    ((*GROUP, "rows"), 3),
+    ((*GROUP, "conv_size"), 3),
+    ((*GROUP, "conv_size"), 1),
+    ((*GROUP, "num_spec"), 0),
+    ((*GROUP, "num_spec"), -1),
     ((*GROUP, "tp_size"), 2),
     ((*GROUP, "tp_size"), 3),
     ((*GROUP, "layers"), 3),
@@ -60,6 +63,9 @@ SHARED = [
     ((*SEGMENT, "bytes_per_unit"), 16),
     ((*SEGMENT, "dtype"), "float16"),
     ((*SEGMENT, "offset"), 1),
+    ((*SEGMENT, "shape"), [4]),
+    ((*SEGMENT, "shape"), [1] * 9),
+    ((*SEGMENT, "shape", 0), -8),
 ]
 CARD = [
     (("engine",), "Q"),

@@ -1,24 +1,17 @@
 """What the pages of an engine look like, as data that two engines exchange before they share any.
 
 A page is one block of one layer on one rank. `PageGeometry` says where every segment lies in it;
-`EngineGeometry` is all groups of an engine and what a handshake carries. It travels as JSON:
-versioned, limited in length, every field checked by name and type, nothing ever executed.
+`EngineGeometry` is all groups of an engine and what a handshake carries.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kda_ops.config import AUTO, LAYOUTS
 from kda_ops.state import KDAStateSpec, Segment, units_held
-from kda_ops.transfer.schema import (
-    VERSION,
-    GeometryError,
-    take_count,
-    take_fields,
-    take_list,
-    take_name,
-)
+from kda_ops.transfer.schema import GeometryError
 
 KINDS = ("state", "attention")
 
@@ -33,6 +26,8 @@ class PlacedSegment:
         bytes_per_unit: Bytes of one head in one page, the same on every rank.
         dtype: Name of the element type, such as `"bfloat16"`.
         offset: Byte offset in a page, the same on every rank.
+        shape: Of one head, without rows and tokens: `(K,)` for q and k, `(V, K)` for the recurrent
+            state. Empty where only bytes are known: then nothing but their number is compared.
     """
 
     name: str
@@ -40,6 +35,7 @@ class PlacedSegment:
     bytes_per_unit: int
     dtype: str
     offset: int
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,9 @@ class PageGeometry:
             needs equal TP sizes.
         tp_size: Tensor-parallel ranks.
         layout: `"DS"` or `"SD"`; attention pages are `"DS"`.
-        rows: Conv rows `L` of a state, 0 for attention.
+        conv_size: Width of a state's short convolution, 0 where there is none.
+        num_spec: Speculative tokens per step of a state: each adds a row to the conv state, and its
+            block ids may end in as many blocks behind the running one. 0 for attention.
         block_tokens: Tokens between two block boundaries.
         pages_per_block: Pages that one block id stands for. State blocks are always one page.
         page_bytes: From one page to the next, padding included.
@@ -72,7 +70,8 @@ class PageGeometry:
     segments: tuple[PlacedSegment, ...]
     tp_size: int
     layout: str
-    rows: int
+    conv_size: int
+    num_spec: int
     block_tokens: int
     pages_per_block: int
     page_bytes: int
@@ -92,6 +91,17 @@ class PageGeometry:
         if self.kind == "state" and self.pages_per_block != 1:
             raise GeometryError(
                 f"{where}pages_per_block of state pages must be 1, got {self.pages_per_block}"
+            )
+        if self.kind == "attention":
+            for name in ("conv_size", "num_spec"):
+                if getattr(self, name):
+                    raise GeometryError(
+                        f"{where}{name} of attention pages must be 0, got {getattr(self, name)}"
+                    )
+        if self.conv_size == 1 or self.conv_size < 0 or self.num_spec < 0:
+            raise GeometryError(
+                f"{where}conv_size must be 0 or at least 2 and num_spec at least 0, "
+                f"got {self.conv_size} and {self.num_spec}"
             )
         for name in ("tp_size", "block_tokens", "pages_per_block", "page_bytes", "pages", "layers"):
             if getattr(self, name) < 1:
@@ -113,6 +123,12 @@ class PageGeometry:
                 raise GeometryError(
                     f"{where}segment {segment.name} must have units and bytes_per_unit of at "
                     f"least 1, got {segment.units} and {segment.bytes_per_unit}"
+                )
+            elements = math.prod(segment.shape)
+            if elements < 1 or segment.bytes_per_unit % elements:
+                raise GeometryError(
+                    f"{where}bytes_per_unit of segment {segment.name} must be a multiple of the "
+                    f"elements of its shape {list(segment.shape)}, got {segment.bytes_per_unit}"
                 )
             if self.kind == "attention" and segment.bytes_per_unit % self.page_tokens:
                 raise GeometryError(
@@ -193,6 +209,8 @@ def state_geometry(
         raise ValueError(f"spec must have been resolved by its constructor, got {spec}")
     if layout == AUTO:
         raise ValueError(f"spec must have a layout; spec.decide_layout(transfer=True), got {spec}")
+    K, V = spec.head_k_dim, spec.head_v_dim
+    shapes = {"q": (K,), "k": (K,), "v": (V,), "recurrent": (V, K)}
     dtypes = {"recurrent": str(spec.recurrent_dtype).removeprefix("torch.")}
     conv_dtype = str(spec.conv_dtype).removeprefix("torch.")
     placed = []
@@ -207,6 +225,7 @@ def state_geometry(
                 segment.bytes_per_unit,
                 dtypes.get(segment.name, conv_dtype),
                 start,
+                shapes[segment.name],
             )
         )
         start += spec.local_bytes(segment.name)
@@ -216,7 +235,8 @@ def state_geometry(
         segments=tuple(placed),
         tp_size=spec.tp_size,
         layout=layout,
-        rows=spec.conv_length,
+        conv_size=spec.conv_size,
+        num_spec=spec.num_spec,
         block_tokens=block_tokens,
         pages_per_block=1,
         page_bytes=page_bytes,
@@ -235,7 +255,9 @@ def packed_geometry(
     pages: int,
     block_tokens: int,
     layout: str = "DS",
-    rows: int = 0,
+    conv_size: int = 0,
+    num_spec: int = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
     pages_per_block: int = 1,
     page_bytes: int | None = None,
     layers: int = 1,
@@ -254,7 +276,9 @@ def packed_geometry(
         pages: Pages of each layer.
         block_tokens: Tokens between two block boundaries.
         layout: See `PageGeometry`.
-        rows: Conv rows of a state, 0 for attention.
+        conv_size: See `PageGeometry`.
+        num_spec: Likewise.
+        shapes: Per segment, see `PlacedSegment`; may lack some.
         pages_per_block: See `PageGeometry`.
         page_bytes: None means no padding.
         layers: Layers of the group.
@@ -262,7 +286,7 @@ def packed_geometry(
     Raises:
         GeometryError: As `PageGeometry`, or a segment without a dtype.
     """
-    placed, end = [], 0
+    placed, end, shapes = [], 0, shapes or {}
     for segment in segments:
         if segment.name not in dtypes:
             raise GeometryError(
@@ -270,7 +294,12 @@ def packed_geometry(
             )
         placed.append(
             PlacedSegment(
-                segment.name, segment.units, segment.bytes_per_unit, dtypes[segment.name], end
+                segment.name,
+                segment.units,
+                segment.bytes_per_unit,
+                dtypes[segment.name],
+                end,
+                tuple(shapes.get(segment.name, ())),
             )
         )
         try:
@@ -284,7 +313,8 @@ def packed_geometry(
         segments=tuple(placed),
         tp_size=tp_size,
         layout=layout,
-        rows=rows,
+        conv_size=conv_size,
+        num_spec=num_spec,
         block_tokens=block_tokens,
         pages_per_block=pages_per_block,
         page_bytes=end if page_bytes is None else page_bytes,
@@ -296,6 +326,10 @@ def packed_geometry(
 def check_compatible(local: EngineGeometry, remote: EngineGeometry) -> None:
     """Two engines can share pages.
 
+    What bytes mean is compared part by part, never only what is computed of the parts: equal bytes
+    may be other rows, other elements or another shape. Sizes, numbers and places of pages, blocks
+    and segments may differ, and `tp_size` in layout DS: a plan takes them into account.
+
     Raises:
         GeometryError: They cannot; names the first field that differs and both values.
     """
@@ -306,12 +340,12 @@ def check_compatible(local: EngineGeometry, remote: EngineGeometry) -> None:
     for ours, theirs in zip(local.groups, remote.groups, strict=True):
         _same("name of a group", ours.name, theirs.name)
         where = f"group {ours.name}: "
-        for field in ("kind", "layout", "rows", "layers"):
+        for field in ("kind", "layout", "conv_size", "num_spec", "layers"):
             _same(where + field, getattr(ours, field), getattr(theirs, field))
         _same(where + "number of segments", len(ours.segments), len(theirs.segments))
         for a, b in zip(ours.segments, theirs.segments, strict=True):
             _same(where + "name of a segment", a.name, b.name)
-            for field in ("units", "dtype"):
+            for field in ("units", "dtype", "shape"):
                 _same(f"{where}{field} of segment {a.name}", getattr(a, field), getattr(b, field))
             if ours.kind == "attention":
                 _same(
@@ -332,62 +366,3 @@ def _same(field: str, ours: Any, theirs: Any) -> None:
         raise GeometryError(
             f"{field} must be the same on both engines, got {ours!r} and {theirs!r}"
         )
-
-
-def encode_geometry(geometry: EngineGeometry) -> dict[str, Any]:
-    """The geometry as JSON values; `decode_geometry` is its inverse."""
-    return {
-        "version": VERSION,
-        "groups": [
-            {
-                **{f.name: getattr(group, f.name) for f in fields(PageGeometry)},
-                "segments": [
-                    {f.name: getattr(segment, f.name) for f in fields(PlacedSegment)}
-                    for segment in group.segments
-                ],
-            }
-            for group in geometry.groups
-        ],
-    }
-
-
-def decode_geometry(value: Any) -> EngineGeometry:
-    """A geometry from JSON values that a peer sent.
-
-    Raises:
-        GeometryError: Anything but a well-formed geometry of this version.
-    """
-    top = take_fields("geometry", value, {"version": take_count, "groups": take_list})
-    if top["version"] != VERSION:
-        raise GeometryError(f"version of geometry must be {VERSION}, got {top['version']}")
-    groups = []
-    for item in top["groups"]:
-        group = take_fields("group", item, _GROUP)
-        segments = tuple(
-            PlacedSegment(**take_fields("segment", segment, _SEGMENT))
-            for segment in group.pop("segments")
-        )
-        groups.append(PageGeometry(segments=segments, **group))
-    return EngineGeometry(tuple(groups))
-
-
-_SEGMENT = {
-    "name": take_name,
-    "units": take_count,
-    "bytes_per_unit": take_count,
-    "dtype": take_name,
-    "offset": take_count,
-}
-_GROUP = {
-    "name": take_name,
-    "kind": take_name,
-    "segments": take_list,
-    "tp_size": take_count,
-    "layout": take_name,
-    "rows": take_count,
-    "block_tokens": take_count,
-    "pages_per_block": take_count,
-    "page_bytes": take_count,
-    "pages": take_count,
-    "layers": take_count,
-}

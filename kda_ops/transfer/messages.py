@@ -1,14 +1,16 @@
 """What engines say to one another: a reader's hello, a source rank's card, a consumer's notice.
 
-JSON of limited length, every field checked by name and type. What comes from a peer is not trusted.
+JSON, versioned, of limited length, every field checked by name and type, nothing ever executed.
+What comes from a peer is not trusted.
 """
 
 import base64
 import binascii
 import json
+from dataclasses import fields
 from typing import Any, NamedTuple
 
-from kda_ops.transfer.geometry import EngineGeometry, decode_geometry, encode_geometry
+from kda_ops.transfer.geometry import EngineGeometry, PageGeometry, PlacedSegment
 from kda_ops.transfer.schema import (
     VERSION,
     GeometryError,
@@ -18,6 +20,7 @@ from kda_ops.transfer.schema import (
     take_fields,
     take_list,
     take_name,
+    take_shape,
 )
 from kda_ops.transfer.transport import MEMORIES, Region
 
@@ -75,6 +78,43 @@ class Notice(NamedTuple):
     engine: str
     rank: int
     request: str
+
+
+def encode_geometry(geometry: EngineGeometry) -> dict[str, Any]:
+    """The geometry as JSON values; `decode_geometry` is its inverse."""
+    return {
+        "version": VERSION,
+        "groups": [
+            {
+                **{f.name: getattr(group, f.name) for f in fields(PageGeometry)},
+                "segments": [
+                    {f.name: getattr(segment, f.name) for f in fields(PlacedSegment)}
+                    for segment in group.segments
+                ],
+            }
+            for group in geometry.groups
+        ],
+    }
+
+
+def decode_geometry(value: Any) -> EngineGeometry:
+    """A geometry from JSON values that a peer sent.
+
+    Raises:
+        GeometryError: Anything but a well-formed geometry of this version.
+    """
+    top = take_fields("geometry", value, {"version": take_count, "groups": take_list})
+    if top["version"] != VERSION:
+        raise GeometryError(f"version of geometry must be {VERSION}, got {top['version']}")
+    groups = []
+    for item in top["groups"]:
+        group = take_fields("group", item, _GROUP)
+        segments = tuple(
+            PlacedSegment(**take_fields("segment", segment, _SEGMENT))
+            for segment in group.pop("segments")
+        )
+        groups.append(PageGeometry(segments=segments, **group))
+    return EngineGeometry(tuple(groups))
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -222,6 +262,28 @@ def _take_text(name: str, value: Any) -> str:
     return value
 
 
+_SEGMENT = {
+    "name": take_name,
+    "units": take_count,
+    "bytes_per_unit": take_count,
+    "dtype": take_name,
+    "offset": take_count,
+    "shape": take_shape,
+}
+_GROUP = {
+    "name": take_name,
+    "kind": take_name,
+    "segments": take_list,
+    "tp_size": take_count,
+    "layout": take_name,
+    "conv_size": take_count,
+    "num_spec": take_count,
+    "block_tokens": take_count,
+    "pages_per_block": take_count,
+    "page_bytes": take_count,
+    "pages": take_count,
+    "layers": take_count,
+}
 _WHO = {"engine": take_name, "rank": take_count}
 _HELLO = {**_WHO, "agent": take_name, "geometry": _take_any}
 _CARD = {

@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 1 << 20
 MAX_COUNT = 1 << 40
 MAX_ITEMS = 4096
 MAX_NAME = 256
+MAX_DIMENSIONS = 8
 
 
 class GeometryError(ValueError):
@@ -71,3 +72,10 @@ def take_list(name: str, value: Any) -> list[Any]:
     if type(value) is not list or len(value) > MAX_ITEMS:
         raise GeometryError(f"{name} must be a list of at most {MAX_ITEMS} items")
     return value
+
+
+def take_shape(name: str, value: Any) -> tuple[int, ...]:
+    """The sizes of at most 8 dimensions, a list in JSON."""
+    if type(value) is not list or len(value) > MAX_DIMENSIONS:
+        raise GeometryError(f"{name} must be a list of at most {MAX_DIMENSIONS} sizes")
+    return tuple(take_count(f"size of {name}", size) for size in value)
