@@ -145,6 +145,14 @@ def test_prefix_hits_trim_each_group_by_itself() -> None:
     local = [[0, 0, 3], [2], []]
     assert vllm.apply_prefix_caching(local, remote, kinds) == ([[3], [2], []], [[9], [6], []])
     assert vllm.apply_prefix_caching([[], [], []], remote, kinds) == ([[], [], []],) * 2
+    options = {"num_spec": 2, "local_running": 2, "remote_running": [2, None, None]}
+    speculating = [[0, 0, 3, 11, 12], [2], []], [[0, 0, 9, 13, 14], [4, 5, 6], [7, 8, 9]]
+    assert vllm.apply_prefix_caching(*speculating, kinds, **options) == (
+        [[3], [2], []],
+        [[9], [6], []],
+    )
+    with pytest.raises(ValueError, match="local_running must name the running block of group 0"):
+        vllm.apply_prefix_caching([[3, 11], [2], []], [[9], *remote[1:]], kinds, num_spec=2)
     with pytest.raises(ValueError, match="local group 1 must have at most 3 blocks"):
         vllm.apply_prefix_caching([[3], [1, 2, 3, 4, 5], []], remote, kinds)
 

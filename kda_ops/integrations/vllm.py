@@ -302,6 +302,10 @@ def apply_prefix_caching(
     local_block_ids: Sequence[Sequence[int]],
     remote_block_ids: Sequence[Sequence[int]],
     kinds: Sequence[str],
+    *,
+    num_spec: int = 0,
+    local_running: int | Sequence[int | None] | None = None,
+    remote_running: int | Sequence[int | None] | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Block ids to copy, pairwise, after what a local prefix hit already holds.
 
@@ -313,6 +317,10 @@ def apply_prefix_caching(
         local_block_ids: Per group, blocks to fill: without those of the hit.
         remote_block_ids: Per group, blocks of the whole request on the other engine.
         kinds: Per group `"state"` or `"attention"`.
+        num_spec: Speculative tokens per step. Lists of states then have blocks for them behind the
+            running one, which the next two name.
+        local_running: See `match_blocks`.
+        remote_running: Likewise.
 
     Returns:
         Local and remote lists, equally long in each group; of a state group at most one block.
@@ -320,8 +328,14 @@ def apply_prefix_caching(
     Raises:
         ValueError: As `match_blocks`.
     """
-    groups = [BlockGroup(kind, 1, 1) for kind in kinds]
-    matches = match_blocks(local_block_ids, remote_block_ids, groups)
+    groups = [BlockGroup(kind, 1, 1, num_spec=num_spec if kind == "state" else 0) for kind in kinds]
+    matches = match_blocks(
+        local_block_ids,
+        remote_block_ids,
+        groups,
+        local_running=local_running,
+        remote_running=remote_running,
+    )
     return (
         [[copy.local_page for copy in match.copies] for match in matches],
         [[copy.remote_page for copy in match.copies] for match in matches],

@@ -25,6 +25,8 @@ class BlockGroup:
         local_pages_per_block: Pages that one local block id stands for: block b is pages
             `b * ratio` to `b * ratio + ratio - 1`. States never expand.
         remote_pages_per_block: The same of the remote engine, which may have another ratio.
+        num_spec: Speculative tokens per step: a state list may end in as many blocks behind the
+            running one.
 
     Raises:
         ValueError: An unknown kind, a number below 1, a ratio that does not divide its block.
@@ -35,6 +37,7 @@ class BlockGroup:
     remote_block_tokens: int
     local_pages_per_block: int = 1
     remote_pages_per_block: int = 1
+    num_spec: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ("state", "attention"):
@@ -50,6 +53,10 @@ class BlockGroup:
                 )
             if self.kind == "state" and pages != 1:
                 raise ValueError(f"{side}_pages_per_block of a state must be 1, got {pages}")
+        if self.num_spec < 0 or (self.num_spec and self.kind == "attention"):
+            raise ValueError(
+                f"num_spec must be at least 0, and 0 for attention, got {self.num_spec}"
+            )
 
 
 class PageCopy(NamedTuple):
@@ -81,7 +88,9 @@ class GroupMatch:
 def block_groups(local: EngineGeometry, remote: EngineGeometry) -> list[BlockGroup]:
     """The groups of two engines that have passed `check_compatible`."""
     return [
-        BlockGroup(a.kind, a.block_tokens, b.block_tokens, a.pages_per_block, b.pages_per_block)
+        BlockGroup(
+            a.kind, a.block_tokens, b.block_tokens, a.pages_per_block, b.pages_per_block, a.num_spec
+        )
         for a, b in zip(local.groups, remote.groups, strict=True)
     ]
 
@@ -92,12 +101,17 @@ def match_blocks(
     groups: Sequence[BlockGroup],
     *,
     computed: int | Sequence[int] | None = None,
+    local_running: int | Sequence[int | None] | None = None,
+    remote_running: int | Sequence[int | None] | None = None,
 ) -> list[GroupMatch]:
     """Matches the block lists of one request, group by group.
 
-    * State: the last block of each list, the running state. Earlier ones are placeholders: either
-      list may be clipped to its last block (a local one whose earlier entries are null counts as
-      clipped).
+    * State: the running block of each list, with all accepted tokens in it. It is the one that
+      `local_running` or `remote_running` names; else the last one, and earlier ones are
+      placeholders: either list may be clipped to its last block. Blocks behind a named one
+      (speculative tokens of a step) and in front of it (checkpoints) are left alone. A list of
+      several blocks is ambiguous without a name where the group has speculative tokens, or where
+      null blocks show that its placeholders are null.
     * Attention: by token offset. Blocks of equal size match one to one; of a list shorter than the
       remote one, its blocks are the request's last. Where sizes differ, what the remote blocks do
       not cover of the last local block is reported for zeroing.
@@ -113,6 +127,9 @@ def match_blocks(
             group. None derives it from the ends of the lists, which is right as long as the
             request ends in the same block on both sides; required where a remote attention block
             is larger than a local one, since the end of the lists is then ambiguous.
+        local_running: Index of the running block in a local list of states, one number for all
+            lists of states or one entry per group (None for attention).
+        remote_running: The same of the remote lists.
 
     Returns:
         One match per group, copies in token order.
@@ -120,7 +137,7 @@ def match_blocks(
     Raises:
         ValueError: Numbers of lists that differ, a list that is too long, a `computed` that is
             missing or no block boundary or leaves a list that ends before the remote one, the null
-            block as a state.
+            block as a state, a state list that does not say which block is the running one.
     """
     for name, lists in (("local", local), ("remote", remote)):
         if len(lists) != len(groups):
@@ -130,26 +147,111 @@ def match_blocks(
     )
     if len(hits) != len(groups):
         raise ValueError(f"computed must have {len(groups)} entries, got {len(hits)}")
+    kinds = [group.kind for group in groups]
+    to, at = (
+        _per_state(_argument(side), running, kinds)
+        for side, running in (("local", local_running), ("remote", remote_running))
+    )
     return [
-        (_match_state if group.kind == "state" else _match_attention)(i, ours, theirs, group, hit)
+        _match_state(i, ours, theirs, group, to[i], at[i])
+        if group.kind == "state"
+        else _match_attention(i, ours, theirs, group, hit)
         for i, (ours, theirs, group, hit) in enumerate(
             zip(local, remote, groups, hits, strict=True)
         )
     ]
 
 
+def held_blocks(
+    side: str,
+    blocks: Sequence[Sequence[int]],
+    geometry: EngineGeometry,
+    running: int | Sequence[int | None] | None = None,
+) -> list[list[int]]:
+    """Of a request's blocks those that a reader may need: of a state only the running one.
+
+    Args:
+        side: Whose blocks, for errors: `"remote"`, or `"offered"`.
+        blocks: Per group.
+        geometry: Of their engine.
+        running: See `match_blocks`.
+
+    Raises:
+        ValueError: A number of lists that differs, a state list as `match_blocks` refuses it.
+    """
+    groups = geometry.groups
+    if len(blocks) != len(groups):
+        raise ValueError(f"{side} must have {len(groups)} lists of blocks, got {len(blocks)}")
+    indices = _per_state(_argument(side), running, [group.kind for group in groups])
+    return [
+        [own[_running_index(side, i, own, group.num_spec, indices[i])]]
+        if group.kind == "state" and own
+        else list(own)
+        for i, (own, group) in enumerate(zip(blocks, groups, strict=True))
+    ]
+
+
+def _argument(side: str) -> str:
+    return "running" if side == "offered" else f"{side}_running"
+
+
+def _per_state(
+    name: str, running: int | Sequence[int | None] | None, kinds: Sequence[str]
+) -> Sequence[int | None]:
+    """One index per group, None where there is none."""
+    if not isinstance(running, Sequence):
+        return [running if kind == "state" else None for kind in kinds]
+    if len(running) != len(kinds):
+        raise ValueError(f"{name} must have {len(kinds)} entries, got {len(running)}")
+    for i, (index, kind) in enumerate(zip(running, kinds, strict=True)):
+        if index is not None and kind != "state":
+            raise ValueError(f"{name} must be None for group {i}, which is {kind}, got {index}")
+    return running
+
+
+def _running_index(
+    side: str, i: int, blocks: Sequence[int], num_spec: int, running: int | None
+) -> int:
+    """Where the running block is in a state list that is not empty."""
+    if running is not None and not 0 <= running < len(blocks):
+        raise ValueError(
+            f"{_argument(side)} must be in [0, {len(blocks)}) for group {i}, got {running}"
+        )
+    found = len(blocks) - 1 if running is None else running
+    if blocks[found] == NULL_BLOCK:
+        place = "end in" if running is None else f"have at {running}"
+        raise ValueError(f"{side} group {i} must {place} its running state, got the null block")
+    several = sum(block != NULL_BLOCK for block in blocks) > 1
+    if running is None and several and (num_spec or NULL_BLOCK in blocks):
+        raise ValueError(
+            f"{_argument(side)} must name the running block of group {i}, since others may be "
+            f"checkpoints or of speculative tokens, got None for {list(blocks)}"
+        )
+    return found
+
+
 def _match_state(
-    i: int, local: Sequence[int], remote: Sequence[int], group: BlockGroup, computed: int | None
+    i: int,
+    local: Sequence[int],
+    remote: Sequence[int],
+    group: BlockGroup,
+    local_running: int | None,
+    remote_running: int | None,
 ) -> GroupMatch:
-    if not any(block != NULL_BLOCK for block in local[:-1]):
-        local = local[-1:]  # only placeholders before it: says nothing about positions
-    local = _drop_extra(i, local, len(remote))
     if not local:
         return GroupMatch()
-    for name, blocks in (("local", local), ("remote", remote)):
-        if blocks[-1] == NULL_BLOCK:
-            raise ValueError(f"{name} group {i} must end in its running state, got the null block")
-    return GroupMatch((PageCopy(local[-1], remote[-1], 0, 0, group.local_block_tokens),))
+    last = -1
+    if remote or remote_running is not None:
+        last = _running_index("remote", i, remote, group.num_spec, remote_running)
+    # a lone block, or null ones before it, say nothing about positions
+    positional = local_running is None and NULL_BLOCK not in local and last != 0
+    if last < 0:
+        _drop_extra(i, local if positional else local[-1:], 0)
+        return GroupMatch()
+    to = _running_index("local", i, local, group.num_spec, local_running)
+    if positional:
+        to = len(_drop_extra(i, local, last + 1)) - 1
+    return GroupMatch((PageCopy(local[to], remote[last], 0, 0, group.local_block_tokens),))
 
 
 def _match_attention(
