@@ -17,7 +17,7 @@ from kda_ops.transfer.wire import tcp_caller
 from tests.transfer_faults import Counted
 from tests.transfer_fleet import Side, content, geometry
 
-REMOTE = [[9, 9, 3], [5, 6, 7]]
+REMOTE = [[0, 0, 3], [5, 6, 7]]
 PATIENCE_S = 180  # of what ends by itself; the machine may be a slow one and busy
 PAGES = 420
 

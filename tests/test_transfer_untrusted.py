@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from kda_ops.transfer.board import blocks_digest
 from kda_ops.transfer.messages import (
     MAX_HELLO,
+    Notice,
     decode_card,
     decode_hello,
     decode_notice,
+    encode_notice,
 )
 from kda_ops.transfer.results import TransferError
 from kda_ops.transfer.schema import GeometryError
@@ -20,7 +23,7 @@ from kda_ops.transfer.transport import InProcessNetwork, InProcessTransport
 from tests.transfer_fleet import Fleet, Side, content, geometry
 
 SECRET, OTHER = b"s" * 32, b"t" * 32
-REMOTE = [[9, 9, 3], [5, 6, 7]]
+REMOTE = [[0, 0, 3], [5, 6, 7]]
 
 
 def pair(source: bytes = b"", reader: bytes = b"") -> tuple[Side, Side]:
@@ -231,8 +234,9 @@ def test_mutated_messages_are_refused_or_harmless(seed: int) -> None:
         return answer
 
     reader.connect("P", 1, call)
-    seen["notice"] = {"version": 2, "engine": "D", "rank": 0, "request": "r"}
-    source.offer("r")
+    notice = Notice("D", 0, "r", 0, blocks_digest([[3], [5, 6, 7]]).hex())
+    seen["notice"] = json.loads(encode_notice(notice))
+    source.offer("r", REMOTE)
     refused = connected = released = 0
     for _ in range(300):
         answer = json.loads(source.answer(mutated(rng, seen["hello"])))
@@ -249,7 +253,7 @@ def test_mutated_messages_are_refused_or_harmless(seed: int) -> None:
         source.transport.inbox.append(("D0", mutated(rng, seen["notice"])))
         for release in source.poll().released:
             released += 1
-            source.offer(release.request)
+            source.offer(release.request, REMOTE)
     assert source.counters.refused == refused > 100
     assert 0 < connected < 200
     # an honest reader whose agent a mutated hello has not renamed is still heard

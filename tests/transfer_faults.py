@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from kda_ops.transfer.transport import Transport
+from kda_ops.transfer.board import BUCKET_BYTES
+from kda_ops.transfer.transport import ACTIVE, InProcessTransport, Transport
 
 Call = Callable[[int, bytes], bytes]
 
@@ -82,9 +83,34 @@ CARD = [
     (("regions", 0, 0, 0), -1),
     (("regions", 0, 0, 0), 4096),
     (("regions", 0, 0, 1), 100),
+    (("board",), None),
+    (("board",), [4096, 1 << 20]),
+    (("board", 0), 4096),
+    (("board", 1), 100),
 ]
 HELLO = [(("engine",), "P"), (("rank",), 1), (("agent",), None), (("agent",), "x" * 300)]
 WRONG_FIELDS = [("hello", *c) for c in SHARED + HELLO] + [("card", *c) for c in SHARED + CARD]
+
+
+class Paced(InProcessTransport):
+    """Reads of pages go as fast as `copies_per_poll` says, asks are answered at once.
+
+    Attributes:
+        deaf: Whether asks are not answered.
+    """
+
+    deaf = False
+
+    def status(self, read: Any) -> str:
+        if len(read.pairs) > 1 or read.pairs[0][0][1] != BUCKET_BYTES:
+            return super().status(read)
+        if self.deaf:
+            return ACTIVE
+        pace, self.copies_per_poll = self.copies_per_poll, 1
+        try:
+            return super().status(read)
+        finally:
+            self.copies_per_poll = pace
 
 
 class Counted:

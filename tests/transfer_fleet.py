@@ -179,7 +179,7 @@ class Side:
         for request, made, blocks in requests:
             self.write_state(blocks[0][-1], made)
             self.write_kv(blocks[1], made)
-            self.engine.offer(request, **offer)
+            self.engine.offer(request, blocks, **offer)
         self.fill()
 
     def accept(self, group: int, page: int) -> None:

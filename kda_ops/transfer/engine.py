@@ -1,9 +1,12 @@
-"""Reads of a request's pages from the ranks of another engine, and their release.
+"""A rank's end of all transfers: connections, reads, offers and their release.
 
 One `TransferEngine` per rank, on either side. The reading side connects (a handshake with every
 source rank, checked on both sides), then `read`s requests; the other side `offer`s them and keeps
 their pages until every consumer has sent its notice or a time to live has passed. Nothing blocks:
 `poll` moves everything on, and every read ends within its timeout.
+
+No read ends `done` unless its sources held the offer until its last byte was there: the protocol is
+in `kda_ops.transfer.reads`.
 
 A read that is cancelled, timed out or lost a sibling may still be written by the transport: NIXL
 frees a running read without stopping it. Its result says `in_flight`, and its local pages must not
@@ -11,46 +14,32 @@ be used again before `poll` reports the request as `drained`.
 """
 
 import logging
-import math
 import time
 import uuid
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from kda_ops.transfer.blocks import GroupMatch, block_groups, match_blocks
+from kda_ops.transfer.asks import Asks, Landing
+from kda_ops.transfer.blocks import block_groups, held_blocks, match_blocks
+from kda_ops.transfer.board import Board, blocks_digest
 from kda_ops.transfer.geometry import EngineGeometry
-from kda_ops.transfer.messages import Card, Hello, Notice, encode_notice
+from kda_ops.transfer.messages import Card, Hello
 from kda_ops.transfer.offers import Offers
 from kda_ops.transfer.pages import page_memory, page_regions
-from kda_ops.transfer.peers import Call, Peer, Peers, Source
-from kda_ops.transfer.plan import plan_zero
-from kda_ops.transfer.results import Counters, Progress, ReadResult, TransferError
+from kda_ops.transfer.peers import Call, Peers
+from kda_ops.transfer.reads import Reads
+from kda_ops.transfer.results import Counters, Progress, TransferError
 from kda_ops.transfer.schema import take_name
 from kda_ops.transfer.seal import check_secret
-from kda_ops.transfer.transport import ACTIVE, DONE, Transport, TransportError
-
-REMEMBERED_REQUESTS = 65536
+from kda_ops.transfer.transport import Transport, TransportError
 
 Blocks = Sequence[Sequence[int]]
+Running = int | Sequence[int | None] | None
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(eq=False)
-class _Reading:
-    request: str
-    peer: Peer
-    matches: list[GroupMatch]
-    pages: set[tuple[int, int]]
-    transfers: list[Any]
-    started: float
-    deadline: float
-    bytes: Counter[str]
+_unclosed: list["TransferEngine"] = []  # their memory may still be written: it is never freed
 
 
 class TransferEngine:
@@ -98,24 +87,35 @@ class TransferEngine:
         self.name = uuid.uuid4().hex if name is None else take_name("name", name)
         self.timeout_s = timeout_s
         self.counters = Counters()
-        self._pages = pages
         self._clock = clock
+        board, landing = Board(), Landing()
         regions, memory = page_regions(geometry, pages), page_memory(pages)
-        self._registration = transport.register([r for layers in regions for r in layers], memory)
+        self._registrations = []
         try:
+            for registered, kind in (
+                ([r for layers in regions for r in layers], memory),
+                ([board.region, landing.region], "cpu"),
+            ):
+                self._registrations.append(transport.register(registered, kind))
             metadata = transport.metadata()
         except TransportError:
-            transport.deregister(self._registration)
+            for registration in self._registrations:
+                transport.deregister(registration)
             raise
-        card = Card(self.name, rank, geometry, metadata, memory, regions)
-        self._offers = Offers(card, self.counters, secret)
+        card = Card(self.name, rank, geometry, metadata, memory, regions, board.region)
+        self._offers = Offers(card, board, self.counters, secret)
         hello = Hello(self.name, rank, transport.name, geometry)
-        self._peers = Peers(transport, hello, regions, memory, secret)
-        self._readings: dict[str, _Reading] = {}
-        self._draining: list[_Reading] = []
-        self._written: dict[tuple[int, int], str] = {}
-        self._ended: list[ReadResult] = []
-        self._read_before: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._peers = Peers(transport, hello, regions, memory, landing.region, secret)
+        self._reads = Reads(
+            transport,
+            geometry,
+            pages,
+            self._peers,
+            self.counters,
+            Asks(transport, landing, self.counters),
+            clock,
+            (self.name, rank),
+        )
         self._closed = False
 
     # ------------------------------------------------------------------ connecting
@@ -164,37 +164,49 @@ class TransferEngine:
         remote: Blocks,
         *,
         computed: int | Sequence[int] | None = None,
+        local_running: Running = None,
+        remote_running: Running = None,
         timeout_s: float | None = None,
     ) -> None:
         """Starts to read a request's pages. `poll` reports the end.
 
+        It fails unless every rank that bytes come from holds an offer of the request, of these
+        remote blocks if the offer names any, from before the first byte until after the last one.
         When all reads are done every source rank gets a notice, also where nothing was to be read
-        (a full prefix hit). A read that fails sends none.
+        (a full prefix hit). A read that fails sends none, and `ReadResult.spoiled` names the blocks
+        that may hold anything now.
 
         Args:
             request: Its id on the other engine.
             engine: A connected engine.
             local: Block ids to fill, per group; see `match_blocks`.
-            remote: Block ids of the request on the other engine, per group.
+            remote: Block ids of the whole request on the other engine, per group, as it offers
+                them.
             computed: See `match_blocks`.
-            timeout_s: None means the engine's own. Choose it below the offer's time to live: pages
-                of an expired offer may hold something else.
+            local_running: Likewise.
+            remote_running: Likewise.
+            timeout_s: None means the engine's own. Beyond the offer's time to live it is of no use,
+                unless the offer is renewed.
 
         Raises:
-            ValueError: Blocks that do not match, do not exist or may still be written by another
-                read, a request that is being read or has been read already. Nothing was read.
+            ValueError: Blocks that do not match, do not exist, are on offer themselves or may still
+                be written by another read, a request that is being read or has been read already.
+                Nothing was read.
             TransferError: The engine is not connected.
         """
         take_name("request", request)
         if engine not in self._peers:
             raise TransferError(f"engine {engine} is not connected")
-        if request in self._readings or any(r.request == request for r in self._draining):
-            raise ValueError(f"request must not be read twice at once, got {request!r}")
-        if (engine, request) in self._read_before:
-            raise ValueError(f"request must not be read again after its notice, got {request!r}")
+        self._reads.check_request(request, engine)
         peer = self._peers[engine]
-        groups = block_groups(self.geometry, peer.geometry)
-        matches = match_blocks(local, remote, groups, computed=computed)
+        matches = match_blocks(
+            local,
+            remote,
+            block_groups(self.geometry, peer.geometry),
+            computed=computed,
+            local_running=local_running,
+            remote_running=remote_running,
+        )
         for i, (own, other, match) in enumerate(
             zip(self.geometry.groups, peer.geometry.groups, matches, strict=True)
         ):
@@ -209,49 +221,11 @@ class TransferEngine:
             for i, match in enumerate(matches)
             for page in [*(c.local_page for c in match.copies), *(t.page for t in match.zero)]
         }
-        taken = pages & self._written.keys()
-        if taken:
-            i, page = min(taken)
-            raise ValueError(
-                f"local group {i} must hold pages that no other read writes, got {page}, "
-                f"which belongs to {self._written[i, page]!r}"
-            )
-        now = self._clock()
+        self._reads.check_unwritten("local", pages)
+        self._offers.check_not_offered(pages)
+        blocks = blocks_digest(held_blocks("remote", remote, peer.geometry, remote_running))
         limit = self.timeout_s if timeout_s is None else timeout_s
-        reading = _Reading(request, peer, matches, pages, [], now, now + limit, Counter())
-        self._written.update(dict.fromkeys(pages, request))
-        self._readings[request] = reading
-        peer.active += 1
-        try:
-            for source in peer.sources:
-                self._post(source, reading)
-        except TransportError as error:
-            self._peers.lose(peer)
-            self._end(reading, "failed", f"rank {source.rank}: {error}")
-
-    def _post(self, source: Source, reading: _Reading) -> None:
-        """One transport read for everything that a request needs of one rank."""
-        ours, theirs = [], []
-        for group, geometry, other, match in zip(
-            source.groups,
-            self.geometry.groups,
-            reading.peer.geometry.groups,
-            reading.matches,
-            strict=True,
-        ):
-            to, at = group.granules(match, geometry.pages, other.pages)
-            ours.append((group.local[:, None] + to).ravel())
-            theirs.append((group.remote[:, None] + at).ravel())
-            for read in group.plan.reads:
-                name = f"{geometry.name}.{read.segment}"
-                reading.bytes[name] += read.nbytes * len(to) * geometry.layers
-        local, remote = (np.concatenate(x).astype(np.int32) for x in (ours, theirs))
-        if len(local) == 0:
-            return
-        handle = self.transport.read(source.local, local, source.remote, remote)
-        reading.transfers.append(handle)
-        self.counters.reads += 1
-        self.counters.ranges += len(local)
+        self._reads.start(request, peer, matches, pages, blocks, limit)
 
     def cancel(self, request: str) -> None:
         """Ends a read. Its result comes with the next `poll`.
@@ -259,112 +233,79 @@ class TransferEngine:
         Raises:
             ValueError: No such read is running.
         """
-        if request not in self._readings:
-            raise ValueError(f"request must be a running read, got {request!r}")
-        self._end(self._readings[request], "cancelled", "cancelled")
+        self._reads.cancel(request)
 
     def poll(self) -> Progress:
         """Moves everything on, without waiting.
 
-        On a GPU, tokens that no remote page covers are zeroed on the current stream.
+        Ends offers whose time is over: until it has reported that, their pages must not change. On
+        a GPU, tokens that no remote page covers are zeroed on the current stream.
         """
-        now = self._clock()
-        for reading in list(self._readings.values()):
-            states = self._states(reading)
-            if all(state == DONE for state in states):
-                self._complete(reading)
-            elif any(state not in (ACTIVE, DONE) for state in states):
-                self._peers.lose(reading.peer)
-                self._end(reading, "failed", f"engine {reading.peer.name}: a read failed")
-            elif now >= reading.deadline:
-                seconds = reading.deadline - reading.started
-                self._end(reading, "timeout", f"not done within {seconds:g} s")
-        drained = []
-        for reading in list(self._draining):
-            if ACTIVE not in self._states(reading):
-                self._draining.remove(reading)
-                self._finish(reading)
-                drained.append(reading.request)
+        self._reads.advance()
         try:
             self._offers.count(self.transport.notices())
         except TransportError as error:
             log.warning("no notices: %s", error)
-        self._offers.expire(now)
+        self._offers.expire(self._clock())
         self._peers.drop_idle()
-        ended, self._ended = self._ended, []
-        return Progress(ended, self._offers.take_released(), drained)
-
-    def _states(self, reading: _Reading) -> list[str]:
-        return [self.transport.status(handle) for handle in reading.transfers]
-
-    def _complete(self, reading: _Reading) -> None:
-        """All bytes have come: zero what no remote page covered, tell every source rank."""
-        for geometry, layers, match in zip(
-            self.geometry.groups, self._pages, reading.matches, strict=True
-        ):
-            for tail in match.zero:
-                for offset, nbytes in plan_zero(geometry, tail.first_token, tail.end_token):
-                    for pages in layers:
-                        pages[tail.page, offset : offset + nbytes] = 0
-        self._read_before[reading.peer.name, reading.request] = None
-        while len(self._read_before) > REMEMBERED_REQUESTS:
-            self._read_before.popitem(last=False)
-        notice = encode_notice(Notice(self.name, self.rank, reading.request))
-        for source in reading.peer.sources:
-            try:
-                self.transport.notify(source.agent, notice)
-            except TransportError as error:
-                # the pages are here: the offer will expire on the other side
-                log.warning("no notice to rank %d: %s", source.rank, error)
-        self.counters.bytes.update(reading.bytes)
-        milliseconds = (self._clock() - reading.started) * 1e3
-        self.counters.latency[math.ceil(math.log2(max(milliseconds, 1e-3)))] += 1
-        self._end(reading, "done", "")
-
-    def _end(self, reading: _Reading, outcome: str, error: str) -> None:
-        del self._readings[reading.request]
-        in_flight = ACTIVE in self._states(reading)
-        if in_flight:
-            self._draining.append(reading)
-        else:
-            self._finish(reading)
-        self.counters.outcomes[outcome] += 1
-        if outcome != "done":
-            log.warning("read of %s: %s, %s", reading.request, outcome, error)
-        seconds = self._clock() - reading.started
-        self._ended.append(ReadResult(reading.request, outcome, error, in_flight, seconds))
-
-    def _finish(self, reading: _Reading) -> None:
-        """Frees the reads of a request, none of them active."""
-        for handle in reading.transfers:
-            try:
-                self.transport.finish(handle)
-            except TransportError as error:
-                log.warning("read of %s: %s", reading.request, error)
-        reading.transfers = []
-        reading.peer.active -= 1
-        for page in reading.pages:
-            del self._written[page]
+        return Progress(
+            self._reads.take_ended(), self._offers.take_released(), self._reads.take_drained()
+        )
 
     # ------------------------------------------------------------------ offering
 
-    def offer(self, request: str, *, ttl_s: float | None = None) -> None:
+    def offer(
+        self,
+        request: str,
+        blocks: Blocks | None = None,
+        *,
+        running: Running = None,
+        ttl_s: float | None = None,
+    ) -> None:
         """Promises that a request's pages stay as they are until `poll` releases them.
 
         They are read without regard to a GPU's streams: what writes them must have ended.
 
         Args:
-            request: An id; what its blocks are is told to the reader by other means.
+            request: An id. Readers learn its blocks by other means, and not before this returns.
+            blocks: The request's block ids, per group, as readers are told. Reads of other blocks
+                under this id fail, such as those of an earlier offer. None leaves that to whoever
+                chooses ids: then an id is offered only once.
+            running: Index of the running block in lists of states, as in `match_blocks`.
             ttl_s: Seconds until the promise ends without notices; None means the engine's timeout.
 
         Raises:
-            ValueError: The request is offered already, or is no printable string.
+            ValueError: The request is offered already, was offered before and has no blocks now, or
+                is no printable string; blocks that do not exist or may still be written by a read.
+            TransferError: There are too many offers.
+        """
+        take_name("request", request)
+        limit = self.timeout_s if ttl_s is None else ttl_s
+        held = None if blocks is None else held_blocks("offered", blocks, self.geometry, running)
+        pages = set()
+        for i, (group, own) in enumerate(zip(self.geometry.groups, held or (), strict=False)):
+            ratio = group.pages_per_block
+            found = [block * ratio + part for block in own for part in range(ratio)]
+            _check_range(f"offered group {i}", found, group.pages)
+            pages |= {(i, page) for page in found}
+        self._reads.check_unwritten("offered", pages)
+        self._offers.offer(request, held, pages, self._clock() + limit)
+
+    def renew(self, request: str, ttl_s: float | None = None) -> None:
+        """Makes an offer last longer, or end sooner.
+
+        Args:
+            request: Its id.
+            ttl_s: Seconds from now; None means the engine's timeout.
+
+        Raises:
+            ValueError: It is not offered, or no more.
         """
         limit = self.timeout_s if ttl_s is None else ttl_s
-        self._offers.offer(request, self._clock() + limit)
+        self._offers.renew(request, self._clock() + limit)
 
     def withdraw(self, request: str) -> None:
-        """Ends an offer early. The caller knows that nobody reads it.
+        """Ends an offer early: reads of it fail. Its pages are free when `poll` reports it.
 
         Raises:
             ValueError: It is not offered.
@@ -372,7 +313,7 @@ class TransferEngine:
         self._offers.withdraw(request)
 
     def close(self, *, timeout_s: float | None = None) -> list[str]:
-        """Cancels what runs, gives everything back, leaves the network.
+        """Cancels what runs, ends all offers, gives everything back, leaves the network.
 
         Args:
             timeout_s: How long to wait for reads in flight; None means the engine's timeout.
@@ -384,21 +325,24 @@ class TransferEngine:
         if self._closed:
             return []
         self._closed = True
-        for request in list(self._readings):
-            self.cancel(request)
+        self._offers.withdraw_all()
+        self._reads.cancel_all()
         limit = self._clock() + (self.timeout_s if timeout_s is None else timeout_s)
         self.poll()
-        while self._draining and self._clock() < limit:
+        while self._reads.left() and self._clock() < limit:
             time.sleep(0.001)
             self.poll()
         self._peers.disconnect_all()
-        left = [reading.request for reading in self._draining]
-        if not left:
+        left = self._reads.left()
+        if left:
+            _unclosed.append(self)
+            return left
+        for registration in self._registrations:
             try:
-                self.transport.deregister(self._registration)
+                self.transport.deregister(registration)
             except TransportError as error:
                 log.warning("close: %s", error)
-            self.transport.close()
+        self.transport.close()
         return left
 
 

@@ -10,6 +10,7 @@ import json
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from kda_ops.transfer.board import BOARD_BYTES
 from kda_ops.transfer.geometry import EngineGeometry, PageGeometry, PlacedSegment
 from kda_ops.transfer.schema import (
     VERSION,
@@ -56,6 +57,7 @@ class Card(NamedTuple):
         agent: Metadata of its transport.
         memory: `"cpu"` or `"cuda"`, where its pages are.
         regions: Per group and layer, where its pages are.
+        board: Where it shows what it offers.
     """
 
     engine: str
@@ -64,6 +66,7 @@ class Card(NamedTuple):
     agent: bytes
     memory: str
     regions: list[list[Region]]
+    board: Region
 
 
 class Notice(NamedTuple):
@@ -73,11 +76,15 @@ class Notice(NamedTuple):
         engine: Name of the consumer's engine.
         rank: Of the consumer.
         request: Id of what it has read.
+        offer: Number of the offer that it was read from, 0 where nothing was read.
+        blocks: `blocks_digest` of the request, in hexadecimal.
     """
 
     engine: str
     rank: int
     request: str
+    offer: int
+    blocks: str
 
 
 def encode_geometry(geometry: EngineGeometry) -> dict[str, Any]:
@@ -145,6 +152,7 @@ def encode_card(card: Card) -> bytes:
             "geometry": encode_geometry(card.geometry),
             "agent": base64.b64encode(card.agent).decode(),
             "regions": [[list(region) for region in layers] for layers in card.regions],
+            "board": list(card.board),
         }
     )
 
@@ -183,7 +191,8 @@ def decode_card(answer: bytes, engine: str, rank: int) -> Card:
         raise GeometryError(
             f"memory of answer must be {' or '.join(MEMORIES)}, got {found['memory']!r}"
         )
-    return Card(engine, rank, geometry, agent, found["memory"], regions)
+    board = _take_region("board", found["board"], BOARD_BYTES)._replace(nbytes=BOARD_BYTES)
+    return Card(engine, rank, geometry, agent, found["memory"], regions, board)
 
 
 def encode_notice(notice: Notice) -> bytes:
@@ -229,20 +238,21 @@ def _take_regions(geometry: EngineGeometry, value: Any) -> list[list[Region]]:
             raise GeometryError(
                 f"regions of group {group.name} must have {group.layers} layers, got {len(layers)}"
             )
-        found = []
-        for layer in layers:
-            numbers = take_list("region", layer)
-            if len(numbers) != 3 or any(type(n) is not int or n < 0 for n in numbers):
-                raise GeometryError(f"region must be address, bytes, device, got {shown(layer)}")
-            address, nbytes, _ = numbers
-            if nbytes < group.pages * group.page_bytes or address + nbytes >= 1 << 64:
-                raise GeometryError(
-                    f"region of group {group.name} must have at least "
-                    f"{group.pages * group.page_bytes} bytes, got {nbytes} at {address}"
-                )
-            found.append(Region(*numbers))
-        regions.append(found)
+        needed = group.pages * group.page_bytes
+        where = f"region of group {group.name}"
+        regions.append([_take_region(where, layer, needed) for layer in layers])
     return regions
+
+
+def _take_region(name: str, value: Any, needed: int) -> Region:
+    """A region of a peer with at least the bytes needed."""
+    numbers = take_list(name, value)
+    if len(numbers) != 3 or any(type(n) is not int or n < 0 for n in numbers):
+        raise GeometryError(f"{name} must be address, bytes, device, got {shown(value)}")
+    address, nbytes, _ = numbers
+    if nbytes < needed or address + nbytes >= 1 << 64:
+        raise GeometryError(f"{name} must have at least {needed} bytes, got {nbytes} at {address}")
+    return Region(*numbers)
 
 
 def _printable(error: Any) -> str:
@@ -292,5 +302,6 @@ _CARD = {
     "agent": _take_text,
     "memory": take_name,
     "regions": _take_any,
+    "board": _take_any,
 }
-_NOTICE = {**_WHO, "request": take_name}
+_NOTICE = {**_WHO, "request": take_name, "offer": take_count, "blocks": take_name}

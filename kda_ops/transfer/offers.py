@@ -2,11 +2,15 @@
 
 import logging
 import threading
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kda_ops.transfer.board import ANY_BLOCKS, Board, blocks_digest
 from kda_ops.transfer.geometry import check_compatible
 from kda_ops.transfer.messages import (
     Card,
+    Notice,
     decode_hello,
     decode_notice,
     encode_card,
@@ -14,16 +18,20 @@ from kda_ops.transfer.messages import (
 )
 from kda_ops.transfer.plan import consumer_ranks, source_ranks
 from kda_ops.transfer.results import Counters, Release
-from kda_ops.transfer.schema import GeometryError, take_name
+from kda_ops.transfer.schema import GeometryError
 from kda_ops.transfer.seal import seal, unseal
 
 REMEMBERED_CONSUMERS = 65536
+REMEMBERED_NAMES = 65536
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class _Offer:
+    number: int
+    blocks: bytes
+    pages: set[tuple[int, int]]
     expires: float
     noticed: dict[str, set[int]] = field(default_factory=dict)
 
@@ -33,14 +41,17 @@ class Offers:
 
     Args:
         card: How the rank answers a handshake.
+        board: Where its readers see what is offered.
         counters: Of the engine.
         secret: Likewise.
     """
 
-    def __init__(self, card: Card, counters: Counters, secret: bytes) -> None:
+    def __init__(self, card: Card, board: Board, counters: Counters, secret: bytes) -> None:
         self._card, self._answer, self._secret = card, encode_card(card), secret
-        self._counters = counters
+        self._board, self._counters = board, counters
         self._offers: dict[str, _Offer] = {}
+        self._pages: Counter[tuple[int, int]] = Counter()
+        self._names: OrderedDict[str, None] = OrderedDict()
         self._released: list[Release] = []
         # by engine and rank: ranks of the engine, and the agent that may send notices for it
         self._consumers: dict[tuple[str, int], tuple[int, str]] = {}
@@ -79,18 +90,59 @@ class Offers:
             self._counters.handshakes += 1
         return seal(self._secret, self._answer, message)
 
-    def offer(self, request: str, expires: float) -> None:
-        """Keeps a request until `expires`; see `TransferEngine.offer`."""
-        take_name("request", request)
+    def offer(
+        self,
+        request: str,
+        blocks: Sequence[Sequence[int]] | None,
+        pages: set[tuple[int, int]],
+        expires: float,
+    ) -> None:
+        """Keeps a request's pages until `expires`; see `TransferEngine.offer`."""
         if request in self._offers:
             raise ValueError(f"request must not be offered twice, got {request!r}")
-        self._offers[request] = _Offer(expires)
+        if blocks is None and request in self._names:
+            raise ValueError(
+                f"blocks must be given of a request that was offered before, got None for "
+                f"{request!r}"
+            )
+        digest = ANY_BLOCKS if blocks is None else blocks_digest(blocks)
+        number = self._board.put_up(request, digest)
+        self._offers[request] = _Offer(number, digest, pages, expires)
+        self._pages.update(pages)
+        self._names[request] = None
+        self._names.move_to_end(request)
+        while len(self._names) > REMEMBERED_NAMES:
+            self._names.popitem(last=False)
+
+    def check_not_offered(self, pages: set[tuple[int, int]]) -> None:
+        """Pages, by group, that a read may write.
+
+        Raises:
+            ValueError: One is promised to stay as it is.
+        """
+        offered = pages & self._pages.keys()
+        if offered:
+            i, page = min(offered)
+            raise ValueError(f"local group {i} must hold pages that are not on offer, got {page}")
+
+    def renew(self, request: str, expires: float) -> None:
+        """See `TransferEngine.renew`."""
+        self._offered(request).expires = expires
 
     def withdraw(self, request: str) -> None:
         """See `TransferEngine.withdraw`."""
+        self._offered(request)
+        self._release(request, "withdrawn")
+
+    def withdraw_all(self) -> None:
+        """Withdraws everything."""
+        for request in list(self._offers):
+            self._release(request, "withdrawn")
+
+    def _offered(self, request: str) -> _Offer:
         if request not in self._offers:
             raise ValueError(f"request must be offered, got {request!r}")
-        self._release(request, "withdrawn")
+        return self._offers[request]
 
     def count(self, notices: list[tuple[str, bytes]]) -> None:
         """Takes notices of consumers, with the names of the agents that sent them."""
@@ -100,7 +152,7 @@ class Offers:
                 with self._lock:
                     tp_size, known = self._consumers.get((notice.engine, notice.rank), (0, ""))
                 offer = self._offers.get(notice.request)
-                if known != agent or offer is None:
+                if known != agent or offer is None or not _is_of(notice, offer):
                     raise GeometryError(f"nothing is offered to it as {notice.request!r}")
                 expected = consumer_ranks(self._card.geometry.tp_size, tp_size, self._card.rank)
             except ValueError as error:
@@ -124,6 +176,22 @@ class Offers:
         return released
 
     def _release(self, request: str, outcome: str) -> None:
-        del self._offers[request]
+        # first of all: whoever asks from now on is not told that the pages are as they were
+        self._board.take_down(request)
+        offer = self._offers.pop(request)
+        for page in offer.pages:  # requests of one prefix share pages
+            self._pages[page] -= 1
+            if not self._pages[page]:
+                del self._pages[page]
         self._counters.releases[outcome] += 1
         self._released.append(Release(request, outcome))
+
+
+def _is_of(notice: Notice, offer: _Offer) -> bool:
+    """Whether a notice is of this offer and not of an earlier one of the same name.
+
+    A reader that needed no byte has not asked for the number.
+    """
+    if notice.offer:
+        return notice.offer == offer.number
+    return offer.blocks == ANY_BLOCKS or notice.blocks == offer.blocks.hex()

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kda_ops.transfer.geometry import EngineGeometry
+from kda_ops.transfer.blocks import PageTail
+from kda_ops.transfer.geometry import EngineGeometry, PageGeometry
+from kda_ops.transfer.plan import plan_zero
 from kda_ops.transfer.transport import MEMORIES, Region
 
 
@@ -59,6 +61,14 @@ def page_regions(geometry: EngineGeometry, pages: Sequence[Sequence[Tensor]]) ->
                 raise ValueError(f"{where} must have no gaps, got strides {x.stride()}")
         regions.append([Region(x.data_ptr(), x.numel(), max(x.get_device(), 0)) for x in layers])
     return regions
+
+
+def zero_tails(layers: Sequence[Tensor], geometry: PageGeometry, tails: Sequence[PageTail]) -> None:
+    """Zeroes tokens that no remote page covers, in the pages of every layer of a group."""
+    for tail in tails:
+        for offset, nbytes in plan_zero(geometry, tail.first_token, tail.end_token):
+            for pages in layers:
+                pages[tail.page, offset : offset + nbytes] = 0
 
 
 def page_memory(pages: Sequence[Sequence[Tensor]]) -> str:

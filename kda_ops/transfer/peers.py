@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kda_ops.transfer.blocks import GroupMatch
+from kda_ops.transfer.board import bucket_ranges
 from kda_ops.transfer.geometry import EngineGeometry, PageGeometry, check_compatible
 from kda_ops.transfer.messages import Card, Hello, decode_card, encode_hello
 from kda_ops.transfer.plan import Granules, plan_granules, source_ranks
@@ -67,13 +68,21 @@ class Rows:
 
 @dataclass(eq=False)
 class Source:
-    """One source rank as a reader knows it: its transport's agent, two prepared lists."""
+    """One source rank as a reader knows it: its transport's agent, prepared lists.
+
+    Attributes:
+        groups: Where each group's ranges are in `local` and `remote`, the lists of pages.
+        landing: List of own slots for buckets.
+        board: List of the source's buckets.
+    """
 
     rank: int
     agent: str
-    local: Any
-    remote: Any
     groups: list[Rows]
+    local: Any = None
+    remote: Any = None
+    landing: Any = None
+    board: Any = None
 
 
 @dataclass(eq=False)
@@ -94,6 +103,7 @@ class Peers:
         own: How the rank introduces itself.
         regions: Its registered pages, per group and layer.
         memory: Where they are, `"cpu"` or `"cuda"`.
+        landing: Where the buckets of boards that it reads are to arrive.
         secret: Of the engine.
     """
 
@@ -103,10 +113,11 @@ class Peers:
         own: Hello,
         regions: list[list[Region]],
         memory: str,
+        landing: Region,
         secret: bytes,
     ) -> None:
         self._transport, self._own, self._secret = transport, own, secret
-        self._regions, self._memory = regions, memory
+        self._regions, self._memory, self._landing = regions, memory, landing
         self._connected: dict[str, Peer] = {}
         self._closing: list[Peer] = []
         # an engine may be connected again while reads of its first connection still run
@@ -182,11 +193,14 @@ class Peers:
             groups.append(Rows(first[:, 0], first[:, 1], plan, tokens))
         agent = self._transport.add_peer(card.agent)
         self._agents[agent] += 1
-        source = Source(card.rank, agent, None, None, groups)
+        source = Source(card.rank, agent, groups)
         if ours:
+            prepare = self._transport.prepare
             try:
-                source.local = self._transport.prepare(None, ours, self._memory)
-                source.remote = self._transport.prepare(agent, theirs, card.memory)
+                source.local = prepare(None, ours, self._memory)
+                source.remote = prepare(agent, theirs, card.memory)
+                source.landing = prepare(None, bucket_ranges(self._landing), "cpu")
+                source.board = prepare(agent, bucket_ranges(card.board), "cpu")
             except BaseException:
                 self._drop([source])
                 raise
@@ -202,6 +216,8 @@ class Peers:
             for release, handle in (
                 (self._transport.release, source.local),
                 (self._transport.release, source.remote),
+                (self._transport.release, source.landing),
+                (self._transport.release, source.board),
                 (self._transport.remove_peer, source.agent if last else None),
             ):
                 if handle is not None:

@@ -18,6 +18,8 @@ class ReadResult(NamedTuple):
         error: What went wrong, empty for `"done"`.
         in_flight: The transport may still write the request's local pages; see `Progress.drained`.
         seconds: From `read` to the end.
+        spoiled: Local blocks, per group, that hold or may come to hold anything: never to be used
+            as they are. Empty lists where nothing had been read when it failed, and for `"done"`.
     """
 
     request: str
@@ -25,6 +27,7 @@ class ReadResult(NamedTuple):
     error: str
     in_flight: bool
     seconds: float
+    spoiled: tuple[tuple[int, ...], ...] = ()
 
 
 class Release(NamedTuple):
@@ -61,17 +64,19 @@ class Counters:
     Attributes:
         handshakes: Answered as a source, completed as a reader.
         refused: Handshakes that were answered with an error.
-        reads: Reads given to the transport; one per source rank and request.
+        asks: Reads of a source rank's board, two per source rank and request.
+        reads: Reads of pages given to the transport; one per source rank and request.
         ranges: Ranges in them.
         bytes: Bytes that have come, per `group.segment`.
         outcomes: Requests read, by outcome.
         releases: Offers, by outcome.
-        stray_notices: Notices that were malformed or of nothing on offer.
+        stray_notices: Notices that were malformed or of nothing that is on offer.
         latency: Requests that were read, by `ceil(log2(milliseconds))`.
     """
 
     handshakes: int = 0
     refused: int = 0
+    asks: int = 0
     reads: int = 0
     ranges: int = 0
     bytes: Counter[str] = field(default_factory=Counter)

@@ -74,7 +74,10 @@ class Transport(Protocol):
         """Frees a prepared list. No read may use it."""
 
     def read(self, local: Any, local_indices: Any, remote: Any, remote_indices: Any) -> Any:
-        """Starts one read of pairs of ranges; returns a handle."""
+        """Starts one read of pairs of ranges; returns a handle.
+
+        It gets what memory holds between this call and its end, never an earlier copy.
+        """
 
     def status(self, read: Any) -> str:
         """`"active"`, `"done"` or `"failed"`. Only an active read still touches local memory."""
