@@ -17,7 +17,6 @@ from kda_ops.transfer.wire import tcp_caller
 from tests.transfer_faults import Counted
 from tests.transfer_fleet import Side, content, geometry
 
-REMOTE = [[0, 0, 3], [5, 6, 7]]
 PATIENCE_S = 180  # of what ends by itself; the machine may be a slow one and busy
 PAGES = 420
 
@@ -73,15 +72,34 @@ class Prefill:
                 reader.engine.poll()
         return found
 
-    @contextmanager
-    def stalled(self) -> Iterator[None]:
-        """The process does nothing; it may be killed meanwhile."""
+    def stall(self) -> None:
+        """From now on the process does nothing; it may be killed meanwhile."""
         self.process.send_signal(signal.SIGSTOP)
         # until the last thread has stopped, NIXL's may still answer reads
         states = os.WSTOPPED | os.WEXITED | os.WNOWAIT
         found = os.waitid(os.P_PID, self.process.pid, states)
         assert found.si_code == os.CLD_STOPPED, "the prefill process has died"
+
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Does nothing for a while."""
+        self.stall()
         try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    @contextmanager
+    def stalled_in(self, reader: Side, request: str, *lists: Any, **options: Any) -> Iterator[None]:
+        """Does nothing once it has been asked for a request, before its pages are read."""
+        posted = reader.engine.counters.reads
+        reader.engine.transport.before = {1: self.stall}
+        reader.engine.read(request, *lists, **options)
+        deadline = time.monotonic() + PATIENCE_S
+        try:
+            while reader.engine.counters.reads == posted:
+                assert time.monotonic() < deadline, "the pages are not read"
+                assert reader.engine.poll().finished == []
             yield
         finally:
             self.process.send_signal(signal.SIGCONT)

@@ -15,9 +15,10 @@ from kda_ops.transfer.nixl import SHARED_MEMORY, NixlTransport
 from kda_ops.transfer.transport import Region
 from kda_ops.transfer.wire import HandshakeServer
 from tests.transfer_faults import Counted
-from tests.transfer_fleet import Side, content, geometry
+from tests.transfer_fleet import REMOTE, Side, content, geometry
 
 TTL_S = 3600  # no test takes as long
+PATIENCE_S = 60
 
 
 class Short(Counted):
@@ -74,6 +75,24 @@ class Host:
         made = [(request, content(24, seed), blocks) for request, seed, blocks in requests]
         for side in self.sides[engine]:
             side.put_many(made, ttl_s=ttl_s)
+
+    def end(self, engine: str, request: str, how: str) -> None:
+        """Ends an offer, and gives its pages to another request."""
+        for side in self.sides[engine]:
+            if how == "withdrawn":
+                side.engine.withdraw(request)
+            deadline = time.monotonic() + PATIENCE_S
+            while [request, how] not in [list(r[2:]) for r in self.released if r[1] == side.rank]:
+                assert time.monotonic() < deadline, f"{request} is not {how}"
+                self.poll()
+            side.write_state(REMOTE[0][-1], content(24, 7))
+            side.write_kv(REMOTE[1], content(24, 7))
+            side.fill()
+
+    def renew(self, engine: str, request: str, ttl_s: float) -> None:
+        """Makes an offer last."""
+        for side in self.sides[engine]:
+            side.engine.renew(request, ttl_s)
 
     def check(self) -> list[int]:
         """Own pages are as they were; how many notices were strays."""

@@ -16,6 +16,7 @@ from kda_ops.transfer.schema import GeometryError
 from kda_ops.transfer.transport import InProcessNetwork, InProcessTransport, Ranges, TransportError
 from tests.transfer_faults import WRONG_FIELDS, Counted, Paced, tampered
 from tests.transfer_fleet import (
+    REMOTE,
     Fleet,
     Side,
     changed,
@@ -51,9 +52,6 @@ class Local(Fleet):
             assert (transport.open_reads, transport.open_lists) == (0, 0)
             assert (transport.registered, transport.peers) == ([], {})
         assert self.network.agents.keys() <= {"spare"}
-
-
-REMOTE = [[0, 0, 3], [5, 6, 7]]
 
 
 def start(fleet: Fleet, request: str, local: list[list[int]], **options: Any) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.nixl_fleet import REMOTE, Decode, Prefill, all_finished, expect, wait
-from tests.transfer_fleet import content
+from tests.nixl_fleet import Decode, Prefill, all_finished, expect, wait
+from tests.transfer_fleet import REMOTE, content
 
 pytestmark = pytest.mark.nixl
 

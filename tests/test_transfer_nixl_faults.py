@@ -10,9 +10,9 @@ import pytest
 from kda_ops.transfer.results import ReadResult, TransferError
 from kda_ops.transfer.schema import GeometryError
 from kda_ops.transfer.transport import TransportError
-from tests.nixl_fleet import PATIENCE_S, REMOTE, Decode, Prefill, all_finished, expect, wait
+from tests.nixl_fleet import PATIENCE_S, Decode, Prefill, all_finished, expect, wait
 from tests.transfer_faults import WRONG_FIELDS, tampered
-from tests.transfer_fleet import Side
+from tests.transfer_fleet import REMOTE, Side
 
 pytestmark = pytest.mark.nixl
 
@@ -105,12 +105,12 @@ def test_a_peer_that_stalls_and_then_dies_while_it_is_read(mortal: Prefill, deco
     put(mortal, "first", "stalled", "killed")
     read_all(reader, "first")
 
-    with mortal.stalled():
-        reader.engine.read("stalled", "P", [[5], [9]], REMOTE, timeout_s=0.5)
+    with mortal.stalled_in(reader, "stalled", "P", [[5], [9]], REMOTE, timeout_s=2):
         (progress,) = wait([reader], all_finished)
         (result,) = progress.finished
         assert (result.outcome, result.in_flight) == ("timeout", True)
-        assert 0.5 <= result.seconds < PATIENCE_S
+        assert result.spoiled == ((5,), (9,))
+        assert 2 <= result.seconds < PATIENCE_S
         assert progress.drained == []
         reader.check()
     wait([reader], lambda t: t[0].drained == ["stalled"])
@@ -118,9 +118,7 @@ def test_a_peer_that_stalls_and_then_dies_while_it_is_read(mortal: Prefill, deco
     reader.check()
     assert mortal.released(1, [reader]) == {("P", 0, "first", "done")}
 
-    with mortal.stalled():
-        reader.engine.read("killed", "P", [[6], [10]], REMOTE)
-        reader.engine.poll()
+    with mortal.stalled_in(reader, "killed", "P", [[6], [10]], REMOTE):
         mortal.kill()
     result = ended(reader)
     assert (result.outcome, result.in_flight) == ("failed", False)
@@ -144,21 +142,39 @@ def test_a_peer_that_dies_after_a_read(mortal: Prefill, decode: Decode) -> None:
     reader.check()
 
 
-def test_a_peer_that_dies_with_many_reads_in_flight(mortal: Prefill, decode: Decode) -> None:
+@pytest.mark.parametrize("stalled_at", [0, 200, 250], ids=["asked", "read", "some read"])
+def test_a_peer_that_dies_with_many_reads_in_flight(
+    mortal: Prefill, decode: Decode, stalled_at: int
+) -> None:
+    """All before they have asked, all before their pages are read, or some before."""
     reader = connected(decode, mortal)
     requests = {f"r{i}": [[4 + i], [1 + 2 * i, 2 + 2 * i]] for i in range(200)}
     put(mortal, *requests)
-    with mortal.stalled():
-        for request, local in requests.items():
-            reader.engine.read(request, "P", local, REMOTE)
-        reader.engine.poll()
-        mortal.kill()
-    (progress,) = wait([reader], lambda t: len(t[0].finished) == 200)
-    assert {result.outcome for result in progress.finished} == {"failed"}
-    assert not any(result.in_flight for result in progress.finished)
-    for state, kv in requests.values():
-        reader.accept(0, state[0])
-        for page in kv:
+    counters = reader.engine.counters
+    reader.engine.transport.before = {stalled_at: mortal.stall}
+    for request, local in requests.items():
+        reader.engine.read(request, "P", local, REMOTE)
+    deadline = time.monotonic() + PATIENCE_S
+    early: list[ReadResult] = []
+    while counters.asks + counters.reads <= stalled_at:
+        early += reader.engine.poll().finished
+        assert time.monotonic() < deadline
+    mortal.kill()
+    early += reader.engine.poll().finished
+    (progress,) = wait([reader], lambda t: len(early) + len(t[0].finished) == 200)
+    results = {result.request: result for result in early + progress.finished}
+    assert len(results) == 200
+    if not early:
+        assert {result.outcome for result in results.values()} == {"failed"}
+    assert not any(result.in_flight for result in results.values())
+    for request, (state, kv) in requests.items():
+        result = results[request]
+        if result.outcome == "done":
+            expect(reader, state[0], kv, 0, first_block=1)
+        assert result.spoiled[0] in ((), (state[0],))
+        for page in result.spoiled[0]:
+            reader.accept(0, page)
+        for page in result.spoiled[1]:
             reader.accept(1, page)
     reader.check()
 
@@ -185,7 +201,7 @@ def test_every_wrong_handshake_field_is_refused(prefill: Prefill, decode: Decode
     for where, path, value in WRONG_FIELDS:
         with pytest.raises((GeometryError, TransferError)):
             reader.engine.connect("P", 1, tampered(honest, where, path, value))
-        assert reader.engine.transport.left() == {"registrations": 1}, (where, path, value)
+        assert reader.engine.transport.left() == {"registrations": 2}, (where, path, value)
     assert time.monotonic() - begin < PATIENCE_S
     put(prefill, "fields")
     reader.engine.connect("P", 1, honest)
@@ -221,7 +237,7 @@ def test_pages_registered_too_short(prefill: Prefill, decode: Decode) -> None:
         many = tampered(many, "card", ("regions", 0, layer, 1), 1 << 40)
     with pytest.raises(TransferError, match="engine P cannot be reached: prepare"):
         reader.engine.connect("P", 1, many)
-    assert reader.engine.transport.left() == {"registrations": 1}
+    assert reader.engine.transport.left() == {"registrations": 2}
 
 
 def test_blocks_that_do_not_exist(prefill: Prefill, decode: Decode) -> None:
@@ -253,14 +269,78 @@ def test_a_notice_that_is_lost(prefill: Prefill, decode: Decode) -> None:
     prefill.do("check")
 
 
+# ---------------------------------------------------------------------- offers that end
+
+
+def test_a_request_that_is_not_offered(prefill: Prefill, decode: Decode) -> None:
+    """Never, or no more, or in other blocks: nothing is read, and the connection is as good."""
+    reader = connected(decode, prefill, 2)
+    put(prefill, "over", engine="P2", ttl_s=0.1)
+    prefill.do("end", engine="P2", request="over", how="expired")
+    put(prefill, "there", engine="P2")
+    for request, remote in (
+        ("never", REMOTE),
+        ("over", REMOTE),
+        ("there", [[0, 0, 3], [5, 6, 8]]),
+    ):
+        reader.engine.read(request, "P2", [[4], [1, 2, 8]], remote)
+        result = ended(reader)
+        assert (result.outcome, result.spoiled) == ("failed", ((), ()))
+        reader.check()
+    read_all(reader, "there", "P2")
+    prefill.do("take_released")
+
+
+@pytest.mark.parametrize("how", ["withdrawn", "expired"])
+@pytest.mark.parametrize("point", [0, 1, 2], ids=["before", "asked", "read"])
+def test_an_offer_that_ends_while_it_is_read(
+    prefill: Prefill, decode: Decode, how: str, point: int
+) -> None:
+    """Before the pages are read, before a byte of them has come, before they are confirmed."""
+    reader = connected(decode, prefill)
+    request = f"{how} at {point}"
+    put(prefill, request)
+
+    def end() -> None:
+        if how == "expired":
+            prefill.do("renew", engine="P", request=request, ttl_s=0)
+        prefill.do("end", engine="P", request=request, how=how)
+
+    reader.engine.transport.before = {point: end}
+    reader.engine.read(request, "P", [[4], [1, 2, 8]], REMOTE)
+    result = ended(reader)
+    assert (result.outcome, result.in_flight) == ("failed", False)
+    assert result.spoiled == ((4,), (1, 2, 8)) if point else ((), ())
+    if point:
+        for group, pages in enumerate(result.spoiled):
+            for page in pages:
+                reader.accept(group, page)
+    reader.check()
+    prefill.do("check")
+    assert prefill.do("take_released") == [["P", 0, request, how]]
+
+
+def test_an_offer_that_is_renewed(prefill: Prefill, decode: Decode) -> None:
+    """It is read when the time that it was offered for is over."""
+    reader = connected(decode, prefill)
+    begin, ttl_s = time.monotonic(), 5
+    put(prefill, "renewed", ttl_s=ttl_s)
+    prefill.do("renew", engine="P", request="renewed", ttl_s=PATIENCE_S)
+    reader.engine.transport.before = {
+        2: lambda: time.sleep(max(0.0, begin + ttl_s + 1 - time.monotonic()))
+    }
+    read_all(reader, "renewed")
+    assert time.monotonic() > begin + ttl_s
+    assert prefill.released(1, [reader]) == {("P", 0, "renewed", "done")}
+
+
 # ---------------------------------------------------------------------- twice, cancelled
 
 
 def test_a_request_is_read_once(prefill: Prefill, decode: Decode) -> None:
-    """Twice at once and again afterwards are errors; another engine's read releases nothing."""
+    """Twice at once and again afterwards are errors; what is released is read by nobody."""
     reader, late = connected(decode, prefill), connected(decode, prefill)
     put(prefill, "once")
-    strays = prefill.do("check")[0]
     with prefill.stalled():
         reader.engine.read("once", "P", [[4], [1, 2, 8]], REMOTE)
         with pytest.raises(ValueError, match="request must not be read twice at once, got 'once'"):
@@ -273,11 +353,11 @@ def test_a_request_is_read_once(prefill: Prefill, decode: Decode) -> None:
     with pytest.raises(ValueError, match="must not be read again after its notice, got 'once'"):
         reader.engine.read("once", "P", [[4], [8]], REMOTE)
     assert prefill.released(1, [reader]) == {("P", 0, "once", "done")}
-    read_all(late, "once")
-    deadline = time.monotonic() + PATIENCE_S
-    while prefill.do("check")[0] == strays and time.monotonic() < deadline:
-        late.engine.poll()
-    assert prefill.do("check")[0] == strays + 1
+    late.engine.read("once", "P", [[4], [1, 2, 8]], REMOTE)
+    result = ended(late)
+    assert (result.outcome, result.spoiled) == ("failed", ((), ()))
+    assert result.error == "rank 0 does not offer 'once', or no more"
+    late.check()
     assert prefill.do("take_released") == []
 
 
@@ -301,9 +381,7 @@ def test_connected_again_while_it_is_read(prefill: Prefill, decode: Decode) -> N
 def test_cancelled_while_it_is_read(prefill: Prefill, decode: Decode) -> None:
     reader = connected(decode, prefill)
     put(prefill, "cancelled")
-    with prefill.stalled():
-        reader.engine.read("cancelled", "P", [[4], [1, 2, 8]], REMOTE)
-        reader.engine.poll()
+    with prefill.stalled_in(reader, "cancelled", "P", [[4], [1, 2, 8]], REMOTE):
         reader.engine.cancel("cancelled")
         (progress,) = wait([reader], all_finished)
         (result,) = progress.finished

@@ -21,9 +21,8 @@ from kda_ops.transfer.board import (
 from kda_ops.transfer.results import ReadResult, TransferError
 from kda_ops.transfer.transport import InProcessNetwork
 from tests.transfer_faults import Paced
-from tests.transfer_fleet import Fleet, Side, content, geometry, outcomes, releases
+from tests.transfer_fleet import REMOTE, Fleet, Side, content, geometry, outcomes, releases
 
-REMOTE = [[0, 0, 3], [5, 6, 7]]
 LOCAL = [[4], [1, 2, 8]]
 EVERYTHING = 1 << 30
 TTL_S = 5

@@ -20,10 +20,9 @@ from kda_ops.transfer.results import TransferError
 from kda_ops.transfer.schema import GeometryError
 from kda_ops.transfer.seal import check_secret, seal, unseal
 from kda_ops.transfer.transport import InProcessNetwork, InProcessTransport
-from tests.transfer_fleet import Fleet, Side, content, geometry
+from tests.transfer_fleet import REMOTE, Fleet, Side, content, geometry
 
 SECRET, OTHER = b"s" * 32, b"t" * 32
-REMOTE = [[0, 0, 3], [5, 6, 7]]
 
 
 def pair(source: bytes = b"", reader: bytes = b"") -> tuple[Side, Side]:

@@ -120,6 +120,7 @@ class Counted:
         open: Registrations, prepared lists and reads.
         known: Peers.
         loses_notices: Whether those it sends get lost.
+        before: What happens before a read is posted, by how many reads come before that one.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -127,6 +128,7 @@ class Counted:
         self.open: Counter[str] = Counter()
         self.known: set[str] = set()
         self.loses_notices = False
+        self.before: dict[int, Callable[[], object]] = {}
 
     def _take(self, what: str, taken: Any) -> Any:
         self.open[what] += 1
@@ -156,6 +158,10 @@ class Counted:
         self.open["lists"] -= 1
 
     def read(self, *arguments: Any) -> Any:
+        now = self.before.pop(0, None)
+        self.before = {count - 1: happens for count, happens in self.before.items()}
+        if now is not None:
+            now()
         return self._take("reads", self._transport.read(*arguments))
 
     def finish(self, read: Any) -> None:

@@ -21,6 +21,7 @@ from kda_ops.transfer.transport import Transport
 
 LAYERS, TOKEN_BYTES, GUARD = 2, 6, 64
 HEADS, VALUE_HEADS = 4, 8
+REMOTE = [[0, 0, 3], [5, 6, 7]]  # blocks of a request of 24 tokens
 TP_SIZES = [(p, d) for p in range(1, 17) for d in range(1, 17) if p % d == 0 or d % p == 0]
 
 

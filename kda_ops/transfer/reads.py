@@ -347,18 +347,15 @@ class Reads:
         else:
             self._finish(reading)
         self._counters.outcomes[outcome] += 1
-        spoiled: tuple[tuple[int, ...], ...] = ()
         if outcome != "done":
             log.warning("read of %s: %s, %s", reading.request, outcome, error)
-            spoiled = self._spoiled(reading)
         seconds = self._clock() - reading.started
-        self._ended.append(
-            ReadResult(reading.request, outcome, error, reading.in_flight, seconds, spoiled)
-        )
+        spoiled = self._spoiled(reading, outcome)
+        self._ended.append(ReadResult(reading.request, outcome, error, transfers, seconds, spoiled))
 
-    def _spoiled(self, reading: _Reading) -> tuple[tuple[int, ...], ...]:
-        """Local blocks, per group, that a read may have written."""
-        if all(part.transfer is None for part in reading.parts):
+    def _spoiled(self, reading: _Reading, outcome: str) -> tuple[tuple[int, ...], ...]:
+        """Local blocks, per group, in which a read may have left anything."""
+        if outcome == "done" or all(part.transfer is None for part in reading.parts):
             return tuple(() for _ in reading.matches)
         return tuple(
             tuple(sorted({copy.local_page // group.pages_per_block for copy in match.copies}))
