@@ -6,9 +6,11 @@ Stalls at every point of a read, with clocks and a transport that stand still un
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kda_ops.transfer.board import (
+    ANY_BLOCKS,
     BOARD_BYTES,
     BUCKET_BYTES,
     ENTRIES,
@@ -532,6 +534,18 @@ def test_a_board_shows_what_is_offered() -> None:
         assert (find_entry(bucket(name), name) is None) == (name in names[::2])
     again = board.put_up(names[0], blocks[names[0]])
     assert again > max(numbers.values())
+
+
+def test_digests_of_blocks() -> None:
+    """Equal blocks, equal digests, whatever kind of integers; lists are not run together."""
+    lists = ([[3], [5, 6]], [[3], [6, 5]], [[3, 5], [6]], [[3], [5], [6]], [[], [3, 5, 6]], [[3]])
+    digests = {blocks_digest(blocks) for blocks in lists}
+    assert len(digests) == len(lists)
+    assert ANY_BLOCKS not in digests
+    assert blocks_digest([np.array([3]), np.array([5, 6], np.int32)]) == blocks_digest(lists[0])
+    for bad in (1 << 63, 1.5, "3"):
+        with pytest.raises(ValueError, match="blocks must be integers of 64 bits, got"):
+            blocks_digest([[bad]])
 
 
 def test_an_entry_that_is_being_written_is_none() -> None:

@@ -129,7 +129,7 @@ class Rank:
     def prefill(self, request: str, tokens: list[int]) -> list[list[int]]:
         """Computes a prompt but its last token, and offers its pages."""
         _, blocks = self.sequences.prefill(tokens[:-1])
-        self.engine.offer(request, ttl_s=OFFER_S)
+        self.engine.offer(request, blocks, ttl_s=OFFER_S)
         self.offered[request] = blocks
         return blocks
 

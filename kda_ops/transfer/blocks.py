@@ -221,8 +221,8 @@ def _running_index(
     if blocks[found] == NULL_BLOCK:
         place = "end in" if running is None else f"have at {running}"
         raise ValueError(f"{side} group {i} must {place} its running state, got the null block")
-    several = sum(block != NULL_BLOCK for block in blocks) > 1
-    if running is None and several and (num_spec or NULL_BLOCK in blocks):
+    null = blocks.count(NULL_BLOCK)
+    if running is None and len(blocks) - null > 1 and (num_spec or null):
         raise ValueError(
             f"{_argument(side)} must name the running block of group {i}, since others may be "
             f"checkpoints or of speculative tokens, got None for {list(blocks)}"

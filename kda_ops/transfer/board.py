@@ -38,9 +38,18 @@ class Entry(NamedTuple):
 
 
 def blocks_digest(blocks: Sequence[Sequence[int]]) -> bytes:
-    """8 bytes that stand for the blocks of a request; see `held_blocks`."""
-    text = repr([[int(block) for block in group] for group in blocks])
-    return hashlib.blake2b(text.encode(), digest_size=len(ANY_BLOCKS)).digest()
+    """8 bytes that stand for the blocks of a request; see `held_blocks`.
+
+    Raises:
+        ValueError: Blocks that are no integers of 64 bits.
+    """
+    digest = hashlib.blake2b(digest_size=len(ANY_BLOCKS))
+    for group in blocks:
+        try:
+            digest.update(struct.pack(f"<{1 + len(group)}q", len(group), *group))
+        except struct.error as error:
+            raise ValueError(f"blocks must be integers of 64 bits, got {error}") from None
+    return digest.digest()
 
 
 def bucket_of(request: str) -> int:

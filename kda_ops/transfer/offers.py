@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,7 +50,7 @@ class Offers:
         self._card, self._answer, self._secret = card, encode_card(card), secret
         self._board, self._counters = board, counters
         self._offers: dict[str, _Offer] = {}
-        self._pages: Counter[tuple[int, int]] = Counter()
+        self._pages: dict[tuple[int, int], int] = {}
         self._names: OrderedDict[str, None] = OrderedDict()
         self._released: list[Release] = []
         # by engine and rank: ranks of the engine, and the agent that may send notices for it
@@ -108,7 +108,8 @@ class Offers:
         digest = ANY_BLOCKS if blocks is None else blocks_digest(blocks)
         number = self._board.put_up(request, digest)
         self._offers[request] = _Offer(number, digest, pages, expires)
-        self._pages.update(pages)
+        for page in pages:  # requests of one prefix share pages
+            self._pages[page] = self._pages.get(page, 0) + 1
         self._names[request] = None
         self._names.move_to_end(request)
         while len(self._names) > REMEMBERED_NAMES:
@@ -179,7 +180,7 @@ class Offers:
         # first of all: whoever asks from now on is not told that the pages are as they were
         self._board.take_down(request)
         offer = self._offers.pop(request)
-        for page in offer.pages:  # requests of one prefix share pages
+        for page in offer.pages:
             self._pages[page] -= 1
             if not self._pages[page]:
                 del self._pages[page]
