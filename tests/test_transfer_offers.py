@@ -345,8 +345,12 @@ def test_the_same_blocks_told_otherwise() -> None:
     """Of a state only the running block counts."""
     fleet = Stalled()
     fleet.pace(EVERYTHING)
-    remote = [[9, 9, 3, 11], [5, 6, 7]]
-    fleet.readers[0].engine.read("r", "P", LOCAL, remote, remote_running=2)
+    local, remote = [[4, 9], LOCAL[1]], [[9, 9, 3, 11], [5, 6, 7]]
+    reader = fleet.readers[0].engine
+    for options in ({"local_running": 0}, {"remote_running": 2}):
+        with pytest.raises(ValueError, match="_running must name the running block of group 0"):
+            reader.read("r", "P", local, remote, **options)
+    reader.read("r", "P", local, remote, local_running=0, remote_running=2)
     assert fleet.readers[0].engine.poll().finished[0].outcome == "done"
     fleet.expect()
     fleet.check()
