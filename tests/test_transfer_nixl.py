@@ -113,6 +113,31 @@ def test_pages_on_a_gpu(decode: Decode, source: str, reader: str) -> None:
         prefill.stop()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("point", [0, 1, 2], ids=["before", "asked", "read"])
+def test_an_offer_of_pages_on_a_gpu_that_ends_while_it_is_read(decode: Decode, point: int) -> None:
+    """Boards are in host memory, wherever the pages are."""
+    prefill = Prefill({"P": {"ranks": 1, "device": "cuda"}})
+    try:
+        (reader,) = decode(1, device="cuda")
+        prefill.do("put", engine="P", requests=[("r", 0, REMOTE)])
+        reader.engine.connect("P", 1, prefill.call("P"))
+        reader.engine.transport.before = {
+            point: lambda: prefill.do("end", engine="P", request="r", how="withdrawn")
+        }
+        reader.engine.read("r", "P", [[4], [1, 2, 8]], REMOTE)
+        (result,) = wait([reader], all_finished)[0].finished
+        assert result.outcome == "failed"
+        assert result.spoiled == ((4,), (1, 2, 8)) if point else ((), ())
+        for group, pages in enumerate(result.spoiled):
+            for page in pages:
+                reader.accept(group, page)
+        reader.check()
+        assert all(left == {"reads": 0} for left in prefill.do("close"))
+    finally:
+        prefill.stop()
+
+
 def test_nothing_listens_beyond_loopback(decode: Decode) -> None:
     decode(1)
     own = set()
