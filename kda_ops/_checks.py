@@ -173,6 +173,17 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, total_tokens: int) -> None:
         )
 
 
+def check_writable(**states: Tensor | None) -> None:
+    """PyTorch lets states that were made in inference mode be written there only."""
+    if torch.is_inference_mode_enabled():
+        return
+    for name, x in states.items():
+        if x is not None and x.is_inference():
+            raise RuntimeError(
+                f"{name} was made under torch.inference_mode(): it can be written only there"
+            )
+
+
 def check_varlen_values(
     x: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None, chunk_size: int
 ) -> None:

@@ -6,9 +6,9 @@
   the package never loads Triton), which takes no fp64;
 * the fake implementation calls `lowering.install()` as soon as something is traced, which is before
   anything is lowered or looked up in a cache;
-* a functional operator differentiates through an operator of its own, `<name>_backward`, whose
-  implementation is the vector-Jacobian product of the reference. It is opaque to the compiler, so a
-  compiled backward graph has one call per operator;
+* autocast ends at the operator: it computes in the dtypes of its inputs, and so does its gradient;
+* a functional operator differentiates through an operator of its own, `<name>_backward`: the
+  vector-Jacobian product of the reference, or on CUDA kernels of its own (see `_gradients`);
 * an operator that writes to an argument refuses arguments that require grad;
 * `check_values` runs before the implementation, so it also runs in compiled graphs that fall back
   to the implementation.
@@ -21,14 +21,25 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
+from torch.autograd.graph import increment_version
 
 from kda_ops import choice, config
-from kda_ops._checks import check_kernel_dtype
+from kda_ops._checks import check_kernel_dtype, check_writable
+from kda_ops._gradients import (
+    Backward,
+    Signature,
+    backward_fake,
+    differentiate,
+    refuse_gradients,
+    refuse_second_derivatives,
+    vector_jacobian_product,
+)
 
 NAMESPACE = "kda_ops"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -36,12 +47,18 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 @dataclass(frozen=True)
 class Operator:
-    """What stands behind one operator; see `define_op`."""
+    """What stands behind one operator; see `define_op`.
+
+    `cuda` is the whole CUDA implementation, of which `launcher` is the part that a compiled graph
+    holds. `backward` is None for an operator that writes.
+    """
 
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     launcher: Callable[..., Any]
+    cuda: Callable[..., Any]
     check_values: Callable[..., None] | None
+    backward: Backward | None
 
 
 OPERATORS: dict[Any, Operator] = {}
@@ -72,6 +89,7 @@ def define_op(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     cuda: str,
+    cuda_backward: str | None = None,
     check_values: Callable[..., None] | None = None,
     moves_only: bool = False,
     tags: tuple[torch.Tag, ...] = (),
@@ -87,6 +105,12 @@ def define_op(
             view of one.
         fake: Shapes, dtypes and strides of the result.
         cuda: `"module:function"` of the kernel launcher, same arguments.
+        cuda_backward: `"module:function"` of what launches the kernels of the gradient on CUDA, in
+            the place of the vector-Jacobian product of the reference. It is called with the
+            schema's arguments in order, the list of the results' gradients (None where there is
+            none) and the list `needs_gradient` (a bool per argument), and returns the list of the
+            needed gradients in the order of the arguments: dense, none of them an input or a view
+            of one.
         check_values: Raises `ValueError` for bad tensor *values*. Called with the same arguments
             before the implementation, for CPU tensors always, for CUDA tensors when
             `kda_ops.config.check_values`.
@@ -95,9 +119,10 @@ def define_op(
         tags: Extra operator tags.
     """
     name = schema[: schema.index("(")]
-    names = [x.name for x in torch._C.parse_schema(f"{NAMESPACE}::{schema}").arguments]
-    mutates = "!" in schema
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    op = _define(schema, tags)
+    names = [x.name for x in op._schema.arguments]
+    written = [i for i, x in enumerate(op._schema.arguments) if x.is_write]
+    changed = _tensors_at(op, written)
     load = _lazy(cuda, names)
 
     def launcher(*args: Any) -> Any:
@@ -106,6 +131,7 @@ def define_op(
         return load(*args)
 
     def cpu_impl(*args: Any) -> Any:
+        check_writable(**{names[i]: args[i] for i in written})
         if check_values is not None:
             check_values(*args)
         return reference(*args)
@@ -113,7 +139,10 @@ def define_op(
     def cuda_impl(*args: Any) -> Any:
         if check_values is not None and config.check_values:
             check_values(*args)
-        return launcher(*args)
+        result = launcher(*args)
+        if written:  # PyTorch does not see what a kernel writes
+            increment_version(changed(args))
+        return result
 
     def fake_impl(*args: Any) -> Any:
         activate_lowerings()
@@ -121,17 +150,79 @@ def define_op(
             _refuse_fp64(op, args)
         return fake(*args)
 
-    _LIBRARY.impl(name, cpu_impl, "CPU")
-    _LIBRARY.impl(name, cuda_impl, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake_impl, lib=_LIBRARY)
-    packet, _, overload = name.partition(".")
-    op = getattr(getattr(torch.ops.kda_ops, packet), overload or "default")
-    OPERATORS[op] = Operator(reference, fake, launcher, check_values)
-    if mutates:
-        _refuse_gradients(name, op)
+    _implement(name, op, cpu_impl, cuda_impl, fake_impl)
+    if written:
+        refuse_gradients(_LIBRARY, name, op)
+        backward = None
     else:
-        _differentiate_reference(schema, name, op, reference)
+        backward = _define_backward(schema, name, op, reference, cuda_backward)
+    OPERATORS[op] = Operator(reference, fake, launcher, cuda_impl, check_values, backward)
     return op
+
+
+def _define_backward(
+    schema: str, name: str, op: Any, reference: Callable[..., Any], cuda: str | None
+) -> Backward:
+    """Registers `<name>_backward` and makes it the operator's gradient."""
+    signature = Signature(op)
+    backward_name, backward_schema = signature.backward_schema(schema)
+    backward_op = _define(backward_schema)
+    product = vector_jacobian_product(reference, signature)
+    launcher = None if cuda is None else _backward_launcher(cuda, backward_op, signature)
+    fake = backward_fake(signature)
+    _implement(backward_name, backward_op, product, launcher or product, fake)
+    refuse_second_derivatives(_LIBRARY, backward_name, backward_op)
+    differentiate(_LIBRARY, name, op, signature, backward_op)
+    return Backward(backward_op, product, fake, launcher)
+
+
+def _backward_launcher(target: str, op: Any, signature: Signature) -> Callable[..., Any]:
+    """What launches the kernels of a gradient, called like the backward operator."""
+    load = _lazy(target, [*signature.arguments, "output_gradients", "needs_gradient"])
+
+    def launcher(*args: Any) -> Any:
+        _refuse_fp64(op, args)
+        inputs, output_gradients, needs = signature.split(args)
+        return signature.gradients(args, load(*inputs, output_gradients, needs))
+
+    return launcher
+
+
+def _define(schema: str, tags: tuple[torch.Tag, ...] = ()) -> Any:
+    """A new operator that has no implementation yet."""
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    packet, _, overload = schema[: schema.index("(")].partition(".")
+    return getattr(getattr(torch.ops.kda_ops, packet), overload or "default")
+
+
+def _implement(
+    name: str,
+    op: Any,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> None:
+    def autocast_impl(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return op(*args)
+
+    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, cuda, "CUDA")
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _LIBRARY.impl(name, autocast_impl, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+
+def _tensors_at(op: Any, places: list[int]) -> Callable[[tuple[Any, ...]], Any]:
+    """A function that takes the tensors at some places from an operator's arguments."""
+    if places and all(str(op._schema.arguments[i].type) == "Tensor" for i in places):
+        return itemgetter(*places)
+
+    def tensors(args: tuple[Any, ...]) -> list[Tensor]:
+        values = [args[i] if isinstance(args[i], (list, tuple)) else [args[i]] for i in places]
+        return [x for value in values for x in value if x is not None]
+
+    return tensors
 
 
 def _lazy(target: str, names: list[str]) -> Callable[..., Any]:
@@ -155,94 +246,3 @@ def _refuse_fp64(op: Any, args: tuple[Any, ...]) -> None:
     for i, x in enumerate(args):
         if isinstance(x, Tensor) and x.dtype is torch.float64:
             check_kernel_dtype(op._schema.arguments[i].name, x)
-
-
-def _refuse_gradients(name: str, op: Any) -> None:
-    def autograd_impl(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled():
-            for argument, value in zip(op._schema.arguments, args, strict=False):
-                if isinstance(value, Tensor) and value.requires_grad:
-                    raise RuntimeError(
-                        f"kda_ops::{name} writes its state in place and has no gradient, but "
-                        f"argument {argument.name} requires grad; call it under torch.no_grad() "
-                        "or torch.inference_mode()"
-                    )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    _LIBRARY.impl(name, autograd_impl, "Autograd", with_keyset=True)
-
-
-def _differentiate_reference(
-    schema: str, name: str, op: Any, reference: Callable[..., Any]
-) -> None:
-    """Registers `<name>_backward` and makes it the operator's gradient.
-
-    The backward operator takes the forward's arguments, one gradient per output (None where an
-    output was not used) and which arguments need a gradient; it returns the gradients of those, in
-    order.
-    """
-    backward_name = name.replace(".", "_") + "_backward"
-    inputs = schema[schema.index("(") + 1 : schema.rindex(") ->")]
-    _LIBRARY.define(
-        f"{backward_name}({inputs}, Tensor?[] output_gradients, bool[] needs_gradient) -> Tensor[]",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-
-    def backward_impl(*args: Any) -> list[Tensor]:
-        *inputs, output_gradients, needs_gradient = args
-        with torch.enable_grad():
-            inputs = [
-                x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
-                for x, need in zip(inputs, needs_gradient, strict=True)
-            ]
-            outputs = reference(*inputs)
-        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        pairs = [
-            (o, g)
-            for o, g in zip(outputs, output_gradients, strict=True)
-            if g is not None and o.requires_grad
-        ]
-        wanted = [x for x, need in zip(inputs, needs_gradient, strict=True) if need]
-        if not pairs:
-            return [torch.zeros_like(x) for x in wanted]
-        gradients = torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g.to(o.dtype) for o, g in pairs], allow_unused=True
-        )
-        return [
-            torch.zeros_like(x) if g is None else g.contiguous()
-            for x, g in zip(wanted, gradients, strict=True)
-        ]
-
-    def backward_fake(*args: Any) -> list[Tensor]:
-        *inputs, _, needs_gradient = args
-        return [
-            torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            for x, need in zip(inputs, needs_gradient, strict=True)
-            if need
-        ]
-
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(backward_name, backward_impl, key)
-    torch.library.register_fake(f"{NAMESPACE}::{backward_name}", backward_fake, lib=_LIBRARY)
-    backward_op = getattr(torch.ops.kda_ops, backward_name).default
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)])
-        ctx.constants = [None if isinstance(x, Tensor) else (x,) for x in inputs]
-
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        if len(gradients) == 1 and isinstance(gradients[0], (tuple, list)):
-            gradients = tuple(gradients[0])
-        tensors = iter(ctx.saved_tensors)
-        inputs = [next(tensors) if c is None else c[0] for c in ctx.constants]
-        needs = [
-            need and isinstance(x, Tensor)
-            for x, need in zip(inputs, ctx.needs_input_grad, strict=True)
-        ]
-        found = iter(backward_op(*inputs, list(gradients), needs))
-        return tuple(next(found) if need else None for need in needs)
-
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-    )

@@ -280,11 +280,13 @@ class KDABatch:
                 )
 
     def check_slots(self, num_slots: int) -> None:
-        """Every slot exists in a state of `num_slots` pages. Reads tensor values.
+        """Every slot exists in a state of `num_slots` pages, and tensors that were refilled hold
+        what the constructor takes. Reads tensor values.
 
         Raises:
-            ValueError: One does not.
+            ValueError: They are not.
         """
+        self._check_values()
         check_slot_values("slots", self.slots, num_slots)
 
 

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kda_ops import config
 from kda_ops._checks import (
     STATES,
     check_cu_seqlens_shape,
     check_device,
     check_dtype,
+    check_gate_parameters,
     check_head_dim,
     check_integer,
     check_kernel_dtype,
@@ -21,7 +23,9 @@ from kda_ops._checks import (
     check_number,
     check_rank,
     check_shape,
+    check_writable,
 )
+from kda_ops._gradients import refuse_derivatives
 from kda_ops.batch import KDABatch
 from kda_ops.checkpoints import convert_state_dict
 from kda_ops.chunk_kda import chunk_kda
@@ -352,6 +356,7 @@ class KimiDeltaAttention(nn.Module):
         layout = resolve_layout(self.conv_layout, conv, self.conv_dim)
         x, f, z, beta = self._project(hidden_states)
         if batch is not None and state is not None:
+            self._check_step(hidden_states, x, f, beta, state)
             o = self._step(x, f, beta, z, state, batch, layout)
         else:
             slots = None
@@ -558,19 +563,23 @@ class KimiDeltaAttention(nn.Module):
             self.head_v_dim,
             self.conv_size,
             0,
-            str(x.dtype),
+            str(self._state_dtype(x)),
             str(accumulation_dtype(x)),
             str(x.device),
         )
+
+    def _state_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of a convolution state that is allocated here: the weights', as in the spec."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return self.in_proj.weight.dtype if autocast else x.dtype
 
     def _fresh_state(self, slots: int, x: Tensor, layout: str) -> State:
         """Zeroed states for `slots`, without the padding of pages."""
         conv = None
         if self.use_short_conv:
             L = self.conv_size - 1
-            conv = x.new_zeros(
-                (slots, L, self.conv_dim) if layout == "SD" else (slots, self.conv_dim, L)
-            )
+            conv_shape = (L, self.conv_dim) if layout == "SD" else (self.conv_dim, L)
+            conv = x.new_zeros((slots, *conv_shape), dtype=self._state_dtype(x))
         shape = (slots, self.num_v_heads, self.head_v_dim, self.head_k_dim)
         return conv, x.new_zeros(shape, dtype=accumulation_dtype(x))
 
@@ -635,5 +644,41 @@ class KimiDeltaAttention(nn.Module):
                 ("o_norm_weight", self.o_norm_weight),
             ):
                 check_kernel_dtype(name, x)
-        if recurrent.device.type == "cpu" and not torch.compiler.is_compiling():
+        on_cpu = recurrent.device.type == "cpu"
+        if (on_cpu or config.check_values) and not torch.compiler.is_compiling():
             batch.check_slots(recurrent.shape[0])
+
+    def _check_step(
+        self, hidden_states: Tensor, x: Tensor, f: Tensor, beta: Tensor, state: State
+    ) -> None:
+        """What the operators behind the first write of a state would refuse. (In compiled code they
+        do while they are traced.)
+        """
+        if torch.compiler.is_compiling():
+            return
+        conv, recurrent = state
+        check_gate_parameters(f, self.A_log, self.dt_bias, self.lower_bound, name="f")
+        check_shape("o_norm_weight", self.o_norm_weight, (self.head_v_dim,))
+        check_dtype("o_norm_weight", self.o_norm_weight)
+        check_device(hidden_states=hidden_states, o_norm_weight=self.o_norm_weight)
+        check_not_negative("norm_eps", self.norm_eps)
+        if type(self.o_proj) is nn.Linear and not torch.is_autocast_enabled(x.device.type):
+            check_shape("o_proj.weight", self.o_proj.weight, (self.hidden_size, self.value_dim))
+            check_dtype("o_proj.weight", self.o_proj.weight, (x.dtype,))
+        if recurrent.device.type == "cpu":
+            check_writable(conv=conv, recurrent=recurrent)
+        refuse_derivatives(
+            type(self).__name__,
+            {
+                "hidden_states": hidden_states,
+                "the output of in_proj": x,
+                "the output of f_proj": f,
+                "beta": beta,
+                "conv_weight": self.conv_weight,
+                "conv_bias": self.conv_bias,
+                "A_log": self.A_log,
+                "dt_bias": self.dt_bias,
+                "conv": conv,
+                "recurrent": recurrent,
+            },
+        )

@@ -12,13 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from kda_ops._define import OPERATORS
 from tests.operators import NAMES, cases, public_function
+from tests.oracle import tensors
 
 MOST_ELEMENTS = 40_000
 CALLS_PER_OPERATOR = 3
 OVERLOADS = sorted(OPERATORS, key=str)
+FUNCTIONAL = [op for op in OVERLOADS if not op._schema.is_mutable]
+BACKWARDS = {OPERATORS[op].backward.op for op in FUNCTIONAL}
 
 
 class Record(TorchDispatchMode):
@@ -29,7 +33,7 @@ class Record(TorchDispatchMode):
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in OPERATORS:
+        if func in OPERATORS or func in BACKWARDS:
             self.calls.append((func, copy.deepcopy(args)))
         return func(*args, **(kwargs or {}))
 
@@ -82,7 +86,7 @@ def test_operator(op: Any, calls: dict[Any, list[tuple[str, tuple[Any, ...]]]]) 
 
 # from torch 2.15 opcheck clones its inputs, and AOTAutograd looks whether a clone has a `.grad`
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("op", [op for op in OVERLOADS if not op._schema.is_mutable], ids=str)
+@pytest.mark.parametrize("op", FUNCTIONAL, ids=str)
 def test_operator_with_gradients(
     op: Any, calls: dict[Any, list[tuple[str, tuple[Any, ...]]]]
 ) -> None:
@@ -94,6 +98,23 @@ def test_operator_with_gradients(
             for x in copy.deepcopy(args)
         ]
         torch.library.opcheck(op, tuple(inputs))
+
+
+@pytest.mark.parametrize("op", FUNCTIONAL, ids=str)
+def test_backward_operator(op: Any, calls: dict[Any, list[tuple[str, tuple[Any, ...]]]]) -> None:
+    """With all gradients, and with that of the last argument that has one."""
+    _, args = calls[op][0]
+    floating = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.is_floating_point()]
+    for needed in (floating, floating[-1:]):
+        inputs = list(copy.deepcopy(args))
+        for i in needed:
+            inputs[i].requires_grad_()
+        results = [x for x in tensors(op(*inputs)) if x.requires_grad]
+        with Record() as record:
+            sum(x.sum() for x in results).backward()
+        ((backward, found),) = record.calls
+        assert backward is OPERATORS[op].backward.op
+        torch.library.opcheck(backward, tree_map_only(Tensor, Tensor.detach, found))
 
 
 def test_every_operator_is_covered(

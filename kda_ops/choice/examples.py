@@ -56,7 +56,7 @@ def _example(
     if isinstance(x, torch.SymInt):
         return hint(x)
     if isinstance(x, (list, tuple)):
-        return [hint(n) if isinstance(n, torch.SymInt) else n for n in x]
+        return [_example(name, {**call, name: item}, device, generator) for item in x]
     if not isinstance(x, Tensor):
         return x
     shape, stride = [hint(n) for n in x.shape], [hint(n) for n in x.stride()]

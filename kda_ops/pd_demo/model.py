@@ -181,7 +181,12 @@ class Stack(nn.Module):
     def forward(
         self, tokens: Tensor, caches: "Caches", batch: KDABatch, blocks: list[int], start: int
     ) -> Tensor:
-        """Logits `[T, vocabulary]` of one sequence's tokens from position `start` on."""
+        """Logits `[T, vocabulary]` of one sequence's tokens from position `start` on.
+
+        Raises:
+            ValueError: The caches have no room for the tokens; no layer has written then.
+        """
+        self._check(tokens, batch, blocks, start)
         x = self.embedding(tokens)
         kda = attention = 0
         for i, (mixer, mlp) in enumerate(zip(self.mixers, self.mlps, strict=True)):
@@ -196,6 +201,19 @@ class Stack(nn.Module):
             x = x + self.reduce(y)
             x = x + self.reduce(mlp(self.norms[2 * i + 1](x)))
         return self.head(self.norms[-1](x))
+
+    def _check(self, tokens: Tensor, batch: KDABatch, blocks: list[int], start: int) -> None:
+        """What a layer behind the first one would refuse."""
+        config, count = self.config, len(tokens)
+        batch.check_slots(config.pages)
+        if batch.num_tokens != count:
+            raise ValueError(f"batch must have {count} tokens, got {batch.num_tokens}")
+        needed = -(-(start + count) // config.block_tokens)
+        if len(blocks) < needed:
+            raise ValueError(f"blocks must be at least {needed}, got {len(blocks)}")
+        wrong = [block for block in blocks if not 0 <= block < config.pages]
+        if wrong:
+            raise ValueError(f"blocks must be in [0, {config.pages}), got {wrong[0]}")
 
 
 class Caches:
