@@ -32,6 +32,7 @@ from kda_ops.chunk_kda import chunk_kda
 from kda_ops.chunks import chunk_table
 from kda_ops.config import AUTO, configured_layout, resolve_layout
 from kda_ops.formulas import accumulation_dtype
+from kda_ops.fsdp import keep_exact
 from kda_ops.gate import gate
 from kda_ops.gate_cumsum import gate_cumsum
 from kda_ops.l2norm import l2norm
@@ -276,6 +277,11 @@ class KimiDeltaAttention(nn.Module):
             return out
 
         return super()._apply(apply, recurse)
+
+    def register_load_state_dict_post_hook(self, hook: Callable[..., Any]) -> Any:
+        """As in `nn.Module`. FSDP2 does so for each parameter that it shards."""
+        keep_exact(hook)
+        return super().register_load_state_dict_post_hook(hook)
 
     def load_checkpoint(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
         """Loads the layer's weights from a checkpoint of FLA, Hugging Face or Moonshot, or from

@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from kda_ops import choice
+from lowering.unguarded import unguarded
 
 H200 = types.SimpleNamespace(
     name="NVIDIA H200 (described, not present)",
@@ -75,6 +76,7 @@ def described_device() -> Iterator[None]:
     import torch._dynamo.device_interface as device_interface
     import torch._inductor.utils as inductor_utils
     import torch.utils._triton as triton_utils
+    from torch._inductor import compile_fx
     from torch._inductor.fx_passes import joint_graph
     from torch._inductor.runtime import hints
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -126,8 +128,12 @@ def described_device() -> Iterator[None]:
         # the joint-graph patterns make example tensors on the input's device; any device will do
         on_cpu = lambda *a, **k: lazy_init(torch.device("cpu"))  # noqa: E731
         stack.enter_context(mock.patch.object(joint_graph, "lazy_init", on_cpu))
+        # a warning about a setting for a device that is not there
+        stack.enter_context(mock.patch.object(compile_fx, "_warn_tf32_disabled"))
         forget_answers()
         stack.enter_context(described_driver())
+        if not torch.backends.cuda.is_built():
+            stack.enter_context(unguarded())
         try:
             yield
         finally:

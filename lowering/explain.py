@@ -33,6 +33,8 @@ from lowering.provenance import layer_of, modules_of, source_of
 from lowering.rewrite import Outcome, Rewrites, recording
 
 RECURRENCES = ("chunk_kda", "chunk_kda_gated", "recurrent_kda", "kda_decode")
+# what stands for `scaled_dot_product_attention` in a graph that was traced on a CPU
+FOR_CPU = ("_scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_attention")
 Paths = tuple[str, ...]  # the innermost module of every node behind something
 
 
@@ -49,6 +51,7 @@ class Compiled:
         operators: Names of this package's operators in the graph.
         kinds: Class of each module.
         outcomes: Of the rewrites.
+        failure: Why no code could be generated, empty if it was.
     """
 
     graph: list[tuple[Paths, GraphNode]] = field(default_factory=list)
@@ -58,6 +61,15 @@ class Compiled:
     operators: list[tuple[Paths, str]] = field(default_factory=list)
     kinds: dict[str, str] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
+    failure: str = ""
+
+    def look_at(self, graph: fx.Graph) -> None:
+        """Keeps what is seen of a graph."""
+        for node in graph.nodes:
+            self.graph.append(((layer_of(node),), drawn(node)))
+            self.kinds |= dict(modules_of(node))
+            if (call := Call.of(node)) is not None:
+                self.operators.append(((layer_of(node),), short(call.op)))
 
 
 class Seen(BaseException):
@@ -80,11 +92,17 @@ def explain(
 
     def inner_compile(gm: fx.GraphModule, inputs: Any, **how: Any) -> Any:
         for result, rewriting in ((before, False), (after, True)):
-            copy, moved = (copied(gm), list(inputs)) if real else on_cuda(gm, inputs)
             device = contextlib.nullcontext() if real else described_device()
-            seen = contextlib.suppress(Seen)
-            with seen, device, watching(result, rewriting), recording() as result.outcomes:
-                compile_fx_inner(copy, moved, **how)
+            try:
+                copy, moved = (copied(gm), list(inputs)) if real else on_cuda(gm, inputs)
+                with device, watching(result, rewriting), recording() as result.outcomes:
+                    compile_fx_inner(copy, moved, **how)
+            except Seen:
+                continue
+            except Exception as error:
+                result.failure = said(error)
+                if not result.graph:  # it failed before the rewrites
+                    result.look_at(gm.graph)
         raise Seen
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
@@ -102,7 +120,16 @@ def explain(
         raise ValueError("model must compute something that can be compiled, its graph is empty")
     root = type(model).__name__ if isinstance(model, torch.nn.Module) else "graph"
     device = torch.cuda.get_device_name() if real else H200.name
-    return Explanation(device, "dynamic" if dynamic else "static", layers_of(before, after, root))
+    shapes = "dynamic" if dynamic else "static"
+    failures = (before.failure, after.failure)
+    return Explanation(device, shapes, layers_of(before, after, root), failures)
+
+
+def said(error: Exception) -> str:
+    """The kind of an error of the compiler and its first line, and the operator that it is about."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[:1] + [line for line in lines[1:] if line.startswith("target:")][:1]
+    return ": ".join([type(error).__name__, ", ".join(told)] if told else [type(error).__name__])
 
 
 def eager(model: Any) -> Any:
@@ -139,11 +166,7 @@ def watching(result: Compiled, rewriting: bool) -> Iterator[None]:
     def watched(self: Rewrites, gm: fx.GraphModule | fx.Graph) -> int:
         if rewriting:
             apply(self, gm)
-        for node in (gm if isinstance(gm, fx.Graph) else gm.graph).nodes:
-            result.graph.append(((layer_of(node),), drawn(node)))
-            result.kinds |= dict(modules_of(node))
-            if (call := Call.of(node)) is not None:
-                result.operators.append(((layer_of(node),), short(call.op)))
+        result.look_at(gm if isinstance(gm, fx.Graph) else gm.graph)
         return 0
 
     def enter(self: Scheduler, kernel: BaseSchedulerNode) -> None:
@@ -157,7 +180,8 @@ def watching(result: Compiled, rewriting: bool) -> Iterator[None]:
             # what `enter` was given holds for the lines that follow
             above = [paths for line, paths in source.line_map if line <= launch.line]
             paths = above[-1] if above else ()
-            (result.launches if launch.is_kernel else result.calls).append((paths, launch.name))
+            named = (paths, launch.name.replace(*FOR_CPU))
+            (result.launches if launch.is_kernel else result.calls).append(named)
         raise Seen
 
     with (
@@ -207,7 +231,7 @@ def short(operator: Any) -> str:
     """Name of an operator: without its namespace if it is ours, and without `default`."""
     if not isinstance(operator, (str, torch._ops.OpOverload)):
         operator = getattr(operator, "__name__", operator)
-    return str(operator).removeprefix("kda_ops.").removesuffix(".default")
+    return str(operator).removeprefix("kda_ops.").removesuffix(".default").replace(*FOR_CPU)
 
 
 def layers_of(before: Compiled, after: Compiled, root: str) -> tuple[Layer, ...]:
@@ -229,12 +253,14 @@ def layers_of(before: Compiled, after: Compiled, root: str) -> tuple[Layer, ...]
                 tuple(here(compiled.calls)),
                 2 * sum(here(compiled.buffers)),
                 part_of([n for _, n in compiled.graph], {n.name for n in here(compiled.graph)}),
+                bool(compiled.failure),
             )
             for compiled in (before, after)
         )
         kind = "" if home is None else kinds[home]
         layer = Layer(home or "", kind, fired(outcomes), near_misses(outcomes), *sides)
-        empty = not any(side.launches or side.calls for side in (layer.before, layer.after))
+        sides = (layer.before, layer.after)
+        empty = not any(s.launches or s.calls or (s.failed and s.graph) for s in sides)
         if home is not None or not empty:
             found.append(layer)
     return tuple(found)

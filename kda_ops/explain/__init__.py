@@ -22,7 +22,9 @@ def explain(
     computed, no state is written, and code that was compiled before stays as it is.
 
     Where a parameter, buffer or argument is on a CUDA device, code is generated for that device.
-    Else it is generated for an H200 that need not be there.
+    Else it is generated for an H200 that need not be there, from the graph that is traced on the
+    CPU: what a model or PyTorch itself decides by device is decided for the CPU. If no code can be
+    generated, the explanation says why and what the rewrites made of the graph.
 
     Args:
         model: A module or function that compiles as one graph.
@@ -41,7 +43,7 @@ def explain(
 
     Raises:
         ValueError: `model` is not callable, or there is nothing to compile.
-        torch._dynamo.exc.Unsupported: The model does not compile as one graph.
+        torch._dynamo.exc.TorchDynamoException: The model does not compile as one graph.
     """
     if not callable(model):
         raise ValueError(f"model must be a module or a function, got {type(model).__name__}")

@@ -14,7 +14,8 @@ module or a function, and what to call it with. With a file my_model.py in this 
 
 the command is `python -m kda_ops explain my_model:factory`.
 
-Exits with 1 if the model does not compile as one graph, with 2 if the specification is wrong.
+Exits with 1 if the model does not compile as one graph or no code can be generated for it, with 2
+if the specification is wrong.
 """
 
 import argparse
@@ -107,19 +108,18 @@ def run(args: argparse.Namespace) -> int:
     if fault is not None:
         return _fail(2, f"the factory must return (model, args) or (model, args, kwargs), {fault}")
     model, call, named = (*(_on_cuda(made) if on_cuda else made), {})[:3]
-    from torch._dynamo.exc import TorchRuntimeError, Unsupported
-
     try:
         grad = contextlib.nullcontext() if args.grad else torch.no_grad()
         with grad, progress("compiling without and with the rewrites", sys.stderr):
             explanation = explain(model, *call, dynamic=args.dynamic, **named)
-    except (TorchRuntimeError, Unsupported) as error:
-        return _fail(1, f"the model does not compile as one graph: {error}")
+    except Exception as error:  # of the compiler's, or of the model's own
+        reason = f"{type(error).__name__}: {error}"
+        return _fail(1, f"the model does not compile as one graph: {reason}")
     print(explanation)
     if args.html is not None:
         args.html.write_text(explanation.to_html(), encoding="utf-8")
         print(f"wrote {args.html}", file=sys.stderr)
-    return 0
+    return 1 if any(explanation.failures) else 0
 
 
 def _fail(code: int, message: str) -> int:

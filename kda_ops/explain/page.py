@@ -9,12 +9,13 @@ from kda_ops.explain.report import (
     Layer,
     Side,
     blame,
-    counted,
+    bytes_moved,
+    called,
     fired_at,
+    launched,
     refusal,
     replaces,
     saved,
-    size,
 )
 
 STYLE = """
@@ -118,16 +119,16 @@ def table(layer: Layer) -> str:
 
     def cells(side: Side) -> list[str]:
         return [
-            f"{len(names)}<br>" + "<br>".join(map(escape, counted(names)))
-            for names in (side.launches, side.calls)
-        ] + [escape(size(side.bytes_moved))]
+            "<br>".join(map(escape, lines))
+            for lines in (launched(side), called(side), [bytes_moved(side)])
+        ]
 
     names = ("kernel launches", "other calls", "intermediates written and read")
     rows = "\n".join(
         f"<tr><th>{name}</th><td>{old}</td><td>{new}</td></tr>"
         for name, old, new in zip(names, cells(layer.before), cells(layer.after), strict=True)
     )
+    change = "" if layer.failed else f"\n<p>{escape(saved(layer.bytes_saved))} through memory.</p>"
     return (
-        "<table>\n<tr><th></th><th>before</th><th>after</th></tr>\n"
-        f"{rows}\n</table>\n<p>{escape(saved(layer.bytes_saved))} through memory.</p>"
+        f"<table>\n<tr><th></th><th>before</th><th>after</th></tr>\n{rows}\n</table>{change}"
     )

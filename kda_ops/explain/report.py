@@ -10,6 +10,7 @@ CHECKS = {
     "depends_on_itself": "out of order",
     "replacement": "the replacement cannot be made",
 }
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,14 @@ class Side:
             leaves for another, written once and read once. Symbolic sizes count with the number
             they had when traced.
         graph: Its nodes, in order.
+        failed: Whether no code could be generated: then there is no more than the graph.
     """
 
     launches: tuple[str, ...] = ()
     calls: tuple[str, ...] = ()
     bytes_moved: int = 0
     graph: tuple[GraphNode, ...] = ()
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,15 @@ class Layer:
 
     @property
     def bytes_saved(self) -> int:
-        """Bytes that no longer go through memory; negative if more do."""
+        """Bytes that no longer go through memory; negative if more do, 0 if they are unknown."""
+        if self.failed:
+            return 0
         return self.before.bytes_moved - self.after.bytes_moved
+
+    @property
+    def failed(self) -> bool:
+        """Whether no code could be generated, without or with the rewrites."""
+        return self.before.failed or self.after.failed
 
     def alike(self, other: "Layer") -> bool:
         """Whether the report of another layer is the same but for the names of nodes."""
@@ -151,15 +161,17 @@ class Explanation:
         device: The device that the code was generated for.
         shapes: `static` or `dynamic`.
         layers: In the order of the graph; what is outside of every layer comes last.
+        failures: Why no code could be generated without and with the rewrites; empty if it was.
     """
 
     device: str
     shapes: str
     layers: tuple[Layer, ...]
+    failures: tuple[str, str] = ("", "")
 
     @property
     def launches(self) -> tuple[int, int]:
-        """Kernel launches of the whole graph, before and after."""
+        """Kernel launches of the whole graph, before and after; 0 where no code was generated."""
         before = sum(len(layer.before.launches) for layer in self.layers)
         return before, sum(len(layer.after.launches) for layer in self.layers)
 
@@ -182,10 +194,20 @@ class Explanation:
 
     def summary(self) -> str:
         """The whole graph in one line."""
+        if any(self.failures):
+            return "whole graph: " + "; ".join(self.without_code())
         before, after = self.launches
         return (
             f"whole graph: {before} -> {after} launches, {saved(self.bytes_saved)} through memory"
         )
+
+    def without_code(self) -> list[str]:
+        """For what no code could be generated, and why."""
+        before, after = self.failures
+        if before == after:
+            return [f"no code with or without the rewrites: {before}"] if before else []
+        both = (("without", before), ("with", after))
+        return [f"no code {how} the rewrites: {why}" for how, why in both if why]
 
     def __str__(self) -> str:
         lines = [f"compiled for {self.device}, {self.shapes} shapes"]
@@ -214,15 +236,30 @@ def text_of(layer: Layer) -> list[str]:
         lines.append("no rewrite fired or nearly fired")
     before, after = layer.before, layer.after
     for name, old, new in (
-        ("launches", before.launches, after.launches),
-        ("calls", before.calls, after.calls),
+        ("launches", launched(before), launched(after)),
+        ("calls", called(before), called(after)),
     ):
-        lines += row(name, f"{len(old)} -> {len(new)}")
+        lines += row(name, f"{old[0]} -> {new[0]}")
         if old == new:
-            lines += row("  both", *counted(old))
+            lines += row("  both", *old[1:])
         else:
-            lines += row("  before", *counted(old)) + row("  after", *counted(new))
+            lines += row("  before", *old[1:]) + row("  after", *new[1:])
     return lines + row("intermediates", moved(layer))
+
+
+def launched(side: Side) -> list[str]:
+    """How many kernels are launched, and which."""
+    return [UNKNOWN] if side.failed else [str(len(side.launches)), *counted(side.launches)]
+
+
+def called(side: Side) -> list[str]:
+    """How often something else is called, and what."""
+    return [UNKNOWN] if side.failed else [str(len(side.calls)), *counted(side.calls)]
+
+
+def bytes_moved(side: Side) -> str:
+    """Bytes of intermediate results."""
+    return UNKNOWN if side.failed else size(side.bytes_moved)
 
 
 def row(name: str, *values: str) -> list[str]:
@@ -252,8 +289,8 @@ def blame(miss: NearMiss) -> tuple[str, ...]:
 
 
 def moved(layer: Layer) -> str:
-    before, after = size(layer.before.bytes_moved), size(layer.after.bytes_moved)
-    return f"{before} -> {after}, {saved(layer.bytes_saved)} through memory"
+    change = "" if layer.failed else f", {saved(layer.bytes_saved)} through memory"
+    return f"{bytes_moved(layer.before)} -> {bytes_moved(layer.after)}{change}"
 
 
 def counted(names: Iterable[str]) -> list[str]:

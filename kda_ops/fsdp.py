@@ -1,0 +1,57 @@
+"""`A_log` and `dt_bias` in fp32 under FSDP2 (`torch.distributed.fsdp.fully_shard`).
+
+FSDP2 gathers and reduces parameters in groups of one dtype. It refuses a group of bf16 weights with
+a gate in fp32, and under a `MixedPrecisionPolicy` it hands the gate bf16 as well. Here the gate's
+parameters are taken out of that: they are gathered as they are, in the same collective as the
+others, and only their gradients are reduced in the dtype of the group and widened afterwards.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+EXACT = ("A_log", "dt_bias")
+
+
+def keep_exact(hook: Callable[..., Any]) -> None:
+    """Marks the parameter whose hook this is, if it is one of FSDP2's and of the gate.
+
+    FSDP2 registers a hook with the module of each parameter that it takes, and names itself nowhere
+    else before it has made its groups: what it keeps of the parameter is in the hook's closure.
+    """
+    for cell in getattr(hook, "__closure__", None) or ():
+        taken = cell.cell_contents
+        if type(taken).__name__ == "FSDPParam" and taken._module_info.param_name in EXACT:
+            taken.__class__ = _exact_param()
+
+
+@functools.cache
+def _exact_param() -> Any:
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    class ExactFSDPParam(FSDPParam):
+        """A parameter that keeps its dtype in a group of parameters of another one."""
+
+        def init_dtype_attrs(self, mp_policy: Any) -> None:
+            super().init_dtype_attrs(mp_policy)
+            # one of the same group: it is in the same module, and no gate
+            group = self._module_info.module.o_norm_weight.dtype
+            self.group_dtype = mp_policy.param_dtype or group
+            self.orig_dtype, self.param_dtype = group, None
+
+        def init_unsharded_param(self) -> None:
+            super().init_unsharded_param()
+            if self._unsharded_param.requires_grad:
+                self._unsharded_param.grad_dtype = self.group_dtype
+
+        @property
+        def unsharded_zero_grad_data(self) -> torch.Tensor:
+            return super().unsharded_zero_grad_data.to(self.group_dtype)
+
+        def to_sharded_dtensor(self, tensor: torch.Tensor) -> Any:
+            return super().to_sharded_dtensor(tensor.to(self.sharded_param.dtype))
+
+    return ExactFSDPParam
