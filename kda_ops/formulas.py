@@ -3,9 +3,6 @@
 Everything accumulates in fp32, or in fp64 when the input is fp64: that is how the oracle is made.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,185 +97,12 @@ def cumulative_gate(
     return chunk_local_cumsum(g, chunk_size, cu_seqlens, chunks) * RCP_LN2
 
 
-def extended_rows(
-    history: Tensor, x: Tensor, starts: Tensor, sequence: Tensor, index: Tensor
-) -> Tensor:
-    """Rows of `concat(history[n], x[starts[n]:])`.
-
-    Args:
-        history: `[N, W - 1, D]`, what came before each sequence.
-        x: `[T, D]`, the tokens of all sequences.
-        starts: `[N]`, int64, the row of x where each sequence starts.
-        sequence: Any shape, int64, in `[0, N)`: which n each row is taken from.
-        index: The same shape, int64, not negative: which row of it. Rows past the end of x are 0.
-
-    Returns:
-        `[*sequence.shape, D]`.
-    """
-    past = history.shape[1]
-    x = F.pad(x, (0, 0, 0, 1))
-    old = history[sequence, index.clamp(max=past - 1)]
-    new = x[(starts[sequence] + index - past).clamp(0, x.shape[0] - 1)]
-    return torch.where((index < past)[..., None], old, new)
-
-
-def short_convolution(
-    x: Tensor,
-    history: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    cu_seqlens: Tensor,
-    active: Tensor,
-) -> Tensor:
-    """Depthwise causal convolution of each sequence over `concat(history[n], x[start:end])`.
-
-    Args:
-        x: `[T, D]`.
-        history: `[N, W - 1, D]`.
-        weight: `[D, W]`; the last tap meets the token itself.
-        bias: `[D]` or None.
-        activation: `"silu"` or None.
-        cu_seqlens: `[N + 1]`, int64.
-        active: `[N]`, bool. Rows of the other sequences, and rows past the last sequence, are not
-            read and give zero.
-
-    Returns:
-        `[T, D]` in x's dtype.
-    """
-    acc = accumulation_dtype(x)
-    rows = torch.arange(x.shape[0], device=x.device)
-    # N past the last sequence
-    sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1
-    read = F.pad(active, (0, 1))[sequence][:, None]
-    position = rows - cu_seqlens[sequence]
-    history = F.pad(history.to(acc), (0, 0, 0, 0, 0, 1))
-    x_read = torch.where(read, x.to(acc), 0.0)
-    y = 0.0 if bias is None else bias.to(acc)
-    for tap, w in enumerate(weight.to(acc).unbind(1)):
-        y = y + w * extended_rows(history, x_read, cu_seqlens, sequence, position + tap)
-    if activation == "silu":
-        y = F.silu(y)
-    return torch.where(read, y, 0.0).to(x.dtype)
-
-
 def sequence_offsets(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """`[N + 1]`, int64: `cu_seqlens`, or those of the equally long sequences of a dense batch."""
     if cu_seqlens is not None:
         return cu_seqlens.long()
     sequences = x.shape[0] if x.dim() == 3 else 1
     return torch.arange(sequences + 1, device=x.device) * x.shape[-2]
-
-
-def packed_bias(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> Tensor | None:
-    """The biases of q, k and v as one."""
-    return None if q is None or k is None or v is None else torch.cat([q, k, v])
-
-
-@contextmanager
-def packed_state(states: tuple[Tensor, Tensor, Tensor], layout: str) -> Iterator[Tensor]:
-    """The convolution states of q, k and v as one; what is written to it is theirs afterwards."""
-    dim = 2 if layout == "SD" else 1
-    packed = torch.cat(states, dim=dim)
-    yield packed
-    for state, part in zip(states, packed.split([x.shape[dim] for x in states], dim), strict=True):
-        state.copy_(part)
-
-
-def conv_whole(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """`short_convolution` of whole sequences `x [..., T, D]` that have no history."""
-    offsets = sequence_offsets(x, cu_seqlens)
-    sequences, W = offsets.shape[0] - 1, weight.shape[1]
-    history = x.new_zeros(sequences, W - 1, x.shape[-1])
-    active = torch.ones(sequences, dtype=torch.bool, device=x.device)
-    flat = x.reshape(-1, x.shape[-1])
-    y = short_convolution(flat, history, weight, bias, activation, offsets, active)
-    return y.reshape(x.shape)
-
-
-def conv_whole_state(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    conv_state: Tensor,
-    slots: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> Tensor:
-    """`conv_whole` with a history from each sequence's slot, to which the last W - 1 rows go."""
-    offsets = sequence_offsets(x, cu_seqlens)
-    past = weight.shape[1] - 1
-    flat = x.reshape(-1, x.shape[-1])
-    state = conv_state if layout == "SD" else conv_state.transpose(1, 2)  # [slots, L, D]
-    slots = slots.long()
-    active = slots != 0
-    known = active & (False if has_initial_state is None else has_initial_state)
-    acc = accumulation_dtype(x)
-    history = torch.where(known[:, None, None], state[slots, :past].to(acc), 0.0)
-    y = short_convolution(flat, history, weight, bias, activation, offsets, active)
-    lengths = offsets[1:] - offsets[:-1]
-    last = lengths[:, None] + torch.arange(past, device=x.device)
-    sequence = torch.arange(len(slots), device=x.device)[:, None].expand_as(last)
-    new = extended_rows(history, flat.to(acc), offsets, sequence, last)
-    state[slots[active], :past] = new[active].to(state.dtype)
-    return y.reshape(x.shape)
-
-
-def conv_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    slots: Tensor,
-    num_accepted: Tensor | None,
-    offsets: Tensor,
-    layout: str,
-) -> Tensor:
-    """`short_convolution` of new tokens against their slots, which are shifted in place.
-
-    Args:
-        x: `[T, D]`.
-        conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS.
-        weight: `[D, W]`.
-        bias: `[D]` or None.
-        activation: `"silu"` or None.
-        slots: `[N]` or `[N, columns]`, of which column 0 is taken.
-        num_accepted: `[N]` or None; looked at where the slot is not 0.
-        offsets: `[N + 1]`, int64.
-        layout: `"SD"` or `"DS"`.
-
-    Returns:
-        `[T, D]` in x's dtype.
-    """
-    past = weight.shape[1] - 1
-    state = conv_state if layout == "SD" else conv_state.transpose(1, 2)  # [slots, L, D]
-    slots = (slots[:, 0] if slots.dim() == 2 else slots).long()
-    sequences, L = slots.shape[0], state.shape[1]
-    active = slots != 0
-    first = torch.zeros_like(slots)
-    if num_accepted is not None:
-        first = torch.where(active, num_accepted.long() - 1, 0)
-    window = first[:, None] + torch.arange(past, device=x.device)
-    acc = accumulation_dtype(x)
-    history = torch.where(active[:, None, None], state[slots[:, None], window].to(acc), 0.0)
-    y = short_convolution(x, history, weight, bias, activation, offsets, active)
-
-    rows = torch.arange(L, device=x.device).expand(sequences, L)
-    sequence = torch.arange(sequences, device=x.device)[:, None].expand_as(rows)
-    new = extended_rows(history, x.to(acc), offsets, sequence, rows + 1)
-    lengths = offsets[1:] - offsets[:-1]
-    written = (active & (lengths > 0))[:, None] & (rows < past - 1 + lengths[:, None])
-    state[slots[:, None].expand_as(rows)[written], rows[written]] = new[written].to(state.dtype)
-    return y
 
 
 def l2_normalized(x: Tensor, eps: float) -> Tensor:

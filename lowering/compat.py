@@ -2,6 +2,7 @@
 nothing else.
 """
 
+import ctypes
 import operator
 from contextlib import nullcontext
 from typing import Any
@@ -56,6 +57,13 @@ def empty_like_traced(x: torch.Tensor) -> Any:
 
     size, stride = expressions(x.shape), expressions(x.stride())
     return empty_strided(size, stride, dtype=x.dtype, device=x.device)
+
+
+def load_cpp(source: str) -> ctypes.CDLL:
+    """Compiles a C++ library for this machine, as Inductor compiles its kernels, and loads it."""
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)
 
 
 def size_hint(expression: Any) -> int:

@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from kda_ops._define import OPERATORS
 from kda_ops.choice import forcing
+from kda_ops.native import NATIVE
 from lowering import compat
 
 COMPILE_SECONDS = 300
@@ -52,7 +53,8 @@ def on_gpu(x: Any) -> bool:
 
 
 def call_operator(*args: Any) -> Any:
-    """Lowers the current node to a call of the operator itself (its CPU implementation).
+    """Lowers the current node to a call of the operator itself: its native kernel, if there is one
+    (`kda_ops.native`), else its CPU implementation.
 
     Reads of a written argument that come before the call are realised first. Inductor does so only
     after it has put the call in line, and then they may be scheduled behind it and see the new
@@ -62,7 +64,7 @@ def call_operator(*args: Any) -> Any:
     for declared, x in zip(op._schema.arguments, args, strict=True):
         if declared.is_write:
             V.graph.mark_buffer_mutated(ir.ExternKernel.realize_input(x).get_name())
-    return fallback_handler(op, add_to_fallback_set=False)(*args)
+    return fallback_handler(NATIVE.get(op, op), add_to_fallback_set=False)(*args)
 
 
 def inline_reference(reference: Callable[..., Any], *args: Any) -> Any:

@@ -18,6 +18,7 @@ from kda_ops._define import define_op
 from kda_ops.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import CHUNK, accumulation_dtype
+from kda_ops.native import define_native
 
 
 def chunk_kda_fake(
@@ -112,6 +113,8 @@ chunk_kda_state_op = define_op(
     cuda="kda_ops.chunk_kda.kernel:launch_chunk_kda_state",
     check_values=check_chunk_kda_state_values,
 )
+define_native(chunk_kda_op, "kda_ops.native.chunk:chunk_kda")
+define_native(chunk_kda_state_op, "kda_ops.native.chunk:chunk_kda_state")
 
 
 def chunk_kda(

@@ -23,6 +23,7 @@ from kda_ops.chunk_kda_gated.reference import (
 )
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import CHUNK, accumulation_dtype
+from kda_ops.native import define_native
 
 
 def chunk_kda_gated_fake(
@@ -136,6 +137,8 @@ chunk_kda_gated_state_op = define_op(
     cuda="kda_ops.chunk_kda_gated.kernel:launch_chunk_kda_gated_state",
     check_values=check_chunk_kda_gated_state_values,
 )
+define_native(chunk_kda_gated_op, "kda_ops.native.chunk:chunk_kda_gated")
+define_native(chunk_kda_gated_state_op, "kda_ops.native.chunk:chunk_kda_gated_state")
 
 
 def chunk_kda_gated(

@@ -28,6 +28,7 @@ from kda_ops._checks import (
 from kda_ops._define import define_op
 from kda_ops.config import resolve_layout
 from kda_ops.kda_decode.reference import kda_decode_apart_reference, kda_decode_reference
+from kda_ops.native import define_native
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MOST_TOKENS = 8
@@ -145,6 +146,8 @@ kda_decode_apart_op = define_op(
     cuda="kda_ops.kda_decode.kernel:launch_kda_decode_apart",
     check_values=check_kda_decode_apart_values,
 )
+define_native(kda_decode_op, "kda_ops.native.decode:kda_decode", looks_itself=True)
+define_native(kda_decode_apart_op, "kda_ops.native.decode:kda_decode_apart", looks_itself=True)
 
 
 def kda_decode(

@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kda_ops.conv_formulas import conv_update, packed_bias, packed_state
 from kda_ops.formulas import (
     accumulation_dtype,
-    conv_update,
     gate_nats,
     gated_rms_norm,
     l2_normalized,
-    packed_bias,
-    packed_state,
     recurrence,
     source_slots,
 )

@@ -11,6 +11,7 @@ from kda_ops._checks import (
 )
 from kda_ops._define import define_op
 from kda_ops.config import resolve_layout
+from kda_ops.native import define_native
 from kda_ops.short_conv.reference import short_conv_reference, short_conv_state_reference
 
 
@@ -80,6 +81,8 @@ short_conv_state_op = define_op(
     cuda="kda_ops.short_conv.kernel:launch_short_conv_state",
     check_values=check_short_conv_state_values,
 )
+define_native(short_conv_op, "kda_ops.native.conv:short_conv")
+define_native(short_conv_state_op, "kda_ops.native.conv:short_conv_state")
 
 
 def short_conv(

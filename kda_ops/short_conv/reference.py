@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kda_ops.formulas import conv_whole, conv_whole_state
+from kda_ops.conv_formulas import conv_whole, conv_whole_state
 
 
 def short_conv_reference(

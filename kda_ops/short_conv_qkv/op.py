@@ -18,6 +18,7 @@ from kda_ops._checks import (
 )
 from kda_ops._define import define_op
 from kda_ops.config import resolve_layout
+from kda_ops.native import define_native
 from kda_ops.short_conv_qkv.reference import (
     short_conv_qkv_apart_reference,
     short_conv_qkv_apart_state_reference,
@@ -175,6 +176,10 @@ short_conv_qkv_apart_state_op = define_op(
     cuda="kda_ops.short_conv_qkv.kernel:launch_short_conv_qkv_apart_state",
     check_values=check_short_conv_qkv_apart_state_values,
 )
+define_native(short_conv_qkv_op, "kda_ops.native.conv:short_conv_qkv")
+define_native(short_conv_qkv_state_op, "kda_ops.native.conv:short_conv_qkv_state")
+define_native(short_conv_qkv_apart_op, "kda_ops.native.conv:short_conv_qkv_apart")
+define_native(short_conv_qkv_apart_state_op, "kda_ops.native.conv:short_conv_qkv_apart_state")
 
 
 def short_conv_qkv(

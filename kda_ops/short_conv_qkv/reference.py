@@ -3,14 +3,8 @@
 import torch
 from torch import Tensor
 
-from kda_ops.formulas import (
-    accumulation_dtype,
-    conv_whole,
-    conv_whole_state,
-    l2_normalized,
-    packed_bias,
-    packed_state,
-)
+from kda_ops.conv_formulas import conv_whole, conv_whole_state, packed_bias, packed_state
+from kda_ops.formulas import accumulation_dtype, l2_normalized
 
 
 def short_conv_qkv_reference(

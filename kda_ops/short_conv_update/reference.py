@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kda_ops.formulas import conv_update
+from kda_ops.conv_formulas import conv_update
 
 
 def short_conv_update_reference(
