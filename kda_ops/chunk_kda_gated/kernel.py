@@ -16,72 +16,16 @@ from kda_ops._launch import traceable
 from kda_ops.choice import choose
 from kda_ops.device.chunk.kernel import chunk_rows, clear_padding, slab_rows
 from kda_ops.device.general.kernel import launch_general_prepare
-from kda_ops.device.kernel import softplus
+from kda_ops.device.gated.kernel import (
+    gate_bias,
+    gate_log2,
+    gate_rate,
+    quick_sigmoid,
+    reciprocal_norm,
+)
 from kda_ops.device.prepare.kernel import is_nvidia, prepare_chunk
 from kda_ops.device.scan.kernel import launch_scan
 from kda_ops.device.workspace import Batch, dense_rows, has_fast_prepare, make_workspace
-
-
-@triton.jit
-def _sigmoid(z):
-    r = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
-    return r * r
-
-
-@triton.jit
-def _rate(A_log_ptr, h, HAS_A: tl.constexpr):
-    if HAS_A:
-        return tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
-    else:
-        return 1.0
-
-
-@triton.jit
-def _bias(bias_ptr, d, ok, HAS_BIAS: tl.constexpr):
-    if HAS_BIAS:
-        return tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
-    else:
-        return tl.zeros(d.shape, tl.float32)
-
-
-@triton.jit
-def _softplus(z):
-    """`kda_ops.device.kernel.softplus` to 1e-5 of the result: as max(z, 0) + e * P(e) with P of
-    degree 5.
-    """
-    e = tl.exp2(tl.abs(z) * -1.4426950408889634)
-    p = -0.023869140073657036
-    p = p * e + 0.10122225433588028
-    p = p * e - 0.21004866063594818
-    p = p * e + 0.3252066671848297
-    p = p * e - 0.4993613660335541
-    p = p * e + 0.9999915957450867
-    return tl.maximum(z, 0.0) + e * p
-
-
-@triton.jit
-def _gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
-    """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound.
-
-    With FP16 it is right to 1e-5 and fits that type, which ends at -65504: what is below -30000
-    decays to zero either way.
-    """
-    z = x.to(tl.float32) + bias[None, :]
-    if BOUND != 0.0:
-        r = tl.rsqrt(1.0 + tl.exp2((a * -1.4426950408889634) * z))
-        return (BOUND * 1.4426950408889634) * (r * r)
-    elif FP16:
-        y = (a * -1.4426950408889634) * _softplus(z)
-        return tl.where(y < -30000.0, -30000.0, y)
-    else:
-        return (a * -1.4426950408889634) * softplus(z)
-
-
-@triton.jit
-def _reciprocal_norm(x, EPS: tl.constexpr):
-    """1 / sqrt(sum x^2 + EPS) of the rows of x."""
-    x = x.to(tl.float32)
-    return tl.rsqrt(tl.sum(x * x, axis=1) + EPS)
 
 
 @triton.jit
@@ -168,24 +112,24 @@ def chunk_gated_prepare_kernel(
     x = tl.load(x_at)
     k = tl.load(k_at)
     q = tl.load(q_at)
-    bias = _bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
-    y = _gate_log2(x, _rate(A_log_ptr, h, HAS_A), bias, BOUND, True)
+    bias = gate_bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+    y = gate_log2(x, gate_rate(A_log_ptr, h, HAS_A), bias, BOUND, True)
     y = tl.where(okd, y, 0.0)
     tl.store(decay_ptr + work * K + d, tl.exp2(tl.sum(y, axis=0)))
     y = y.to(tl.float16)
     beta_row = beta_ptr + b * beta_b + h * beta_h + first * beta_t
-    beta = BETA_SCALE * _sigmoid(tl.load(beta_row + t * beta_t).to(tl.float32))
+    beta = BETA_SCALE * quick_sigmoid(tl.load(beta_row + t * beta_t).to(tl.float32))
     beta = tl.where(ok, beta, 0.0)
     before = tl.load(beta_row + tl.maximum(t - 1, 0) * beta_t).to(tl.float32)
-    before = BETA_SCALE * _sigmoid(before)
+    before = BETA_SCALE * quick_sigmoid(before)
 
     # a common scale goes into q's norm, one that leaves fp16's range does not
     FOLD: tl.constexpr = NORM and SCALE > 0.001 and SCALE < 1000.0
     if NORM:
         # raw values may not fit the fp16 of the levels
-        q_norm = _reciprocal_norm(q, EPS) * (SCALE if FOLD else 1.0)
+        q_norm = reciprocal_norm(q, EPS) * (SCALE if FOLD else 1.0)
         q = (q.to(tl.float32) * q_norm[:, None]).to(tl.float16)
-        k = (k.to(tl.float32) * _reciprocal_norm(k, EPS)[:, None]).to(tl.float16)
+        k = (k.to(tl.float32) * reciprocal_norm(k, EPS)[:, None]).to(tl.float16)
     prepare_chunk(
         q,
         k,
@@ -267,14 +211,14 @@ def chunk_inputs_kernel(
     ok = r < count
     t = first + r
     row = b * T + t
-    a = _rate(A_log_ptr, h, HAS_A)
+    a = gate_rate(A_log_ptr, h, HAS_A)
     x_row = x_ptr + b * x_b + h * x_h + t[:, None] * x_t
     for k0 in range(0, K, BLOCK):
         d = k0 + tl.arange(0, BLOCK)
         inside = ok[:, None] & (d < K)[None, :]
         x = tl.load(x_row + d[None, :], mask=inside, other=0.0)
-        bias = _bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
-        y = tl.where(inside, _gate_log2(x, a, bias, BOUND, False), 0.0)
+        bias = gate_bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+        y = tl.where(inside, gate_log2(x, a, bias, BOUND, False), 0.0)
         at = (row[:, None] * HV + h) * K + d[None, :]
         tl.store(G_ptr + at, tl.cumsum(y, axis=0), mask=inside)
     beta = tl.load(beta_ptr + b * beta_b + h * beta_h + t * beta_t, mask=ok, other=0.0)
@@ -285,10 +229,10 @@ def chunk_inputs_kernel(
         inside = ok[:, None] & (d < K) & (h % (HV // H) == 0)
         to = (row[:, None] * H + hk) * K + d
         k = tl.load(k_ptr + b * k_b + hk * k_h + t[:, None] * k_t + d, mask=inside, other=0.0)
-        kn = k.to(tl.float32) * _reciprocal_norm(k, EPS)[:, None]
+        kn = k.to(tl.float32) * reciprocal_norm(k, EPS)[:, None]
         tl.store(kn_ptr + to, kn, mask=inside)
         q = tl.load(q_ptr + b * q_b + hk * q_h + t[:, None] * q_t + d, mask=inside, other=0.0)
-        qn = q.to(tl.float32) * _reciprocal_norm(q, EPS)[:, None]
+        qn = q.to(tl.float32) * reciprocal_norm(q, EPS)[:, None]
         tl.store(qn_ptr + to, qn, mask=inside)
 
 

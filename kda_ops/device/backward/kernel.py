@@ -1,0 +1,267 @@
+"""The gradient of chunked KDA in four kernels: `prepare` recomputes what the scans read of each chunk,
+one scan runs forward and one backward over the sequences, and all that is left is done chunk by
+chunk. Beside them three small ones: 0/1 matrices, sums over value heads that share a key head, and
+sums over tokens for the gate's parameters.
+
+No atomics: every sum has one order, so that two runs give the same bits.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kda_ops._launch import traceable
+from kda_ops.choice import choose
+from kda_ops.device.backward_chunk.kernel import (
+    MATRICES,
+    chunk_gradient_kernel,
+    level_matrices_kernel,
+)
+from kda_ops.device.backward_keys.kernel import backward_keys_kernel
+from kda_ops.device.backward_prepare.kernel import backward_prepare_kernel
+from kda_ops.device.backward_scan.kernel import states_backward_kernel, states_forward_kernel
+from kda_ops.device.backward_workspace import (
+    forward_stages,
+    gradient_row,
+    gradient_slabs,
+    make_gradient_workspace,
+    reverse_stages,
+)
+from kda_ops.device.prepare.kernel import is_nvidia
+from kda_ops.device.workspace import Batch, at_least_one, dense_rows
+
+
+class Inputs(NamedTuple):
+    """Arguments of the forward pass; without `raw` the gate is the cumulative one in log2."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    beta: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    lower_bound: float | None
+    beta_scale: float
+    qk_norm_eps: float | None
+    scale: float
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    chunks: Tensor | None
+    raw: bool
+
+
+@triton.jit
+def parameter_sums_kernel(
+    sums_ptr, bias_ptr, rate_ptr, rows, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr
+):
+    """The gradients of dt_bias [HV, K] and A_log [HV] from the chunks' sums [rows, HV, 2, K]. One
+    program per head.
+    """
+    h = tl.program_id(0)
+    d = tl.arange(0, KP)[None, :]
+    r = tl.arange(0, 16).to(tl.int64)[:, None]
+    at = sums_ptr + (r * HV + h) * (2 * K) + d
+    by_bias = tl.zeros((16, KP), tl.float32)
+    by_rate = tl.zeros((16, KP), tl.float32)
+    for first in range(0, rows, 16):
+        ok = (first + r < rows) & (d < K)
+        by_bias += tl.load(at, mask=ok, other=0.0)
+        by_rate += tl.load(at + K, mask=ok, other=0.0)
+        at += 16 * HV * 2 * K
+    if bias_ptr is not None:
+        to = bias_ptr + h * K + tl.arange(0, KP)
+        total = tl.sum(by_bias, 0).to(bias_ptr.dtype.element_ty)
+        tl.store(to, total, mask=tl.arange(0, KP) < K)
+    if rate_ptr is not None:
+        total = tl.sum(tl.sum(by_rate, 0), 0)
+        tl.store(rate_ptr + h, total.to(rate_ptr.dtype.element_ty))
+
+
+def launch_gradient(
+    inputs: Inputs, do: Tensor, dfinal: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients of the arguments that are named in `needs`, from those of the output and of the
+    final state. K and V are 64 or 128, q, k and v in bf16.
+    """
+    x = inputs
+    B, T, H, K = x.q.shape
+    HV, V = x.v.shape[2:]
+    q, k, v, gate, beta, do = dense_rows(x.q, x.k, x.v, x.gate, x.beta, do)
+    A_log, dt_bias = (None if y is None else y.contiguous() for y in (x.A_log, x.dt_bias))
+    batch = Batch.of(q, x.cu_seqlens, x.chunks)
+    row = gradient_row(K, V, q.dtype)
+    parts = gradient_slabs(batch, q, v, row)
+    workspace = make_gradient_workspace(q, v, parts, row)
+    device, varlen = q.device, x.cu_seqlens is not None
+    sizes: dict[str, Any] = {"HV": HV, "K": K, "V": V, "VARLEN": varlen}
+    sizes["SLABS"] = len(parts) > 1
+    gates: dict[str, Any] = {
+        "SCALE": x.scale,
+        "GATED": x.raw,
+        "BOUND": 0.0 if x.lower_bound is None else x.lower_bound,
+        "BETA_SCALE": x.beta_scale,
+        "NORM": x.qk_norm_eps is not None,
+        "HAS_A": A_log is not None,
+        "HAS_BIAS": dt_bias is not None,
+        "H": H,
+        "PACKED": is_nvidia(device),
+    }
+    eps = 0.0 if x.qk_norm_eps is None else x.qk_norm_eps
+
+    def make(name: str, like: Tensor) -> Tensor | None:
+        return torch.empty(like.shape, dtype=like.dtype, device=device) if name in needs else None
+
+    found = {
+        "q": make("q", q),
+        "k": make("k", k),
+        "v": torch.empty(v.shape, dtype=v.dtype, device=device),  # the chunks' kernel reads it
+        "gate": make("gate", gate),
+        "beta": make("beta", beta),
+        "A_log": None if A_log is None else make("A_log", A_log),
+        "dt_bias": None if dt_bias is None else make("dt_bias", dt_bias),
+        "initial_state": None if x.initial_state is None else make("initial_state", x.initial_state),
+    }
+    by_head = {name: found[name] for name in ("q", "k")}
+    if HV != H:
+        shape = (B, T, HV, K)
+        by_head = {
+            name: None if y is None else torch.empty(shape, dtype=torch.float32, device=device)
+            for name, y in by_head.items()
+        }
+    sums = None
+    if found["A_log"] is not None or found["dt_bias"] is not None:
+        shape = (workspace.tiles.shape[0], HV, 2, K)
+        sums = torch.zeros(shape, dtype=torch.float32, device=device)
+    matrices = torch.empty((MATRICES, 64, 64), dtype=torch.float16, device=device)
+    masks = torch.empty((2, 64, 64), dtype=torch.int16, device=device)
+    traceable(level_matrices_kernel)[(MATRICES,)](matrices, masks, num_warps=4)
+
+    def prepare(part: Batch) -> None:
+        traceable(backward_prepare_kernel)[(part.programs * HV,)](
+            q,
+            k,
+            v,
+            gate,
+            beta,
+            A_log,
+            dt_bias,
+            workspace.tiles,
+            workspace.rows,
+            *part.tables,
+            *(stride for y in (q, k, v, gate, beta) for stride in y.stride()[:3]),
+            EPS=eps,
+            **gates,
+            **sizes,
+            **choose("backward_prepare", device),
+        )
+
+    programs = HV * at_least_one(batch.N)
+
+    def forward(part: Batch, states: Sequence[Tensor | None], keep: bool) -> None:
+        chosen = dict(choose("states_forward", device))
+        chosen["STAGES"] = min(chosen["STAGES"], forward_stages(K, chosen["BV"], device))
+        initial = x.initial_state
+        traceable(states_forward_kernel)[(V // chosen["BV"] * programs,)](
+            *workspace.chunks,
+            initial,
+            *states,
+            part.cu_seqlens,
+            part.T,
+            part.N,
+            *(part.slab or (0, 0)),
+            *((0,) * 4 if initial is None else initial.stride()),
+            **sizes,
+            KEEP=keep,
+            **chosen,
+        )
+
+    def backward(part: Batch, gradients: Sequence[Tensor | None]) -> None:
+        chosen = dict(choose("states_backward", device))
+        chosen["STAGES"] = min(chosen["STAGES"], reverse_stages(K, chosen["BV"], device))
+        traceable(states_backward_kernel)[(V // chosen["BV"] * programs,)](
+            *workspace.chunks,
+            do,
+            found["v"],
+            dfinal,
+            found["initial_state"],
+            *gradients,
+            part.cu_seqlens,
+            part.T,
+            part.N,
+            *(part.slab or (0, 0)),
+            *do.stride()[:3],
+            *((0,) * 4 if dfinal is None else dfinal.stride()),
+            **sizes,
+            **chosen,
+        )
+
+    def chunk_gradients(part: Batch) -> None:
+        traceable(chunk_gradient_kernel)[(part.programs * HV,)](
+            q,
+            k,
+            v,
+            gate,
+            A_log,
+            dt_bias,
+            do,
+            found["v"],
+            *workspace.chunks,
+            matrices,
+            masks,
+            by_head["q"],
+            by_head["k"],
+            found["gate"],
+            found["beta"],
+            sums,
+            *part.tables,
+            *(stride for y in (q, k, v, gate, do) for stride in y.stride()[:3]),
+            **gates,
+            **sizes,
+            **choose("chunk_gradient", device),
+        )
+
+    for i, part in enumerate(parts[:-1]):
+        prepare(part)
+        forward(part, workspace.handed_on(i)[0], False)
+    for i, part in reversed(list(enumerate(parts))):
+        states, gradients = workspace.handed_on(i)
+        prepare(part)
+        forward(part, states, True)
+        backward(part, gradients)
+        chunk_gradients(part)
+    if HV != H and (found["q"] is not None or found["k"] is not None):
+        traceable(backward_keys_kernel)[(batch.programs * H,)](
+            q,
+            k,
+            by_head["q"],
+            by_head["k"],
+            found["q"],
+            found["k"],
+            *batch.tables[:5],
+            *(stride for y in (q, k) for stride in y.stride()[:3]),
+            EPS=eps,
+            NORM=x.qk_norm_eps is not None,
+            H=H,
+            HV=HV,
+            K=K,
+            KP=triton.next_power_of_2(K),
+            VARLEN=varlen,
+            num_warps=4,
+        )
+    if sums is not None:
+        traceable(parameter_sums_kernel)[(HV,)](
+            sums,
+            found["dt_bias"],
+            found["A_log"],
+            sums.shape[0],
+            HV=HV,
+            K=K,
+            KP=triton.next_power_of_2(K),
+            num_warps=4,
+        )
+    return {name: found[name] for name in needs if found[name] is not None}
