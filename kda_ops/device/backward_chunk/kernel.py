@@ -28,7 +28,7 @@ from kda_ops.device.backward_prepare.kernel import (
 )
 from kda_ops.device.chunk.kernel import clear_padding, slab_rows
 from kda_ops.device.gated.kernel import gate_bias, gate_rate, gate_slopes
-from kda_ops.device.prepare.kernel import half, multiply, rows_between
+from kda_ops.device.prepare.kernel import half, multiply, opaque, rows_between
 
 LN2 = tl.constexpr(0.6931471805599453)
 MATRICES = 6
@@ -96,6 +96,29 @@ def _either(mask, a, b, PACKED: tl.constexpr):
         )
     else:
         return tl.where(mask != 0, a, b)
+
+
+@triton.jit
+def _value_rows(
+    do_ptr, do_t, vn_ptr, dv_ptr, count, zero, HV: tl.constexpr, V: tl.constexpr, D: tl.constexpr
+):
+    """do, vn and dv [64, V] of a chunk; rows past its end are zero."""
+    r = (tl.arange(0, 64) + zero)[:, None]
+    d = tl.arange(0, V)[None, :]
+    ok = (r < count) & (d >= 0)
+    do = tl.load(do_ptr + (r * do_t + d), mask=ok, other=0.0).to(D)
+    vn = tl.load(vn_ptr + (r * V + d))
+    dv = tl.load(dv_ptr + (r * (HV * V) + d), mask=ok, other=0.0).to(D)
+    return do, vn, dv
+
+
+@triton.jit
+def _key_rows(x_at, norm_at, NORM: tl.constexpr):
+    """Rows of q or k as they are used, in fp16."""
+    x = tl.load(x_at)
+    if NORM:
+        x = x.to(tl.float32) * tl.load(norm_at)[:, None]
+    return x.to(tl.float16)
 
 
 @triton.jit
@@ -272,113 +295,115 @@ def chunk_gradient_kernel(
     i = r[:, None]
     d = tl.arange(0, V)[None, :]
     a = tl.arange(0, BK)
-    ok = r < count
-    t = tl.minimum(r, count - 1)
     token = b * T + first
-    wide = ok[:, None] & (d >= 0)
-    do_at = do_ptr + b * do_b + h * do_h + first * do_t + (i * do_t + d)
-    dv_at = dv_ptr + (token * HV + h) * V + (i * (HV * V) + d)
-    vn_at = vn_ptr + i * V + d
-    q_at = q_ptr + b * q_b + hk * q_h + first * q_t + (t[:, None] * q_t + a[None, :])
-    k_at = k_ptr + b * k_b + hk * k_h + first * k_t + (t[:, None] * k_t + a[None, :])
-    gate_at = gate_ptr + b * gate_b + h * gate_h + first * gate_t + t[:, None] * gate_t + a[None, :]
-    out = (token * HV + h) * K + (i * (HV * K) + a[None, :])
-    stored = ok[:, None] & (a >= 0)[None, :]
+    do_ptr += b * do_b + h * do_h + first * do_t
+    dv_ptr += (token * HV + h) * V
+    v_ptr += b * v_b + h * v_h + first * v_t
+    q_ptr += b * q_b + hk * q_h + first * q_t
+    k_ptr += b * k_b + hk * k_h + first * k_t
+    gate_ptr += b * gate_b + h * gate_h + first * gate_t
+    out = (token * HV + h) * K
+    states_ptr += work * (2 * K * V)
     rate = gate_rate(A_log_ptr, h, HAS_A)
 
-    do = tl.load(do_at, mask=wide, other=0.0).to(dtype)
-    vn = tl.load(vn_at)
-    dv = tl.load(dv_at, mask=wide, other=0.0).to(dtype)
+    do, vn, dv = _value_rows(do_ptr, do_t, vn_ptr, dv_ptr, count, 0, HV, V, dtype)
     beta = tl.load(beta_ptr + r)
     A, L, scale, diagonal = _pair_tiles(do, vn, dv, beta, SCALE)
-    same = i // 16 == r[None, :] // 16
     pick = tl.load(matrices_ptr + 3 * 4096 + i * 16 + tl.arange(0, 16)[None, :])
-    same = tl.where(same, -1, 0).to(tl.int16)
+    same = tl.where(i // 16 == r[None, :] // 16, -1, 0).to(tl.int16)
     A_blocks = tl.reshape(tl.dot(_masked(A, same, PACKED), pick).to(tl.float16), (4, 16, 16))
     L_blocks = tl.reshape(tl.dot(_masked(L, same, PACKED), pick).to(tl.float16), (4, 16, 16))
-    v_at = v_ptr + b * v_b + h * v_h + first * v_t + (t[:, None] * v_t + d)
-    dbeta = tl.sum(dv.to(tl.float32) * tl.load(v_at).to(tl.float32), 1) / beta
+    v = tl.load(v_ptr + (tl.minimum(r, count - 1)[:, None] * v_t + d))
+    dbeta = tl.sum(dv.to(tl.float32) * v.to(tl.float32), 1) / beta
     q_dot = tl.zeros((64,), tl.float32)
     k_dot = tl.zeros((64,), tl.float32)
 
     for n in tl.range(0, K // BK, num_stages=1, disable_licm=True):
         k0 = n * BK
+        zero = opaque(n, PACKED) - n  # what is made with it is not kept from round to round
+        t = tl.minimum(r + zero, count - 1)[:, None]
         # again: in registers they would be in the way of the tiles
-        do = tl.load(do_at, mask=wide, other=0.0).to(dtype)
-        vn = tl.load(vn_at)
-        dv = tl.load(dv_at, mask=wide, other=0.0).to(dtype)
-        state = states_ptr + work * (2 * K * V) + (k0 + a)[:, None] * V + d
+        do, vn, dv = _value_rows(do_ptr, do_t, vn_ptr, dv_ptr, count, zero, HV, V, dtype)
+        state = states_ptr + (k0 + a)[:, None] * V + d
         S = tl.load(state)
         dS = tl.load(state + K * V)
         decay = tl.load(decay_ptr + k0 + a)
         last = decay * tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
         bias = gate_bias(bias_ptr, h * K + k0 + a, a < BK, HAS_BIAS)
-        y = token_gates(gate_at + k0, gate_t, t, ok, rate, bias, GATED, BOUND).to(tl.float16)
+        gate_at = gate_ptr + k0 + (t * gate_t + a[None, :])
+        y = token_gates(
+            gate_at, gate_t, r + zero, r + zero < count, rate, bias, GATED, BOUND
+        ).to(tl.float16)
         C = tl.dot(vn, tl.trans(dS)) * tl.exp2(tl.dot(_matrix(matrices_ptr, 1), y))
         e = tl.exp2(tl.dot(_matrix(matrices_ptr, 0), y))
         R = tl.dot(dv, tl.trans(S)) * (e * (-1.0 / beta)[:, None])
         dq = tl.dot(do, tl.trans(S)) * (e * SCALE)
-        q = tl.load(q_at + k0)
-        k = tl.load(k_at + k0)
-        if NORM:
-            q = q.to(tl.float32) * tl.load(q_norm_ptr + r)[:, None]
-            k = k.to(tl.float32) * tl.load(k_norm_ptr + r)[:, None]
-        q = q.to(tl.float16)
-        k = k.to(tl.float16)
+        q = _key_rows(q_ptr + k0 + (t * q_t + a[None, :]), q_norm_ptr + r + zero, NORM)
+        k = _key_rows(k_ptr + k0 + (t * k_t + a[None, :]), k_norm_ptr + r + zero, NORM)
         last += tl.sum(k.to(tl.float32) * C, 0)
         dq, C, R = _levels(
             dq, C, R, q, k, y, A, L, A_blocks, L_blocks, scale, matrices_ptr, masks_ptr, PACKED
         )
+        # what was loaded before the levels is loaded again
+        zero = opaque(n, PACKED) - n
+        rows_at = r + zero
+        t = tl.minimum(rows_at, count - 1)[:, None]
+        ok = (rows_at < count)[:, None] & (a >= 0)[None, :]
+        to = out + k0 + (rows_at[:, None] * (HV * K) + a[None, :])
+        q = _key_rows(q_ptr + k0 + (t * q_t + a[None, :]), q_norm_ptr + rows_at, NORM)
+        k = _key_rows(k_ptr + k0 + (t * k_t + a[None, :]), k_norm_ptr + rows_at, NORM)
         q = q.to(tl.float32)
         k = k.to(tl.float32)
         dbeta += tl.sum(k * R, 1)
         R = R * beta[:, None]
         if dgate_ptr is not None or sums_ptr is not None:
-            dG = tl.where(ok[:, None], q * dq + k * (R - C), 0.0)
+            dG = tl.where(ok, q * dq + k * (R - C), 0.0)
+            dG += tl.where((rows_at == count - 1)[:, None], last[None, :], 0.0)
             if GATED:
-                dG = _sum_from_each(dG, matrices_ptr) + last[None, :]
-                x = tl.load(gate_at + k0)
+                dG = _sum_from_each(dG, matrices_ptr)
+                x = tl.load(gate_ptr + k0 + (t * gate_t + a[None, :]))
+                bias = gate_bias(bias_ptr, h * K + k0 + a + zero, a < BK, HAS_BIAS)
                 by_x, by_rate = gate_slopes(x, rate, bias, BOUND)
                 if dgate_ptr is not None:
-                    dx = (dG * by_x).to(dgate_ptr.dtype.element_ty)
-                    tl.store(dgate_ptr + k0 + out, dx, mask=stored)
+                    tl.store(dgate_ptr + to, (dG * by_x).to(dgate_ptr.dtype.element_ty), mask=ok)
                 if sums_ptr is not None:
                     sums_at = sums_ptr + work * (2 * K) + k0 + a
-                    by_bias = tl.sum(tl.where(ok[:, None], dG * by_x, 0.0), 0)
-                    by_rate = tl.sum(tl.where(ok[:, None], dG * by_rate, 0.0), 0)
+                    by_bias = tl.sum(tl.where(ok, dG * by_x, 0.0), 0)
+                    by_rate = tl.sum(tl.where(ok, dG * by_rate, 0.0), 0)
                     if SLABS:
                         by_bias += tl.load(sums_at)
                         by_rate += tl.load(sums_at + K)
                     tl.store(sums_at, by_bias)
                     tl.store(sums_at + K, by_rate)
             else:
-                dG += tl.where((r == count - 1)[:, None], last[None, :], 0.0)
-                tl.store(dgate_ptr + k0 + out, dG * LN2, mask=stored)
+                tl.store(dgate_ptr + to, dG * LN2, mask=ok)
         dq += diagonal[:, None] * k
         dk = C + R + diagonal[:, None] * q
         if NORM and H == HV:
             q_dot += tl.sum(dq * q, 1)
             k_dot += tl.sum(dk * k, 1)
         if dq_ptr is not None:
-            tl.store(dq_ptr + k0 + out, dq.to(dq_ptr.dtype.element_ty), mask=stored)
+            tl.store(dq_ptr + to, dq.to(dq_ptr.dtype.element_ty), mask=ok)
         if dk_ptr is not None:
-            tl.store(dk_ptr + k0 + out, dk.to(dk_ptr.dtype.element_ty), mask=stored)
+            tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=ok)
     if dbeta_ptr is not None:
         if GATED:
             dbeta *= beta * (1.0 - beta * (1.0 / BETA_SCALE))
         at = dbeta_ptr + (token + r) * HV + h
-        tl.store(at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=ok)
+        tl.store(at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=r < count)
     if NORM and H == HV:
         tl.debug_barrier()
         for n in tl.range(0, K // BK, num_stages=1, disable_licm=True):
+            k0 = n * BK
+            to = out + k0 + (i * (HV * K) + a[None, :])
+            t = tl.minimum(r, count - 1)[:, None]
+            ok = (r < count)[:, None] & (a >= 0)[None, :]
             if dq_ptr is not None:
-                _through_norm(
-                    q_at + n * BK, q_norm_ptr, q_dot, dq_ptr + n * BK + out, stored
-                )
+                x_at = q_ptr + k0 + (t * q_t + a[None, :])
+                _through_norm(x_at, q_norm_ptr, q_dot, dq_ptr + to, ok)
             if dk_ptr is not None:
-                _through_norm(
-                    k_at + n * BK, k_norm_ptr, k_dot, dk_ptr + n * BK + out, stored
-                )
+                x_at = k_ptr + k0 + (t * k_t + a[None, :])
+                _through_norm(x_at, k_norm_ptr, k_dot, dk_ptr + to, ok)
 
 
 @triton.jit
