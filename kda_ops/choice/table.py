@@ -25,6 +25,7 @@ Rows = list[tuple[Values, Values]]
 
 SM90: dict[str, Rows] = {
     "backward_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
+    "backward_tiles": [({}, {"num_warps": 4, "num_stages": 1})],
     "chunk_cumsum": [({}, {"BLOCK": 512, "STEP": 16, "num_warps": 4})],
     # "fused": the gate inside prepare; "apart": a kernel for the gate, its sums go through memory
     "chunk_kda_gated.form": [({}, {"form": "fused"})],

@@ -24,6 +24,7 @@ from kda_ops.device.backward_chunk.kernel import (
 from kda_ops.device.backward_keys.kernel import backward_keys_kernel
 from kda_ops.device.backward_prepare.kernel import backward_prepare_kernel
 from kda_ops.device.backward_scan.kernel import states_backward_kernel, states_forward_kernel
+from kda_ops.device.backward_tiles.kernel import backward_beta_kernel, backward_tiles_kernel
 from kda_ops.device.backward_workspace import (
     forward_stages,
     gradient_row,
@@ -104,7 +105,6 @@ def launch_gradient(
         "SCALE": x.scale,
         "GATED": x.raw,
         "BOUND": 0.0 if x.lower_bound is None else x.lower_bound,
-        "BETA_SCALE": x.beta_scale,
         "NORM": x.qk_norm_eps is not None,
         "HAS_A": A_log is not None,
         "HAS_BIAS": dt_bias is not None,
@@ -126,6 +126,7 @@ def launch_gradient(
         "dt_bias": None if dt_bias is None else make("dt_bias", dt_bias),
         "initial_state": None if x.initial_state is None else make("initial_state", x.initial_state),
     }
+    # in place where there is nothing to add
     by_head = {name: found[name] for name in ("q", "k")}
     if HV != H:
         shape = (B, T, HV, K)
@@ -137,9 +138,9 @@ def launch_gradient(
     if found["A_log"] is not None or found["dt_bias"] is not None:
         shape = (workspace.tiles.shape[0], HV, 2, K)
         sums = torch.zeros(shape, dtype=torch.float32, device=device)
-    matrices = torch.empty((MATRICES, 64, 64), dtype=torch.float16, device=device)
-    masks = torch.empty((2, 64, 64), dtype=torch.int16, device=device)
-    traceable(level_matrices_kernel)[(MATRICES,)](matrices, masks, num_warps=4)
+    matrices = torch.empty((MATRICES, 64, 64), dtype=torch.int16, device=device)
+    traceable(level_matrices_kernel)[(MATRICES,)](matrices, num_warps=4)
+    pairs = workspace.tiles.view(torch.float16)
 
     def prepare(part: Batch) -> None:
         traceable(backward_prepare_kernel)[(part.programs * HV,)](
@@ -155,6 +156,7 @@ def launch_gradient(
             *part.tables,
             *(stride for y in (q, k, v, gate, beta) for stride in y.stride()[:3]),
             EPS=eps,
+            BETA_SCALE=x.beta_scale,
             **gates,
             **sizes,
             **choose("backward_prepare", device),
@@ -201,29 +203,57 @@ def launch_gradient(
         )
 
     def chunk_gradients(part: Batch) -> None:
-        traceable(chunk_gradient_kernel)[(part.programs * HV,)](
+        chosen = choose("chunk_gradient", device)
+        traceable(backward_tiles_kernel)[(part.programs * HV,)](
+            v,
+            do,
+            found["v"],
+            workspace.tiles,
+            pairs,
+            workspace.rows,
+            *part.tables,
+            *(stride for y in (v, do) for stride in y.stride()[:3]),
+            SCALE=x.scale,
+            **sizes,
+            **choose("backward_tiles", device),
+        )
+        traceable(chunk_gradient_kernel)[(part.programs * HV * (K // chosen["BK"]),)](
             q,
             k,
-            v,
             gate,
             A_log,
             dt_bias,
             do,
             found["v"],
-            *workspace.chunks,
-            matrices,
-            masks,
+            workspace.tiles,
+            pairs,
+            workspace.rows,
+            workspace.states,
+            matrices.view(torch.float16),
             by_head["q"],
             by_head["k"],
             found["gate"],
-            found["beta"],
             sums,
             *part.tables,
-            *(stride for y in (q, k, v, gate, do) for stride in y.stride()[:3]),
+            *(stride for y in (q, k, gate, do) for stride in y.stride()[:3]),
             **gates,
             **sizes,
-            **choose("chunk_gradient", device),
+            **chosen,
         )
+        if found["beta"] is not None:
+            traceable(backward_beta_kernel)[(part.programs * HV,)](
+                workspace.rows,
+                found["beta"],
+                *part.tables,
+                GATED=x.raw,
+                BETA_SCALE=x.beta_scale,
+                HV=HV,
+                K=K,
+                BK=chosen["BK"],
+                VARLEN=varlen,
+                SLABS=sizes["SLABS"],
+                num_warps=1,
+            )
 
     for i, part in enumerate(parts[:-1]):
         prepare(part)
@@ -234,7 +264,8 @@ def launch_gradient(
         forward(part, states, True)
         backward(part, gradients)
         chunk_gradients(part)
-    if HV != H and (found["q"] is not None or found["k"] is not None):
+    norm = x.qk_norm_eps is not None
+    if (HV != H or norm) and (found["q"] is not None or found["k"] is not None):
         traceable(backward_keys_kernel)[(batch.programs * H,)](
             q,
             k,
@@ -245,7 +276,7 @@ def launch_gradient(
             *batch.tables[:5],
             *(stride for y in (q, k) for stride in y.stride()[:3]),
             EPS=eps,
-            NORM=x.qk_norm_eps is not None,
+            NORM=norm,
             H=H,
             HV=HV,
             K=K,

@@ -1,5 +1,5 @@
-"""Where several value heads share a key head: its gradients of q and k, from those of the value
-heads.
+"""The gradients of q and k from those of the value heads, where several share a key head or the
+operator normalises q and k.
 """
 
 import triton
@@ -36,7 +36,8 @@ def backward_keys_kernel(
     VARLEN: tl.constexpr,
 ):
     """One program makes dq and dk [B, T, H, K] of one chunk of one key head: the sums of those of its
-    value heads, [B, T, HV, K] in fp32, and with NORM the derivative of the norm.
+    value heads, [B, T, HV, K], and with NORM the derivative of the norm. Where there is one per key
+    head, both may be the same memory.
     Grid: (chunks * H), heads fastest.
     """
     p = tl.program_id(0).to(tl.int64)
@@ -85,7 +86,7 @@ def _sum_heads(
         r = (r0 + tl.arange(0, 16))[:, None]
         ok = (r < count) & (d < K)
         at = heads_ptr + (token * HV + h * GROUP) * K + (r * (HV * K) + d)
-        dx = tl.load(at, mask=ok, other=0.0)
+        dx = tl.load(at, mask=ok, other=0.0).to(tl.float32)
         for member in range(1, GROUP):
             dx += tl.load(at + member * K, mask=ok, other=0.0)
         if NORM:

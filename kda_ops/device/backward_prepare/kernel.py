@@ -43,9 +43,11 @@ def gradient_tiles_of(tiles_ptr, work, K: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def gradient_rows_of(rows_ptr, work, K: tl.constexpr):
-    """Where the decay [K], beta and the reciprocal norms of q and k [64] of a chunk lie."""
-    decay_ptr = rows_ptr + work * (K + 192)
-    return decay_ptr, decay_ptr + K, decay_ptr + K + 64, decay_ptr + K + 128
+    """Where the decay [K], beta and the reciprocal norms of q and k [64] of a chunk lie, and behind
+    them the diagonal of dA, the scale of its tiles and the parts of beta's gradient [5, 64].
+    """
+    decay_ptr = rows_ptr + work * (K + 640)
+    return decay_ptr, decay_ptr + K, decay_ptr + K + 64, decay_ptr + K + 128, decay_ptr + K + 192
 
 
 @triton.jit
@@ -178,7 +180,7 @@ def backward_prepare_kernel(
     gate_at = gate_head + (t[:, None] * gate_t + d[None, :])
     work = row * HV + h
     w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, u_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
-    decay_ptr, rate_ptr, q_norm_ptr, k_norm_ptr = gradient_rows_of(rows_ptr, work, K)
+    decay_ptr, rate_ptr, q_norm_ptr, k_norm_ptr, _ = gradient_rows_of(rows_ptr, work, K)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
 
     a = gate_rate(A_log_ptr, h, HAS_A)

@@ -97,7 +97,7 @@ def states_forward_kernel(
     step = tl.full((), HV, tl.int64)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     w_ptr, kg_ptr, _, _, _, u_ptr = gradient_tiles_of(tiles_ptr, row * HV + h, K, V)
-    decay_ptr, _, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
+    decay_ptr, _, _, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
     states_at = states_ptr + (row * HV + h) * (2 * K * V) + state
     TILE: tl.constexpr = 64 * (3 * K + V + 128)
     wide = r[:, None] * K + d[None, :]
@@ -106,7 +106,7 @@ def states_forward_kernel(
         w = tl.load(w_ptr + c * step * TILE + wide)
         u = tl.load(u_ptr + c * step * TILE + narrow)
         kg = tl.load(kg_ptr + c * step * TILE + wide)
-        decay = tl.load(decay_ptr + c * step * (K + 192) + d)
+        decay = tl.load(decay_ptr + c * step * (K + 640) + d)
         Sh = S.to(dtype)
         vn = (u.to(tl.float32) - tl.dot(w, Sh)).to(dtype)
         if KEEP:
@@ -184,7 +184,7 @@ def states_backward_kernel(
     step = tl.full((), HV, tl.int64)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, _ = gradient_tiles_of(tiles_ptr, row * HV + h, K, V)
-    decay_ptr, beta_ptr, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
+    decay_ptr, beta_ptr, _, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
     states_at = states_ptr + (row * HV + h) * (2 * K * V) + K * V + state
     TILE: tl.constexpr = 64 * (3 * K + V + 128)
     wide = r[:, None] * K + d[None, :]
@@ -201,8 +201,8 @@ def states_backward_kernel(
         qg = tl.load(qg_ptr + c * step * TILE + wide)
         w = tl.load(w_ptr + c * step * TILE + wide)
         inverse = tl.load(T_ptr + c * step * TILE + square)
-        decay = tl.load(decay_ptr + c * step * (K + 192) + d)
-        beta = tl.load(beta_ptr + c * step * (K + 192) + r)
+        decay = tl.load(decay_ptr + c * step * (K + 640) + d)
+        beta = tl.load(beta_ptr + c * step * (K + 640) + r)
         dSh = dS.to(dtype)
         tl.store(states_at + c * step * (2 * K * V), dSh)
         do = do.to(dtype)
