@@ -31,7 +31,7 @@ from kda_ops.device.backward_prepare.kernel import (
 from kda_ops.device.backward_tiles.kernel import pair_tiles_of, value_rows
 from kda_ops.device.chunk.kernel import clear_padding, slab_rows
 from kda_ops.device.gated.kernel import gate_bias, gate_rate, gate_slopes
-from kda_ops.device.prepare.kernel import half, multiply, rows_between
+from kda_ops.device.prepare.kernel import half, laid_out_as, multiply, rows_between
 
 LN2 = tl.constexpr(0.6931471805599453)
 MATRICES = 5
@@ -285,6 +285,8 @@ def chunk_gradient_kernel(
     q = _key_rows(q_ptr + k0 + (t * q_t + a[None, :]), q_norm_ptr + r, NORM)
     k = _key_rows(k_ptr + k0 + (t * k_t + a[None, :]), k_norm_ptr + r, NORM)
     last += tl.sum(k.to(tl.float32) * C, 0)
+    q = laid_out_as(q, dq.to(tl.float16), PACKED)
+    k = laid_out_as(k, dq.to(tl.float16), PACKED)
     scale = tl.load(tile_rows_ptr + 64)
     dq, C, R = _levels(
         dq, C, R, q, k, y, pairs_ptr + work * PAIRS, scale, matrices_ptr, PACKED
