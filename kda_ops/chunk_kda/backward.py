@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kda_ops.device.backward.kernel import Inputs, launch_gradient
+from kda_ops.device.backward.kernel import Inputs, has_fast_gradient, launch_gradient
+from kda_ops.device.backward_general.launch import launch_general_gradient
 
 NAMES = ("q", "k", "v", "gate", "beta", None, "initial_state", None, None, None)
 
@@ -27,10 +28,26 @@ def launch_chunk_kda_backward(
 ) -> list[Tensor]:
     """Gradients of the arguments that need one, in order and in their dtypes."""
     raw: Any = {"A_log": None, "dt_bias": None, "lower_bound": None, "beta_scale": 1.0}
-    inputs = Inputs(q, k, v, G, beta, **raw, qk_norm_eps=None, scale=scale,
-                    initial_state=initial_state, cu_seqlens=cu_seqlens, chunks=chunks, raw=False)
+    inputs = Inputs(
+        q,
+        k,
+        v,
+        G,
+        beta,
+        **raw,
+        qk_norm_eps=None,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        chunks=chunks,
+        raw=False,
+    )
     do, dfinal = output_gradients
     do = torch.zeros_like(v) if do is None else do
     needed = [name for name, need in zip(NAMES, needs_gradient, strict=True) if need]
-    found = launch_gradient(inputs, do, dfinal if output_final_state else None, frozenset(needed))
+    dfinal = dfinal if output_final_state else None
+    if has_fast_gradient(q.dtype, q.shape[3], v.shape[3]):
+        found = launch_gradient(inputs, do, dfinal, frozenset(needed))
+    else:
+        found = launch_general_gradient(inputs, (q, k, G, beta), do, dfinal, frozenset(needed))
     return [found[name] for name in needed]

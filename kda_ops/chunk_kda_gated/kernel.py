@@ -15,7 +15,6 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
 from kda_ops.device.chunk.kernel import chunk_rows, clear_padding, slab_rows
-from kda_ops.device.general.kernel import launch_general_prepare
 from kda_ops.device.gated.kernel import (
     gate_bias,
     gate_log2,
@@ -23,6 +22,7 @@ from kda_ops.device.gated.kernel import (
     quick_sigmoid,
     reciprocal_norm,
 )
+from kda_ops.device.general.kernel import launch_general_prepare
 from kda_ops.device.prepare.kernel import is_nvidia, prepare_chunk
 from kda_ops.device.scan.kernel import launch_scan
 from kda_ops.device.workspace import Batch, dense_rows, has_fast_prepare, make_workspace
@@ -236,6 +236,70 @@ def chunk_inputs_kernel(
         tl.store(qn_ptr + to, qn, mask=inside)
 
 
+def gate_sizes(
+    q: Tensor,
+    v: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    cu_seqlens: Tensor | None,
+) -> dict[str, Any]:
+    """The constants that the kernels from raw inputs share."""
+    return {
+        "BOUND": 0.0 if lower_bound is None else lower_bound,
+        "BETA_SCALE": beta_scale,
+        "EPS": 0.0 if qk_norm_eps is None else qk_norm_eps,
+        "NORM": qk_norm_eps is not None,
+        "HAS_A": A_log is not None,
+        "HAS_BIAS": dt_bias is not None,
+        "H": q.shape[2],
+        "HV": v.shape[2],
+        "K": q.shape[3],
+        "VARLEN": cu_seqlens is not None,
+    }
+
+
+def launch_inputs(
+    q: Tensor,
+    k: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    batch: Batch,
+    sizes: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `chunk_kda` takes: q and k, normalised in fp32 if `sizes` says so, the cumulative gate
+    and beta after its sigmoid.
+    """
+    B, T, H, K = q.shape
+    G = torch.empty((B, T, sizes["HV"], K), dtype=torch.float32, device=q.device)
+    beta_used = torch.empty((B, T, sizes["HV"]), dtype=torch.float32, device=q.device)
+    qn, kn = q, k
+    if sizes["NORM"]:
+        qn, kn = (torch.empty((B, T, H, K), dtype=torch.float32, device=q.device) for _ in range(2))
+    traceable(chunk_inputs_kernel)[(batch.programs, sizes["HV"])](
+        q,
+        k,
+        x,
+        beta,
+        A_log,
+        dt_bias,
+        qn,
+        kn,
+        G,
+        beta_used,
+        *batch.tables[:5],
+        *(stride for y in (q, k, x, beta) for stride in y.stride()[:3]),
+        **sizes,
+        KP=triton.next_power_of_2(K),
+        **choose("chunk_inputs", q.device),
+    )
+    return qn, kn, G, beta_used
+
+
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -256,7 +320,7 @@ def _launch(
     chunks: Tensor | None,
 ) -> Tensor:
     """Returns the output and writes the final states to `final`; see `launch_scan`."""
-    B, T, H, K = q.shape
+    K = q.shape[3]
     HV, V = v.shape[2:]
     q, k, v, x, beta = dense_rows(q, k, v, x, beta)
     A_log, dt_bias = (None if y is None else y.contiguous() for y in (A_log, dt_bias))
@@ -264,44 +328,10 @@ def _launch(
     parts = batch.slabs(q, v)
     workspace = make_workspace(q, v, parts[0])
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    sizes: dict[str, Any] = {
-        "BOUND": 0.0 if lower_bound is None else lower_bound,
-        "BETA_SCALE": beta_scale,
-        "EPS": 0.0 if qk_norm_eps is None else qk_norm_eps,
-        "NORM": qk_norm_eps is not None,
-        "HAS_A": A_log is not None,
-        "HAS_BIAS": dt_bias is not None,
-        "H": H,
-        "HV": HV,
-        "K": K,
-        "VARLEN": cu_seqlens is not None,
-    }
+    sizes = gate_sizes(q, v, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps, cu_seqlens)
     fast = has_fast_prepare(q.dtype, K, V)
     if not fast:
-        G = torch.empty((B, T, HV, K), dtype=torch.float32, device=q.device)
-        beta_used = torch.empty((B, T, HV), dtype=torch.float32, device=q.device)
-        qn, kn = q, k
-        if qk_norm_eps is not None:
-            qn, kn = (
-                torch.empty((B, T, H, K), dtype=torch.float32, device=q.device) for _ in range(2)
-            )
-        traceable(chunk_inputs_kernel)[(batch.programs, HV)](
-            q,
-            k,
-            x,
-            beta,
-            A_log,
-            dt_bias,
-            qn,
-            kn,
-            G,
-            beta_used,
-            *batch.tables[:5],
-            *(stride for y in (q, k, x, beta) for stride in y.stride()[:3]),
-            **sizes,
-            KP=triton.next_power_of_2(K),
-            **choose("chunk_inputs", q.device),
-        )
+        qn, kn, G, beta_used = launch_inputs(q, k, x, beta, A_log, dt_bias, batch, sizes)
     for part in parts:
         if fast:
             traceable(chunk_gated_prepare_kernel)[(part.programs * HV,)](

@@ -1,7 +1,7 @@
-"""The gradient of chunked KDA in four kernels: `prepare` recomputes what the scans read of each chunk,
-one scan runs forward and one backward over the sequences, and all that is left is done chunk by
-chunk. Beside them three small ones: 0/1 matrices, sums over value heads that share a key head, and
-sums over tokens for the gate's parameters.
+"""The gradient of chunked KDA in four kernels: `prepare` recomputes what the scans read of each
+chunk, one scan runs forward and one backward over the sequences, and all that is left is done chunk
+by chunk. Beside them three small ones: 0/1 matrices, sums over value heads that share a key head,
+and sums over tokens for the gate's parameters.
 
 No atomics: every sum has one order, so that two runs give the same bits.
 """
@@ -55,6 +55,19 @@ class Inputs(NamedTuple):
     chunks: Tensor | None
     raw: bool
 
+    def make_gradients(self, needs: frozenset[str]) -> dict[str, Tensor | None]:
+        """Places for the gradients of what is named in `needs`, None for the others; v's always,
+        which other kernels read.
+        """
+
+        def make(name: str, like: Tensor | None) -> Tensor | None:
+            if like is None or not (name in needs or name == "v"):
+                return None
+            return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+        names = ("q", "k", "v", "gate", "beta", "A_log", "dt_bias", "initial_state")
+        return {name: make(name, getattr(self, name)) for name in names}
+
 
 @triton.jit
 def parameter_sums_kernel(
@@ -81,6 +94,64 @@ def parameter_sums_kernel(
     if rate_ptr is not None:
         total = tl.sum(tl.sum(by_rate, 0), 0)
         tl.store(rate_ptr + h, total.to(rate_ptr.dtype.element_ty))
+
+
+def sum_parameters(sums: Tensor | None, found: dict[str, Tensor | None]) -> None:
+    """The gradients of A_log and dt_bias from the chunks' sums [rows, HV, 2, K]."""
+    if sums is None:
+        return
+    rows, HV, _, K = sums.shape
+    traceable(parameter_sums_kernel)[(HV,)](
+        sums,
+        found["dt_bias"],
+        found["A_log"],
+        rows,
+        HV=HV,
+        K=K,
+        KP=triton.next_power_of_2(K),
+        num_warps=4,
+    )
+
+
+def sum_heads(
+    q: Tensor,
+    k: Tensor,
+    by_head: dict[str, Tensor | None],
+    found: dict[str, Tensor | None],
+    batch: Batch,
+    eps: float | None,
+) -> None:
+    """The gradients of q and k from those of the value heads, and with `eps` of what was
+    normalised.
+    """
+    if found["q"] is None and found["k"] is None:
+        return
+    H, K = q.shape[2:]
+    heads = by_head["q"] if by_head["k"] is None else by_head["k"]
+    assert heads is not None
+    traceable(backward_keys_kernel)[(batch.programs * H,)](
+        q,
+        k,
+        by_head["q"],
+        by_head["k"],
+        found["q"],
+        found["k"],
+        *batch.tables[:5],
+        *(stride for y in (q, k) for stride in y.stride()[:3]),
+        EPS=0.0 if eps is None else eps,
+        NORM=eps is not None,
+        H=H,
+        HV=heads.shape[2],
+        K=K,
+        KP=triton.next_power_of_2(K),
+        VARLEN=batch.cu_seqlens is not None,
+        num_warps=4,
+    )
+
+
+def has_fast_gradient(dtype: torch.dtype, K: Any, V: Any) -> bool:
+    """Whether `launch_gradient` takes it; the general form takes the rest."""
+    return dtype == torch.bfloat16 and K in (64, 128) and V in (64, 128)
 
 
 def launch_gradient(
@@ -113,19 +184,7 @@ def launch_gradient(
     }
     eps = 0.0 if x.qk_norm_eps is None else x.qk_norm_eps
 
-    def make(name: str, like: Tensor) -> Tensor | None:
-        return torch.empty(like.shape, dtype=like.dtype, device=device) if name in needs else None
-
-    found = {
-        "q": make("q", q),
-        "k": make("k", k),
-        "v": torch.empty(v.shape, dtype=v.dtype, device=device),  # the chunks' kernel reads it
-        "gate": make("gate", gate),
-        "beta": make("beta", beta),
-        "A_log": None if A_log is None else make("A_log", A_log),
-        "dt_bias": None if dt_bias is None else make("dt_bias", dt_bias),
-        "initial_state": None if x.initial_state is None else make("initial_state", x.initial_state),
-    }
+    found = x.make_gradients(needs)
     # in place where there is nothing to add
     by_head = {name: found[name] for name in ("q", "k")}
     if HV != H:
@@ -264,35 +323,7 @@ def launch_gradient(
         forward(part, states, True)
         backward(part, gradients)
         chunk_gradients(part)
-    norm = x.qk_norm_eps is not None
-    if (HV != H or norm) and (found["q"] is not None or found["k"] is not None):
-        traceable(backward_keys_kernel)[(batch.programs * H,)](
-            q,
-            k,
-            by_head["q"],
-            by_head["k"],
-            found["q"],
-            found["k"],
-            *batch.tables[:5],
-            *(stride for y in (q, k) for stride in y.stride()[:3]),
-            EPS=eps,
-            NORM=norm,
-            H=H,
-            HV=HV,
-            K=K,
-            KP=triton.next_power_of_2(K),
-            VARLEN=varlen,
-            num_warps=4,
-        )
-    if sums is not None:
-        traceable(parameter_sums_kernel)[(HV,)](
-            sums,
-            found["dt_bias"],
-            found["A_log"],
-            sums.shape[0],
-            HV=HV,
-            K=K,
-            KP=triton.next_power_of_2(K),
-            num_warps=4,
-        )
+    if HV != H or x.qk_norm_eps is not None:
+        sum_heads(q, k, by_head, found, batch, x.qk_norm_eps)
+    sum_parameters(sums, found)
     return {name: found[name] for name in needs if found[name] is not None}

@@ -1,16 +1,16 @@
-"""The gradients of a chunk that its scans leave, one program per chunk, value head and 64 key columns,
-none of which waits for another.
+"""The gradients of a chunk that its scans leave, one program per chunk, value head and 64 key
+columns, none of which waits for another.
 
-With `dA = do vn^T` and `dL = -P vn^T`, P = dv / beta, the rows of dq, and of dk as a row (R) and as a
-column (C) are
+With `dA = do vn^T` and `dL = -P vn^T`, P = dv / beta, the rows of dq, and of dk as a row (R) and as
+a column (C) are
 
     dq_i = sum_j dA_ij 2^(G_i - G_j) k_j,   R_i = sum_j dL_ij 2^(G_i - G_j) k_j,   dk = beta R + C,
     C_j = sum_i 2^(G_i - G_j) (dA_ij q_i + beta_i dL_ij k_i)
 
 over i > j, and what comes through the states. As in `kda_ops.device.prepare`, pairs of rows meet at
-six levels, and one tile 2^-|G - G_a| per level serves both sides. Left rows take from the right ones
-and right rows from the left ones, so two products make a level, `A (q right, k left)` and `L k`, with
-the tiles of `kda_ops.device.backward_tiles`.
+six levels, and one tile 2^-|G - G_a| per level serves both sides. Left rows take from the right
+ones and right rows from the left ones, so two products make a level, `A (q right, k left)` and `L
+k`, with the tiles of `kda_ops.device.backward_tiles`.
 
 Then `dG = q dq + k (beta R - C)`, in which the two terms of a pair cancel in the sum over the chunk
 only if both see the same rounded factors: hence fp16 factors, one scale per tile of A and L. beta's
@@ -39,8 +39,8 @@ MATRICES = 5
 
 @triton.jit
 def level_matrices_kernel(matrices_ptr):
-    """0/1 matrices [5, 64, 64], by program: those that sum gates to G and to G_last - G and to
-    |G - G_a| at levels 16 and 32 in fp16, and in the bits of bf16 one that sums rows from each to the
+    """0/1 matrices [5, 64, 64], by program: those that sum gates to G and to G_last - G and to |G -
+    G_a| at levels 16 and 32 in fp16, and in the bits of bf16 one that sums rows from each to the
     last.
 
     They are the same for every chunk, and computed in registers they take as many instructions as
@@ -69,7 +69,7 @@ def _matrix(matrices_ptr, which):
 
 @triton.jit
 def _masked(x, mask, PACKED: tl.constexpr):
-    """x [.., n, n] in 16 bits where the mask is -1, else 0; two per instruction."""
+    """X [.., n, n] in 16 bits where the mask is -1, else 0; two per instruction."""
     if PACKED:
         mask = tl.broadcast_to(mask, x.shape)
         return tl.inline_asm_elementwise(
@@ -81,7 +81,7 @@ def _masked(x, mask, PACKED: tl.constexpr):
 
 @triton.jit
 def _either(mask, a, b, PACKED: tl.constexpr):
-    """a where the mask is -1, else b; two per instruction."""
+    """A where the mask is -1, else b; two per instruction."""
     if PACKED:
         return tl.inline_asm_elementwise(
             "lop3.b32 $0, $1, $2, $3, 0xCA;",
@@ -111,8 +111,8 @@ def _level(dq, C, R, e, q, k, A, L, right, scale, PACKED: tl.constexpr):
     ke = multiply(k, e, PACKED)
     side = tl.where(right, -1, 0).to(tl.int16)
     P = tl.dot(A, _either(side, multiply(q, e, PACKED), ke, PACKED))
-    # not one accumulator, and no sum that Triton makes one of: of chained products it puts all warps
-    # along the rows
+    # not one accumulator, and no sum that Triton makes one of: of chained products it puts all
+    # warps along the rows
     t = tl.dot(L, ke) - tl.where(right, 0.0, -1.0) * P
     e = e.to(tl.float32) * scale
     from_left = e * tl.where(right, 1.0, 0.0)
@@ -222,10 +222,10 @@ def chunk_gradient_kernel(
     """One program finishes BK key columns of one chunk of one value head.
     Grid: (chunks * HV * K / BK), columns fastest, then heads.
 
-    It reads dv [B, T, HV, V] and writes dq and dk [B, T, HV, K], the gradient of the gate, a part of
-    beta's, and with `sums` [rows, HV, 2, K] the sums over its tokens of the gradients of dt_bias and
-    A_log, to which those of earlier slabs are added. What is None is not computed. With NORM, dq and
-    dk are those of the normalised q and k.
+    It reads dv [B, T, HV, V] and writes dq and dk [B, T, HV, K], the gradient of the gate, a part
+    of beta's, and with `sums` [rows, HV, 2, K] the sums over its tokens of the gradients of dt_bias
+    and A_log, to which those of earlier slabs are added. What is None is not computed. With NORM,
+    dq and dk are those of the normalised q and k.
     """
     p = tl.program_id(0).to(tl.int64)
     n = (p % (K // BK)).to(tl.int32)
@@ -235,15 +235,14 @@ def chunk_gradient_kernel(
         p // HV, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
     if not inside:
-        if VARLEN and count == 0:
-            if n == 0:
-                clear_padding(dv_ptr, cu_ptr, p, h, T, N, NC, HV, V, V)
-                if dq_ptr is not None:
-                    clear_padding(dq_ptr, cu_ptr, p, h, T, N, NC, HV, K, K)
-                if dk_ptr is not None:
-                    clear_padding(dk_ptr, cu_ptr, p, h, T, N, NC, HV, K, K)
-                if dgate_ptr is not None:
-                    clear_padding(dgate_ptr, cu_ptr, p, h, T, N, NC, HV, K, K)
+        if VARLEN and count == 0 and n == 0:
+            clear_padding(dv_ptr, cu_ptr, p, h, T, N, NC, HV, V, V)
+            if dq_ptr is not None:
+                clear_padding(dq_ptr, cu_ptr, p, h, T, N, NC, HV, K, K)
+            if dk_ptr is not None:
+                clear_padding(dk_ptr, cu_ptr, p, h, T, N, NC, HV, K, K)
+            if dgate_ptr is not None:
+                clear_padding(dgate_ptr, cu_ptr, p, h, T, N, NC, HV, K, K)
         return
     hk = h // (HV // H)
     work = row * HV + h
@@ -268,9 +267,7 @@ def chunk_gradient_kernel(
 
     bias = gate_bias(bias_ptr, h * K + k0 + a, a < BK, HAS_BIAS)
     gate_at = gate_ptr + k0 + (t * gate_t + a[None, :])
-    y = token_gates(
-        gate_at, gate_t, r, r < count, rate, bias, GATED, BOUND
-    ).to(tl.float16)
+    y = token_gates(gate_at, gate_t, r, r < count, rate, bias, GATED, BOUND).to(tl.float16)
     do, vn, dv = value_rows(do_ptr, do_t, vn_ptr, dv_ptr, count, HV, V, dtype)
     state = states_ptr + (k0 + a)[:, None] * V + d
     S = tl.load(state)
@@ -288,9 +285,7 @@ def chunk_gradient_kernel(
     q = laid_out_as(q, dq.to(tl.float16), PACKED)
     k = laid_out_as(k, dq.to(tl.float16), PACKED)
     scale = tl.load(tile_rows_ptr + 64)
-    dq, C, R = _levels(
-        dq, C, R, q, k, y, pairs_ptr + work * PAIRS, scale, matrices_ptr, PACKED
-    )
+    dq, C, R = _levels(dq, C, R, q, k, y, pairs_ptr + work * PAIRS, scale, matrices_ptr, PACKED)
     # what was loaded before the levels is loaded again, and what is done is stored early
     q = _key_rows(q_ptr + k0 + (t * q_t + a[None, :]), q_norm_ptr + r, NORM)
     q = q.to(tl.float32)

@@ -35,10 +35,9 @@ def backward_keys_kernel(
     KP: tl.constexpr,
     VARLEN: tl.constexpr,
 ):
-    """One program makes dq and dk [B, T, H, K] of one chunk of one key head: the sums of those of its
-    value heads, [B, T, HV, K], and with NORM the derivative of the norm. Where there is one per key
-    head, both may be the same memory.
-    Grid: (chunks * H), heads fastest.
+    """One program makes dq and dk [B, T, H, K] of one chunk of one key head: the sums of those of
+    its value heads, [B, T, HV, K], and with NORM the derivative of the norm. Where there is one per
+    key head, both may be the same memory. Grid: (chunks * H), heads fastest.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % H

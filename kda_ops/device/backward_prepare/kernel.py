@@ -1,9 +1,9 @@
 """The first kernel of the gradient of chunked KDA: what its scans read of each chunk.
 
-It differs from the forward's `prepare` in that it keeps T = (I + diag(beta) M)^-1 instead of applying
-it alone. The gradient of a chunk's rows is P = T^T dvn before beta: that of v is diag(beta) P, and
-that of beta needs P itself, also where beta is 0. So T is joined from the unit matrix, with the rows
-of M scaled by beta, where the forward joins X = T diag(beta).
+It differs from the forward's `prepare` in that it keeps T = (I + diag(beta) M)^-1 instead of
+applying it alone. The gradient of a chunk's rows is P = T^T dvn before beta: that of v is
+diag(beta) P, and that of beta needs P itself, also where beta is 0. So T is joined from the unit
+matrix, with the rows of M scaled by beta, where the forward joins X = T diag(beta).
 """
 
 import triton
@@ -33,8 +33,8 @@ SMALLEST_BETA = tl.constexpr(1e-20)
 
 @triton.jit
 def gradient_tiles_of(tiles_ptr, work, K: tl.constexpr, V: tl.constexpr):
-    """Where w, kg, qg [64, K], Aqk, T [64, 64] and u, then vn [64, V] of a chunk lie, one behind the
-    other in its row.
+    """Where w, kg, qg [64, K], Aqk, T [64, 64] and u, then vn [64, V] of a chunk lie, one behind
+    the other in its row.
     """
     w_ptr = tiles_ptr + work * (64 * (3 * K + V + 128))
     A_ptr = w_ptr + 192 * K
@@ -51,9 +51,7 @@ def gradient_rows_of(rows_ptr, work, K: tl.constexpr):
 
 
 @triton.jit
-def token_gates(
-    gate_at, gate_t, t, ok, a, bias, GATED: tl.constexpr, BOUND: tl.constexpr
-):
+def token_gates(gate_at, gate_t, t, ok, a, bias, GATED: tl.constexpr, BOUND: tl.constexpr):
     """The gates in log2 of a chunk's tokens, zero where not `ok`: from the raw gate, or from the
     cumulative one. They fit fp16; what is below -30000 decays to zero either way.
     """
@@ -157,8 +155,8 @@ def backward_prepare_kernel(
     """One program prepares one chunk of one value head; K and V are 64 or 128.
     Grid: (chunks * HV), heads fastest.
 
-    With GATED the gate is raw, as is beta; else the gate is the cumulative one in log2. With NORM, q
-    and k are normalised as they are loaded, and the norms are kept.
+    With GATED the gate is raw, as is beta; else the gate is the cumulative one in log2. With NORM,
+    q and k are normalised as they are loaded, and the norms are kept.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % HV
@@ -186,10 +184,7 @@ def backward_prepare_kernel(
     a = gate_rate(A_log_ptr, h, HAS_A)
     bias = gate_bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
     y = token_gates(gate_at, gate_t, t, ok, a, bias, GATED, BOUND)
-    if GATED:
-        last = tl.sum(y, axis=0)
-    else:
-        last = tl.load(gate_head + (count - 1) * gate_t + d)
+    last = tl.sum(y, axis=0) if GATED else tl.load(gate_head + (count - 1) * gate_t + d)
     tl.store(decay_ptr + d, tl.exp2(last))
     y = y.to(tl.float16)
     k = tl.load(k_at)

@@ -1,5 +1,5 @@
-"""The second and third kernel of the gradient of chunked KDA: the states before every chunk, and the
-gradients of the states after every chunk.
+"""The second and third kernel of the gradient of chunked KDA: the states before every chunk, and
+the gradients of the states after every chunk.
 
 With w, kg, qg, Aqk and T of `kda_ops.device.backward_prepare`, per chunk
 
@@ -21,9 +21,9 @@ from kda_ops.device.chunk.kernel import place_of, sequence_rows, slab_chunks
 def sequence_part(
     p, cu_ptr, T, N, first_row, rows, HV: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr
 ):
-    """Of the (sequence, head) pair p: sequence, head, batch row, first token, tokens, first workspace
-    row, the chunks lo to hi that are in the slab (hi < lo if it has no part in it), whether the
-    sequence begins and whether it ends there.
+    """Of the (sequence, head) pair p: sequence, head, batch row, first token, tokens, first
+    workspace row, the chunks lo to hi that are in the slab (hi < lo if it has no part in it),
+    whether the sequence begins and whether it ends there.
     """
     n = p // HV
     b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
@@ -65,15 +65,15 @@ def states_forward_kernel(
     """One program carries BV columns of one head's state through one sequence, S [K, BV] in fp32.
     Grid: (V / BV * (sequence, head) pairs), columns innermost.
 
-    With KEEP it writes the state before every chunk, and vn in the place of u. With SLABS a sequence
-    that is not begun in the slab comes from `before` [HV, K, V], and one that does not end goes to
-    `after`.
+    With KEEP it writes the state before every chunk, and vn in the place of u. With SLABS a
+    sequence that is not begun in the slab comes from `before` [HV, K, V], and one that does not end
+    goes to `after`.
     """
     BLOCKS: tl.constexpr = V // BV
     p = tl.program_id(0).to(tl.int64)
     if p // BLOCKS >= N * HV:
         return
-    n, h, b, start, length, row, lo, hi, begins, ends = sequence_part(
+    n, h, _, _, _, row, lo, hi, begins, ends = sequence_part(
         p // BLOCKS, cu_ptr, T, N, first_row, rows, HV, VARLEN, SLABS
     )
     if hi < lo:
@@ -91,9 +91,8 @@ def states_forward_kernel(
         else:
             S = tl.load(at)
         S = S.to(tl.float32)
-    if SLABS:
-        if begins == 0:
-            S = tl.load(before_ptr + h * (K * V) + state)
+    if SLABS and begins == 0:
+        S = tl.load(before_ptr + h * (K * V) + state)
     step = tl.full((), HV, tl.int64)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     w_ptr, kg_ptr, _, _, _, u_ptr = gradient_tiles_of(tiles_ptr, row * HV + h, K, V)
@@ -113,9 +112,8 @@ def states_forward_kernel(
             tl.store(states_at + c * step * (2 * K * V), Sh)
             tl.store(u_ptr + c * step * TILE + narrow, vn)
         S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
-    if SLABS:
-        if not ends:
-            tl.store(after_ptr + h * (K * V) + state, S)
+    if SLABS and not ends:
+        tl.store(after_ptr + h * (K * V) + state, S)
 
 
 @triton.jit
@@ -178,9 +176,8 @@ def states_backward_kernel(
         else:
             dS = tl.load(at)
         dS = dS.to(tl.float32)
-    if SLABS:
-        if not ends:
-            dS = tl.load(after_ptr + h * (K * V) + state)
+    if SLABS and not ends:
+        dS = tl.load(after_ptr + h * (K * V) + state)
     step = tl.full((), HV, tl.int64)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, _ = gradient_tiles_of(tiles_ptr, row * HV + h, K, V)
@@ -211,9 +208,8 @@ def states_backward_kernel(
         dS = tl.dot(tl.trans(w), minus, dS)
         dv = tl.dot(tl.trans(inverse), minus) * -beta[:, None]
         tl.store(dv_at + c * step * (64 * V), dv.to(dv_ptr.dtype.element_ty), mask=ok)
-    if SLABS:
-        if begins == 0:
-            tl.store(before_ptr + h * (K * V) + state, dS)
+    if SLABS and begins == 0:
+        tl.store(before_ptr + h * (K * V) + state, dS)
     if dinitial_ptr is not None:
         at = dinitial_ptr + (n * HV + h) * (V * K) + d[:, None] + v[None, :] * K
         first = begins & (d >= 0)[:, None] & (v >= 0)[None, :]

@@ -1,19 +1,20 @@
-"""The gradients of the 64 x 64 matrices of chunked KDA, as `kda_ops.device.backward_chunk` reads them.
+"""The gradients of the 64 x 64 matrices of chunked KDA, as `kda_ops.device.backward_chunk` reads
+them.
 
-Here too are the two small kernels that put beta's gradient together.
+Here too is the small kernel that puts beta's gradient together.
 """
 
 import triton
 import triton.language as tl
 
 from kda_ops.device.backward_prepare.kernel import gradient_rows_of, gradient_tiles_of
-from kda_ops.device.chunk.kernel import chunk_rows, clear_padding, slab_rows
+from kda_ops.device.chunk.kernel import clear_padding, slab_rows
 
 
 @triton.jit
 def pair_tiles_of(pairs_ptr):
-    """Where the tiles A and L of a chunk lie, each as [64, 64] at level 16, the same at level 32, and
-    the four blocks [16, 16] of its diagonal, for the levels below.
+    """Where the tiles A and L of a chunk lie, each as [64, 64] at level 16, the same at level 32,
+    and the four blocks [16, 16] of its diagonal, for the levels below.
     """
     return pairs_ptr, pairs_ptr + 9216
 
@@ -71,12 +72,13 @@ def backward_tiles_kernel(
     VARLEN: tl.constexpr,
     SLABS: tl.constexpr,
 ):
-    """One program makes dA and dL [64, 64] of one chunk of one value head, below the diagonal; above it
-    what left rows take from right ones, dA and beta dL transposed. Grid: (chunks * HV), heads fastest.
+    """One program makes dA and dL [64, 64] of one chunk of one value head, below the diagonal;
+    above it what left rows take from right ones, dA and beta dL transposed. Grid: (chunks * HV),
+    heads fastest.
 
     They are in fp16, divided by a scale, the largest below the diagonal, and lie where the scans'
-    tiles were (`pairs` is the same memory as `tiles`). The diagonal of dA, which decays nothing, the
-    scale, and `P v`, the first part of beta's gradient, go to the chunk's rows.
+    tiles were (`pairs` is the same memory as `tiles`). The diagonal of dA, which decays nothing,
+    the scale, and `P v`, the first part of beta's gradient, go to the chunk's rows.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % HV
