@@ -9,6 +9,7 @@ from torch import Tensor
 from kda_ops.device.backward.kernel import Inputs, has_fast_gradient, launch_gradient
 from kda_ops.device.backward_general.launch import launch_general_gradient
 
+# None: no tensor that has a gradient
 NAMES = ("q", "k", "v", "gate", "beta", None, "initial_state", None, None, None)
 
 
@@ -44,7 +45,7 @@ def launch_chunk_kda_backward(
     )
     do, dfinal = output_gradients
     do = torch.zeros_like(v) if do is None else do
-    needed = [name for name, need in zip(NAMES, needs_gradient, strict=True) if need]
+    needed = [name for name, need in zip(NAMES, needs_gradient, strict=True) if need and name]
     dfinal = dfinal if output_final_state else None
     if has_fast_gradient(q.dtype, q.shape[3], v.shape[3]):
         found = launch_gradient(inputs, do, dfinal, frozenset(needed))

@@ -63,14 +63,13 @@ def launch_chunk_kda_gated_backward(
     )
     do, dfinal = output_gradients
     do = torch.zeros_like(v) if do is None else do
-    needed = [name for name, need in zip(NAMES, needs_gradient, strict=True) if need]
+    needed = [name for name, need in zip(NAMES, needs_gradient, strict=True) if need and name]
     dfinal = dfinal if output_final_state else None
     if has_fast_gradient(q.dtype, q.shape[3], v.shape[3]):
         found = launch_gradient(inputs, do, dfinal, frozenset(needed))
     else:
         sizes = gate_sizes(q, v, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps, cu_seqlens)
         batch = Batch.of(q, cu_seqlens, chunks)
-        parameters = [None if y is None else y.contiguous() for y in (A_log, dt_bias)]
-        used = launch_inputs(*dense_rows(q, k, x, beta), *parameters, batch, sizes)
+        used = launch_inputs(dense_rows(q, k, x, beta), A_log, dt_bias, batch, sizes)
         found = launch_general_gradient(inputs, used, do, dfinal, frozenset(needed))
     return [found[name] for name in needed]

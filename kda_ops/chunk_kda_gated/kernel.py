@@ -262,18 +262,17 @@ def gate_sizes(
 
 
 def launch_inputs(
-    q: Tensor,
-    k: Tensor,
-    x: Tensor,
-    beta: Tensor,
+    dense: tuple[Tensor, ...],
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     batch: Batch,
     sizes: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `chunk_kda` takes: q and k, normalised in fp32 if `sizes` says so, the cumulative gate
-    and beta after its sigmoid.
+    and beta after its sigmoid; `dense`: q, k, x and beta from `dense_rows`.
     """
+    q, k, x, beta = dense
+    A_log, dt_bias = (None if y is None else y.contiguous() for y in (A_log, dt_bias))
     B, T, H, K = q.shape
     G = torch.empty((B, T, sizes["HV"], K), dtype=torch.float32, device=q.device)
     beta_used = torch.empty((B, T, sizes["HV"]), dtype=torch.float32, device=q.device)
@@ -331,7 +330,7 @@ def _launch(
     sizes = gate_sizes(q, v, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps, cu_seqlens)
     fast = has_fast_prepare(q.dtype, K, V)
     if not fast:
-        qn, kn, G, beta_used = launch_inputs(q, k, x, beta, A_log, dt_bias, batch, sizes)
+        qn, kn, G, beta_used = launch_inputs((q, k, x, beta), A_log, dt_bias, batch, sizes)
     for part in parts:
         if fast:
             traceable(chunk_gated_prepare_kernel)[(part.programs * HV,)](

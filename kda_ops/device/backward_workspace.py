@@ -79,11 +79,11 @@ def make_gradient_workspace(
     def make(shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    made = [make((rows, HV, *shape), dtype) for shape, dtype in row.values()]
+    made = {name: make((rows, HV, *shape), dtype) for name, (shape, dtype) in row.items()}
     boundaries = None
     if batch.slab is not None:
         boundaries = make((2, len(parts) + 1, HV, K, V), torch.float32)
-    return GradientWorkspace(*made, boundaries)
+    return GradientWorkspace(made["tiles"], made["rows"], made["states"], boundaries)
 
 
 def reverse_stages(K: int, BV: int, device: torch.device) -> int:

@@ -80,14 +80,14 @@ def general_prepare_kernel(
     G_ptr += b * G_b + h * G_h + first * G_t
     beta_ptr += b * beta_b + h * beta_h + first * beta_t
     beta = tl.load(beta_ptr + r * beta_t, mask=r < count, other=0.0).to(tl.float32)
-    w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, u_ptr, _ = _tiles(tiles_ptr, row * HV + h, KP, VP)
+    w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, u_ptr, _P_ptr = _tiles(tiles_ptr, row * HV + h, KP, VP)
     A = tl.zeros((64, 64), tl.float32)
     M = tl.zeros((64, 64), tl.float32)
     for k0 in range(0, K, BLOCK):
         cols = k0 + tl.arange(0, BLOCK)
         q = _rows(q_ptr, q_t, count, cols, K)
         k = _rows(k_ptr, k_t, count, cols, K)
-        G, _ = _gates(G_ptr, G_t, count, cols, K)
+        G, _last = _gates(G_ptr, G_t, count, cols, K)
         A += tl.where(i == j, full_dot(q, tl.trans(k)), 0.0)
         for level in range(6):
             e = _decays(G, G_ptr, G_t, count, cols, 1 << level, K)
@@ -153,7 +153,7 @@ def general_forward_kernel(
         tl.store(S_ptr + k0 * VP + block, S)
     for c in range(lo, hi):
         work = (row + c) * HV + h
-        w_ptr, kg_ptr, _, _, _, u_ptr, _ = _tiles(tiles_ptr, work, KP, VP)
+        w_ptr, kg_ptr, _qg_ptr, _A_ptr, _T_ptr, u_ptr, _P_ptr = _tiles(tiles_ptr, work, KP, VP)
         S_ptr = states_ptr + work * (2 * KP * VP)
         tl.debug_barrier()
         u_at = u_ptr + r[:, None] * VP + v[None, :]
@@ -218,7 +218,7 @@ def general_backward_kernel(
     for back in range(0, hi - lo):
         c = hi - 1 - back
         work = (row + c) * HV + h
-        w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, _, P_ptr = _tiles(tiles_ptr, work, KP, VP)
+        w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, _u_ptr, P_ptr = _tiles(tiles_ptr, work, KP, VP)
         dS_ptr = states_ptr + work * (2 * KP * VP) + KP * VP
         token = start + c * 64
         ok = (r < length - c * 64)[:, None] & (v < V)[None, :]
