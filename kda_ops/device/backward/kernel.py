@@ -78,15 +78,15 @@ def parameter_sums_kernel(
     """
     h = tl.program_id(0)
     d = tl.arange(0, KP)[None, :]
-    r = tl.arange(0, 16).to(tl.int64)[:, None]
+    r = tl.arange(0, 32).to(tl.int64)[:, None]
     at = sums_ptr + (r * HV + h) * (2 * K) + d
-    by_bias = tl.zeros((16, KP), tl.float32)
-    by_rate = tl.zeros((16, KP), tl.float32)
-    for first in range(0, rows, 16):
+    by_bias = tl.zeros((32, KP), tl.float32)
+    by_rate = tl.zeros((32, KP), tl.float32)
+    for first in range(0, rows, 32):
         ok = (first + r < rows) & (d < K)
         by_bias += tl.load(at, mask=ok, other=0.0)
         by_rate += tl.load(at + K, mask=ok, other=0.0)
-        at += 16 * HV * 2 * K
+        at += 32 * HV * 2 * K
     if bias_ptr is not None:
         to = bias_ptr + h * K + tl.arange(0, KP)
         total = tl.sum(by_bias, 0).to(bias_ptr.dtype.element_ty)
@@ -109,7 +109,7 @@ def sum_parameters(sums: Tensor | None, found: dict[str, Tensor | None]) -> None
         HV=HV,
         K=K,
         KP=triton.next_power_of_2(K),
-        num_warps=4,
+        num_warps=8,
     )
 
 
