@@ -13,6 +13,7 @@ import triton.language as tl
 from kda_ops.device.backward_scan.kernel import sequence_part
 from kda_ops.device.chunk.kernel import chunk_rows, clear_padding, full_dot, meets, slab_rows
 from kda_ops.device.gated.kernel import gate_bias, gate_rate, gate_slopes
+from kda_ops.device.kernel import rounded_product
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -347,7 +348,8 @@ def general_chunk_kernel(
         R *= beta[:, None]
         dG = q * dq + k * (R - C)
         if GATED:  # sums of the few terms that are left, not of many that cancel
-            before = tl.cumsum(k * through, axis=0) - k * through
+            given = rounded_product(k, through)
+            before = tl.cumsum(given, axis=0) - given
             dG = tl.cumsum(dG, axis=0, reverse=True) + before + last[None, :]
         else:
             last += tl.sum(k * through, 0)

@@ -107,8 +107,9 @@ def backward_tiles_kernel(
     L = tl.dot(dv, vt) * (-1.0 / beta)[:, None]
     tl.store(tile_rows_ptr + r, tl.sum(tl.where(i == j, A, 0.0), 1))
     largest = tl.where(i > j, tl.maximum(tl.abs(A), tl.abs(L)), 0.0)
-    scale = tl.maximum(tl.max(tl.max(largest, 1), 0), 1e-35)
-    tl.store(tile_rows_ptr + 64, scale)
+    # [1, 1]: for Blackwell GPUs Triton 3.7 does not compile a maximum of one axis here
+    scale = tl.maximum(tl.max(tl.max(largest, 1, keep_dims=True), 0, keep_dims=True), 1e-35)
+    tl.store(tile_rows_ptr + 64 + tl.zeros((1, 1), tl.int32), scale)
     inverse = 1.0 / scale
     A = tl.where(i > j, A * inverse, 0.0)
     L = tl.where(i > j, L * inverse, 0.0)
