@@ -48,8 +48,18 @@ def plain(change: Any = None, final: bool = True, **options: Any) -> KernelCase:
 SHORT = [0, 0, 1, 66, 80]  # nothing, one token, two chunks, one; then padding
 SMALL = {
     "fast-harsh": plain(T=66, K=64, V=64, gate="harsh"),
+    # without a rate: of 20 tokens its gradient's terms cancel but for a tenth
     "fast-bounded-beta2-grouped": gated(
-        T=20, B=2, HV=2, K=64, V=64, gate="bounded", norm=True, beta_scale=2.0, packed=True
+        T=20,
+        B=2,
+        HV=2,
+        K=64,
+        V=64,
+        gate="bounded",
+        rate=False,
+        norm=True,
+        beta_scale=2.0,
+        packed=True,
     ),
     "fast-ragged": gated(with_states, T=84, K=64, V=64, cu_seqlens=SHORT, norm=True),
     "fast-zero-betas": plain(with_zero_betas, T=66, K=64, V=64, final=False),
