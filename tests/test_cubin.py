@@ -109,11 +109,17 @@ class Recorder:
         for parameter in kernel.params:
             value = values.get(parameter.name, parameter.default)
             # as a launch specialises: integers of 1 are constants, multiples of 16 known as such
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            if (
+                parameter.is_constexpr
+                or value is None
+                or (type(value) is int and value == 1 and not parameter.do_not_specialize)
+            ):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             else:
                 signature[parameter.name] = mangle_type(value)
-                if isinstance(value, torch.Tensor) or value % 16 == 0:
+                if isinstance(value, torch.Tensor) or (
+                    value % 16 == 0 and not parameter.do_not_specialize
+                ):
                     aligned.append(parameter.name)
         launch = Launch(kernel, signature, constants, tuple(aligned), options)
         self.launches[f"{kernel.fn.__name__} {signature} {constants} {options}"] = launch

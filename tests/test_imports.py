@@ -144,10 +144,11 @@ def test_lowering_takes_operators_by_their_modules() -> None:
     assert wrong == set()
 
 
-def test_every_operator_has_the_same_five_files() -> None:
+def test_every_operator_has_the_same_files() -> None:
+    """Five, and a sixth where the gradient has kernels of its own."""
     for name in NAMES:
         found = {path.stem for path in (ROOT / "kda_ops" / name).glob("*.py")}
-        assert found == OPERATOR_MODULES, name
+        assert found - {"backward"} == OPERATOR_MODULES, name
         assert (ROOT / "lowering" / f"{name}.py").exists(), name
         assert (ROOT / "perf" / f"bench_{name}.py").exists(), name
 

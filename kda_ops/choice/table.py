@@ -24,10 +24,13 @@ Values = Mapping[str, Any]
 Rows = list[tuple[Values, Values]]
 
 SM90: dict[str, Rows] = {
+    "backward_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
+    "backward_tiles": [({}, {"num_warps": 4, "num_stages": 1})],
     "chunk_cumsum": [({}, {"BLOCK": 512, "STEP": 16, "num_warps": 4})],
     # "fused": the gate inside prepare; "apart": a kernel for the gate, its sums go through memory
     "chunk_kda_gated.form": [({}, {"form": "fused"})],
     "chunk_gated_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
+    "chunk_gradient": [({}, {"BK": 64, "num_warps": 4, "num_stages": 1})],
     "chunk_inputs": [({}, {"BLOCK": 32, "num_warps": 4})],
     "chunk_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
     # the fewer (sequence, head) pairs there are, the narrower the blocks, to fill the GPU
@@ -68,6 +71,8 @@ SM90: dict[str, Rows] = {
     ],
     "short_conv_update": [({}, {"BLOCK_D": 256, "num_warps": 2})],
     "state_copy": [({}, {"BYTES": 32768, "num_warps": 8})],
+    "states_backward": [({}, {"BV": 32, "STAGES": 3, "num_warps": 4})],
+    "states_forward": [({}, {"BV": 32, "STAGES": 4, "num_warps": 4})],
 }
 
 # By architecture: `sm_90`, or AMD's name such as `gfx942`.

@@ -15,73 +15,17 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
 from kda_ops.device.chunk.kernel import chunk_rows, clear_padding, slab_rows
+from kda_ops.device.gated.kernel import (
+    gate_bias,
+    gate_log2,
+    gate_rate,
+    quick_sigmoid,
+    reciprocal_norm,
+)
 from kda_ops.device.general.kernel import launch_general_prepare
-from kda_ops.device.kernel import softplus
 from kda_ops.device.prepare.kernel import is_nvidia, prepare_chunk
 from kda_ops.device.scan.kernel import launch_scan
 from kda_ops.device.workspace import Batch, dense_rows, has_fast_prepare, make_workspace
-
-
-@triton.jit
-def _sigmoid(z):
-    r = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
-    return r * r
-
-
-@triton.jit
-def _rate(A_log_ptr, h, HAS_A: tl.constexpr):
-    if HAS_A:
-        return tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
-    else:
-        return 1.0
-
-
-@triton.jit
-def _bias(bias_ptr, d, ok, HAS_BIAS: tl.constexpr):
-    if HAS_BIAS:
-        return tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
-    else:
-        return tl.zeros(d.shape, tl.float32)
-
-
-@triton.jit
-def _softplus(z):
-    """`kda_ops.device.kernel.softplus` to 1e-5 of the result: as max(z, 0) + e * P(e) with P of
-    degree 5.
-    """
-    e = tl.exp2(tl.abs(z) * -1.4426950408889634)
-    p = -0.023869140073657036
-    p = p * e + 0.10122225433588028
-    p = p * e - 0.21004866063594818
-    p = p * e + 0.3252066671848297
-    p = p * e - 0.4993613660335541
-    p = p * e + 0.9999915957450867
-    return tl.maximum(z, 0.0) + e * p
-
-
-@triton.jit
-def _gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
-    """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound.
-
-    With FP16 it is right to 1e-5 and fits that type, which ends at -65504: what is below -30000
-    decays to zero either way.
-    """
-    z = x.to(tl.float32) + bias[None, :]
-    if BOUND != 0.0:
-        r = tl.rsqrt(1.0 + tl.exp2((a * -1.4426950408889634) * z))
-        return (BOUND * 1.4426950408889634) * (r * r)
-    elif FP16:
-        y = (a * -1.4426950408889634) * _softplus(z)
-        return tl.where(y < -30000.0, -30000.0, y)
-    else:
-        return (a * -1.4426950408889634) * softplus(z)
-
-
-@triton.jit
-def _reciprocal_norm(x, EPS: tl.constexpr):
-    """1 / sqrt(sum x^2 + EPS) of the rows of x."""
-    x = x.to(tl.float32)
-    return tl.rsqrt(tl.sum(x * x, axis=1) + EPS)
 
 
 @triton.jit
@@ -168,24 +112,24 @@ def chunk_gated_prepare_kernel(
     x = tl.load(x_at)
     k = tl.load(k_at)
     q = tl.load(q_at)
-    bias = _bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
-    y = _gate_log2(x, _rate(A_log_ptr, h, HAS_A), bias, BOUND, True)
+    bias = gate_bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+    y = gate_log2(x, gate_rate(A_log_ptr, h, HAS_A), bias, BOUND, True)
     y = tl.where(okd, y, 0.0)
     tl.store(decay_ptr + work * K + d, tl.exp2(tl.sum(y, axis=0)))
     y = y.to(tl.float16)
     beta_row = beta_ptr + b * beta_b + h * beta_h + first * beta_t
-    beta = BETA_SCALE * _sigmoid(tl.load(beta_row + t * beta_t).to(tl.float32))
+    beta = BETA_SCALE * quick_sigmoid(tl.load(beta_row + t * beta_t).to(tl.float32))
     beta = tl.where(ok, beta, 0.0)
     before = tl.load(beta_row + tl.maximum(t - 1, 0) * beta_t).to(tl.float32)
-    before = BETA_SCALE * _sigmoid(before)
+    before = BETA_SCALE * quick_sigmoid(before)
 
     # a common scale goes into q's norm, one that leaves fp16's range does not
     FOLD: tl.constexpr = NORM and SCALE > 0.001 and SCALE < 1000.0
     if NORM:
         # raw values may not fit the fp16 of the levels
-        q_norm = _reciprocal_norm(q, EPS) * (SCALE if FOLD else 1.0)
+        q_norm = reciprocal_norm(q, EPS) * (SCALE if FOLD else 1.0)
         q = (q.to(tl.float32) * q_norm[:, None]).to(tl.float16)
-        k = (k.to(tl.float32) * _reciprocal_norm(k, EPS)[:, None]).to(tl.float16)
+        k = (k.to(tl.float32) * reciprocal_norm(k, EPS)[:, None]).to(tl.float16)
     prepare_chunk(
         q,
         k,
@@ -267,14 +211,14 @@ def chunk_inputs_kernel(
     ok = r < count
     t = first + r
     row = b * T + t
-    a = _rate(A_log_ptr, h, HAS_A)
+    a = gate_rate(A_log_ptr, h, HAS_A)
     x_row = x_ptr + b * x_b + h * x_h + t[:, None] * x_t
     for k0 in range(0, K, BLOCK):
         d = k0 + tl.arange(0, BLOCK)
         inside = ok[:, None] & (d < K)[None, :]
         x = tl.load(x_row + d[None, :], mask=inside, other=0.0)
-        bias = _bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
-        y = tl.where(inside, _gate_log2(x, a, bias, BOUND, False), 0.0)
+        bias = gate_bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+        y = tl.where(inside, gate_log2(x, a, bias, BOUND, False), 0.0)
         at = (row[:, None] * HV + h) * K + d[None, :]
         tl.store(G_ptr + at, tl.cumsum(y, axis=0), mask=inside)
     beta = tl.load(beta_ptr + b * beta_b + h * beta_h + t * beta_t, mask=ok, other=0.0)
@@ -285,11 +229,74 @@ def chunk_inputs_kernel(
         inside = ok[:, None] & (d < K) & (h % (HV // H) == 0)
         to = (row[:, None] * H + hk) * K + d
         k = tl.load(k_ptr + b * k_b + hk * k_h + t[:, None] * k_t + d, mask=inside, other=0.0)
-        kn = k.to(tl.float32) * _reciprocal_norm(k, EPS)[:, None]
+        kn = k.to(tl.float32) * reciprocal_norm(k, EPS)[:, None]
         tl.store(kn_ptr + to, kn, mask=inside)
         q = tl.load(q_ptr + b * q_b + hk * q_h + t[:, None] * q_t + d, mask=inside, other=0.0)
-        qn = q.to(tl.float32) * _reciprocal_norm(q, EPS)[:, None]
+        qn = q.to(tl.float32) * reciprocal_norm(q, EPS)[:, None]
         tl.store(qn_ptr + to, qn, mask=inside)
+
+
+def gate_sizes(
+    q: Tensor,
+    v: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    cu_seqlens: Tensor | None,
+) -> dict[str, Any]:
+    """The constants that the kernels from raw inputs share."""
+    return {
+        "BOUND": 0.0 if lower_bound is None else lower_bound,
+        "BETA_SCALE": beta_scale,
+        "EPS": 0.0 if qk_norm_eps is None else qk_norm_eps,
+        "NORM": qk_norm_eps is not None,
+        "HAS_A": A_log is not None,
+        "HAS_BIAS": dt_bias is not None,
+        "H": q.shape[2],
+        "HV": v.shape[2],
+        "K": q.shape[3],
+        "VARLEN": cu_seqlens is not None,
+    }
+
+
+def launch_inputs(
+    dense: tuple[Tensor, ...],
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    batch: Batch,
+    sizes: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `chunk_kda` takes: q and k, normalised in fp32 if `sizes` says so, the cumulative gate
+    and beta after its sigmoid; `dense`: q, k, x and beta from `dense_rows`.
+    """
+    q, k, x, beta = dense
+    A_log, dt_bias = (None if y is None else y.contiguous() for y in (A_log, dt_bias))
+    B, T, H, K = q.shape
+    G = torch.empty((B, T, sizes["HV"], K), dtype=torch.float32, device=q.device)
+    beta_used = torch.empty((B, T, sizes["HV"]), dtype=torch.float32, device=q.device)
+    qn, kn = q, k
+    if sizes["NORM"]:
+        qn, kn = (torch.empty((B, T, H, K), dtype=torch.float32, device=q.device) for _ in range(2))
+    traceable(chunk_inputs_kernel)[(batch.programs, sizes["HV"])](
+        q,
+        k,
+        x,
+        beta,
+        A_log,
+        dt_bias,
+        qn,
+        kn,
+        G,
+        beta_used,
+        *batch.tables[:5],
+        *(stride for y in (q, k, x, beta) for stride in y.stride()[:3]),
+        **sizes,
+        KP=triton.next_power_of_2(K),
+        **choose("chunk_inputs", q.device),
+    )
+    return qn, kn, G, beta_used
 
 
 def _launch(
@@ -312,7 +319,7 @@ def _launch(
     chunks: Tensor | None,
 ) -> Tensor:
     """Returns the output and writes the final states to `final`; see `launch_scan`."""
-    B, T, H, K = q.shape
+    K = q.shape[3]
     HV, V = v.shape[2:]
     q, k, v, x, beta = dense_rows(q, k, v, x, beta)
     A_log, dt_bias = (None if y is None else y.contiguous() for y in (A_log, dt_bias))
@@ -320,44 +327,10 @@ def _launch(
     parts = batch.slabs(q, v)
     workspace = make_workspace(q, v, parts[0])
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    sizes: dict[str, Any] = {
-        "BOUND": 0.0 if lower_bound is None else lower_bound,
-        "BETA_SCALE": beta_scale,
-        "EPS": 0.0 if qk_norm_eps is None else qk_norm_eps,
-        "NORM": qk_norm_eps is not None,
-        "HAS_A": A_log is not None,
-        "HAS_BIAS": dt_bias is not None,
-        "H": H,
-        "HV": HV,
-        "K": K,
-        "VARLEN": cu_seqlens is not None,
-    }
+    sizes = gate_sizes(q, v, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps, cu_seqlens)
     fast = has_fast_prepare(q.dtype, K, V)
     if not fast:
-        G = torch.empty((B, T, HV, K), dtype=torch.float32, device=q.device)
-        beta_used = torch.empty((B, T, HV), dtype=torch.float32, device=q.device)
-        qn, kn = q, k
-        if qk_norm_eps is not None:
-            qn, kn = (
-                torch.empty((B, T, H, K), dtype=torch.float32, device=q.device) for _ in range(2)
-            )
-        traceable(chunk_inputs_kernel)[(batch.programs, HV)](
-            q,
-            k,
-            x,
-            beta,
-            A_log,
-            dt_bias,
-            qn,
-            kn,
-            G,
-            beta_used,
-            *batch.tables[:5],
-            *(stride for y in (q, k, x, beta) for stride in y.stride()[:3]),
-            **sizes,
-            KP=triton.next_power_of_2(K),
-            **choose("chunk_inputs", q.device),
-        )
+        qn, kn, G, beta_used = launch_inputs((q, k, x, beta), A_log, dt_bias, batch, sizes)
     for part in parts:
         if fast:
             traceable(chunk_gated_prepare_kernel)[(part.programs * HV,)](

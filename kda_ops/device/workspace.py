@@ -70,7 +70,10 @@ class Batch(NamedTuple):
             known = hint(rows)
         except NoHintError:
             known = 0
-        count = workspace_slabs(known, v.shape[2], q.shape[3], v.shape[3], q.dtype)
+        return self.split(rows, workspace_slabs(known, v.shape[2], q.shape[3], v.shape[3], q.dtype))
+
+    def split(self, rows: Any, count: int) -> list["Batch"]:
+        """This batch, which has that many rows, in `count` slabs of equal size."""
         if count == 1:
             return [self]
         size = (rows + count - 1) // count

@@ -25,7 +25,7 @@ from kda_ops.device.chunk.kernel import meets, store_u, tiles_of
 
 
 @triton.jit
-def _multiply(a, b, PACKED: tl.constexpr):
+def multiply(a, b, PACKED: tl.constexpr):
     """A product of fp16 tiles, on NVIDIA GPUs two per instruction."""
     if PACKED:
         return tl.inline_asm_elementwise(
@@ -86,7 +86,7 @@ def half_like(mask, y, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _between(i, t, s):
+def rows_between(i, t, s):
     """The 0/1 matrix that sums the tokens' gates between row i and its anchor at level s: its
     product with y is -|G_i - G_a|.
     """
@@ -104,14 +104,14 @@ def join(X, M):
 
 
 @triton.jit
-def _small_decays(i, j, y, s):
+def small_decays(i, j, y, s):
     """2^-|G - G_a| of a level s <= 8 of the four 16-row blocks of y, [4, 16, K]."""
-    between = tl.broadcast_to(_between(i, j, s)[None, :, :], (4, 16, 16))
+    between = tl.broadcast_to(rows_between(i, j, s)[None, :, :], (4, 16, 16))
     return tl.exp2(tl.dot(half(between), y)).to(tl.float16)
 
 
 @triton.jit
-def _small_level(A, ke, qe, i, j, s):
+def small_level(A, ke, qe, i, j, s):
     """A level s <= 8 of the four 16-row blocks from keys and queries with its decays [4, 16, K]:
     q k^T with it, and M, [4, 16, 16].
     """
@@ -130,18 +130,18 @@ def block_diagonal(x):
 
 
 @triton.jit
-def _large_level(A, q, k, y, like, s: tl.constexpr, PACKED: tl.constexpr):
+def large_level(A, q, k, y, like, s: tl.constexpr, PACKED: tl.constexpr):
     """Level 16 or 32: q k^T with it, and M, [64, 64] in fp16; `like` is laid out as a product."""
     K: tl.constexpr = k.shape[2]
     r = tl.arange(0, 64)
     i = r[:, None]
     j = r[None, :]
     meet = meets(i, j, s)
-    e = tl.exp2(tl.dot(half_like(_between(i, j, s), like, PACKED), y)).to(k.dtype)
+    e = tl.exp2(tl.dot(half_like(rows_between(i, j, s), like, PACKED), y)).to(k.dtype)
     e = tl.reshape(e, (4, 16, K))
-    ke = tl.reshape(_multiply(k, e, PACKED), (64, K))
+    ke = tl.reshape(multiply(k, e, PACKED), (64, K))
     columns = tl.trans(ke)
-    A = tl.where(meet, tl.dot(tl.reshape(_multiply(q, e, PACKED), (64, K)), columns), A)
+    A = tl.where(meet, tl.dot(tl.reshape(multiply(q, e, PACKED), (64, K)), columns), A)
     return A, tl.where(meet, tl.dot(ke, columns), 0.0).to(tl.float16)
 
 
@@ -163,29 +163,29 @@ def chunk_levels(q, k, y, beta, beta_before, PACKED: tl.constexpr):
     j = tl.arange(0, 16)[None, :]
     diagonal = (i == j)[None, :, :]
     y_blocks = tl.reshape(y, (4, 16, K))
-    e = _small_decays(i, j, y_blocks, 1)
+    e = small_decays(i, j, y_blocks, 1)
     q = laid_out_as(q, e, PACKED)
     k = laid_out_as(k, e, PACKED)
     X = tl.where(diagonal, tl.reshape(beta, (4, 16))[:, :, None], 0.0)
     A = tl.where(diagonal, tl.dot(q, tl.permute(k, (0, 2, 1))), 0.0)
-    e_next = _small_decays(i, j, y_blocks, 2)
-    A, M = _small_level(A, _multiply(k, e, PACKED), _multiply(q, e, PACKED), i, j, 1)
+    e_next = small_decays(i, j, y_blocks, 2)
+    A, M = small_level(A, multiply(k, e, PACKED), multiply(q, e, PACKED), i, j, 1)
     e = e_next
     X = X - M * tl.reshape(beta * beta_before, (4, 16))[:, :, None]
     for level in tl.range(1, 3, num_stages=1):
         s = 1 << level
-        ke = _multiply(k, e, PACKED)
-        qe = _multiply(q, e, PACKED)
-        e = _small_decays(i, j, y_blocks, 2 * s)
-        A, M = _small_level(A, ke, qe, i, j, s)
+        ke = multiply(k, e, PACKED)
+        qe = multiply(q, e, PACKED)
+        e = small_decays(i, j, y_blocks, 2 * s)
+        A, M = small_level(A, ke, qe, i, j, s)
         X = join(X, M)
-    A, M = _small_level(A, _multiply(k, e, PACKED), _multiply(q, e, PACKED), i, j, 8)
+    A, M = small_level(A, multiply(k, e, PACKED), multiply(q, e, PACKED), i, j, 8)
     X = join(X, M)
     A = block_diagonal(A)
-    A, M = _large_level(A, q, k, y, A, 16, PACKED)
+    A, M = large_level(A, q, k, y, A, 16, PACKED)
     # in fp16 it takes 16 registers less meanwhile; that rounds beta twice, see `perf/NOTES.md`
     X = join(block_diagonal(X), M).to(tl.float16)
-    A, M = _large_level(A, q, k, y, A, 32, PACKED)
+    A, M = large_level(A, q, k, y, A, 32, PACKED)
     return A, X, M, tl.reshape(q, (64, K)), tl.reshape(k, (64, K))
 
 

@@ -1,0 +1,1 @@
+"""The gradient of chunked KDA: its launches, one after the other."""

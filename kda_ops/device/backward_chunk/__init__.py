@@ -1,0 +1,1 @@
+"""The gradient of chunked KDA within a chunk."""

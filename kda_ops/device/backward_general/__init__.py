@@ -1,0 +1,1 @@
+"""The gradient of chunked KDA for any sizes and dtypes."""

@@ -1,0 +1,1 @@
+"""What the gradient of chunked KDA recomputes of the forward pass, chunk by chunk."""

@@ -1,0 +1,1 @@
+"""The recurrences of the gradient of chunked KDA: states forward, their gradients backward."""

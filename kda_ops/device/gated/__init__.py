@@ -1,0 +1,1 @@
+"""The raw gate, the raw beta and the norms, as kernels compute them."""

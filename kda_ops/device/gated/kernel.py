@@ -1,0 +1,82 @@
+"""The raw gate, the raw beta and the norms of q and k, as the kernels of chunked KDA compute them,
+and the derivatives of the gate.
+"""
+
+import triton
+import triton.language as tl
+
+from kda_ops.device.kernel import softplus
+
+
+@triton.jit
+def quick_sigmoid(z):
+    r = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
+    return r * r
+
+
+@triton.jit
+def gate_rate(A_log_ptr, h, HAS_A: tl.constexpr):
+    if HAS_A:
+        return tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
+    else:
+        return 1.0
+
+
+@triton.jit
+def gate_bias(bias_ptr, d, ok, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        return tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(d.shape, tl.float32)
+
+
+@triton.jit
+def quick_softplus(z):
+    """`kda_ops.device.kernel.softplus` to 1e-5 of the result: as max(z, 0) + e * P(e) with P of
+    degree 5.
+    """
+    e = tl.exp2(tl.abs(z) * -1.4426950408889634)
+    p = -0.023869140073657036
+    p = p * e + 0.10122225433588028
+    p = p * e - 0.21004866063594818
+    p = p * e + 0.3252066671848297
+    p = p * e - 0.4993613660335541
+    p = p * e + 0.9999915957450867
+    return tl.maximum(z, 0.0) + e * p
+
+
+@triton.jit
+def gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
+    """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound.
+
+    With FP16 it is right to 1e-5 and fits that type, which ends at -65504: what is below -30000
+    decays to zero either way.
+    """
+    z = x.to(tl.float32) + bias[None, :]
+    if BOUND != 0.0:
+        r = tl.rsqrt(1.0 + tl.exp2((a * -1.4426950408889634) * z))
+        return (BOUND * 1.4426950408889634) * (r * r)
+    elif FP16:
+        y = (a * -1.4426950408889634) * quick_softplus(z)
+        return tl.where(y < -30000.0, -30000.0, y)
+    else:
+        return (a * -1.4426950408889634) * softplus(z)
+
+
+@triton.jit
+def reciprocal_norm(x, EPS: tl.constexpr):
+    """1 / sqrt(sum x^2 + EPS) of the rows of x."""
+    x = x.to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, axis=1) + EPS)
+
+
+@triton.jit
+def gate_slopes(x, a, bias, BOUND: tl.constexpr):
+    """The derivatives of a tile's gate in nats by x and by A_log, with one bias per column."""
+    z = x.to(tl.float32) + bias[None, :]
+    if BOUND != 0.0:
+        s = quick_sigmoid(a * z)
+        by_x = (BOUND * a) * (s * (1.0 - s))
+        return by_x, by_x * z
+    else:
+        return -a * quick_sigmoid(z), -a * softplus(z)
