@@ -101,6 +101,7 @@ chunk_kda_op = define_op(
     reference=chunk_kda_reference,
     fake=chunk_kda_fake,
     cuda="kda_ops.chunk_kda.kernel:launch_chunk_kda",
+    cuda_backward="kda_ops.chunk_kda.backward:launch_chunk_kda_backward",
     check_values=check_chunk_kda_values,
 )
 

@@ -124,6 +124,7 @@ chunk_kda_gated_op = define_op(
     reference=chunk_kda_gated_reference,
     fake=chunk_kda_gated_fake,
     cuda="kda_ops.chunk_kda_gated.kernel:launch_chunk_kda_gated",
+    cuda_backward="kda_ops.chunk_kda_gated.backward:launch_chunk_kda_gated_backward",
     check_values=check_chunk_kda_gated_values,
 )
 
