@@ -109,17 +109,11 @@ class Recorder:
         for parameter in kernel.params:
             value = values.get(parameter.name, parameter.default)
             # as a launch specialises: integers of 1 are constants, multiples of 16 known as such
-            if (
-                parameter.is_constexpr
-                or value is None
-                or (type(value) is int and value == 1 and not parameter.do_not_specialize)
-            ):
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             else:
                 signature[parameter.name] = mangle_type(value)
-                if isinstance(value, torch.Tensor) or (
-                    value % 16 == 0 and not parameter.do_not_specialize
-                ):
+                if isinstance(value, torch.Tensor) or value % 16 == 0:
                     aligned.append(parameter.name)
         launch = Launch(kernel, signature, constants, tuple(aligned), options)
         self.launches[f"{kernel.fn.__name__} {signature} {constants} {options}"] = launch
