@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kda_ops
+from kda_ops._gradients import TABLES
 from kda_ops.chunks import chunk_table
 from tests.oracle import assert_close, copy_inputs, poisoned
 
@@ -86,8 +87,14 @@ def reference(
     """The gradients of the reference on the CPU, in `dtype` if one is given."""
     backward = getattr(torch.ops.kda_ops, f"{operator}_backward").default
     given = [None if g is None else g.cpu().nan_to_num().to(dtype or g.dtype) for g in given]
-    found: list[Tensor] = backward(*copy_inputs(inputs, dtype).values(), given, needs)
-    return found
+    found = backward(*copy_inputs(inputs, dtype).values(), *given, needs)
+    by_place = iter(found)  # one for each tensor argument that has a gradient
+    places = [
+        str(x.type) in ("Tensor", "Optional[Tensor]") and x.name not in TABLES
+        for x in backward._schema.arguments[: len(inputs)]
+    ]
+    gradients = [next(by_place) if place else None for place in places]
+    return [x for x, need in zip(gradients, needs, strict=True) if need and x is not None]
 
 
 def assert_gradients(case: KernelCase, device: torch.device) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import kda_ops
 from kda_ops._cases import Case
@@ -25,7 +26,8 @@ def made(case: Case, device: str, dtype: torch.dtype | None) -> dict[str, Any]:
     """A case's inputs, floating-point tensors in `dtype` if one is given."""
     torch.manual_seed(0)
     inputs = copy_inputs(case.make(torch.device("cpu")), dtype)
-    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    moved: dict[str, Any] = tree_map_only(Tensor, lambda x: x.to(device), inputs)
+    return moved
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
