@@ -52,17 +52,8 @@ def on_gpu(x: Any) -> bool:
 
 
 def call_operator(*args: Any) -> Any:
-    """Lowers the current node to a call of the operator itself (its CPU implementation).
-
-    Reads of a written argument that come before the call are realised first. Inductor does so only
-    after it has put the call in line, and then they may be scheduled behind it and see the new
-    values.
-    """
-    op = V.graph.current_node.target
-    for declared, x in zip(op._schema.arguments, args, strict=True):
-        if declared.is_write:
-            V.graph.mark_buffer_mutated(ir.ExternKernel.realize_input(x).get_name())
-    return fallback_handler(op, add_to_fallback_set=False)(*args)
+    """Lowers the current node to a call of the operator itself (its CPU implementation)."""
+    return fallback_handler(V.graph.current_node.target, add_to_fallback_set=False)(*args)
 
 
 def inline_reference(reference: Callable[..., Any], *args: Any) -> Any:
