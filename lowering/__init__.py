@@ -58,8 +58,11 @@ def install() -> None:
     from lowering.cache_key import install_cache_key
     from lowering.compat import lower_storage_offset
     from lowering.rewrite import install_rewrites
+    from lowering.snapshots import keep_copies, order_reads
 
     lower_storage_offset()
+    keep_copies()
+    order_reads()
     install_rewrites()
     install_cache_key()
 

@@ -55,15 +55,8 @@ def on_gpu(x: Any) -> bool:
 def call_operator(*args: Any) -> Any:
     """Lowers the current node to a call of the operator itself: its native kernel, if there is one
     (`kda_ops.native`), else its CPU implementation.
-
-    Reads of a written argument that come before the call are realised first. Inductor does so only
-    after it has put the call in line, and then they may be scheduled behind it and see the new
-    values.
     """
     op = V.graph.current_node.target
-    for declared, x in zip(op._schema.arguments, args, strict=True):
-        if declared.is_write:
-            V.graph.mark_buffer_mutated(ir.ExternKernel.realize_input(x).get_name())
     return fallback_handler(NATIVE.get(op, op), add_to_fallback_set=False)(*args)
 
 

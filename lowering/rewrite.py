@@ -30,6 +30,7 @@ from lowering.emitting import UnknownSizeError
 from lowering.matching import Call, moves, operator_of, value, widens
 from lowering.provenance import inherit, layer_of, named, source_of
 from lowering.sizes import share_sizes, sizes_for
+from lowering.snapshots import place_copies
 
 logger = logging.getLogger("kda_ops.lowering")
 
@@ -275,6 +276,7 @@ class Rewrites:
             share_sizes(graph)
             for step in _steps:
                 step(graph)
+            place_copies(graph)
         return 0
 
 
