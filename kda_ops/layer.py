@@ -26,6 +26,7 @@ from kda_ops._checks import (
     check_writable,
 )
 from kda_ops._gradients import refuse_derivatives
+from kda_ops._tracing import open_sizes, reads_values
 from kda_ops.batch import KDABatch
 from kda_ops.checkpoints import convert_state_dict
 from kda_ops.chunk_kda import chunk_kda
@@ -41,6 +42,7 @@ from kda_ops.rms_norm_gated import rms_norm_gated
 from kda_ops.short_conv import short_conv
 from kda_ops.short_conv_update import short_conv_update
 from kda_ops.state import KDAStateSpec
+from kda_ops.state_copy import state_copy
 
 State = tuple[Tensor | None, Tensor]
 MODES = ("chunk", "fused_recurrent")
@@ -357,6 +359,8 @@ class KimiDeltaAttention(nn.Module):
                 written.
             RuntimeError: Gradients were asked for together with a state.
         """
+        if isinstance(batch, KDABatch) and torch.compiler.is_dynamo_compiling():
+            open_sizes(batch, hidden_states)
         self._check(hidden_states, state, batch, cu_seqlens, chunks)
         conv = None if state is None else state[0]
         layout = resolve_layout(self.conv_layout, conv, self.conv_dim)
@@ -406,11 +410,18 @@ class KimiDeltaAttention(nn.Module):
         layout: str,
     ) -> Tensor:
         """One step of a server: decode rows, then prefill rows and padding."""
-        if batch.num_prefills == 0:
+        if batch.prefill_copies is not None:
+            conv, recurrent = state
+            window = layout
+            if conv is None:  # the copy takes two states
+                conv, window = recurrent.new_zeros(len(recurrent), batch.slots.shape[1], 1), "SD"
+            state_copy(conv, recurrent, batch.prefill_copies, layout=window)
+        if batch.kind == "decode":
             return self._decode(x, f, beta, z, state, batch, layout)
-        if batch.num_decodes == 0:
+        if batch.kind == "prefill":
             return self._prefill_pages(x, f, beta, z, state, batch, layout)
-        rows = (batch.num_decode_tokens, batch.num_prefill_rows)
+        _, decode_rows, _, _, prefill_rows, *_ = batch.counts.shape
+        rows = (decode_rows, prefill_rows)
         (x, x2), (f, f2), (beta, beta2), (z, z2) = (y.split(rows, dim=1) for y in (x, f, beta, z))
         decoded = self._decode(x, f, beta, z, state, batch, layout)
         prefilled = self._prefill_pages(x2, f2, beta2, z2, state, batch, layout)
@@ -428,9 +439,7 @@ class KimiDeltaAttention(nn.Module):
     ) -> Tensor:
         """A few tokens of each decode, step by step from its pages."""
         conv, recurrent = state
-        cu_seqlens, slots = batch.cu_seqlens, batch.slots
-        if batch.num_prefills:
-            cu_seqlens, slots = cu_seqlens[: batch.num_decodes + 1], slots[: batch.num_decodes]
+        cu_seqlens, slots = batch.decodes()
         if self.use_short_conv:
             x = short_conv_update(
                 x[0],
@@ -458,7 +467,7 @@ class KimiDeltaAttention(nn.Module):
             cu_seqlens=cu_seqlens,
         )
         # padding follows the last sequence of the whole batch
-        return self._norm(o, z, None if batch.num_prefills else cu_seqlens)
+        return self._norm(o, z, None if batch.kind == "mixed" else cu_seqlens)
 
     def _prefill_pages(
         self,
@@ -471,7 +480,7 @@ class KimiDeltaAttention(nn.Module):
         layout: str,
     ) -> Tensor:
         """The prompts of a step, from and into their pages."""
-        slots = batch.slots[batch.num_decodes :]
+        slots, continues = batch.prefills()
         return self._prefill(
             x,
             f,
@@ -479,7 +488,7 @@ class KimiDeltaAttention(nn.Module):
             z,
             state,
             slots if slots.dim() == 1 else slots[:, 0],
-            batch.has_initial_state[batch.num_decodes :],
+            continues,
             batch.prefill_cu_seqlens,
             batch.chunks,
             layout,
@@ -547,7 +556,8 @@ class KimiDeltaAttention(nn.Module):
         if cu_seqlens is None:
             return o
         real = torch.arange(o.shape[1], device=o.device) < cu_seqlens[-1]
-        return torch.where(real[:, None, None], o, 0)
+        # expanded, as torch 2.11 computes what is unsqueezed at an unknown size on its own
+        return torch.where(real.expand(1, 1, -1).permute(2, 0, 1), o, 0)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised q and k, and v, of the convolved channels."""
@@ -617,7 +627,7 @@ class KimiDeltaAttention(nn.Module):
             raise ValueError(f"batch must be a KDABatch, got {type(batch).__name__}")
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None with batch, which has its own")
-        check_shape("hidden_states", hidden_states, (1, batch.num_tokens, self.hidden_size))
+        batch.check_rows(hidden_states)
         if not isinstance(state, (tuple, list)) or len(state) != 2:
             raise ValueError(f"state must be (conv, recurrent), got {type(state).__name__}")
         conv, recurrent = state
@@ -651,7 +661,7 @@ class KimiDeltaAttention(nn.Module):
             ):
                 check_kernel_dtype(name, x)
         on_cpu = recurrent.device.type == "cpu"
-        if (on_cpu or config.check_values) and not torch.compiler.is_compiling():
+        if (on_cpu or config.check_values) and reads_values(batch.slots):
             batch.check_slots(recurrent.shape[0])
 
     def _check_step(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import check_integer
+from kda_ops._tracing import reads_values
 from kda_ops.config import AUTO, configured_layout
 
 CONV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -379,7 +380,7 @@ class KDAStateSpec:
         pages = torch.zeros(*lead, self.page_bytes, dtype=torch.uint8, device=device)
         # the recurrent states view the same bytes through a storage object of their own: compiled
         # graphs do not accept two written inputs of different dtypes in one storage
-        twin = pages if pages.is_meta else torch.from_dlpack(pages)
+        twin = torch.from_dlpack(pages) if reads_values(pages) else pages
         states = []
         for buffer, offset, shape, dtype in (
             (pages, 0, self.conv_shape, self.conv_dtype),

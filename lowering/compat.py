@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.virtualized import V
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from lowering.matching import same_shape, value, values
@@ -71,6 +72,30 @@ def size_hint(expression: Any) -> int:
     sizes = V.graph.sizevars
     hint = sizes.optimization_hint if hasattr(sizes, "optimization_hint") else sizes.size_hint
     return int(hint(expression, fallback=0))
+
+
+def weigh_hinted_sizes() -> None:
+    """Lets fusions in the graph being lowered count what has an unknown size with a hint.
+
+    Torch 2.11 fuses nothing of an unknown size, newer versions go by its hint.
+    """
+    graph = V.graph
+    if hasattr(graph.sizevars, "all_unbacked_explicitly_hinted") or "get_dep_size_hint" in vars(
+        graph
+    ):
+        return
+    weigh = graph.get_dep_size_hint
+
+    def weigh_hinted(dependency: Any, count_bytes: bool = True) -> int:
+        try:
+            symbols = free_unbacked_symbols(dependency.get_numel())
+            if symbols and symbols <= graph.sizevars.var_to_hint_override.keys():
+                return dependency.numbytes_hint() if count_bytes else dependency.numel_hint()
+        except KeyError:  # of a buffer that is not in the graph, as Inductor expects there
+            pass
+        return weigh(dependency, count_bytes)
+
+    graph.get_dep_size_hint = weigh_hinted
 
 
 def refresh_users(node: fx.Node) -> None:

@@ -8,6 +8,7 @@ name, with no dispatcher in between, and Inductor plans the memory of its output
 """
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from threading import Thread
 from typing import Any
 
@@ -44,7 +45,16 @@ def lowers(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     needs_realized_inputs.discard(op)
     fallbacks.discard(op)
     lowerings.pop(op, None)
-    return register_lowering(op, type_promotion_kind=None)
+
+    def register(lower: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(lower)
+        def lower_one(*args: Any, **kwargs: Any) -> Any:
+            compat.weigh_hinted_sizes()
+            return lower(*args, **kwargs)
+
+        return register_lowering(op, type_promotion_kind=None)(lower_one)
+
+    return register
 
 
 def on_gpu(x: Any) -> bool:

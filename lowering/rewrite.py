@@ -25,6 +25,7 @@ from torch import fx
 from torch._inductor.fx_passes.post_grad import pass_patterns
 from torch._inductor.pattern_matcher import stable_topological_sort
 
+from kda_ops._tracing import hint
 from lowering.compat import refresh_users
 from lowering.emitting import UnknownSizeError
 from lowering.matching import Call, moves, operator_of, value, widens
@@ -234,8 +235,9 @@ def _bytes(node: fx.Node) -> int:
     x = value(node)
     if not isinstance(x, torch.Tensor):
         return 0
-    sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in x.shape]
-    return x.dtype.itemsize * math.prod(sizes) if None not in sizes else 0
+    sizes = [hint(size) if isinstance(size, torch.SymInt) else size for size in x.shape]
+    known = [size for size in sizes if size is not None]
+    return x.dtype.itemsize * math.prod(known) if len(known) == len(sizes) else 0
 
 
 _steps: list[Callable[[fx.Graph], None]] = []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kda_ops._tracing import hint as symbolic_hint
 from kda_ops.chunks import chunk_table
 from kda_ops.formulas import CHUNK
 
@@ -32,10 +33,10 @@ def hint(x: Any) -> int:
     """
     if isinstance(x, int):
         return x
-    known = x.node.hint
+    known = symbolic_hint(x)
     if known is None:
         raise NoHintError(str(x))
-    return int(known)
+    return known
 
 
 def examples(names: Sequence[str], arguments: Sequence[Any], device: torch.device) -> list[Any]:

@@ -1,0 +1,113 @@
+"""What a call does differently while it is traced: no values are read, and the sizes of a server's
+batch do not become constants.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# what a step of each kind reads of its batch
+DECODE = ("counts", "slots", "cu_seqlens", "num_accepted")
+PREFILL = (
+    "counts",
+    "slots",
+    "has_initial_state",
+    "prefill_cu_seqlens",
+    "prefill_copies",
+    "chunks",
+)
+READ = {
+    "decode": DECODE,
+    "prefill": PREFILL,
+    "mixed": (*DECODE, *PREFILL),
+}
+
+
+def reads_values(x: Tensor) -> bool:
+    """Whether the values of `x` can be read: it is no part of a trace, and not fake."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    if type(x) is Tensor:
+        return True
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not isinstance(x, FakeTensor)
+
+
+def open_sizes(batch: Any, hidden_states: Tensor) -> None:
+    """Makes the sizes that change from step to step unknown to Dynamo, which traces this.
+
+    By itself it takes a size for a constant, then for a number from 2: counts of 0 and 1, and
+    counts that happen to be equal, get a graph of their own. Nothing is done with `dynamic=False`,
+    and for tensors that the graph has read before or computes.
+    """
+    from torch._dynamo.comptime import comptime
+
+    comptime(_open_sizes)  # `batch` comes first: Dynamo reads the first argument of a call
+
+
+def _open_sizes(context: Any) -> None:
+    """Runs while `open_sizes` is traced, on what Dynamo knows of its arguments."""
+    from torch._dynamo import config
+
+    if config.assume_static_by_default and not config.automatic_dynamic_shapes:
+        return
+    tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    batch, rows = (tracer.symbolic_locals[name] for name in ("batch", "hidden_states"))
+    if _open(rows, [1]):
+        _free_stride(tracer.output.tracked_fakes, rows.source, 0)
+    for name in READ[batch.var_getattr(tracer, "kind").as_python_constant()]:
+        _open(batch.var_getattr(tracer, name), range(6) if name == "counts" else [0])
+
+
+def _open(variable: Any, axes: Iterable[int]) -> bool:
+    """Makes a tensor an input of the graph, with unknown sizes on these axes; whether it could."""
+    from torch._dynamo.decorators import mark_unbacked
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+
+    if type(variable) is not LazyVariableTracker or variable.is_realized():
+        return False
+    x = variable.peek_value()
+    if type(x) is not Tensor:
+        return False
+    before = dict(x.__dict__)
+    marks = ("_dynamo_static_indices", "_dynamo_unbacked_indices")
+    own = {axis for name in marks for axis in before.get(name, ())}
+    try:
+        for axis in set(axes) - own:
+            # rounded up, as Inductor's caches go by it
+            mark_unbacked(x, axis, hint_override=1 << max(x.shape[axis] - 1, 0).bit_length())
+        variable.realize()
+    finally:  # the marks are for this graph, not for others that the caller compiles
+        x.__dict__.clear()
+        x.__dict__.update(before)
+    return True
+
+
+def _free_stride(inputs: Iterable[Any], source: Any, axis: int) -> None:
+    """Takes the stride of an axis of size 1 out of the guards of an input.
+
+    Where the rows are part of a larger buffer, or none, it is not what the sizes say; nothing that
+    is computed depends on it.
+    """
+    for tracked in inputs:
+        fake = tracked.fake
+        if tracked.source != source or fake.dim() <= axis or fake.shape[axis] != 1:
+            continue
+        sizes, strides = fake.fake_mode.shape_env, list(fake.stride())
+        with fake.fake_mode, sizes.ignore_fresh_unbacked_symbols():
+            strides[axis] = sizes.create_unbacked_symint()
+            tracked.fake = torch.empty_strided(
+                fake.shape, strides, dtype=fake.dtype, device=fake.device
+            )
+
+
+def hint(size: torch.SymInt) -> int | None:
+    """The number that stands for a symbolic size while code is chosen, None if there is none."""
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    marked = size.node.shape_env.var_to_hint_override
+    known = size.node.expr.xreplace(marked)
+    return int(known) if getattr(known, "is_number", True) else None
