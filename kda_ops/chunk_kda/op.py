@@ -58,6 +58,18 @@ def chunk_kda_state_fake(
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
+def _check_sums(G: Tensor, cu_seqlens: Tensor | None) -> None:
+    """No sum is infinite: the gates behind it would be differences of infinities."""
+    real = G if cu_seqlens is None else G[:, : int(cu_seqlens[-1])]
+    infinite = torch.isinf(real)
+    if infinite.any():
+        b, t, h, d = infinite.nonzero()[0].tolist()
+        raise ValueError(
+            f"G must be finite, got {real[b, t, h, d].item()} at token {t}; a token that is to "
+            "forget everything takes a gate of -300, or begins a sequence"
+        )
+
+
 def check_chunk_kda_values(
     q: Tensor,
     k: Tensor,
@@ -71,6 +83,7 @@ def check_chunk_kda_values(
     chunks: Tensor | None,
 ) -> None:
     check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+    _check_sums(G, cu_seqlens)
 
 
 def check_chunk_kda_state_values(
@@ -87,6 +100,7 @@ def check_chunk_kda_state_values(
     chunks: Tensor | None,
 ) -> None:
     check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+    _check_sums(G, cu_seqlens)
     check_slot_values("state_indices", state_indices, state.shape[0])
     slots, uses = state_indices[state_indices != 0].unique(return_counts=True)
     if (uses > 1).any():

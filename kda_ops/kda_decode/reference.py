@@ -9,12 +9,12 @@ from torch import Tensor
 from kda_ops.conv_formulas import conv_update, packed_bias, packed_state
 from kda_ops.formulas import (
     accumulation_dtype,
-    gate_nats,
     gated_rms_norm,
     l2_normalized,
     recurrence,
     source_slots,
 )
+from kda_ops.gate_formulas import gate_nats
 
 
 def kda_decode_reference(

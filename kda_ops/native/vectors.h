@@ -74,7 +74,7 @@ inline float sigmoid(float x) {
   return 1 / (1 + std::exp(-x));
 }
 
-// The gate from its raw input, as in `kda_ops.formulas.gate_nats`.
+// The gate from its raw input, as in `kda_ops.gate_formulas.gate_nats`.
 struct Gate {
   const float *A_log, *dt_bias; // [HV] and [HV, K], or null
   int64_t bounded;

@@ -5,7 +5,7 @@ and the derivatives of the gate.
 import triton
 import triton.language as tl
 
-from kda_ops.device.kernel import softplus
+from kda_ops.device.kernel import rate, softplus
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def quick_sigmoid(z):
 @triton.jit
 def gate_rate(A_log_ptr, h, HAS_A: tl.constexpr):
     if HAS_A:
-        return tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
+        return rate(tl.load(A_log_ptr + h))
     else:
         return 1.0
 
@@ -50,7 +50,8 @@ def gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
     """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound.
 
     With FP16 it is right to 1e-5 and fits that type, which ends at -65504: what is below -30000
-    decays to zero either way.
+    decays to zero either way. Without, it is to be summed: what decays to zero counts as -300, so
+    that the sum keeps the small gates beside it.
     """
     z = x.to(tl.float32) + bias[None, :]
     if BOUND != 0.0:
@@ -60,7 +61,8 @@ def gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
         y = (a * -1.4426950408889634) * quick_softplus(z)
         return tl.where(y < -30000.0, -30000.0, y)
     else:
-        return (a * -1.4426950408889634) * softplus(z)
+        y = (a * -1.4426950408889634) * softplus(z)
+        return tl.where(y < -300.0, -300.0, y)
 
 
 @triton.jit
@@ -72,11 +74,17 @@ def reciprocal_norm(x, EPS: tl.constexpr):
 
 @triton.jit
 def gate_slopes(x, a, bias, BOUND: tl.constexpr):
-    """The derivatives of a tile's gate in nats by x and by A_log, with one bias per column."""
+    """The derivatives of a tile's gate in nats by x and by A_log, with one bias per column.
+
+    Gates below and rates above -2^64 and 2^64 have none, as in the reference: sums of them over
+    tokens could overflow.
+    """
     z = x.to(tl.float32) + bias[None, :]
     if BOUND != 0.0:
         s = quick_sigmoid(a * z)
-        by_x = (BOUND * a) * (s * (1.0 - s))
+        by_x = tl.where(a < 1.8446744073709552e19, a, 0.0) * (BOUND * (s * (1.0 - s)))
         return by_x, by_x * z
     else:
-        return -a * quick_sigmoid(z), -a * softplus(z)
+        g = -a * softplus(z)
+        steep = g < -1.8446744073709552e19
+        return tl.where(steep, 0.0, -a * quick_sigmoid(z)), tl.where(steep, 0.0, g)
