@@ -110,12 +110,19 @@ def refuse_derivatives(what: str, inputs: Mapping[str, Tensor | None]) -> None:
 def refuse_gradients(library: torch.library.Library, name: str, op: Any) -> None:
     """Registers what autograd makes of an operator that writes to an argument."""
     names = [x.name for x in op._schema.arguments]
+    tensors = Signature(op).tensors
+    lists = [i for i, x in enumerate(op._schema.arguments) if "Tensor]" in str(x.type)]
+    lists = [i for i in lists if i not in tensors]
 
     def autograd_impl(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled():
-            for argument, x in zip(names, args, strict=True):
-                if isinstance(x, Tensor) and x.requires_grad:
-                    raise in_place_error(op.name(), f"argument {argument} requires grad")
+            for i in tensors:
+                x = args[i]
+                if x is not None and x.requires_grad:
+                    raise in_place_error(op.name(), f"argument {names[i]} requires grad")
+            for i in lists:
+                if any(x is not None and x.requires_grad for x in args[i]):
+                    raise in_place_error(op.name(), f"argument {names[i]} requires grad")
         if forward_ad._current_level >= 0:
             refuse_tangents(op, args)
         with torch._C._AutoDispatchBelowAutograd():

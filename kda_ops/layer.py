@@ -679,8 +679,9 @@ class KimiDeltaAttention(nn.Module):
         check_device(hidden_states=hidden_states, o_norm_weight=self.o_norm_weight)
         check_not_negative("norm_eps", self.norm_eps)
         if type(self.o_proj) is nn.Linear and not torch.is_autocast_enabled(x.device.type):
-            check_shape("o_proj.weight", self.o_proj.weight, (self.hidden_size, self.value_dim))
-            check_dtype("o_proj.weight", self.o_proj.weight, (x.dtype,))
+            weight = self.o_proj.weight
+            check_shape("o_proj.weight", weight, (weight.shape[0], self.value_dim))
+            check_dtype("o_proj.weight", weight, (x.dtype,))
         if recurrent.device.type == "cpu":
             check_writable(conv=conv, recurrent=recurrent)
         refuse_derivatives(

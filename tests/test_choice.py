@@ -329,6 +329,17 @@ def test_a_kernel_is_timed_while_it_is_compiled(
     assert set(constants) == {("128", "16")}
 
 
+def test_arguments_in_lists_are_timed_on_tensors_of_their_own() -> None:
+    """The gradients that the launcher of a backward operator takes."""
+    x = torch.zeros(3, 2).t()
+    arguments = [x, [x, None], [True, False]]
+    found, gradients, needs = examples(["x", "output_gradients", "needs"], arguments, CPU)
+    assert (gradients[1], needs) == (None, [True, False])
+    for made in (found, gradients[0]):
+        assert (made.shape, made.stride()) == (x.shape, x.stride())
+        assert made.std() > 0
+
+
 def test_generated_code_is_compiled_and_timed_while_something_else_is_compiled(
     timer: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,12 +133,13 @@ def test_a_projection_of_the_users_with_gradients(kind: str) -> None:
 @layouts
 def test_parameters_that_do_not_fit(kind: str, layout: str) -> None:
     step = Step(kind, layout)
-    for name in ("conv_weight", "conv_bias", "A_log", "dt_bias", "o_norm_weight", "o_proj.weight"):
+    for name in ("conv_weight", "conv_bias", "A_log", "dt_bias", "o_norm_weight"):
         x = step.tensor(name)
-        named = name.removeprefix("conv_") if name.startswith("conv") else name
-        step.refused(ValueError, f"{named} must have", **{name: x[:-1]})
-        step.refused(ValueError, f"{named} must have", **{name: x.to(torch.int64)})
-    step.refused(ValueError, "o_proj.weight must have", **{"o_proj.weight": x.double()})
+        for wrong in (x[:-1], x.to(torch.int64)):
+            step.refused(ValueError, f"{name.removeprefix('conv_')} must have", **{name: wrong})
+    x = step.tensor("o_proj.weight")
+    for wrong in (x[:, :-1], x.to(torch.int64), x.double()):
+        step.refused(ValueError, "o_proj.weight must have", **{"o_proj.weight": wrong})
     step.layer.norm_eps = -1.0
     step.refused(ValueError, "norm_eps must not be negative")
 
