@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kda_ops.formulas import accumulation_dtype, sequence_offsets
+from kda_ops.formulas import accumulation_dtype, even_length, known, sequence_offsets
 
 SHORT = 8  # tokens: below, rows are gathered sooner than a sequence is convolved by itself
 
@@ -115,11 +115,14 @@ def convolved(
     x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """`x [B, T, D]` convolved behind `history [B, W - 1, D]`, None for zeros, and activated."""
-    y = depthwise(x, weight, bias)
     past = weight.shape[1] - 1
-    if history is not None:
-        known = torch.cat([history, x[:, :past]], dim=1)
-        y[:, :past] = depthwise(known, weight, bias)[:, past:]
+    if history is None:
+        y = depthwise(x, weight, bias)
+    else:
+        y = depthwise(torch.cat([history, x[:, :past]], dim=1), weight, bias)[:, past:]
+        if x.shape[1] > past:
+            first, y = y, depthwise(x, weight, bias)
+            y[:, :past] = first
     return F.silu(y) if activation == "silu" else y.contiguous()
 
 
@@ -148,30 +151,32 @@ def conv_sequences(
         `[B, T, D]` in x's dtype.
     """
     offsets = sequence_offsets(x, cu_seqlens)
-    N, (B, T, D) = len(offsets) - 1, x.shape
-    if type(offsets) is not Tensor or x.device.type != "cpu" or B * T < SHORT * N:
+    N, rows, D = len(offsets) - 1, x.shape[0] * x.shape[1], x.shape[2]
+    acc = accumulation_dtype(x)
+    wide = (weight.to(acc), None if bias is None else bias.to(acc), activation)
+    even = even_length(offsets, rows)
+    if even is not None and (active is None or bool(active.all())):
+        sequences = x.reshape(N, even, D).to(acc)
+        return convolved(sequences, history, *wide).to(x.dtype).view(x.shape)
+    flat = x.reshape(rows, D)
+    if not known(offsets) or rows < SHORT * N:
         if history is None:
             history = x.new_zeros(N, weight.shape[1] - 1, D)
         if active is None:
             active = offsets.new_ones(N, dtype=torch.bool)
-        flat = x.reshape(-1, D)
         y = short_convolution(flat, history, weight, bias, activation, offsets, active)
         return y.view(x.shape)
-    acc = accumulation_dtype(x)
-    parameters = (weight.to(acc), None if bias is None else bias.to(acc), activation)
     ends = offsets.tolist()
-    if (cu_seqlens is None or ends == [0, T]) and (active is None or bool(active.all())):
-        return convolved(x.to(acc), history, *parameters).to(x.dtype)
-    flat = x.reshape(1, -1, D)
     parts = []
     for n, read in enumerate([True] * N if active is None else active.tolist()):
-        part = flat[:, ends[n] : ends[n + 1]]
+        part = flat[None, ends[n] : ends[n + 1]]
         if read:
-            known = None if history is None else history[n : n + 1]
-            parts.append(convolved(part.to(acc), known, *parameters).to(x.dtype))
+            past = None if history is None else history[n : n + 1]
+            part = convolved(part.to(acc), past, *wide).to(x.dtype)
         else:
-            parts.append(torch.zeros_like(part))
-    parts.append(torch.zeros_like(flat[:, ends[-1] :]))
+            part = torch.zeros_like(part)
+        parts.append(part)
+    parts.append(torch.zeros_like(flat[None, ends[-1] :]))
     return torch.cat(parts, dim=1).view(x.shape)
 
 
@@ -218,9 +223,9 @@ def known_history(
 ) -> Tensor:
     """The `past` rows before each sequence, `[N, past, D]`: its slot's, or zeros."""
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)  # [slots, L, D]
-    known = (slots != 0) & (False if has_initial_state is None else has_initial_state)
+    read = (slots != 0) & (False if has_initial_state is None else has_initial_state)
     rows = state[slots.long(), :past].to(accumulation_dtype(x))
-    return torch.where(known[:, None, None], rows, 0.0)
+    return torch.where(read[:, None, None], rows, 0.0)
 
 
 def keep_last(
@@ -276,12 +281,21 @@ def conv_update(
     slots = (slots[:, 0] if slots.dim() == 2 else slots).long()
     sequences, L = slots.shape[0], state.shape[1]
     active = slots != 0
-    first = torch.zeros_like(slots)
-    if num_accepted is not None:
+    if num_accepted is None:
+        history = state[slots, :past]
+    else:
         first = torch.where(active, num_accepted.long() - 1, 0)
-    window = first[:, None] + torch.arange(past, device=x.device)
+        window = first[:, None] + torch.arange(past, device=x.device)
+        history = state[slots[:, None], window]
     acc = accumulation_dtype(x)
-    history = torch.where(active[:, None, None], state[slots[:, None], window].to(acc), 0.0)
+    history = torch.where(active[:, None, None], history.to(acc), 0.0)
+    tokens = even_length(offsets, len(x))
+    if tokens is not None and bool(active.all()):
+        rows = x.reshape(sequences, tokens, -1)
+        y = conv_sequences(rows, history, weight, bias, activation, None, None)
+        new = torch.cat([history, rows], dim=1)[:, 1:]
+        state[slots, : new.shape[1]] = new.to(state.dtype)
+        return y.view(x.shape)
     y = short_convolution(x, history, weight, bias, activation, offsets, active)
 
     rows = torch.arange(L, device=x.device).expand(sequences, L)

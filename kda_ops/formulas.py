@@ -3,6 +3,8 @@
 Everything accumulates in fp32, or in fp64 when the input is fp64: that is how the oracle is made.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,20 @@ def source_slots(state_indices: Tensor, num_accepted: Tensor | None) -> Tensor:
     return slots.gather(1, column.clamp(0, slots.shape[1] - 1)[:, None])[:, 0]
 
 
+def known(x: Tensor) -> bool:
+    """Whether values can be read: traced tensors have none, and nobody waits for those of a GPU."""
+    return type(x) is Tensor and x.device.type == "cpu"
+
+
+def even_length(offsets: Tensor, rows: int) -> int | None:
+    """How many tokens each sequence has, where all have as many, fill all rows, and are `known`."""
+    sequences = len(offsets) - 1
+    if not known(offsets) or rows == 0 or sequences == 0:
+        return None
+    tokens = max(rows // sequences, 1)
+    return tokens if offsets.tolist() == [*range(0, rows + 1, tokens)] else None
+
+
 def recurrence(
     q: Tensor,
     k: Tensor,
@@ -120,20 +136,23 @@ def recurrence(
     q, k, v, g, beta = (x.flatten(0, 1).to(acc) for x in (q, k, v, g, beta))
     if cu_seqlens is None:
         tokens = len(q) // max(len(slots), 1)
-        starts = torch.arange(len(slots), device=q.device) * tokens
-        lengths = torch.full_like(starts, tokens)
+        offsets = torch.arange(len(slots) + 1, device=q.device) * tokens
     else:
-        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
+        offsets = cu_seqlens.long()
+    starts, lengths = offsets[:-1], offsets.diff()
 
     source = source_slots(state_indices, num_accepted)
     live = (source > 0) & (source < len(state)) & (lengths > 0)
     S = state[source.where(live, 0)].to(acc)  # [N, HV, V, K]
     o = torch.zeros(len(q), HV, V, dtype=acc, device=q.device)
+    even = even_length(offsets, len(q))
+    alike = even is not None and bool(live.all())  # then rows and states are slices
     for j in range(max(lengths.tolist(), default=0)):
-        n = (live & (lengths > j)).nonzero()[:, 0]
-        row = starts[n] + j
-        k_j = k[row].repeat_interleave(groups, dim=1)  # [n, HV, K]
-        q_j = q[row].repeat_interleave(groups, dim=1)
+        n: Any = slice(None) if alike else (live & (lengths > j)).nonzero()[:, 0]
+        row: Any = slice(j, None, even) if alike else starts[n] + j
+        k_j, q_j = k[row], q[row]
+        if groups > 1:
+            k_j, q_j = (x.repeat_interleave(groups, dim=1) for x in (k_j, q_j))  # [n, HV, K]
         S_j = S[n] * g[row].exp()[:, :, None, :]
         delta = beta[row][..., None] * (v[row] - torch.einsum("nhvk,nhk->nhv", S_j, k_j))
         S_j = S_j + delta[..., None] * k_j[:, :, None, :]

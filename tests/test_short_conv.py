@@ -274,7 +274,7 @@ def test_compiled_does_not_copy_the_state(
     y, (source,) = run_and_get_code(torch.compile(step, fullgraph=True, dynamic=dynamic), *inputs)
     torch.testing.assert_close(y, expected)
     assert torch.equal(inputs[2], eager[2])
-    assert summary(source).externs == ["torch.ops.kda_ops.short_conv.state"]
+    assert summary(source).externs == ["torch.ops.kda_ops.native_short_conv.state"]
     _, (source,) = cuda_code(step, *inputs, dynamic=dynamic)
     found = summary(source)
     assert found.externs == []

@@ -283,7 +283,7 @@ def test_compiled_is_one_launch_and_does_not_copy_the_state(
     for a, b in zip(out, expected, strict=True):
         torch.testing.assert_close(a, b)
     assert torch.equal(inputs[2], eager[2])
-    assert summary(source).externs == ["torch.ops.kda_ops.short_conv_qkv.state"]
+    assert summary(source).externs == ["torch.ops.kda_ops.native_short_conv_qkv.state"]
     _, (source,) = cuda_code(step, *inputs, dynamic=dynamic)
     found = summary(source)
     assert found.externs == []

@@ -90,13 +90,16 @@ def _library() -> ctypes.CDLL:
 
 def fp32(x: Tensor) -> Tensor:
     """`x` in fp32 with a dense last axis."""
-    x = x.to(torch.float32)
+    if x.dtype != torch.float32:
+        x = x.to(torch.float32)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def dense(x: Tensor | None) -> Tensor | None:
     """`x` in fp32 and dense."""
-    return None if x is None else x.to(torch.float32).contiguous()
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.to(torch.float32).contiguous()
 
 
 def address(x: Tensor | None) -> int | None:

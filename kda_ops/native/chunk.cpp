@@ -183,6 +183,12 @@ EXPORT void chunk_kda(
           std::fill_n(&c.decay[i * c.KP], c.KP, 1.f);
           std::fill_n(&c.uw[i * c.W], c.W, 0.f);
         }
+        // rows lie a whole token apart, where no hardware expects them
+        const int64_t next = std::min(first + 2 * CHUNK, offsets[n + 1]);
+        for (int64_t t = first + CHUNK; t < next; t++) {
+          for (const float* row : {qs.at(t, key), ks.at(t, key), gs.at(t, h)}) prefetch(row, K);
+          prefetch(vs.at(t, h), V);
+        }
         c.run();
         for (int64_t i = 0; i < count; i++)
           std::copy_n(&c.out[i * c.VP], V, o + ((first + i) * HV + h) * V);

@@ -61,24 +61,25 @@ def kda_decode(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, *step: Any
 ) -> Tensor:
     """The arguments after the bias are those of `_run`."""
-    f, z, layout = step[1], step[3], step[-1]
-    value_dim = f.shape[-2] * z.shape[-1]
-    key_dim = (x.shape[1] - value_dim) // 2
-    sizes = [key_dim, key_dim, value_dim]
-    biases = [None] * 3 if bias is None else bias.split(sizes)
-    states = conv_state.split(sizes, 2 if layout == "SD" else 1)
-    return _run(x.split(sizes, 1), states, weight.split(sizes), biases, *step)
+    f, z = step[1], step[3]
+    key_dim = (x.shape[1] - f.shape[-2] * z.shape[-1]) // 2
+    packed = (fp32(x), conv_state, dense(weight), dense(bias))
+    o = _run([(*packed, first) for first in (0, key_dim, 2 * key_dim)], key_dim, *step)
+    return o if o.dtype == x.dtype else o.to(x.dtype)
 
 
 def kda_decode_apart(*args: Any) -> Tensor:
-    return _run(args[0:3], args[3:6], args[6:9], args[9:12], *args[12:])
+    xs, states, weights, biases, step = args[0:3], args[3:6], args[6:9], args[9:12], args[12:]
+    parts = [
+        (fp32(x), state, dense(weight), dense(bias), 0)
+        for x, state, weight, bias in zip(xs, states, weights, biases, strict=True)
+    ]
+    return _run(parts, xs[0].shape[1], *step).to(xs[0].dtype)
 
 
 def _run(
-    xs: Any,
-    conv_states: Any,
-    weights: Any,
-    biases: Any,
+    parts: list[Any],
+    key_dim: int,
     activation: str | None,
     f: Tensor,
     beta: Tensor,
@@ -97,42 +98,55 @@ def _run(
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> Tensor:
-    T, (HV, K), V = xs[0].shape[0], f.shape[-2:], z.shape[-1]
+    """The output in fp32. A part is its x, state, weight and bias, and its first channel in them.
+
+    Tensors that are converted are kept under the names of the arguments while they are read.
+    """
+    x, conv_state, weight, *_ = parts[0]
+    T, (HV, K), V = x.shape[0], f.shape[-2:], z.shape[-1]
     row, channel = (1, 2) if layout == "SD" else (2, 1)
-    # converted tensors are kept by these names while the kernel reads them
-    inputs, weights, biases = [fp32(x) for x in xs], list(map(dense, weights)), map(dense, biases)
-    biases = list(biases)
-    f, beta, z, norm_weight = map(dense, (f, beta, z, norm_weight))
-    A_log, dt_bias = dense(A_log), dense(dt_bias)
+    f, beta, z, norm_weight, A_log, dt_bias = map(dense, (f, beta, z, norm_weight, A_log, dt_bias))
     tables = [
-        None if x is None else x.contiguous() for x in (state_indices, num_accepted, cu_seqlens)
+        None if table is None else table.contiguous()
+        for table in (state_indices, num_accepted, cu_seqlens)
     ]
-    o = inputs[0].new_zeros(1, T, HV, V)
-    channels = [
-        _Channels(
-            x.data_ptr(),
-            x.stride(0),
-            conv.data_ptr(),
-            *(conv.stride(axis) for axis in (0, row, channel)),
-            *(address(weight), address(bias)),
-        )
-        for x, conv, weight, bias in zip(inputs, conv_states, weights, biases, strict=True)
-    ]
+    o = x.new_zeros(1, T, HV, V)
     step = _Step(
-        (_Channels * 3)(*channels),
-        *(_DTYPES[conv_states[0].dtype], _DTYPES[state.dtype]),
-        *(T, len(state_indices), inputs[0].shape[1] // K, HV, K, V),
-        *(weights[0].shape[1], conv_states[0].shape[row]),
+        (_Channels * 3)(*(_channels(*part, row, channel) for part in parts)),
+        *(_DTYPES[conv_state.dtype], _DTYPES[state.dtype]),
+        *(T, len(state_indices), key_dim // K, HV, K, V),
+        *(weight.shape[1], conv_state.shape[row]),
         activation == "silu",
         *((1, 0) if state_indices.dim() == 1 else (state_indices.shape[1], 1)),
-        *(_Integers(address(x), x is not None and x.dtype == torch.int64) for x in tables),
-        _Gate(address(A_log), address(dt_bias), lower_bound is not None, lower_bound or 0.0),
+        *((address(table), table is not None and table.dtype == torch.int64) for table in tables),
+        (address(A_log), address(dt_bias), lower_bound is not None, lower_bound or 0.0),
         *map(address, (f, beta, z, norm_weight, state)),
-        *(conv_states[0].shape[0], state.shape[0], *state.stride()),
+        *(conv_state.shape[0], state.shape[0], *state.stride()),
         o.data_ptr(),
         *(beta_scale, norm_eps, qk_norm_eps, scale),
     )
     run = kernel("kda_decode", c_void_p, c_int64, result=c_int)
     if not run(ctypes.byref(step), torch.get_num_threads()):
         raise InvalidValues
-    return o.to(xs[0].dtype)
+    return o
+
+
+def _channels(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    first: int,
+    row: int,
+    channel: int,
+) -> tuple[int | None, ...]:
+    """`_Channels` from a part's first channel on."""
+    strides = state.stride()
+    return (
+        x.data_ptr() + 4 * first,
+        x.stride(0),
+        state.data_ptr() + state.element_size() * first * strides[channel],
+        *(strides[axis] for axis in (0, row, channel)),
+        weight.data_ptr() + 4 * first * weight.shape[1],
+        None if bias is None else bias.data_ptr() + 4 * first,
+    )

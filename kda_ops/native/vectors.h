@@ -1,5 +1,6 @@
 // What the native kernels share: vectors of fp32, small matrix products, reading and writing rows.
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -30,11 +31,7 @@ inline int64_t padded(int64_t n) {
 }
 
 inline float sum(Vec x) {
-  float lanes[LANES];
-  x.store(lanes);
-  float total = 0;
-  for (int64_t i = 0; i < LANES; i++) total += lanes[i];
-  return total;
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
 }
 
 inline float dot(const float* x, const float* y, int64_t n) { // n is padded
@@ -47,6 +44,13 @@ inline float dot(const float* x, const float* y, int64_t n) { // n is padded
 inline void multiply(const float* a, const float* b, float factor, float* y, int64_t n) {
   const Vec f(factor);
   for (int64_t i = 0; i < n; i += LANES) (f * Vec::loadu(a + i) * Vec::loadu(b + i)).store(y + i);
+}
+
+// The row will be read soon.
+inline void prefetch(const float* x, int64_t n) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(x + i);
+#endif
 }
 
 // y = factor * x, and zeros up to the padded width
