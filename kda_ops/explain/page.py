@@ -129,6 +129,4 @@ def table(layer: Layer) -> str:
         for name, old, new in zip(names, cells(layer.before), cells(layer.after), strict=True)
     )
     change = "" if layer.failed else f"\n<p>{escape(saved(layer.bytes_saved))} through memory.</p>"
-    return (
-        f"<table>\n<tr><th></th><th>before</th><th>after</th></tr>\n{rows}\n</table>{change}"
-    )
+    return f"<table>\n<tr><th></th><th>before</th><th>after</th></tr>\n{rows}\n</table>{change}"
