@@ -8,12 +8,13 @@ RUN := $(VENV)/bin/python
 CHECKED := kda_ops lowering tests perf
 HISTORY := perf/history
 
-.PHONY: help demo test check format format-check lint types nixl test-nixl test-gpu perf perf-compare perf-report clean
+.PHONY: help demo test check format format-check lint types wheel-check nixl test-nixl test-gpu perf perf-compare perf-report clean
 
 help:
 	@echo 'make demo           compile a Kimi Linear layer, prefill a text and decode, checked against fp64'
 	@echo 'make test           all tests that need no GPU (ARGS="-k gate" for some of them)'
 	@echo 'make check          format, lint, types, tests; after make nixl, all that continuous integration runs'
+	@echo 'make wheel-check    build the wheel and run everything that the command line offers from it'
 	@echo 'make format         rewrite the sources in the one format'
 	@echo 'make nixl           install NIXL (Linux, 70 MB): make test then also runs the transfers over it'
 	@echo 'make test-nixl      the transfers over NIXL alone'
@@ -53,6 +54,11 @@ check: format-check lint types
 format: $(VENV)/.installed
 	$(RUN) -m ruff check --fix --select I $(CHECKED)
 	$(RUN) -m ruff format $(CHECKED)
+
+wheel-check: $(VENV)/.installed
+	rm -rf build/wheel
+	$(RUN) -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir build/wheel .
+	$(RUN) -m tests.wheel build/wheel
 
 # --no-deps: the meta-package asks for the libraries of every CUDA version, and takes those of torch's
 $(VENV)/.nixl-installed: $(VENV)/.installed

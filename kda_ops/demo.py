@@ -34,7 +34,7 @@ SUMMARY = "compile a Kimi Linear layer, prefill a text and decode, checked again
 HIDDEN, HEAD_DIM, DTYPE = 2304, 128, torch.bfloat16
 STEPS, REPEATS = 16, 3
 SLOT, SLOTS = 1, 4
-README = Path(__file__).parent.parent / "README.md"
+TEXT = Path(__file__)  # a text that is wherever the package is
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layout of the convolution state, SD: (slots, L, D), DS: (slots, D, L), or the faster",
     )
     parser.add_argument(
-        "--text", type=_text, default=README, metavar="FILE", help="the prompt and what follows it"
+        "--text",
+        type=_text,
+        metavar="FILE",
+        help="the prompt and what follows it (default: the source of this command)",
     )
 
 
@@ -115,15 +118,16 @@ class Accuracy:
 def run(args: argparse.Namespace) -> int:
     """Runs the demo and prints its table; 0 if all is well, else 1."""
     tokens = getattr(args, "tokens", 256 if args.device.type == "cpu" else 2048)
+    source = args.text or TEXT
     print(f"layer   hidden {HIDDEN}, {args.heads} heads of {HEAD_DIM}, softplus gate, bf16")
-    print(f"text    {args.text.name}, {tokens} bytes prefilled, {STEPS} decoded one by one")
+    print(f"text    {source.name}, {tokens} bytes prefilled, {STEPS} decoded one by one")
     print(f"device  {_device_name(args.device)}, torch {torch.__version__}", flush=True)
     torch.manual_seed(0)
     with torch.no_grad():
         original = KimiDeltaAttention(
             HIDDEN, HEAD_DIM, args.heads, conv_layout=args.layout, dtype=DTYPE
         )
-        text = args.text.read_bytes()
+        text = source.read_bytes()
         text *= -(-(tokens + STEPS) // len(text))  # a short text is repeated
         ids = torch.tensor(list(text[: tokens + STEPS]))
         hidden = torch.nn.functional.embedding(ids, torch.randn(256, HIDDEN, dtype=DTYPE))[None]

@@ -126,7 +126,7 @@ def explain(
 
 
 def said(error: Exception) -> str:
-    """The kind of an error of the compiler and its first line, and the operator that it is about."""
+    """An error of the compiler: its kind, its first line, and the operator that it is about."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = lines[:1] + [line for line in lines[1:] if line.startswith("target:")][:1]
     return ": ".join([type(error).__name__, ", ".join(told)] if told else [type(error).__name__])

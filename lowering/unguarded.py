@@ -17,7 +17,7 @@ def unguarded() -> Iterator[None]:
 
     A PyTorch that was built without CUDA has no guard for CUDA devices, not even one that does
     nothing, and the methods whose bindings are written by hand ask for it even if the tensor is
-    fake: indexing, `copy_`, `contiguous`, `nonzero` and `new_tensor`. The operators do not.
+    fake: indexing, `~`, `copy_`, `contiguous`, `nonzero` and `new_tensor`. The operators do not.
     """
 
     def instead(original: Any, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,6 +106,7 @@ def dimensions(key: Any) -> int:
 
 
 METHODS = (
+    (Tensor, "__invert__", aten.bitwise_not.default),
     (Tensor, "contiguous", contiguous),
     (Tensor, "copy_", copy),
     (Tensor, "nonzero", nonzero),

@@ -1,6 +1,5 @@
 """Prefill and decode on different engines give the tokens of one process."""
 
-import argparse
 import re
 import time
 
@@ -103,12 +102,17 @@ def test_without_nixl_it_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
     assert main(["pd-demo"]) == 2
-    assert "pd-demo needs NIXL: pip install 'kda-ops[nixl]'" in capsys.readouterr().out
+    error = capsys.readouterr().err
+    assert "pd-demo: error: it needs NIXL: pip install 'kda-ops[nixl]'" in error
 
 
-def test_too_few_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    assert serve.run(argparse.Namespace(tokens=16)) == 2
-    assert "--tokens must be at least 17, got 16" in capsys.readouterr().out
+@pytest.mark.parametrize("tokens", ["16", "-3", "many"])
+def test_too_few_tokens(tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["pd-demo", "--tokens", tokens])
+    assert stop.value.code == 2
+    message = f"argument --tokens: must be a whole number from 17, got {tokens!r}"
+    assert message in capsys.readouterr().err
 
 
 def test_the_row_interleaved_layout_needs_equal_numbers_of_ranks(
@@ -117,7 +121,7 @@ def test_the_row_interleaved_layout_needs_equal_numbers_of_ranks(
     """Said before any process starts; engines that are not asked first refuse one another."""
     assert main(["pd-demo", "--layout", "SD", "--prefill-tp", "1", "--decode-tp", "2"]) == 2
     assert "--layout SD needs as many prefill as decode ranks, got 1 and 2" in (
-        capsys.readouterr().out
+        capsys.readouterr().err
     )
 
 

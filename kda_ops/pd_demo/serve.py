@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import random
 import secrets
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ TEXT = (
 ) * 4
 PATIENCE_S = 120.0
 REQUESTS, LONGEST_PROMPT = 7, 96
+FEWEST = 17  # new tokens: one more than a block, so that an answer can be hit
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--spec", type=int, choices=range(4), default=0, help="speculative tokens per decode step"
     )
     parser.add_argument(
-        "--tokens", type=int, default=24, help="new tokens per request, at least 17"
+        "--tokens", type=_tokens, default=24, help=f"new tokens per request, at least {FEWEST}"
     )
     parser.add_argument("--layers", type=_layers, default="KKAK", help="K: KDA, A: attention")
 
@@ -183,6 +185,12 @@ def enough_pages(config: StackConfig, tokens: int) -> int:
     return 1 + REQUESTS * (blocks + config.num_spec)
 
 
+def _tokens(value: str) -> int:
+    if not value.isdecimal() or int(value) < FEWEST:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {FEWEST}, got {value!r}")
+    return int(value)
+
+
 def _layers(value: str) -> str:
     if set(value) != {"K", "A"}:
         raise argparse.ArgumentTypeError(f"must be made of K and A, with both, got {value!r}")
@@ -191,18 +199,13 @@ def _layers(value: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Exits with 0 if all tokens match."""
-    if args.tokens < 17:
-        print(f"--tokens must be at least 17, got {args.tokens}")
-        return 2
     if args.layout == "SD" and args.prefill_tp != args.decode_tp:
-        print(
+        return _refuse(
             f"--layout SD needs as many prefill as decode ranks, got {args.prefill_tp} and "
             f"{args.decode_tp}"
         )
-        return 2
     if importlib.util.find_spec("nixl") is None:
-        print("pd-demo needs NIXL: pip install 'kda-ops[nixl]', or make nixl in a checkout")
-        return 2
+        return _refuse("it needs NIXL: pip install 'kda-ops[nixl]', or make nixl in a checkout")
     config = StackConfig(layers=args.layers, layout=args.layout, num_spec=args.spec)
     config = replace(config, pages=max(config.pages, enough_pages(config, args.tokens)))
     plain = replace(config, num_spec=0)
@@ -222,6 +225,11 @@ def run(args: argparse.Namespace) -> int:
         return 1
     finally:
         torch.set_num_threads(threads)
+
+
+def _refuse(message: str) -> int:
+    print(f"python -m kda_ops pd-demo: error: {message}", file=sys.stderr)
+    return 2
 
 
 def _serve(
