@@ -50,28 +50,47 @@ def open_sizes(batch: Any, hidden_states: Tensor) -> None:
 
 def _open_sizes(context: Any) -> None:
     """Runs while `open_sizes` is traced, on what Dynamo knows of its arguments."""
-    from torch._dynamo import config
+    from torch._dynamo import config, exc
 
     if config.assume_static_by_default and not config.automatic_dynamic_shapes:
         return
     tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     batch, rows = (tracer.symbolic_locals[name] for name in ("batch", "hidden_states"))
-    if _open(rows, [1]):
+    parts = {
+        name: batch.var_getattr(tracer, name)
+        for name in READ[batch.var_getattr(tracer, "kind").as_python_constant()]
+    }
+    given, counts = _unread(rows), _unread(parts["counts"])
+    if given is not None:
+        if counts is not None and given.dim() == 3 and given.shape[1] != counts.shape[5]:
+            shape = [1, counts.shape[5], given.shape[2]]
+            raise exc.UserError(
+                exc.UserErrorType.INVALID_INPUT,
+                f"hidden_states must have shape {shape}, got {tuple(given.shape)}",
+            )
+        _open(rows, [1])
         _free_stride(tracer.output.tracked_fakes, rows.source, 0)
-    for name in READ[batch.var_getattr(tracer, "kind").as_python_constant()]:
-        _open(batch.var_getattr(tracer, name), range(6) if name == "counts" else [0])
+    for name, part in parts.items():
+        _open(part, range(6) if name == "counts" else [0])
 
 
-def _open(variable: Any, axes: Iterable[int]) -> bool:
-    """Makes a tensor an input of the graph, with unknown sizes on these axes; whether it could."""
-    from torch._dynamo.decorators import mark_unbacked
+def _unread(variable: Any) -> Tensor | None:
+    """The tensor behind a variable, if the graph has not read it yet."""
     from torch._dynamo.variables.lazy import LazyVariableTracker
 
     if type(variable) is not LazyVariableTracker or variable.is_realized():
-        return False
+        return None
     x = variable.peek_value()
-    if type(x) is not Tensor:
-        return False
+    return x if type(x) is Tensor else None
+
+
+def _open(variable: Any, axes: Iterable[int]) -> None:
+    """Makes a tensor an input of the graph, with unknown sizes on these axes."""
+    from torch._dynamo.decorators import mark_unbacked
+
+    x = _unread(variable)
+    if x is None:
+        return
     before = dict(x.__dict__)
     marks = ("_dynamo_static_indices", "_dynamo_unbacked_indices")
     own = {axis for name in marks for axis in before.get(name, ())}
@@ -83,7 +102,6 @@ def _open(variable: Any, axes: Iterable[int]) -> bool:
     finally:  # the marks are for this graph, not for others that the caller compiles
         x.__dict__.clear()
         x.__dict__.update(before)
-    return True
 
 
 def _free_stride(inputs: Iterable[Any], source: Any, axis: int) -> None:

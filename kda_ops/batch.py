@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import add_safe_globals
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from kda_ops import config
@@ -472,6 +473,7 @@ register_pytree_node(
     serialized_type_name="kda_ops.batch.KDABatch",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+add_safe_globals([KDABatch])  # `torch.export.load` reads the inputs that a program came with
 
 
 def _counts(

@@ -491,7 +491,9 @@ def test_one_dynamic_graph_on_pages(mode: str, layout: str, gate: str, backend: 
 
 @pytest.mark.parametrize("mode", ["one", "batch", "varlen", "prefill", "decode", "mixed"])
 def test_lengths_become_dynamic_by_themselves(mode: str) -> None:
-    """With `torch.compile`'s defaults: one static graph, one dynamic, no more."""
+    """With `torch.compile`'s defaults: one static graph, one dynamic, no more; with a server's
+    batch the dynamic one alone.
+    """
     layer = make_layer(BF16)
     counters.clear()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -499,7 +501,7 @@ def test_lengths_become_dynamic_by_themselves(mode: str) -> None:
         check_call(compiled, layer, mode_arguments(mode, layer, size))
     with torch._dynamo.config.patch(error_on_recompile=True):
         check_call(compiled, layer, mode_arguments(mode, layer, 2))
-    assert graphs_and_breaks() == (2, 0)
+    assert graphs_and_breaks() == (1 if mode in ("prefill", "decode", "mixed") else 2, 0)
 
 
 def test_three_graphs_serve_everything() -> None:
