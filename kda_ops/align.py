@@ -55,7 +55,9 @@ def before_forward(
     A request runs in block `cur = ceil((computed + scheduled) / block_tokens) - 1`. Where its last
     running block was another one, the state after its last accepted token is copied: conv rows
     from that block, shifted by `bias = num_accepted - 1`, and the recurrent state from the block
-    `bias` positions behind it. Its accepted count is then 1.
+    `bias` positions behind it. Its accepted count is then 1. Where nothing is copied the count
+    stays as it was, and the forward needs it, for a prefill as for a decode: `num_accepted` and
+    `prefill_num_accepted` of `kda_ops.batch.KDABatch`.
 
     Args:
         block_table: `[R, blocks]`, int32 or int64: slots of each request in order of position, 0

@@ -10,13 +10,9 @@ from torch.serialization import add_safe_globals
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from kda_ops import config
+from kda_ops._batch_checks import check_batch_values, check_counts, check_tensors
 from kda_ops._checks import (
     INTEGERS,
-    check_chunk_values,
-    check_chunks_shape,
-    check_cu_seqlens_shape,
-    check_cu_seqlens_values,
-    check_device,
     check_dtype,
     check_integer,
     check_shape,
@@ -45,7 +41,7 @@ TENSORS = (
     "chunks",
     "counts",
 )
-SMALL = 2**15  # rows: times the widest of a layer's rows they fit 32 bits
+SMALL = 2**15  # rows, and sequences: with what a layer keeps of one, indices fit 32 bits
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,8 +61,8 @@ class KDABatch:
 
     A compiled layer has three graphs at the most, one for each `kind`, with `torch.compile`'s
     defaults and with `dynamic=True`. No count and no number of rows becomes a constant of a graph,
-    not even 0 or 1; that they fit together is asserted when a graph runs, before it writes. This
-    holds where the layer is the first to read the batch and `hidden_states`. In a model whose rows
+    not even 0 or 1; what does not fit together is refused before anything is written. This holds
+    where the layer is the first to read the batch and `hidden_states`. In a model whose rows
     come from another input, such as tokens, mark that one:
     `torch._dynamo.decorators.mark_unbacked(tokens, 1)`. (Steps of more than 32767 rows, whose
     elements take indices of 64 bits, have graphs of their own.)
@@ -133,12 +129,12 @@ class KDABatch:
     _small: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._check_counts()
+        check_counts(self)
         self._set("num_prefill_rows", self.num_tokens - self.num_decode_tokens)
-        self._check_tensors()
+        check_tensors(self)
         on_cpu = self.cu_seqlens.device.type == "cpu"
         if (on_cpu or config.check_values) and reads_values(self.cu_seqlens):
-            self._check_values()
+            check_batch_values(self)
         sizes = (*(getattr(self, name) for name in COUNTS), 0)
         # strides of nothing: products of counts need not fit 64 bits
         counts = torch.empty_strided(sizes, (0,) * len(sizes), device=self.cu_seqlens.device)
@@ -147,7 +143,7 @@ class KDABatch:
         self._set(
             "kind", "mixed" if all(has.values()) else "prefill" if has["prefill"] else "decode"
         )
-        self._set("_small", self.num_tokens < SMALL)
+        self._set("_small", self._is_small())
         if self.num_accepted is None and self.slots.dim() == 2:
             self._set("num_accepted", self.slots.new_ones(self.num_decodes))
         if self.num_prefills == 0:
@@ -169,6 +165,9 @@ class KDABatch:
         plan = torch.stack([slots[:, 0], source, slots[:, 0], bias], dim=1)
         moves = continues & (bias != 0)
         return torch.where(moves[:, None], plan, -1).to(torch.int32)
+
+    def _is_small(self) -> bool:
+        return max(self.num_tokens, self.num_decodes + self.num_prefills) < SMALL
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -273,105 +272,6 @@ class KDABatch:
             num_tokens=offsets[-1] if num_tokens is None else num_tokens,
         )
 
-    def _check_counts(self) -> None:
-        counts = ("num_decodes", "num_decode_tokens", "num_prefills", "num_prefill_tokens")
-        for name in (*counts, "num_tokens"):
-            check_integer(name, getattr(self, name))
-        for name in counts:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.num_decodes + self.num_prefills == 0:
-            raise ValueError("num_decodes + num_prefills must be at least 1, got 0")
-        rows = self.num_decode_tokens + self.num_prefill_tokens
-        if self.num_tokens < rows:
-            raise ValueError(f"num_tokens must be at least {rows}, got {self.num_tokens}")
-
-    def _check_tensors(self) -> None:
-        N = self.num_decodes + self.num_prefills
-        check_device(
-            cu_seqlens=self.cu_seqlens,
-            slots=self.slots,
-            has_initial_state=self.has_initial_state,
-            num_accepted=self.num_accepted,
-            prefill_num_accepted=self.prefill_num_accepted,
-            prefill_cu_seqlens=self.prefill_cu_seqlens,
-            chunks=self.chunks,
-        )
-        check_cu_seqlens_shape(self.cu_seqlens)
-        check_shape("cu_seqlens", self.cu_seqlens, (N + 1,))
-        check_dtype("slots", self.slots, INTEGERS)
-        if self.slots.dim() not in (1, 2) or self.slots.shape[0] != N or self.slots.numel() == 0:
-            raise ValueError(
-                f"slots must have shape [{N}] or [{N}, 1 + num_spec], got {tuple(self.slots.shape)}"
-            )
-        check_dtype("has_initial_state", self.has_initial_state, (torch.bool,))
-        check_shape("has_initial_state", self.has_initial_state, (N,))
-        for name, sequences in self._accepted().items():
-            check_dtype(name, getattr(self, name), INTEGERS)
-            check_shape(name, getattr(self, name), (len(sequences),))
-            if self.slots.dim() == 1:
-                raise ValueError(
-                    f"{name} must come with slots of shape [N, 1 + num_spec], "
-                    f"got {tuple(self.slots.shape)}"
-                )
-        if self.prefill_cu_seqlens is not None:
-            check_dtype("prefill_cu_seqlens", self.prefill_cu_seqlens, INTEGERS)
-            check_shape("prefill_cu_seqlens", self.prefill_cu_seqlens, (self.num_prefills + 1,))
-        if self.chunks is not None:
-            check_chunks_shape(self.chunks, self.num_prefills, self.num_prefill_rows, CHUNK)
-
-    def _check_values(self) -> None:
-        rows = self.num_decode_tokens + self.num_prefill_tokens
-        check_cu_seqlens_values(self.cu_seqlens, rows)
-        start = int(self.cu_seqlens[self.num_decodes])
-        if self.num_prefills and start != self.num_decode_tokens:
-            raise ValueError(
-                f"cu_seqlens must start the prefills at num_decode_tokens = "
-                f"{self.num_decode_tokens}, got {start}"
-            )
-        offsets = self.cu_seqlens[self.num_decodes :] - self.num_decode_tokens
-        given = None if self.prefill_cu_seqlens is None else self.prefill_cu_seqlens.tolist()
-        if self.num_prefills and given not in (None, offsets.tolist()):
-            raise ValueError(
-                "prefill_cu_seqlens must be the prefills' part of cu_seqlens, "
-                f"{offsets.tolist()}, got {given}"
-            )
-        if self.num_prefills and self.chunks is not None:
-            check_chunk_values(self.chunks, offsets, self.num_prefill_rows, CHUNK)
-        table = self.slots.reshape(len(self.slots), -1)
-        owners: dict[int, int] = {}
-        for n, slots in enumerate(table.tolist()):
-            for slot in set(slots) - {0}:
-                if owners.setdefault(slot, n) != n:
-                    raise ValueError(
-                        f"slots must not be shared between sequences, "
-                        f"got {slot} for sequences {owners[slot]} and {n}"
-                    )
-        most = table.shape[1]
-        lengths = self.cu_seqlens[: self.num_decodes + 1].diff()
-        if (lengths > most).any():
-            raise ValueError(
-                f"cu_seqlens must give each decode at most {most} tokens, one per column of slots, "
-                f"got {int(lengths.max())}"
-            )
-        for name, sequences in self._accepted().items():
-            count = getattr(self, name)
-            ignored = (table[sequences.start : sequences.stop] == 0).all(dim=1)
-            if name == "prefill_num_accepted":
-                ignored |= ~self.has_initial_state[self.num_decodes :]
-            bad = ((count < 1) | (count > most)) & ~ignored
-            if bad.any():
-                raise ValueError(f"{name} must be in [1, {most}], got {int(count[bad][0])}")
-
-    def _accepted(self) -> dict[str, range]:
-        """The accepted counts that are given, and which sequences they are of."""
-        N = self.num_decodes + self.num_prefills
-        found = {
-            "num_accepted": range(self.num_decodes),
-            "prefill_num_accepted": range(self.num_decodes, N),
-        }
-        return {name: n for name, n in found.items() if getattr(self, name) is not None}
-
     def check_rows(self, hidden_states: Tensor) -> None:
         """The batch is one of these rows `[1, num_tokens, hidden]`.
 
@@ -462,7 +362,8 @@ def _unflatten(tensors: Iterable[Any], kind: str) -> KDABatch:
     for name, size in zip(COUNTS, sizes, strict=False):
         batch._set(name, size)
     batch._set("kind", kind)
-    batch._set("_small", False)
+    known = not torch.compiler.is_compiling() and all(type(size) is int for size in sizes)
+    batch._set("_small", bool(sizes) and known and batch._is_small())
     return batch
 
 

@@ -415,7 +415,8 @@ class KimiDeltaAttention(nn.Module):
             window = layout
             if conv is None:  # the copy takes two states
                 conv, window = recurrent.new_zeros(len(recurrent), batch.slots.shape[1], 1), "SD"
-            state_copy(conv, recurrent, batch.prefill_copies, layout=window)
+            num_spec = batch.slots.shape[1] - 1
+            state_copy(conv, recurrent, batch.prefill_copies, layout=window, num_spec=num_spec)
         if batch.kind == "decode":
             return self._decode(x, f, beta, z, state, batch, layout)
         if batch.kind == "prefill":

@@ -379,7 +379,8 @@ class KDAStateSpec:
         lead = (num_slots,) if layers is None else (layers, num_slots)
         pages = torch.zeros(*lead, self.page_bytes, dtype=torch.uint8, device=device)
         # the recurrent states view the same bytes through a storage object of their own: compiled
-        # graphs do not accept two written inputs of different dtypes in one storage
+        # graphs do not accept two written inputs of different dtypes in one storage (what a graph
+        # allocates is no input)
         twin = torch.from_dlpack(pages) if reads_values(pages) else pages
         states = []
         for buffer, offset, shape, dtype in (

@@ -90,6 +90,18 @@ def test_mixed_batch_is_a_decode_and_a_prefill(dynamic: bool) -> None:
     expect(found, 2 * [*DECODE, *PREFILL, *JOIN])
 
 
+def test_sizes_of_a_step_are_arguments_of_32_bits() -> None:
+    """Although a graph knows none of them; see `kda_ops.batch.SMALL`."""
+    layer = Stack(KINDS[:1]).layers[0].requires_grad_(False)
+    batch = KDABatch.prefill([70, 30], [1, 2], num_tokens=104)
+    x = torch.randn(1, 104, HIDDEN, dtype=torch.bfloat16)
+    _, (source,) = cuda_code(
+        layer, x, state=layer.state_spec().allocate(6), batch=batch, dynamic=None
+    )
+    sizes = dict(re.findall(r"'(T|N|NC|xnumel)': '(\w+)'", source))
+    assert sizes == dict.fromkeys(("T", "N", "NC", "xnumel"), "i32")
+
+
 @lengths
 def test_packed_sequences_are_four_launches(dynamic: bool) -> None:
     cu = torch.tensor([0, 50, 130], dtype=torch.int32)

@@ -17,6 +17,10 @@ from kda_ops.layer import KimiDeltaAttention
 from tests.oracle import assert_close
 from tests.test_launch_contract import Sliced
 from tests.test_layer import BF16, GATES, HIDDEN, SLOTS, State, in_fp64, make_state, mode_arguments
+from tests.test_prefill_after_speculation import ACCEPTED, CHUNK, NUM_SPEC, PROMPT, speculated
+from tests.test_prefill_after_speculation import SLOTS as PAGES
+from tests.test_serving_graphs import COLUMNS, random_step
+from tests.test_serving_graphs import SLOTS as SERVED
 
 pytestmark = pytest.mark.gpu
 
@@ -71,6 +75,51 @@ def test_compiled_against_fp64(mode: str, layout: str, gate: dict[str, Any]) -> 
             states = (on_device["state"], inputs["state"], exact["state"])
             for s, r, e in zip(*states, strict=True):
                 assert_close(s, r, e, operand_dtype=BF16)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("speculative", [False, True], ids=["plain", "speculative"])
+def test_three_graphs_serve_random_steps(speculative: bool, mode: str | None) -> None:
+    """Through Inductor, with graphs captured per size or without; states and rows against fp64."""
+    generator = torch.Generator().manual_seed(int(speculative))
+    layer = KimiDeltaAttention(32, 64, 2, dtype=BF16, conv_layout="DS").requires_grad_(False)
+    on_device = copy.deepcopy(layer).to(DEVICE)
+    compiled = torch.compile(on_device, fullgraph=True, mode=mode)
+    spec = layer.state_spec(num_spec=COLUMNS - 1 if speculative else 0)
+    reference = spec.allocate(SERVED)
+    exact, state = in_double(reference), moved(reference)
+    for x in state:
+        torch._dynamo.mark_static_address(x)
+    counters.clear()
+    for _ in range(40):
+        batch = random_step(speculative, generator)
+        x = torch.randn(1, batch.num_tokens, 32, dtype=BF16)
+        torch.compiler.cudagraph_mark_step_begin()
+        out = compiled(moved(x), state=state, batch=moved(batch)).clone()
+        expected = layer(x, state=reference, batch=batch)
+        assert_close(out, expected, in_fp64(layer)(x.double(), state=exact, batch=batch))
+    for s, r, e in zip(state, reference, exact, strict=True):
+        assert_close(s, r, e, operand_dtype=BF16)
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+@every_layout
+def test_chunk_after_a_speculative_step(layout: str) -> None:
+    layer = make_layer(layout, {})
+    x = torch.randn(4, PROMPT + 1 + NUM_SPEC + CHUNK, HIDDEN, dtype=BF16)
+    state, rest = speculated(layer, x)
+    chunk = rest.reshape(1, -1, HIDDEN)
+    batch = KDABatch.prefill(
+        [CHUNK] * 4, PAGES, has_initial_state=[True] * 4, num_accepted=ACCEPTED
+    )
+    exact = in_double(state)
+    call = torch.compile(copy.deepcopy(layer).to(DEVICE), fullgraph=True)
+    on_device = moved(state)
+    out = call(moved(chunk), state=on_device, batch=moved(batch))
+    expected = layer(chunk, state=state, batch=batch)
+    assert_close(out, expected, in_fp64(layer)(chunk.double(), state=exact, batch=batch))
+    for s, r, e in zip(on_device, state, exact, strict=True):
+        assert_close(s, r, e, operand_dtype=BF16)
 
 
 @pytest.mark.parametrize("entries", [1, 3])

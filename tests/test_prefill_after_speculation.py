@@ -30,7 +30,7 @@ def speculated(layer: KimiDeltaAttention, x: Tensor) -> tuple[Any, Tensor]:
     state = make_state(layer, num_spec=NUM_SPEC)
     prompts = x[:, :PROMPT].reshape(1, -1, HIDDEN)
     layer(prompts, state=state, batch=KDABatch.prefill([PROMPT] * 4, SLOTS))
-    drafts = torch.randn(4, 1 + NUM_SPEC, HIDDEN)
+    drafts = torch.randn(4, 1 + NUM_SPEC, HIDDEN, dtype=x.dtype)
     for n, accepted in enumerate(ACCEPTED):
         drafts[n, :accepted] = x[n, PROMPT : PROMPT + accepted]
     step = KDABatch.decode(SLOTS, lengths=[4] * 4, num_accepted=[1] * 4)

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from kda_ops.batch import SMALL, KDABatch
+from kda_ops.choice.examples import NoHintError, hint
+from kda_ops.formulas import CHUNK
 from kda_ops.layer import KimiDeltaAttention
 
 HIDDEN, SLOTS, STEPS = 32, 40, 150
@@ -194,6 +197,16 @@ def test_large_steps_have_graphs_of_their_own() -> None:
         call(torch.zeros(1, 1, HIDDEN).expand(1, rows, HIDDEN), state=state, batch=batch)
     bounds = [f"< {SMALL}" in graph.code or f"<= {SMALL - 1}" in graph.code for graph in graphs]
     assert bounds == [True, False]
+
+
+def test_an_unknown_size_counts_as_its_hint() -> None:
+    """Where kernels are chosen and workspaces are cut into slabs."""
+    sizes = ShapeEnv()
+    rows = sizes.create_unbacked_symint()
+    with pytest.raises(NoHintError):
+        hint(rows)
+    sizes.var_to_hint_override[rows.node.expr] = 128
+    assert (hint(rows), hint(rows // CHUNK + 3)) == (128, 5)
 
 
 class Model(nn.Module):

@@ -107,6 +107,15 @@ def test_of_any_launcher(pokes: list[Any], mode: Any) -> None:
         assert state[1, 0] == 0
 
 
+def test_what_is_written_in_a_list_has_no_gradient(pokes: list[Any]) -> None:
+    x, state, other, last = (torch.ones(2) for _ in range(4))
+    for wrong, name in ((other, "others"), (last, "last"), (state, "state")):
+        wrong.requires_grad_()
+        with pytest.raises(RuntimeError, match=f"argument {name} requires grad"):
+            pokes[1](x, state, [x, other], last)
+        wrong.requires_grad_(False)
+
+
 def test_inference_tensors_have_no_version(pokes: list[Any]) -> None:
     with torch.inference_mode():
         state = torch.ones(2)
