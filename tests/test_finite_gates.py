@@ -1,4 +1,4 @@
-"""No finite input gives NaN: every operator with a gate, in value and gradient, at the ends of every
+"""No finite input gives NaN, in value or gradient: every operator with a gate, at the ends of every
 dtype, where rates and gate inputs overflow and underflow. A gate that forgets everything.
 """
 
@@ -56,40 +56,37 @@ def gate_inputs(
     }
 
 
-def chunk_inputs(lower_bound: float | None, device: torch.device = CPU, **options: Any) -> Any:
-    """Tokens of every gate input, heads of every rate and columns of every bias, ordinary else."""
-    torch.manual_seed(0)
+def some(x: Tensor, *shape: int) -> Tensor:
+    """Elements of x in no order."""
+    return x[torch.randint(len(x), shape)]
+
+
+def heads(K: int) -> dict[str, Tensor]:
+    """Heads with the rates that matter, biases of every size."""
     largest = torch.finfo(FP32).max
-    A_log = torch.tensor([largest, 1e4, 89.0, 88.0, 45.0, 1.0, -1.0, -88.0, -1e4, -largest])
-    inputs = chunk_kda_gated_inputs(CPU, T=66, HV=len(A_log), norm=True, **options)
-    HV, K = inputs["x"].shape[2:]
-    x, bias = ends(SIZES, inputs["x"].dtype), ends(SIZES, FP32)
-    # every gate input after an ordinary one
-    inputs["x"][:, 1 : 2 * len(x) : 2] = x[torch.randperm(len(x))][None, :, None, None]
-    columns = torch.arange(K) % len(bias)
-    inputs |= {
-        "A_log": A_log,
-        "dt_bias": bias[columns].expand(HV, K).contiguous(),
-        "lower_bound": lower_bound,
-    }
-    moved = {n: y.to(device) if isinstance(y, Tensor) else y for n, y in inputs.items()}
-    return with_states(moved)
+    A_log = torch.tensor([largest, 89.0, 1.0, -88.0, -largest])
+    return {"A_log": A_log, "dt_bias": some(ends(SIZES, FP32), len(A_log), K)}
 
 
-def decode_inputs(lower_bound: float | None, device: torch.device = CPU) -> dict[str, Any]:
-    """A step of one token of every gate input, heads of every rate, columns of every bias."""
+def chunk_inputs(lower_bound: float | None, T: int = 20, **options: Any) -> dict[str, Any]:
+    """Every other token has gate inputs of every size."""
     torch.manual_seed(0)
-    f, A_log, bias = ends(SIZES, BF16), ends(RATES, FP32), ends(SIZES, FP32)
-    HV = len(A_log)
-    inputs = kda_decode_inputs(len(f), 1, HV, 32, 16, padding=0, device=CPU)
-    inputs |= {
-        "f": f[None, :, None, None].expand(inputs["f"].shape),
-        "A_log": A_log,
-        "dt_bias": bias.expand(HV, 32).contiguous(),
-        "lower_bound": lower_bound,
-    }
+    inputs = chunk_kda_gated_inputs(CPU, T=T, HV=5, norm=True, **options)
+    x = inputs["x"][:, 1::2]
+    x.copy_(some(ends(SIZES, x.dtype), *x.shape))
+    return with_states(inputs | heads(x.shape[3]) | {"lower_bound": lower_bound})
+
+
+def decode_inputs(lower_bound: float | None) -> dict[str, Any]:
+    torch.manual_seed(0)
+    inputs = kda_decode_inputs(4, 1, 5, 32, 16, padding=0, device=CPU)
     inputs["state"][0], inputs["conv_state"][0] = 0, 0  # the null block, which is NaN
-    return {n: y.to(device) if isinstance(y, Tensor) else y for n, y in inputs.items()}
+    f = some(ends(SIZES, BF16), *inputs["f"].shape)
+    return inputs | heads(f.shape[3]) | {"f": f, "lower_bound": lower_bound}
+
+
+def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {n: x.cuda() if isinstance(x, Tensor) else x for n, x in inputs.items()}
 
 
 def assert_no_nan(results: Any) -> None:
@@ -217,7 +214,7 @@ def test_plain_gates_are_rewritten_to_ones_without_nan() -> None:
 
 @pytest.mark.interpreter
 @every_bound
-@pytest.mark.parametrize("dtype", [FP16, BF16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("name", ["gate", "gate_cumsum"])
 def test_gate_in_kernels(name: str, dtype: torch.dtype, lower_bound: float | None) -> None:
     inputs = gate_inputs(dtype, FP32, lower_bound)
@@ -228,9 +225,10 @@ def test_gate_in_kernels(name: str, dtype: torch.dtype, lower_bound: float | Non
 
 
 @pytest.mark.interpreter
-@every_bound
-def test_gate_in_a_generated_scan(lower_bound: float | None) -> None:
-    inputs = gate_inputs(BF16, FP32, lower_bound)
+def test_gate_in_a_generated_scan() -> None:
+    inputs = gate_inputs(BF16, FP32, None)
+    fewer = {"x": inputs["x"][:, ::2, ::4], "A_log": inputs["A_log"][::4].contiguous()}
+    inputs |= fewer | {"dt_bias": inputs["dt_bias"][::4]}
     with forcing({"gate_cumsum.form": {"form": "scan"}}):
         G, (source,) = cuda_code(kda_ops.gate_cumsum, **inputs, load=generated.load)
     assert summary(source).launches[0].startswith("triton_")
@@ -245,8 +243,7 @@ def test_gate_in_a_generated_scan(lower_bound: float | None) -> None:
 def test_gate_on_the_gpu(
     name: str, compile: bool, dtype: torch.dtype, lower_bound: float | None
 ) -> None:
-    inputs = gate_inputs(dtype, FP32, lower_bound)
-    inputs = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    inputs = on_gpu(gate_inputs(dtype, FP32, lower_bound))
     function = getattr(kda_ops, name)
     out = (torch.compile(function, fullgraph=True) if compile else function)(**inputs)
     assert_no_nan(out)
@@ -284,7 +281,7 @@ def assert_nan_stays(function: Any, name: str) -> None:
 @every_bound
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
 def test_chunks(dtype: torch.dtype, lower_bound: float | None) -> None:
-    inputs = chunk_inputs(lower_bound, K=30, V=8, dtype=dtype)
+    inputs = chunk_inputs(lower_bound, T=130, K=30, V=8, dtype=dtype)
     assert_finite(kda_ops.chunk_kda_gated(**inputs))
     assert_finite(of_parts(**inputs))
     assert_gradients_are_finite(kda_ops.chunk_kda_gated, inputs)
@@ -323,7 +320,7 @@ def test_chunks_in_kernels(options: dict[str, Any], lower_bound: float | None) -
 def test_chunks_on_the_gpu(
     compile: bool, options: dict[str, Any], lower_bound: float | None
 ) -> None:
-    inputs = chunk_inputs(lower_bound, torch.device("cuda"), **{"K": 24, "V": 16, **options})
+    inputs = on_gpu(chunk_inputs(lower_bound, T=130, **{"K": 24, "V": 16, **options}))
     for function in (kda_ops.chunk_kda_gated, of_parts):
         assert_finite((torch.compile(function, fullgraph=True) if compile else function)(**inputs))
 
@@ -344,7 +341,7 @@ def test_decode_in_the_kernel(lower_bound: float | None) -> None:
 @pytest.mark.gpu
 @every_bound
 def test_decode_on_the_gpu(lower_bound: float | None) -> None:
-    inputs = decode_inputs(lower_bound, torch.device("cuda"))
+    inputs = on_gpu(decode_inputs(lower_bound))
     assert_finite([kda_ops.kda_decode(**inputs), inputs["state"]])
 
 
@@ -352,7 +349,7 @@ def test_decode_on_the_gpu(lower_bound: float | None) -> None:
 
 
 def assert_forgets(function: Any, sizes: dict[str, Any]) -> None:
-    """A token with an infinite gate input starts anew, and the gates beside it keep their digits."""
+    """A token with an infinite gate input starts anew; the gates beside it keep their digits."""
     torch.manual_seed(0)
     inputs = with_states(chunk_kda_gated_inputs(CPU, T=80, **sizes))
     inputs["x"][:, 20] = torch.inf

@@ -155,9 +155,12 @@ def chunk_kda(
 
         S <- diag(2^g_t) S;    S <- S + beta_t k_t (v_t - k_t^T S)^T;    o_t = scale * S^T q_t
 
-    Any gate is computed exactly, also one that decays by e^-60 in a token: powers of two are only
-    ever taken of exponents <= 0. Source: Kimi Linear (arXiv:2510.26692), section 3, in the chunked
-    WY form.
+    No gate is clamped, also one that decays by e^-60 in a token: powers of two are only ever taken
+    of exponents <= 0. These are differences of sums in fp32, so a decay between two tokens is right
+    to about 1e-7 |G| of itself (2e-4 more in 16 bits on a GPU): gates beside a very strong one lose
+    digits, and behind -inf nothing would be left of them. A token that is to forget the state takes
+    a gate of -300, a decay of 0, or begins a sequence. Source: Kimi Linear (arXiv:2510.26692),
+    section 3, in the chunked WY form.
 
     Args:
         q: `[B, T, H, K]`, as it is to be used: apply `l2norm` first. fp16, bf16, fp32, on a CPU
@@ -167,7 +170,8 @@ def chunk_kda(
         k: `[B, T, H, K]`, dtype of q. `|k| <= 1` and `beta <= 2` keep the recurrence stable.
         v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
         G: `[B, T, HV, K]` in **log2**, the cumulative gate as `gate_cumsum` returns it: it restarts
-            every 64 tokens and at every sequence start. fp32 (fp64 with fp64 q).
+            every 64 tokens and at every sequence start. Finite; on a GPU infinite sums give NaN.
+            fp32 (fp64 with fp64 q).
         beta: `[B, T, HV]` after its sigmoid, any floating dtype.
         scale: Factor of the output, `K ** -0.5` if None.
         initial_state: `[N, HV, V, K]`, bf16, fp32, on a CPU fp64; zeros if None.
@@ -191,7 +195,7 @@ def chunk_kda(
 
     Raises:
         ValueError: A shape, dtype, device or combination of arguments that does not fit; on the CPU
-            also offsets, chunks or slots with wrong values.
+            also offsets, chunks or slots with wrong values, and an infinite G.
         RuntimeError: `state` is given and an input requires grad.
     """
     check_attention_inputs(q, k, v, beta)

@@ -10,8 +10,6 @@ from kda_ops.choice import choose
 from kda_ops.device.kernel import chunk_span, padding_start, rate, softplus
 from kda_ops.formulas import RCP_LN2
 
-LEAST = tl.constexpr(torch.finfo(torch.float32).min)
-
 
 @triton.jit
 def gate_cumsum_kernel(
@@ -89,7 +87,7 @@ def gate_cumsum_kernel(
                 sums += softplus(z)
             G = sums * factor + before
             if not BOUNDED:
-                G = tl.maximum(G, LEAST, propagate_nan=tl.PropagateNan.ALL)
+                G = tl.maximum(G, -3.4028234663852886e38, propagate_nan=tl.PropagateNan.ALL)
             tl.store(G_ptr + t * D, G, mask=(d < D) & (t < end))
         before += sums * factor
     if VARLEN:
