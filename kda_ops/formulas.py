@@ -19,25 +19,6 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def gate_nats(
-    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
-) -> Tensor:
-    """The per-channel log decay in nats, `x [..., HV, K]`, in the accumulation dtype.
-
-    `F.softplus` flushes `exp(z)` to 0 below -17 only in the naive form; with `log1p` it is exact
-    down to the smallest normal number, and it is linear above 20.
-    """
-    acc = accumulation_dtype(x)
-    z = x.to(acc)
-    if dt_bias is not None:
-        z = z + dt_bias.to(acc).reshape(x.shape[-2:])
-    a = None if A_log is None else A_log.to(acc).exp().unsqueeze(-1)
-    if lower_bound is not None:
-        return lower_bound * torch.sigmoid(z if a is None else a * z)
-    softplus = F.softplus(z)
-    return -softplus if a is None else -(a * softplus)
-
-
 def chunk_local_cumsum(
     g: Tensor, chunk_size: int, cu_seqlens: Tensor | None, chunks: Tensor | None
 ) -> Tensor:
@@ -84,20 +65,6 @@ def real_rows(x: Tensor, cu_seqlens: Tensor | None, fill: float) -> Tensor:
         return x
     token = torch.arange(x.shape[1], device=x.device).view(-1, *(1,) * (x.dim() - 2))
     return torch.where(token < cu_seqlens[-1], x, fill)
-
-
-def cumulative_gate(
-    x: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    chunk_size: int,
-    cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
-) -> Tensor:
-    """The chunks' prefix sums of the gate in log2, `x [B, T, HV, K]`, in the accumulation dtype."""
-    g = gate_nats(real_rows(x, cu_seqlens, 0.0), A_log, dt_bias, lower_bound)
-    return chunk_local_cumsum(g, chunk_size, cu_seqlens, chunks) * RCP_LN2
 
 
 def extended_rows(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 
@@ -51,8 +52,15 @@ def form_of(args: tuple[Any, ...]) -> str:
 
 
 def lower_scan(*args: Any) -> Any:
-    *_, chunk_size, cu_seqlens, chunks = args
-    g = inline_reference(lambda *values: gate_reference(*values[:4]), *args)
+    *_, lower_bound, chunk_size, cu_seqlens, chunks = args
+
+    def gate(*values: Any) -> Any:
+        g = gate_reference(*values[:4])
+        if lower_bound is not None:
+            return g
+        return g.clamp(min=torch.finfo(g.dtype).min / (2 * chunk_size))  # whose sums are finite
+
+    g = inline_reference(gate, *args)
     if cu_seqlens is None:
         return fixed_length(g, chunk_size, RCP_LN2)
     return varlen(g, chunk_size, RCP_LN2, cu_seqlens, chunks)

@@ -57,6 +57,18 @@ def chunk_kda_state_fake(
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
+def _check_sums(G: Tensor, cu_seqlens: Tensor | None) -> None:
+    """No sum is infinite: the gates behind it would be differences of infinities."""
+    real = G if cu_seqlens is None else G[:, : int(cu_seqlens[-1])]
+    infinite = torch.isinf(real)
+    if infinite.any():
+        b, t, h, d = infinite.nonzero()[0].tolist()
+        raise ValueError(
+            f"G must be finite, got {real[b, t, h, d].item()} at token {t}; a token that is to "
+            "forget everything takes a gate of -300, or begins a sequence"
+        )
+
+
 def check_chunk_kda_values(
     q: Tensor,
     k: Tensor,
@@ -70,6 +82,7 @@ def check_chunk_kda_values(
     chunks: Tensor | None,
 ) -> None:
     check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+    _check_sums(G, cu_seqlens)
 
 
 def check_chunk_kda_state_values(
@@ -86,6 +99,7 @@ def check_chunk_kda_state_values(
     chunks: Tensor | None,
 ) -> None:
     check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+    _check_sums(G, cu_seqlens)
     check_slot_values("state_indices", state_indices, state.shape[0])
     slots, uses = state_indices[state_indices != 0].unique(return_counts=True)
     if (uses > 1).any():
@@ -137,9 +151,12 @@ def chunk_kda(
 
         S <- diag(2^g_t) S;    S <- S + beta_t k_t (v_t - k_t^T S)^T;    o_t = scale * S^T q_t
 
-    Any gate is computed exactly, also one that decays by e^-60 in a token: powers of two are only
-    ever taken of exponents <= 0. Source: Kimi Linear (arXiv:2510.26692), section 3, in the chunked
-    WY form.
+    No gate is clamped, also one that decays by e^-60 in a token: powers of two are only ever taken
+    of exponents <= 0. These are differences of sums in fp32, so a decay between two tokens is right
+    to about 1e-7 |G| of itself (2e-4 more in 16 bits on a GPU): gates beside a very strong one lose
+    digits, and behind -inf nothing would be left of them. A token that is to forget the state takes
+    a gate of -300, a decay of 0, or begins a sequence. Source: Kimi Linear (arXiv:2510.26692),
+    section 3, in the chunked WY form.
 
     Args:
         q: `[B, T, H, K]`, as it is to be used: apply `l2norm` first. fp16, bf16, fp32, on a CPU
@@ -149,7 +166,8 @@ def chunk_kda(
         k: `[B, T, H, K]`, dtype of q. `|k| <= 1` and `beta <= 2` keep the recurrence stable.
         v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
         G: `[B, T, HV, K]` in **log2**, the cumulative gate as `gate_cumsum` returns it: it restarts
-            every 64 tokens and at every sequence start. fp32 (fp64 with fp64 q).
+            every 64 tokens and at every sequence start. Finite; on a GPU infinite sums give NaN.
+            fp32 (fp64 with fp64 q).
         beta: `[B, T, HV]` after its sigmoid, any floating dtype.
         scale: Factor of the output, `K ** -0.5` if None.
         initial_state: `[N, HV, V, K]`, bf16, fp32, on a CPU fp64; zeros if None.
@@ -173,7 +191,7 @@ def chunk_kda(
 
     Raises:
         ValueError: A shape, dtype, device or combination of arguments that does not fit; on the CPU
-            also offsets, chunks or slots with wrong values.
+            also offsets, chunks or slots with wrong values, and an infinite G.
         RuntimeError: `state` is given and an input requires grad.
     """
     check_attention_inputs(q, k, v, beta)

@@ -16,7 +16,7 @@ from kda_ops._launch import traceable
 from kda_ops.choice import choose
 from kda_ops.device.chunk.kernel import chunk_rows, clear_padding, slab_rows
 from kda_ops.device.general.kernel import launch_general_prepare
-from kda_ops.device.kernel import softplus
+from kda_ops.device.kernel import rate, softplus
 from kda_ops.device.prepare.kernel import is_nvidia, prepare_chunk
 from kda_ops.device.scan.kernel import launch_scan
 from kda_ops.device.workspace import Batch, dense_rows, has_fast_prepare, make_workspace
@@ -31,7 +31,7 @@ def _sigmoid(z):
 @triton.jit
 def _rate(A_log_ptr, h, HAS_A: tl.constexpr):
     if HAS_A:
-        return tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
+        return rate(tl.load(A_log_ptr + h))
     else:
         return 1.0
 
@@ -64,7 +64,8 @@ def _gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
     """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound.
 
     With FP16 it is right to 1e-5 and fits that type, which ends at -65504: what is below -30000
-    decays to zero either way.
+    decays to zero either way. Without, it is to be summed: what decays to zero counts as -300, so
+    that the sum keeps the small gates beside it.
     """
     z = x.to(tl.float32) + bias[None, :]
     if BOUND != 0.0:
@@ -74,7 +75,8 @@ def _gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
         y = (a * -1.4426950408889634) * _softplus(z)
         return tl.where(y < -30000.0, -30000.0, y)
     else:
-        return (a * -1.4426950408889634) * softplus(z)
+        y = (a * -1.4426950408889634) * softplus(z)
+        return tl.where(y < -300.0, -300.0, y)
 
 
 @triton.jit

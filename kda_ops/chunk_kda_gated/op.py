@@ -164,8 +164,9 @@ def chunk_kda_gated(
     `chunk_kda(q, k, v, gate_cumsum(x, A_log, dt_bias, lower_bound=lower_bound),
     beta_scale * sigmoid(beta))`, with `l2norm(q, eps=qk_norm_eps)` and `l2norm(k,
     eps=qk_norm_eps)` if `qk_norm_eps` is given, without rounding in between and without a
-    cumulative gate in memory. See `chunk_kda` for the recurrence and `gate` for the gate; any gate
-    is computed exactly. Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
+    cumulative gate in memory. See `chunk_kda` for the recurrence and `gate` for the gate. A token
+    may decay to 0 (also by an x of inf): it forgets the state, and gates beside it keep their
+    digits. Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
 
     Args:
         q: `[B, T, H, K]`, fp16, bf16, fp32, on a CPU fp64, any strides with the last one 1 (others

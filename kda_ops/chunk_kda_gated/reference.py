@@ -7,10 +7,10 @@ from kda_ops.chunk_formulas import chunked_kda, chunked_kda_state
 from kda_ops.formulas import (
     CHUNK,
     accumulation_dtype,
-    cumulative_gate,
     l2_normalized,
     real_rows,
 )
+from kda_ops.gate_formulas import cumulative_gate
 
 
 def chunk_kda_gated_reference(
@@ -31,7 +31,8 @@ def chunk_kda_gated_reference(
     chunks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q, k = _keys(q, k, qk_norm_eps, cu_seqlens)
-    G = cumulative_gate(x, A_log, dt_bias, lower_bound, CHUNK, cu_seqlens, chunks)
+    gate = (x, A_log, dt_bias, lower_bound, CHUNK, cu_seqlens, chunks)
+    G = cumulative_gate(*gate, to_be_seen=False)
     beta = _beta(beta, beta_scale, cu_seqlens)
     return chunked_kda(q, k, v, G, beta, scale, initial_state, output_final_state, cu_seqlens)
 
@@ -55,7 +56,8 @@ def chunk_kda_gated_state_reference(
     chunks: Tensor | None,
 ) -> Tensor:
     q, k = _keys(q, k, qk_norm_eps, cu_seqlens)
-    G = cumulative_gate(x, A_log, dt_bias, lower_bound, CHUNK, cu_seqlens, chunks)
+    gate = (x, A_log, dt_bias, lower_bound, CHUNK, cu_seqlens, chunks)
+    G = cumulative_gate(*gate, to_be_seen=False)
     beta = _beta(beta, beta_scale, cu_seqlens)
     return chunked_kda_state(
         q, k, v, G, beta, scale, state, state_indices, has_initial_state, cu_seqlens

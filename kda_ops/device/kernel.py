@@ -30,6 +30,15 @@ def softplus(z):
 
 
 @triton.jit
+def rate(A_log):
+    """exp(A_log), neither 0 nor infinite: see `kda_ops.formulas.RATES`."""
+    A_log = A_log.to(tl.float32)
+    A_log = tl.where(A_log > 88.0, 88.0, A_log)  # not a minimum, which would lose NaN
+    A_log = tl.where(A_log < -87.0, -87.0, A_log)
+    return tl.exp(A_log)
+
+
+@triton.jit
 def rounded_product(a, b):
     """The product, rounded by itself, for a sum over what the lanes of a warp hold.
 
@@ -42,7 +51,7 @@ def rounded_product(a, b):
 
 @triton.jit
 def gate_nats(z, a, lower_bound, BOUNDED: tl.constexpr):
-    """The gate in nats from z = x + dt_bias and a = exp(A_log)."""
+    """The gate in nats from z = x + dt_bias and the rate a."""
     if BOUNDED:
         return lower_bound * tl.sigmoid(a * z)
     else:

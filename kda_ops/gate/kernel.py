@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
-from kda_ops.device.kernel import gate_nats
+from kda_ops.device.kernel import gate_nats, rate
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def gate_kernel(
         z += tl.load(dt_bias_ptr + h * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     a = 1.0
     if HAS_A:
-        a = tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
+        a = rate(tl.load(A_log_ptr + h))
     g = gate_nats(z, a, LOWER_BOUND, BOUNDED)  # [BLOCK_ROWS, BLOCK_K]
     tl.store(g_ptr + (r[:, None] * HV + h) * K + k[None, :], g, mask=ok)
 

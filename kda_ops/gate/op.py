@@ -37,6 +37,10 @@ def gate(
     * without a bound, `g = -a * softplus(z)`, exact for very negative z and linear for z > 20;
     * with `lower_bound`, `g = lower_bound * sigmoid(a * z)`.
 
+    Finite inputs give no NaN. Rates outside [e^-87, e^88] (in fp64 [e^-708, e^709]) count as the
+    nearest one; g is -inf, a decay of 0, where it overflows. Gradients are 0 through such rates,
+    where g is below -2^64, and of z under a bound where a is above 2^64.
+
     Source: Kimi Linear (arXiv:2510.26692), section 3; the bounded form is the one of Kimi K3 and
     GLM-5-Next.
 

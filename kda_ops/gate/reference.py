@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kda_ops.formulas import gate_nats
+from kda_ops.gate_formulas import gate_nats
 
 
 def gate_reference(

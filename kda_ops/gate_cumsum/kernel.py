@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kda_ops._launch import traceable
 from kda_ops.choice import choose
-from kda_ops.device.kernel import chunk_span, padding_start, softplus
+from kda_ops.device.kernel import chunk_span, padding_start, rate, softplus
 from kda_ops.formulas import RCP_LN2
 
 
@@ -42,6 +42,7 @@ def gate_cumsum_kernel(
     It walks down the tokens with the running sums in registers, so nothing is exchanged between
     threads. STEP tokens are read at once, summed by themselves and put on top of the sum so far: as
     many loads are in flight, and the rounding error is that of STEP + C / STEP terms, not of C.
+    Sums that overflow are the least finite number: of infinite ones there is no difference.
 
     Grid: (B * rows * channel blocks), channel blocks innermost; `rows` are chunks per batch entry,
     or rows of the chunk table. With a table, program row n also zeroes the n-th C tokens past the
@@ -67,7 +68,7 @@ def gate_cumsum_kernel(
         bias = tl.load(dt_bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     a = tl.full([BLOCK], 1.0, tl.float32)
     if HAS_A:
-        a = tl.exp(tl.load(A_log_ptr + h, mask=d < D, other=0.0).to(tl.float32))
+        a = rate(tl.load(A_log_ptr + h, mask=d < D, other=0.0))
     factor = tl.full([BLOCK], LOWER_BOUND * SCALE, tl.float32) if BOUNDED else a * -SCALE
     before = tl.zeros([BLOCK], tl.float32)
     for first in range(0, C, STEP):
@@ -84,8 +85,11 @@ def gate_cumsum_kernel(
                 sums += tl.sigmoid(a * z)
             else:
                 sums += softplus(z)
-            tl.store(G_ptr + t * D, (before + sums) * factor, mask=(d < D) & (t < end))
-        before += sums
+            G = sums * factor + before
+            if not BOUNDED:
+                G = tl.maximum(G, -3.4028234663852886e38, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(G_ptr + t * D, G, mask=(d < D) & (t < end))
+        before += sums * factor
     if VARLEN:
         padding = padding_start(cu_seqlens_ptr, sequences, T) + row * C
         for t in range(padding, tl.minimum(padding + C, T)):

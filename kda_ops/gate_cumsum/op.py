@@ -79,8 +79,9 @@ def gate_cumsum(
         chunks: `chunk_table(cu_seqlens, T, chunk_size)`, if the caller has it already.
 
     Returns:
-        G, `[B, T, HV, K]` in **log2**, fp32 (fp64 for fp64 inputs), contiguous. Rows past the last
-        sequence are zero, and what `x` holds there has no influence.
+        G, `[B, T, HV, K]` in **log2**, fp32 (fp64 for fp64 inputs), contiguous. Sums that overflow
+        are the least finite number. Rows past the last sequence are zero, and what `x` holds there
+        has no influence.
 
     Raises:
         ValueError: A shape, dtype, device, `lower_bound` or `chunk_size` that does not fit; offsets

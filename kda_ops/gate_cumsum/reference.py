@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kda_ops.formulas import cumulative_gate
+from kda_ops.gate_formulas import cumulative_gate
 
 
 def gate_cumsum_reference(
@@ -14,4 +14,6 @@ def gate_cumsum_reference(
     cu_seqlens: Tensor | None,
     chunks: Tensor | None,
 ) -> Tensor:
-    return cumulative_gate(x, A_log, dt_bias, lower_bound, chunk_size, cu_seqlens, chunks)
+    return cumulative_gate(
+        x, A_log, dt_bias, lower_bound, chunk_size, cu_seqlens, chunks, to_be_seen=True
+    )

@@ -14,6 +14,7 @@ from kda_ops.device.kernel import (
     conv_state_strides,
     conv_taps,
     gate_nats,
+    rate,
     rounded_product,
     three,
 )
@@ -241,9 +242,9 @@ def kda_decode_kernel(
         f = rows_at(head_f_ptr, stride_f_row, readable, ok_k, TOKENS)
         head_beta_ptr = beta_ptr + first * stride_beta_row + head * stride_beta_head
         beta = rows_at(head_beta_ptr, stride_beta_row, readable, True, TOKENS)
-        rate = 1.0
+        a = 1.0
         if HAS_A:
-            rate = tl.exp(tl.load(A_log_ptr + hv).to(tl.float32))
+            a = rate(tl.load(A_log_ptr + hv))
         dt_bias = tl.zeros([BLOCK_K], tl.float32)
         if HAS_DT_BIAS:
             dt_bias += tl.load(dt_bias_ptr + hv * K + i_k, mask=ok_k, other=0.0).to(tl.float32)
@@ -302,7 +303,7 @@ def kda_decode_kernel(
                     k_i = k[i] * k_norm
                     kq = tl.sum(rounded_product(k_i, q_i), axis=0)
                     raw = f[i].to(tl.float32) + dt_bias
-                    decay_i = tl.exp(gate_nats(raw, rate, LOWER_BOUND, BOUNDED))
+                    decay_i = tl.exp(gate_nats(raw, a, LOWER_BOUND, BOUNDED))
                     decay_q = over_k(decay_i * q_i, OUTER_K, INNER_K, V_FIRST)
                     decay_k = over_k(decay_i * k_i, OUTER_K, INNER_K, V_FIRST)
                     k_i = over_k(k_i, OUTER_K, INNER_K, V_FIRST)

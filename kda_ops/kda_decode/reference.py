@@ -9,7 +9,6 @@ from torch import Tensor
 from kda_ops.formulas import (
     accumulation_dtype,
     conv_update,
-    gate_nats,
     gated_rms_norm,
     l2_normalized,
     packed_bias,
@@ -17,6 +16,7 @@ from kda_ops.formulas import (
     recurrence,
     source_slots,
 )
+from kda_ops.gate_formulas import gate_nats
 
 
 def kda_decode_reference(

@@ -88,7 +88,7 @@ def recurrent_kda(
             bf16, fp32, on a CPU fp64; any strides.
         k: Like q.
         v: `[..., HV, V]` with `HV % H == 0`; value head i uses key head `i // (HV // H)`.
-        g: `[..., HV, K]`, log decay in **nats**, any float dtype.
+        g: `[..., HV, K]`, log decay in **nats**, any float dtype; -inf forgets the state.
         beta: `[..., HV]`, after its sigmoid.
         state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 on a CPU), any strides: pages may be
             padded. Read and written in place.
