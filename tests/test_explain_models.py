@@ -218,7 +218,8 @@ INDEX = torch.tensor([2, 0])
 KEYS = [
     0, -1, slice(1, None), ..., None, True, False, (), [0, 2], INDEX, MASK,
     (..., slice(0, 2)), (0, ..., 1), (slice(None), INDEX), (INDEX, slice(None), INDEX),
-    (INDEX, None, INDEX), (slice(None), torch.arange(20).view(4, 5) % 3 == 0), (..., INDEX), (None, INDEX, 1),
+    (INDEX, None, INDEX), (slice(None), torch.arange(20).view(4, 5) % 3 == 0), (..., INDEX),
+    (None, INDEX, 1),
     (0, INDEX), ([0, 1], [1, 2]), (True, INDEX), (slice(None, None, 2), None, ..., -1), (MASK, 1),
     torch.tensor(1), (slice(None), torch.tensor(1), INDEX), (slice(None), slice(-2, None), 3),
 ]  # fmt: skip
