@@ -340,7 +340,7 @@ class KDABatch:
         Raises:
             ValueError: They are not.
         """
-        self._check_values()
+        check_batch_values(self)
         check_slot_values("slots", self.slots, num_slots)
 
 

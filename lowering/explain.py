@@ -247,7 +247,7 @@ def layers_of(before: Compiled, after: Compiled, root: str) -> tuple[Layer, ...]
             return (x for paths, x in pairs if home_of(paths, homes) == home)
 
         outcomes = list(here(((outcome.layer,), outcome) for outcome in after.outcomes))
-        sides = (
+        sides = [
             Side(
                 tuple(here(compiled.launches)),
                 tuple(here(compiled.calls)),
@@ -256,10 +256,9 @@ def layers_of(before: Compiled, after: Compiled, root: str) -> tuple[Layer, ...]
                 bool(compiled.failure),
             )
             for compiled in (before, after)
-        )
+        ]
         kind = "" if home is None else kinds[home]
         layer = Layer(home or "", kind, fired(outcomes), near_misses(outcomes), *sides)
-        sides = (layer.before, layer.after)
         empty = not any(s.launches or s.calls or (s.failed and s.graph) for s in sides)
         if home is not None or not empty:
             found.append(layer)

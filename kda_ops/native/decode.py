@@ -78,7 +78,7 @@ def kda_decode_apart(*args: Any) -> Tensor:
 
 
 def _run(
-    parts: list[Any],
+    parts: tuple[tuple[Any, ...], ...],
     key_dim: int,
     activation: str | None,
     f: Tensor,
@@ -111,8 +111,11 @@ def _run(
         for table in (state_indices, num_accepted, cu_seqlens)
     ]
     o = x.new_zeros(1, T, HV, V)
+    channels: Any = (_Channels * 3)()
+    for i, part in enumerate(parts):
+        channels[i] = _channels(*part, row, channel)
     step = _Step(
-        (_Channels * 3)(*(_channels(*part, row, channel) for part in parts)),
+        channels,
         *(_DTYPES[conv_state.dtype], _DTYPES[state.dtype]),
         *(T, len(state_indices), key_dim // K, HV, K, V),
         *(weight.shape[1], conv_state.shape[row]),
