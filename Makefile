@@ -13,7 +13,7 @@ HISTORY := perf/history
 help:
 	@echo 'make demo           compile a Kimi Linear layer, prefill a text and decode, checked against fp64'
 	@echo 'make test           all tests that need no GPU (ARGS="-k gate" for some of them)'
-	@echo 'make check          format, lint, types, tests; after make nixl, all that continuous integration runs'
+	@echo 'make check          format, lint, types, tests; after make nixl wheel-check, all that continuous integration runs'
 	@echo 'make wheel-check    build the wheel and run everything that the command line offers from it'
 	@echo 'make format         rewrite the sources in the one format'
 	@echo 'make nixl           install NIXL (Linux, 70 MB): make test then also runs the transfers over it'

@@ -66,7 +66,7 @@ class KimiDeltaAttention(nn.Module):
     products, not by their size. The convolutions are one weight `conv_weight [D, conv_size]` with
     `D = H*K + H*K + HV*V`, in the order q | k | v. `load_checkpoint` packs the checkpoints of FLA,
     Hugging Face and Moonshot that way. `A_log` and `dt_bias` stay in fp32 when the layer is cast to
-    a 16-bit dtype.
+    a 16-bit dtype, and when FSDP2 (`fully_shard`) shards it, in whatever dtypes.
 
     Source: Kimi Linear (arXiv:2510.26692), section 4. The arguments up to `norm_eps` are those of
     FLA's layer of this name.

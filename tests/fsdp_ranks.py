@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -58,13 +58,24 @@ class Stack(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, recompute: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(HIDDEN)
         self.attention = KimiDeltaAttention(HIDDEN, 8, 2, num_v_heads=4)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.attention(self.norm(x))
+
+
+class Pair(nn.Module):
+    """Two layers, of which one is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = layer(), layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x)
 
 
 def layer() -> KimiDeltaAttention:
@@ -209,6 +220,31 @@ def parts_that_are_frozen(mesh: DeviceMesh) -> None:
         sharded = fully_shard(copy.deepcopy(original), mesh=mesh)
         train(sharded, BF16)
         assert_gradients(sharded, original, inputs, BF16)
+
+
+@scenario
+def parameters_without_a_gradient(mesh: DeviceMesh) -> None:
+    """Ranks that do not use a layer of a group send zeros, if they are asked to."""
+    original = Pair()
+    for policy in (MixedPrecisionPolicy(), MIXED):
+        sharded = fully_shard(copy.deepcopy(original), mesh=mesh, mp_policy=policy)
+        zeros = hasattr(sharded, "set_reduce_scatter_unused_params")  # not in torch 2.11
+        if zeros:
+            sharded.set_reduce_scatter_unused_params(True)
+        train(sharded, torch.float32)
+        for p in sharded.second.parameters():
+            assert not p.grad.full_tensor().any() if zeros else p.grad is None
+        compute = policy.param_dtype or torch.float32
+        assert_gradients(sharded.first, original.first, inputs, compute)
+
+
+@scenario
+def shards_on_the_cpu(mesh: DeviceMesh) -> None:
+    original = layer().to(BF16)
+    policy = CPUOffloadPolicy(pin_memory=False)
+    sharded = fully_shard(copy.deepcopy(original), mesh=mesh, offload_policy=policy)
+    train(sharded, BF16)
+    assert_gradients(sharded, original, inputs, BF16)
 
 
 @scenario

@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch._inductor.config as inductor_config
+from torch._inductor.graph import GraphLowering
 
 import kda_ops
 from kda_ops.__main__ import main
@@ -32,6 +34,9 @@ def breaks():
 
 def shapes():
     return torch.matmul, (torch.ones(2, 3), torch.ones(2, 3))
+
+def nothing():
+    return (lambda x: 3), (torch.ones(2),)
 
 def number():
     return 3
@@ -92,7 +97,7 @@ def test_the_command(factories: str, tmp_path: Path) -> None:
         ("{0}:", "must be module:factory, got '{0}:'"),
         ("a b:c", "must be module:factory, got 'a b:c'"),
         ("no_such_module.x:f", "there is no module 'no_such_module'"),
-        ("{0}:nothing", "'{0}' has no 'nothing'"),
+        ("{0}:nobody", "'{0}' has no 'nobody'"),
         ("{0}:constant", "{0}:constant must be callable, got int"),
         ("{0}:number", "must return (model, args) or (model, args, kwargs), got int"),
         ("{0}:four", "must return (model, args) or (model, args, kwargs), got 4 values"),
@@ -142,7 +147,9 @@ def run_main(arguments: list[str]) -> int | str | None:
 
 def test_other_faults(factories: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(["explain", f"{factories}:breaks"]) == 1
-    assert "does not compile as one graph: Call to" in capsys.readouterr().err
+    assert "does not compile as one graph: Unsupported: Call to" in capsys.readouterr().err
+    assert run_main(["explain", f"{factories}:nothing"]) == 1
+    assert "one graph: ValueError: model must compute something" in capsys.readouterr().err
     assert run_main(["explain", f"{factories}:shapes"]) == 1
     error = capsys.readouterr().err
     assert "does not compile as one graph: " in error
@@ -152,6 +159,20 @@ def test_other_faults(factories: str, capsys: pytest.CaptureFixture[str]) -> Non
     if not torch.cuda.is_available():
         assert run_main(["explain", f"{factories}:good", "--device", "cuda"]) == 2
         assert "no CUDA device is available" in capsys.readouterr().err
+
+
+def test_a_model_without_code_is_reported_and_fails(
+    factories: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mock.patch.object(GraphLowering, "codegen", side_effect=RuntimeError("no code here")):
+        assert run_main(["explain", f"{factories}:good", "--html", "page.html"]) == 1
+    text = capsys.readouterr().out
+    assert "fired          chunk_kda_gated at chunk_kda" in text
+    assert "launches       unknown -> unknown" in text
+    assert text.endswith(
+        "no code with or without the rewrites: InductorError: RuntimeError: no code here\n"
+    )
+    assert "no code here" in Page(Path("page.html").read_text()).text
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
