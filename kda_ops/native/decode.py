@@ -78,7 +78,7 @@ def kda_decode_apart(*args: Any) -> Tensor:
 
 
 def _run(
-    parts: tuple[tuple[Any, ...], ...],
+    parts: list[Any],
     key_dim: int,
     activation: str | None,
     f: Tensor,
@@ -113,7 +113,7 @@ def _run(
     o = x.new_zeros(1, T, HV, V)
     channels: Any = (_Channels * 3)()
     for i, part in enumerate(parts):
-        channels[i] = _channels(*part, row, channel)
+        channels[i] = _channels(*part, row=row, channel=channel)
     step = _Step(
         channels,
         *(_DTYPES[conv_state.dtype], _DTYPES[state.dtype]),
