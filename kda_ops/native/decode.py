@@ -112,8 +112,8 @@ def _run(
     ]
     o = x.new_zeros(1, T, HV, V)
     channels: Any = (_Channels * 3)()
-    for i, part in enumerate(parts):
-        channels[i] = _channels(*part, row=row, channel=channel)
+    for i, (x_i, state_i, weight_i, bias_i, first) in enumerate(parts):
+        channels[i] = _channels(x_i, state_i, weight_i, bias_i, first, row, channel)
     step = _Step(
         channels,
         *(_DTYPES[conv_state.dtype], _DTYPES[state.dtype]),
