@@ -108,7 +108,9 @@ def even_length(offsets: Tensor, rows: int) -> int | None:
     sequences = len(offsets) - 1
     if not known(offsets) or rows == 0 or sequences == 0:
         return None
-    tokens = max(rows // sequences, 1)
+    tokens, rest = divmod(rows, sequences)
+    if rest or tokens == 0:
+        return None
     return tokens if offsets.tolist() == [*range(0, rows + 1, tokens)] else None
 
 

@@ -298,3 +298,11 @@ def test_a_changed_layout_recompiles(monkeypatch: pytest.MonkeyPatch) -> None:
         eager = [t.clone() for t in inputs]
         torch.testing.assert_close(compiled(*inputs), step(*eager))
         assert torch.equal(inputs[2], eager[2])
+
+
+def test_equal_sequences_before_padding() -> None:
+    """Sequences of one length, and rows behind them that belong to none."""
+    x, weight, cu_seqlens = torch.randn(7, 12), torch.randn(12, 4), torch.arange(0, 7, 2)
+    y = short_conv(x, weight, cu_seqlens=cu_seqlens)
+    assert torch.equal(y[:6], short_conv(x[:6], weight, cu_seqlens=cu_seqlens))
+    assert (y[6:] == 0).all()
