@@ -302,7 +302,7 @@ class KimiDeltaAttention(nn.Module):
     def state_spec(
         self, *, num_spec: int = 0, recurrent_dtype: Any = "auto", transfer: bool = False
     ) -> KDAStateSpec:
-        """The two states of this layer; its `allocate` makes what `forward` takes as `state`.
+        """The states of this layer; its `allocate` makes what `forward` takes as `state`.
 
         Layout `"auto"` is decided here, for the device of the weights. `transfer`: the states will
         be moved between ranks or engines.
@@ -312,7 +312,7 @@ class KimiDeltaAttention(nn.Module):
             self.num_v_heads,
             self.head_k_dim,
             self.head_v_dim,
-            conv_size=self.conv_size,
+            conv_size=self.conv_size if self.use_short_conv else None,
             num_spec=num_spec,
             conv_dtype=self.in_proj.weight.dtype,
             recurrent_dtype=recurrent_dtype,
@@ -342,7 +342,8 @@ class KimiDeltaAttention(nn.Module):
             hidden_states: `[B, T, hidden_size]`; B is 1 with `batch` or `cu_seqlens`.
             state: `(conv, recurrent)` as `state_spec().allocate(...)` makes it: `conv [slots, L,
                 D]` in layout SD or `[slots, D, L]` in DS with `L = conv_size - 1 + num_spec`, and
-                `recurrent [slots, HV, V, K]`. Pages may be padded. Needs `batch`.
+                `recurrent [slots, HV, V, K]`. Pages may be padded. Without a convolution conv is
+                None. Needs `batch`.
             batch: Rows, sequences and slots of the step. Needs `state`.
             cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0,
                 non-decreasing, last at most T. Only without `batch`.
@@ -569,7 +570,7 @@ class KimiDeltaAttention(nn.Module):
     def _fresh_layout(self, x: Tensor) -> str:
         """The layout of a state that is allocated here."""
         layout = configured_layout(self.conv_layout)
-        if layout != AUTO:
+        if layout != AUTO or not self.use_short_conv:
             return layout
         from kda_ops.choice.layout import faster_layout  # loads Dynamo
 

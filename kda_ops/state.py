@@ -141,13 +141,15 @@ class KDAStateSpec:
         num_v_heads: HV, value heads, a multiple of H.
         head_k_dim: K.
         head_v_dim: V.
-        conv_size: W, the width of the short convolution.
+        conv_size: W, the width of the short convolution. None for a layer without one: its only
+            state is the recurrent one, and `allocate` gives None in the place of the other.
         num_spec: Speculative tokens per step; each adds a row to the conv state.
         conv_dtype: bf16, fp16 or fp32: the dtype of the model.
         recurrent_dtype: fp32 or bf16, as a dtype or its name; `"auto"` is fp32. Resolved on
             construction.
         layout: `"SD"`, `"DS"` or `"auto"`; None means `kda_ops.config.conv_layout`. Resolved on
             construction, `"auto"` only for more than one rank (to DS), else by `decide_layout`.
+            Without a convolution it means nothing, and is DS, whose pages any TP size may read.
         tp_size: Tensor-parallel ranks.
         page_bytes: Size of a page, where a caller needs it larger than the two states (an
             allocator shared with attention layers, for one). None means the states rounded up to
@@ -162,7 +164,7 @@ class KDAStateSpec:
     num_v_heads: int
     head_k_dim: int
     head_v_dim: int
-    conv_size: int = field(default=4, kw_only=True)
+    conv_size: int | None = field(default=4, kw_only=True)
     num_spec: int = field(default=0, kw_only=True)
     conv_dtype: torch.dtype = field(kw_only=True)
     recurrent_dtype: torch.dtype | str = field(default="auto", kw_only=True)
@@ -171,7 +173,7 @@ class KDAStateSpec:
     page_bytes: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        minima = {"conv_size": 2, "num_spec": 0}
+        minima = {"num_spec": 0} if self.conv_size is None else {"conv_size": 2, "num_spec": 0}
         sizes = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "tp_size")
         for name in (*sizes, *minima):
             minimum = minima.get(name, 1)
@@ -193,16 +195,19 @@ class KDAStateSpec:
             )
         self._resolve("recurrent_dtype", RECURRENT_DTYPES[self.recurrent_dtype])
         layout = configured_layout(self.layout)
-        self._resolve("layout", "DS" if layout == AUTO and self.tp_size > 1 else layout)
-        for segment in self.segments:
-            self.units_held(segment.name, 0)
+        ranged = self.conv_size is None or (layout == AUTO and self.tp_size > 1)
+        self._resolve("layout", "DS" if ranged else layout)
+        for units in (self.num_k_heads, self.num_v_heads):
+            units_held(units, self.tp_size, 0)
         needed = self.offset("recurrent") + self.local_bytes("recurrent")
         if self.page_bytes is None:
             self._resolve("page_bytes", _align(needed, PAGE_ALIGNMENT))
         check_integer("page_bytes", self.page_bytes)
         if self.page_bytes < needed:
             raise ValueError(f"page_bytes must be at least {needed}, got {self.page_bytes}")
-        element = max(self.conv_dtype.itemsize, self.recurrent_dtype.itemsize)
+        element = self.recurrent_dtype.itemsize
+        if self.conv_size is not None:
+            element = max(self.conv_dtype.itemsize, element)
         if self.page_bytes % element:
             raise ValueError(f"page_bytes must be a multiple of {element}, got {self.page_bytes}")
 
@@ -252,12 +257,18 @@ class KDAStateSpec:
 
     @property
     def conv_length(self) -> int:
-        """L, rows of the conv state: the last `W - 1` inputs and one per speculative token."""
-        return self.conv_size - 1 + self.num_spec
+        """L, rows of the conv state: the last `W - 1` inputs and one per speculative token; 0
+        without a convolution.
+        """
+        return 0 if self.conv_size is None else self.conv_size - 1 + self.num_spec
 
     @property
     def conv_sizes(self) -> tuple[int, int, int]:
-        """Channels of q, k and v on one rank: the sizes for `conv_split`."""
+        """Channels of q, k and v on one rank: the sizes for `conv_split`. Zeros without a
+        convolution.
+        """
+        if self.conv_size is None:
+            return (0, 0, 0)
         k_heads, v_heads = self.local_units("k"), self.local_units("v")
         return (k_heads * self.head_k_dim, k_heads * self.head_k_dim, v_heads * self.head_v_dim)
 
@@ -271,8 +282,10 @@ class KDAStateSpec:
         """One slot's conv state on one rank: `(L, D)` in layout SD, `(D, L)` in DS.
 
         Raises:
-            ValueError: The layout is `"auto"`.
+            ValueError: The layout is `"auto"`, or there is no convolution.
         """
+        if self.conv_size is None:
+            raise ValueError("conv_size must be given for a conv state to have a shape, got None")
         self._check_decided()
         shape = (self.conv_length, self.conv_dim)
         return shape if self.layout == "SD" else shape[::-1]
@@ -283,16 +296,19 @@ class KDAStateSpec:
         return (self.local_units("recurrent"), self.head_v_dim, self.head_k_dim)
 
     @property
-    def segments(self) -> tuple[Segment, Segment, Segment, Segment]:
-        """q, k, v, recurrent, in page order, over all ranks."""
+    def segments(self) -> tuple[Segment, ...]:
+        """q, k, v, recurrent, in page order, over all ranks; recurrent alone without a
+        convolution.
+        """
         row = self.conv_length * self.conv_dtype.itemsize
         matrix = self.head_v_dim * self.head_k_dim * self.recurrent_dtype.itemsize
-        return (
+        conv = (
             Segment("q", self.num_k_heads, self.head_k_dim * row),
             Segment("k", self.num_k_heads, self.head_k_dim * row),
             Segment("v", self.num_v_heads, self.head_v_dim * row),
-            Segment("recurrent", self.num_v_heads, matrix),
         )
+        recurrent = Segment("recurrent", self.num_v_heads, matrix)
+        return (recurrent,) if self.conv_size is None else (*conv, recurrent)
 
     def segment(self, name: str) -> Segment:
         """The segment of that name.
@@ -303,7 +319,8 @@ class KDAStateSpec:
         for segment in self.segments:
             if segment.name == name:
                 return segment
-        raise ValueError(f"name must be q, k, v or recurrent, got {name!r}")
+        names = "recurrent" if self.conv_size is None else "q, k, v or recurrent"
+        raise ValueError(f"name must be {names}, got {name!r}")
 
     def units_held(self, name: str, rank: int) -> range:
         """The heads of a segment that a rank holds; see the function of the same name."""
@@ -333,9 +350,9 @@ class KDAStateSpec:
         row_bytes = self.conv_dtype.itemsize * (self.conv_length if self.layout == "DS" else 1)
         q, k, v = self.conv_sizes
         channels = {"q": 0, "k": q, "v": q + k}
+        self.segment(name)
         if name in channels:
             return channels[name] * row_bytes
-        self.segment(name)
         conv_bytes = (q + k + v) * self.conv_length * self.conv_dtype.itemsize
         return _align(conv_bytes, RECURRENT_ALIGNMENT)
 
@@ -346,7 +363,7 @@ class KDAStateSpec:
         layers: int | None = None,
         device: torch.device | str | None = None,
         transfer: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         """Both states of every slot, zeroed, as views of one buffer of pages.
 
         Slot 0 is the null block: operators map padding to it and never write it. The views have
@@ -361,7 +378,7 @@ class KDAStateSpec:
 
         Returns:
             conv `[slots, *conv_shape]` and recurrent `[slots, *recurrent_shape]`, or with `layers`
-            `[layers, slots, ...]`.
+            `[layers, slots, ...]`. Without a convolution conv is None.
 
         Raises:
             ValueError: `num_slots` or `layers` below 1.
@@ -382,15 +399,17 @@ class KDAStateSpec:
         # graphs do not accept two written inputs of different dtypes in one storage (what a graph
         # allocates is no input)
         twin = torch.from_dlpack(pages) if reads_values(pages) else pages
-        states = []
-        for buffer, offset, shape, dtype in (
-            (pages, 0, self.conv_shape, self.conv_dtype),
-            (twin, self.offset("recurrent"), self.recurrent_shape, self.recurrent_dtype),
-        ):
+
+        def view(buffer: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             elements = torch.Size(shape).numel()
             start = offset // dtype.itemsize
-            states.append(buffer.view(dtype)[..., start : start + elements].unflatten(-1, shape))
-        return states[0], states[1]
+            return buffer.view(dtype)[..., start : start + elements].unflatten(-1, shape)
+
+        conv = None
+        if self.conv_size is not None:
+            conv = view(pages, 0, self.conv_shape, self.conv_dtype)
+        offset = self.offset("recurrent")
+        return conv, view(twin, offset, self.recurrent_shape, self.recurrent_dtype)
 
 
 def _align(size: int, alignment: int) -> int:

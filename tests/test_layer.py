@@ -105,10 +105,11 @@ def naive(layer: KimiDeltaAttention, hidden: Tensor, lengths: list[int] | None =
 
 def make_state(layer: KimiDeltaAttention, *, num_spec: int = 0, slots: int = SLOTS) -> State:
     """States as a server has them: views of pages, with garbage where nothing was written."""
-    conv, recurrent = layer.state_spec(num_spec=num_spec).allocate(slots)
-    for x in (conv, recurrent):
-        x.copy_(torch.randn(x.shape))
-    return conv if layer.use_short_conv else None, recurrent
+    state = layer.state_spec(num_spec=num_spec).allocate(slots)
+    for x in state:
+        if x is not None:
+            x.copy_(torch.randn(x.shape))
+    return state
 
 
 def clone_state(state: State) -> State:

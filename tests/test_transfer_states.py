@@ -42,10 +42,12 @@ def kda_engine(spec: KDAStateSpec) -> Engine:
 
     def page(states: dict[str, Tensor], rank: int) -> np.ndarray:
         conv, recurrent = spec.allocate(1, layers=1)
+        recurrent[0, 0].copy_(shard(states["recurrent"], spec.tp_size, rank))
+        if conv is None:
+            return buffer_pages(recurrent, spec.page_bytes)[0][0].numpy()
         channels = [shard(states[n], spec.tp_size, rank).flatten(0, 1) for n in ("q", "k", "v")]
         rows = torch.cat(channels)  # [D, L]
         conv[0, 0].copy_(rows if spec.layout == "DS" else rows.t())
-        recurrent[0, 0].copy_(shard(states["recurrent"], spec.tp_size, rank))
         return buffer_pages(conv, spec.page_bytes)[0][0].numpy()
 
     return Engine(state_geometry(spec, pages=1, block_tokens=16), page)
@@ -126,7 +128,7 @@ def test_kda_and_gated_deltanet(data: st.DataObject) -> None:
     H = draw(st.sampled_from([n for n in heads if HV % n == 0]))
     K, V = draw(st.integers(1, 5)), draw(st.integers(1, 5))
     dtype, recurrent = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(["auto", "bfloat16"]))
-    num_spec, conv_size = draw(st.integers(0, 3)), draw(st.integers(2, 4))
+    num_spec, conv_size = draw(st.integers(0, 3)), draw(st.sampled_from([2, 3, 4, None]))
     layout = draw(st.sampled_from(["SD", "DS"])) if p == d else "DS"
 
     def engine(tp: int) -> Engine:
@@ -147,11 +149,13 @@ def test_kda_and_gated_deltanet(data: st.DataObject) -> None:
 
         return kda_engine(spec(spec(None).page_bytes + 4 * draw(st.integers(0, 200))))
 
-    L = conv_size - 1 + num_spec
     src, dst = engine(p), engine(d)
-    dtypes = {"q": dtype, "k": dtype, "v": dtype}
-    dtypes["recurrent"] = torch.float32 if recurrent == "auto" else torch.bfloat16
-    shapes = {"q": (H, K, L), "k": (H, K, L), "v": (HV, V, L), "recurrent": (HV, V, K)}
+    shapes: dict[str, tuple[int, ...]] = {"recurrent": (HV, V, K)}
+    dtypes = {"recurrent": torch.float32 if recurrent == "auto" else torch.bfloat16}
+    if conv_size is not None:
+        L = conv_size - 1 + num_spec
+        shapes |= {"q": (H, K, L), "k": (H, K, L), "v": (HV, V, L)}
+        dtypes |= {"q": dtype, "k": dtype, "v": dtype}
     check(random_states(shapes, dtypes), src, dst)
 
 

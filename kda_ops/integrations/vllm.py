@@ -193,7 +193,7 @@ def kda_state_copy_func(layout: str | None = None, *, num_spec: int | None = Non
                         f"block_ids must hold position {position}, got {len(blocks)} blocks"
                     )
             rows.append((blocks[cur], blocks[cur + bias], blocks[dst], bias))
-        plan = torch.tensor(rows, dtype=torch.int32, device=conv.device).reshape(-1, 4)
+        plan = torch.tensor(rows, dtype=torch.int32, device=recurrent.device).reshape(-1, 4)
         state_copy(conv, recurrent, plan, layout=resolved, num_spec=num_spec)
 
     return copy

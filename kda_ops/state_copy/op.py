@@ -42,7 +42,7 @@ state_copy_op = define_op(
 
 
 def state_copy(
-    conv: Tensor,
+    conv: Tensor | None,
     recurrent: Tensor,
     plan: Tensor,
     *,
@@ -65,12 +65,13 @@ def state_copy(
     Args:
         conv: `[layers, slots, L, D]` in layout SD, `[layers, slots, D, L]` in DS, or one layer
             without the first axis. Elements of 1, 2, 4 or 8 bytes. The last two axes are dense
-            (rows of SD may be apart), layers and slots may be padded pages.
+            (rows of SD may be apart), layers and slots may be padded pages. None for layers without
+            a convolution.
         recurrent: `[layers, slots, HV, V, K]`, or one layer; dense from HV on, else like conv.
         plan: `[R, 4]`, int32 or int64: rows `(conv_src, recurrent_src, dst, bias)` of slots, with
             `bias = num_accepted - 1`.
         layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
-        num_spec: The largest bias; None means `L - 1`.
+        num_spec: The largest bias; None means `L - 1`, or any without a convolution.
 
     Raises:
         ValueError: A shape, stride, dtype, device or layout that does not fit; on the CPU, or with
@@ -79,9 +80,16 @@ def state_copy(
             is skipped.
         RuntimeError: A state requires grad while grad mode is on.
     """
-    check_rank("conv", conv, 3, 4)
-    check_rank("recurrent", recurrent, conv.dim() + 1)
-    layout = resolve_layout(layout, conv)
+    if conv is None:
+        check_rank("recurrent", recurrent, 4, 5)
+        layout = resolve_layout(layout)
+        rows = (1, 0) if layout == "SD" else (0, 1)  # of no channels: there is nothing to move
+        conv, L = recurrent.new_empty(*recurrent.shape[:-3], *rows), 2**31
+    else:
+        check_rank("conv", conv, 3, 4)
+        check_rank("recurrent", recurrent, conv.dim() + 1)
+        layout = resolve_layout(layout, conv)
+        L = conv.shape[-2 if layout == "SD" else -1]
     leading = conv.dim() - 2
     if conv.shape[:leading] != recurrent.shape[:leading]:
         raise ValueError(
@@ -97,7 +105,6 @@ def state_copy(
     if plan.dim() != 2 or plan.shape[1] != 4:
         raise ValueError(f"plan must have shape [R, 4], got {tuple(plan.shape)}")
     check_device(conv=conv, recurrent=recurrent, plan=plan)
-    L = conv.shape[-2 if layout == "SD" else -1]
     if L < 1:
         raise ValueError(f"conv must have a state length of at least 1, got {L}")
     num_spec = L - 1 if num_spec is None else num_spec

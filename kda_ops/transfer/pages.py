@@ -16,7 +16,7 @@ def buffer_pages(state: Tensor, page_bytes: int) -> list[Tensor]:
 
     Args:
         state: `conv` as `KDAStateSpec.allocate` makes it with `layers`, the first view of its
-            buffer.
+            buffer; `recurrent` where there is no convolution.
         page_bytes: Of the spec.
 
     Raises:
