@@ -1,6 +1,7 @@
 """A layer without a convolution has one state: its spec, pages, steps, copies and transfers."""
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -13,13 +14,8 @@ from kda_ops.batch import KDABatch
 from kda_ops.choice import layout as layouts
 from kda_ops.layer import KimiDeltaAttention
 from kda_ops.state import KDAStateSpec, Segment
-from kda_ops.transfer.geometry import (
-    EngineGeometry,
-    check_compatible,
-    decode_geometry,
-    encode_geometry,
-    state_geometry,
-)
+from kda_ops.transfer.geometry import EngineGeometry, check_compatible, state_geometry
+from kda_ops.transfer.messages import decode_geometry, encode_geometry
 from kda_ops.transfer.pages import buffer_pages
 from kda_ops.transfer.schema import GeometryError
 from tests.operators import run_kernels
@@ -94,9 +90,11 @@ def test_transfer() -> None:
 
     ours = engine(layout="SD")
     assert [s.name for s in ours.groups[0].segments] == ["recurrent"]
-    assert decode_geometry(encode_geometry(ours)) == ours
+    assert decode_geometry(json.loads(json.dumps(encode_geometry(ours)))) == ours
     check_compatible(ours, engine(tp_size=4))
-    with pytest.raises(GeometryError, match="rows must be the same on both engines, got 0 and 3"):
+    with pytest.raises(
+        GeometryError, match="conv_size must be the same on both engines, got 0 and 4"
+    ):
         check_compatible(ours, engine(conv_size=4))
 
 

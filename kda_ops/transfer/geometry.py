@@ -235,7 +235,7 @@ def state_geometry(
         segments=tuple(placed),
         tp_size=spec.tp_size,
         layout=layout,
-        conv_size=spec.conv_size,
+        conv_size=spec.conv_size or 0,
         num_spec=spec.num_spec,
         block_tokens=block_tokens,
         pages_per_block=1,
