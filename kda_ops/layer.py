@@ -307,12 +307,13 @@ class KimiDeltaAttention(nn.Module):
         Layout `"auto"` is decided here, for the device of the weights. `transfer`: the states will
         be moved between ranks or engines.
         """
+        conv_size: Any = self.conv_size if self.use_short_conv else None
         spec = KDAStateSpec(
             self.num_heads,
             self.num_v_heads,
             self.head_k_dim,
             self.head_v_dim,
-            conv_size=self.conv_size if self.use_short_conv else None,
+            conv_size=conv_size,
             num_spec=num_spec,
             conv_dtype=self.in_proj.weight.dtype,
             recurrent_dtype=recurrent_dtype,

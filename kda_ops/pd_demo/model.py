@@ -246,6 +246,7 @@ class Caches:
             spec, pages=config.pages, layers=kda, block_tokens=config.block_tokens
         )
         self.geometry = EngineGeometry((state, kv))
+        self.conv: Any
         self.conv, self.recurrent = spec.allocate(config.pages, layers=kda)
         heads = len(units_held(config.kv_heads, tp_size, 0))
         whole = torch.zeros(attention, config.pages, kv.page_bytes, dtype=torch.uint8)
