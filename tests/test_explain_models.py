@@ -152,7 +152,8 @@ def test_a_model_in_training(model: Model, ids: Tensor) -> None:
     explanation = kda_ops.explain(model.train(), ids, labels=ids, dynamic=True)
     layer, rest = explanation.layers
     assert explanation.failures == ("", "")
-    assert "chunk_kda_gated" in [fired.rewrite for fired in layer.fired]
+    # what is saved for the backward is returned, so the rewrite may only nearly fire
+    assert "chunk_kda_gated" in [found.rewrite for found in (*layer.fired, *layer.near_misses)]
     assert [name for name in rest.after.launches if "native_dropout" in name]
     assert {p.grad for p in model.parameters()} == {None}
 
