@@ -321,7 +321,7 @@ def trained(model: nn.Module, ids: Callable[[int], Tensor], ranks: Iterator[int]
 
 @scenario
 def training_a_model(mesh: DeviceMesh) -> None:
-    """Each block a group or none, gathered again for the backward or kept; clipped, with momentum."""
+    """Each block a group or none, gathered again for the backward or kept; clipped, momentum."""
     original = Stack()
     everyone = range(dist.get_world_size())
     reference = trained(copy.deepcopy(original), tokens, everyone)
