@@ -22,6 +22,7 @@ import kda_ops
 
 ROOT = Path(kda_ops.__file__).parent.parent
 PACKAGES = ("kda_ops", "lowering")
+SOURCES = (".py", ".cpp", ".h")
 MODEL = """
 import torch
 from kda_ops.layer import KimiDeltaAttention
@@ -69,16 +70,15 @@ def commands(nixl: bool) -> list[Command]:
 
 
 def check_contents(wheel: Path) -> None:
-    """The wheel has every module of the packages and nothing else, and says what it needs."""
+    """The wheel has every source file of the packages and nothing else, and says what it needs."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
         (about,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = email.message_from_bytes(archive.read(about))
         (scripts,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
         assert "kda-ops = kda_ops.__main__:main" in archive.read(scripts).decode()
-    sources = {
-        path.relative_to(ROOT).as_posix() for p in PACKAGES for path in (ROOT / p).rglob("*.py")
-    }
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*"))
+    sources = {f.relative_to(ROOT).as_posix() for f in files if f.suffix in SOURCES}
     assert set(names) == sources, set(names) ^ sources
     assert metadata["Name"] == "kda-ops"
     needs = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
