@@ -58,7 +58,7 @@ format: $(VENV)/.installed
 wheel-check: $(VENV)/.installed
 	rm -rf build/wheel
 	$(RUN) -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir build/wheel .
-	$(RUN) -m tests.wheel build/wheel
+	$(RUN) -m tests.support.wheel build/wheel
 
 # --no-deps: the meta-package asks for the libraries of every CUDA version, and takes those of torch's
 $(VENV)/.nixl-installed: $(VENV)/.installed
@@ -78,16 +78,16 @@ test-gpu: $(VENV)/.installed
 # a whole run is kept with those of its GPU, a part of one (ARGS="-k gate") in build/
 perf: $(VENV)/.perf-installed
 	@json="$(PERF_JSON)"; \
-	if [ -z "$$json" ]; then json=$(if $(ARGS),build/perf.json,$$($(RUN) -m perf.machine)); fi; \
+	if [ -z "$$json" ]; then json=$(if $(ARGS),build/perf.json,$$($(RUN) -m perf.harness.machine)); fi; \
 	mkdir -p "$$(dirname "$$json")"; status=0; \
 	$(RUN) -m pytest perf -q --durations=15 --benchmark-json="$$json" $(ARGS) || status=$$?; \
-	$(RUN) -m perf.report "$$json" && echo "run kept in $$json" && exit $$status
+	$(RUN) -m perf.analysis.report "$$json" && echo "run kept in $$json" && exit $$status
 
 perf-compare: $(VENV)/.perf-installed
-	$(RUN) -m perf.compare $(FILE)
+	$(RUN) -m perf.analysis.compare $(FILE)
 
 perf-report: $(VENV)/.perf-installed
-	$(RUN) -m perf.report $(wildcard $(HISTORY)/h200/*.json) --readme README.md --picture perf/report.png
+	$(RUN) -m perf.analysis.report $(wildcard $(HISTORY)/h200/*.json) --readme README.md --picture perf/report.png
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache

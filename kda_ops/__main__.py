@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kda_ops import demo, pd_demo
 from kda_ops.explain import command as explain
 
 COMMANDS = {"demo": demo, "explain": explain, "pd-demo": pd_demo}

@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 INTEGERS = (torch.int32, torch.int64)
+
+
 MAX_HEAD_DIM = 256
+
+
 STATES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -184,33 +190,6 @@ def check_writable(**states: Tensor | None) -> None:
             )
 
 
-def check_varlen_values(
-    x: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None, chunk_size: int
-) -> None:
-    """Contents of `cu_seqlens` for `x [1, T, ...]`, and of the chunk table."""
-    if cu_seqlens is None:
-        return
-    check_cu_seqlens_values(cu_seqlens, x.shape[1])
-    if chunks is not None:
-        check_chunk_values(chunks, cu_seqlens, x.shape[1], chunk_size)
-
-
-def check_chunk_values(
-    chunks: Tensor, cu_seqlens: Tensor, total_tokens: int, chunk_size: int
-) -> None:
-    """`chunks` is the chunk table of right `cu_seqlens`."""
-    from kda_ops.chunks import chunk_table
-
-    expected = chunk_table(cu_seqlens, total_tokens, chunk_size)
-    wrong = (expected != chunks).any(dim=1).nonzero()
-    if len(wrong):
-        row = int(wrong[0])
-        raise ValueError(
-            f"chunks must be the chunk table of cu_seqlens, expected row {row} to be "
-            f"{expected[row].tolist()}, got {chunks[row].tolist()}"
-        )
-
-
 def check_slot_values(name: str, slots: Tensor, num_slots: int) -> None:
     """Every slot is in `[0, num_slots)`."""
     bad = ((slots < 0) | (slots >= num_slots)).flatten().nonzero()
@@ -224,43 +203,6 @@ def check_distinct_slots(name: str, slots: Tensor) -> None:
     found, counts = used.unique(return_counts=True)
     if (counts > 1).any():
         raise ValueError(f"{name} must not repeat, got {int(found[counts > 1][0])} more than once")
-
-
-def resolve_activation(activation: str | None) -> str | None:
-    """`"silu"` or None."""
-    if activation not in ("silu", "swish", None):
-        raise ValueError(f"activation must be 'silu', 'swish' or None, got {activation!r}")
-    return None if activation is None else "silu"
-
-
-def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """The arguments of a depthwise convolution over `x [..., D]`."""
-    check_dtype("x", x)
-    if x.shape[-1] < 1:
-        raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
-    check_rank("weight", weight, 2)
-    if weight.shape[1] < 2:
-        raise ValueError(
-            f"weight must have shape [D, W] with W at least 2, got {tuple(weight.shape)}"
-        )
-    check_shape("weight", weight, (x.shape[-1], weight.shape[1]))
-    check_dtype("weight", weight)
-    if bias is not None:
-        check_shape("bias", bias, (x.shape[-1],))
-        check_dtype("bias", bias)
-
-
-def check_conv_state(conv_state: Tensor, layout: str, D: int, W: int) -> None:
-    """A convolution state of D channels that holds at least the W - 1 rows of a history."""
-    check_dtype("conv_state", conv_state)
-    check_rank("conv_state", conv_state, 3)
-    dims, L = (conv_state.shape[2], conv_state.shape[1]) if layout == "SD" else conv_state.shape[1:]
-    if dims != D or L < W - 1:
-        axes = f"[slots, L, {D}]" if layout == "SD" else f"[slots, {D}, L]"
-        raise ValueError(
-            f"conv_state must have shape {axes} with L at least {W - 1} in layout {layout}, "
-            f"got {tuple(conv_state.shape)}"
-        )
 
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> None:
@@ -325,123 +267,6 @@ def check_chunk_states(
         check_shape("has_initial_state", has_initial_state, (N,))
         check_dtype("has_initial_state", has_initial_state, (torch.bool,))
     check_device(q=q, state=state, state_indices=state_indices, has_initial_state=has_initial_state)
-
-
-def check_conv_sequences(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_state: Tensor | None,
-    slots: Tensor | None,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> None:
-    """The arguments of a convolution of whole sequences `x [B, T, D]` or `[T, D]`, with a state or
-    without.
-    """
-    check_conv(x, weight, bias)
-    sequences = 1 if x.dim() == 2 else x.shape[0]
-    if cu_seqlens is not None:
-        check_cu_seqlens_shape(cu_seqlens)
-        if sequences != 1:
-            raise ValueError(f"x must have batch size 1 with cu_seqlens, got {sequences}")
-        sequences = cu_seqlens.shape[0] - 1
-    if conv_state is None:
-        for name, value in (("slots", slots), ("has_initial_state", has_initial_state)):
-            if value is not None:
-                raise ValueError(f"{name} must come with conv_state, got {name} alone")
-    else:
-        check_conv_state(conv_state, layout, x.shape[-1], weight.shape[1])
-        if slots is None:
-            raise ValueError("slots must be given with conv_state, got None")
-        check_dtype("slots", slots, INTEGERS)
-        check_shape("slots", slots, (sequences,))
-    if has_initial_state is not None:
-        check_dtype("has_initial_state", has_initial_state, (torch.bool,))
-        check_shape("has_initial_state", has_initial_state, (sequences,))
-    check_device(
-        x=x,
-        weight=weight,
-        bias=bias,
-        conv_state=conv_state,
-        slots=slots,
-        has_initial_state=has_initial_state,
-        cu_seqlens=cu_seqlens,
-    )
-
-
-def state_channels(x: Any, conv_state: Any) -> tuple[Tensor | None, int]:
-    """A convolution state and its channels, from which an unknown layout can be told; of q where q,
-    k and v are apart.
-    """
-    if isinstance(x, (tuple, list)) and isinstance(conv_state, (tuple, list)):
-        x, conv_state = x[0], conv_state[0]
-    known = isinstance(x, Tensor) and isinstance(conv_state, Tensor) and x.dim() > 0
-    return (conv_state, x.shape[-1]) if known else (None, 0)
-
-
-def conv_parts(
-    x: Any, weight: Any, bias: Any, conv_state: Any, layout: str
-) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """`(x, weight, bias, conv_state)` of q | k | v together, or of each of q, k and v where every
-    argument is three tensors.
-
-    What a kernel takes as one is checked: three of an argument agree in dtype, the inputs in their
-    tokens, the weights in their taps, the states in slots, rows and the distance of channels.
-    """
-    given = {"x": x, "weight": weight, "bias": bias, "conv_state": conv_state}
-    if not any(isinstance(value, (tuple, list)) for value in given.values()):
-        return [(x, weight, bias, conv_state)]
-    for name, value in given.items():
-        if value is None and name in ("bias", "conv_state"):
-            given[name] = (None, None, None)
-        elif not isinstance(value, (tuple, list)) or len(value) != 3:
-            raise ValueError(
-                f"{name} must be three tensors, of q, k and v, like the other arguments, "
-                f"got {type(value).__name__}"
-            )
-        elif not all(isinstance(part, Tensor) for part in value):
-            kinds = ", ".join(type(part).__name__ for part in value)
-            raise ValueError(f"{name} must be three tensors, got {kinds}")
-        else:
-            for part in value[1:]:
-                check_rank(name, part, value[0].dim())
-                check_dtype(name, part, (value[0].dtype,))
-            check_device(**{f"{name} of {y}": part for y, part in zip("qkv", value, strict=True)})
-    check_rank("x", x[0], 2, 3)
-    check_rank("weight", weight[0], 2)
-    for part in x[1:]:
-        check_shape("x", part, (*x[0].shape[:-1], part.shape[-1]))
-    for part in weight[1:]:
-        check_shape("weight", part, (part.shape[0], *weight[0].shape[1:]))
-    if conv_state is not None:
-        rows, dim = (1, 2) if layout == "SD" else (2, 1)
-        first = conv_state[0]
-        check_rank("conv_state", first, 3)
-        for part in conv_state[1:]:
-            if (part.shape[0], part.shape[rows]) != (first.shape[0], first.shape[rows]):
-                raise ValueError(
-                    f"conv_state must have as many slots and rows for q, k and v, "
-                    f"got {tuple(first.shape)} and {tuple(part.shape)} in layout {layout}"
-                )
-            if part.stride(dim) != first.stride(dim):
-                raise ValueError(
-                    f"conv_state must have one stride along the channels of q, k and v, "
-                    f"got {first.stride(dim)} and {part.stride(dim)}"
-                )
-    return list(zip(*given.values(), strict=True))
-
-
-def check_conv_values(
-    x: Tensor, cu_seqlens: Tensor | None, conv_state: Tensor | None, slots: Tensor | None
-) -> None:
-    """Contents of the offsets and slots of a convolution of whole sequences."""
-    if cu_seqlens is not None:
-        check_cu_seqlens_values(cu_seqlens, x.shape[-2])
-    if conv_state is not None and slots is not None:
-        check_slot_values("slots", slots, conv_state.shape[0])
-        check_distinct_slots("slots", slots)
 
 
 def check_step_values(

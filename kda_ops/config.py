@@ -13,7 +13,7 @@ Attributes:
         synchronisation per operator, off by default. Values of CPU tensors are always checked.
         Without it every kernel stays memory-safe for any values.
     deterministic_choice: Take kernel choices and the layout `"auto"` from the shipped table alone
-        (`kda_ops.choice`), never from timing. It counts where something is chosen: eager calls and
+        (`kda_ops.tuning`), never from timing. It counts where something is chosen: eager calls and
         compilations from then on, with caches of their own. What is compiled already stays.
 """
 

@@ -55,10 +55,10 @@ def install() -> None:
     _installed = True
     for name in (*OPERATORS, *FUSIONS):
         importlib.import_module(f"lowering.{name}")
-    from lowering.cache_key import install_cache_key
-    from lowering.compat import lower_storage_offset
-    from lowering.rewrite import install_rewrites
-    from lowering.snapshots import keep_copies, order_reads
+    from kda_ops.lowering.cache_key import install_cache_key
+    from kda_ops.lowering.compat import lower_storage_offset
+    from kda_ops.lowering.graph.snapshots import keep_copies, order_reads
+    from kda_ops.lowering.rewrites.framework import install_rewrites
 
     lower_storage_offset()
     keep_copies()

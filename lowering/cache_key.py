@@ -5,8 +5,7 @@ belongs to the user.
 from torch._inductor.codegen.common import custom_backend_passes
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
 
-import lowering
-from kda_ops import choice
+from kda_ops import lowering, tuning
 
 
 class SourceHash(CustomGraphModulePass):
@@ -22,7 +21,7 @@ class SourceHash(CustomGraphModulePass):
         pass
 
     def uuid(self) -> str:
-        return f"kda_ops-{self._hash}-{choice.cache_key()}"
+        return f"kda_ops-{self._hash}-{tuning.cache_key()}"
 
 
 def install_cache_key() -> None:

@@ -14,8 +14,8 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
-from lowering.matching import same_shape, value, values
-from lowering.provenance import inherit
+from kda_ops.lowering.graph.matching import same_shape, value, values
+from kda_ops.lowering.graph.provenance import inherit
 
 
 def inline_subgraph(gm: Any, inputs: list[Any]) -> Any:

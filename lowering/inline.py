@@ -27,10 +27,10 @@ from torch._inductor.lowering import (
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kda_ops._define import OPERATORS
-from kda_ops.choice import forcing
+from kda_ops._registry import OPERATORS
+from kda_ops.lowering import compat
 from kda_ops.native import NATIVE
-from lowering import compat
+from kda_ops.tuning import forcing
 
 COMPILE_SECONDS = 300
 
@@ -105,7 +105,7 @@ def fake_arguments() -> tuple[Any, ...]:
 def compile_call(op: Any, args: list[Any], forced: Mapping[str, Any]) -> Callable[[], Any]:
     """A call of an operator on given tensors, compiled while something else is being compiled.
 
-    `forced` is chosen for it (see `kda_ops.choice.forcing`), to be timed against something else. A
+    `forced` is chosen for it (see `kda_ops.tuning.forcing`), to be timed against something else. A
     thread of its own has none of the modes and contexts of the compilation that is going on.
 
     Raises:

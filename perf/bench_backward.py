@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kda_ops.chunk_kda_gated.backward import launch_chunk_kda_gated_backward
+from kda_ops.delta_rule.chunk_kda_gated.backward import launch_chunk_kda_gated_backward
 from perf.bench_core import core_inputs
-from perf.rows import OURS, Call, Inputs, Row
+from perf.harness.rows import OURS, Call, Inputs, Row
 
 NAMES = ("q", "k", "v", "x", "beta", "A_log", "dt_bias")
 D = 128

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from kda_ops.chunks import chunk_table
-from perf.peers import fla, fla_chunk_kda
-from perf.rows import Row, operator_rows
+from kda_ops.varlen import chunk_table
+from perf.baselines.fla import fla, fla_chunk_kda
+from perf.harness.rows import Row, operator_rows
 
 
 def with_chunk_table(row: Row) -> Row:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from perf.bench_chunk_kda import with_chunk_table
-from perf.rows import Row, operator_rows
+from perf.harness.rows import Row, operator_rows
 
 ROWS = [with_chunk_table(row) for row in operator_rows("chunk_kda_gated")]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from perf.machine import COPY_BYTES, MATMUL_SIZE
-from perf.rows import Inputs, Row, direct
+from perf.harness.machine import COPY_BYTES, MATMUL_SIZE
+from perf.harness.rows import Inputs, Row, direct
 
 
 def copy_inputs(device: torch.device) -> Inputs:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kda_ops import chunk_kda, chunk_kda_gated, gate_cumsum, l2norm
 from kda_ops._cases import Case
-from kda_ops.chunks import chunk_table
-from kda_ops.formulas import CHUNK
-from perf.more_peers import more_peers
-from perf.peers import fla, fla_core
-from perf.rows import OURS, Row, direct, function_rows
+from kda_ops._numerics import CHUNK
+from kda_ops.varlen import chunk_table
+from perf.baselines.fla import fla, fla_core
+from perf.baselines.others import more_peers
+from perf.harness.rows import OURS, Row, direct, function_rows
 
 D = 128
 RAGGED = (1300, 547, 2048, 963, 271, 3063)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from perf.baselines.fla import fla, fla_core
 from perf.bench_core import core, core_inputs, fused_core
-from perf.machine import gpu, software
-from perf.peers import fla, fla_core
-from perf.rows import OURS, SEED, Inputs, Prepare, direct, relative_error
-from perf.timing import CLOCK, event_seconds
+from perf.harness.machine import gpu, software
+from perf.harness.rows import OURS, SEED, Inputs, Prepare, direct, relative_error
+from perf.harness.timing import CLOCK, event_seconds
 
 T, H = 512, 32
 SAMPLES = 8

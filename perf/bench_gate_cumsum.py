@@ -11,9 +11,9 @@ import pytest
 from torch import Tensor
 
 from kda_ops import chunk_cumsum, gate
-from kda_ops.formulas import RCP_LN2
-from perf.peers import fla, fla_gate_cumsum
-from perf.rows import COMPILED, Row, function_rows, operator_rows
+from kda_ops._numerics import RCP_LN2
+from perf.baselines.fla import fla, fla_gate_cumsum
+from perf.harness.rows import COMPILED, Row, function_rows, operator_rows
 
 
 def small_operators(
@@ -30,7 +30,7 @@ def small_operator_rows() -> list[Row]:
             function_rows("gate_cumsum", case, small_operators, peers={}, compile_too=True)[-1],
             who=f"{COMPILED} from gate, chunk_cumsum, scale",
         )
-        for case in importlib.import_module("kda_ops.gate_cumsum.cases").CASES
+        for case in importlib.import_module("kda_ops.gating.gate_cumsum.cases").CASES
         if case.perf
     ]
 

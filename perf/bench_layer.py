@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from kda_ops.batch import KDABatch
-from kda_ops.layer import KimiDeltaAttention
-from perf.peers import fla
-from perf.rows import COMPILED, OURS, Call, Inputs, Row, RunReferences
+from kda_ops.cache.batch import KDABatch
+from kda_ops.nn.layer import KimiDeltaAttention
+from perf.baselines.fla import fla
+from perf.harness.rows import COMPILED, OURS, Call, Inputs, Row, RunReferences
 
 HIDDEN, HEADS, HEAD_DIM, TOKENS = 2304, 32, 128, 8192
 WIDTH = HEADS * HEAD_DIM

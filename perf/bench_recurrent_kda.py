@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from perf.peers import fla, fla_recurrent_kda
-from perf.rows import Row, operator_rows
+from perf.baselines.fla import fla, fla_recurrent_kda
+from perf.harness.rows import Row, operator_rows
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from perf.peers import fla, fla_short_conv_qkv
-from perf.rows import Row, operator_rows
+from perf.baselines.fla import fla, fla_short_conv_qkv
+from perf.harness.rows import Row, operator_rows
 
 ROWS = operator_rows("short_conv_qkv", peers=fla(fla_short_conv_qkv))
 

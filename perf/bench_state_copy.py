@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from perf.rows import Row, operator_rows
+from perf.harness.rows import Row, operator_rows
 
 
 @pytest.mark.parametrize("row", operator_rows("state_copy"), ids=str)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kda_ops.state import KDAStateSpec, Segment
+from kda_ops.cache.spec import KDAStateSpec, Segment
 from kda_ops.transfer.blocks import block_groups, match_blocks
 from kda_ops.transfer.board import BUCKET_BYTES
 from kda_ops.transfer.engine import TransferEngine

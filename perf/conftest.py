@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from perf import machine
-from perf.rows import Measurer, Row
-from perf.timing import CLOCK
-from perf.tuning import quick_tuning
+from perf.baselines.autotuning import quick_tuning
+from perf.harness import machine
+from perf.harness.rows import Measurer, Row
+from perf.harness.timing import CLOCK
 
 NO_DEVICE = "perf: no CUDA device, its benchmarks deselected"
 DESELECTED = pytest.StashKey[int]()

@@ -13,7 +13,7 @@ import torch
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETER:
-    from tests.interpreter import patch_interpreter
+    from tests.support.interpreter import patch_interpreter
 
     patch_interpreter()
 

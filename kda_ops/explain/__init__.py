@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kda_ops._define import lowering_module
+from kda_ops._registry import lowering_module
 
 if TYPE_CHECKING:  # its dataclasses are a tenth of what importing this package takes
-    from kda_ops.explain.report import Explanation
+    from kda_ops.explain.result import Explanation
 
 __all__ = ["explain"]
 

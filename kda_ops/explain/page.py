@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from html import escape
 
-from kda_ops.explain.drawing import drawing
-from kda_ops.explain.report import (
+from kda_ops.explain.graph_drawing import drawing
+from kda_ops.explain.result import (
     Explanation,
     Layer,
     Side,

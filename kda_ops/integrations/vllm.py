@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kda_ops.chunk_kda import chunk_kda
-from kda_ops.chunk_kda_gated import chunk_kda_gated
+from kda_ops._numerics import CHUNK
+from kda_ops.cache.spec import CONV_DTYPES, KDAStateSpec
+from kda_ops.cache.state_copy import state_copy
 from kda_ops.config import LAYOUTS, configured_layout
-from kda_ops.formulas import CHUNK
-from kda_ops.gate_cumsum import gate_cumsum
-from kda_ops.l2norm import l2norm
-from kda_ops.state import CONV_DTYPES, KDAStateSpec
-from kda_ops.state_copy import state_copy
+from kda_ops.delta_rule.chunk_kda import chunk_kda
+from kda_ops.delta_rule.chunk_kda_gated import chunk_kda_gated
+from kda_ops.gating.gate_cumsum import gate_cumsum
+from kda_ops.norm.l2norm import l2norm
 from kda_ops.transfer.blocks import BlockGroup, match_blocks
 from kda_ops.transfer.geometry import EngineGeometry, check_compatible
 from kda_ops.transfer.plan import Granules, plan_granules, source_ranks
@@ -363,7 +363,7 @@ def fused_kda_gate_chunk_cumsum(
         A_log: HV numbers in any shape, as checkpoints have them.
         g_bias: `[HV, K]` or `[HV * K]`.
         cu_seqlens: `[N + 1]`, offsets of sequences.
-        chunks: vLLM's `chunk_indices`, but of `kda_ops.chunks.chunk_table`, which has a static
+        chunks: vLLM's `chunk_indices`, but of `kda_ops.varlen.chunk_table`, which has a static
             shape; made here if None.
         chunk_size: Tokens.
         safe_gate: Whether the gate is bounded; None means that it is if `lower_bound` is given.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kda_ops._define import NAMESPACE, OPERATORS, lowering_module
+from kda_ops._registry import NAMESPACE, OPERATORS, lowering_module
 
 
 class InvalidValues(Exception):

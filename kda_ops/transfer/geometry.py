@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kda_ops.cache.spec import KDAStateSpec, Segment, units_held
 from kda_ops.config import AUTO, LAYOUTS
-from kda_ops.state import KDAStateSpec, Segment, units_held
 from kda_ops.transfer.schema import GeometryError
 
 KINDS = ("state", "attention")

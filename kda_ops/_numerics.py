@@ -1,0 +1,14 @@
+"""Numbers and dtypes that every family shares."""
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+
+
+RCP_LN2 = 1.4426950408889634
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """fp32 for fp16, bf16 and fp32; fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,248 @@
+"""One way to register an operator, and the one seam through which `kda_ops` reaches `lowering`.
+
+`define_op` turns a schema, a reference and a fake implementation into `torch.ops.kda_ops.<name>`:
+
+* CPU runs the reference, CUDA runs the launcher (imported on the first launch, so that importing
+  the package never loads Triton), which takes no fp64;
+* the fake implementation calls `lowering.install()` as soon as something is traced, which is before
+  anything is lowered or looked up in a cache;
+* autocast ends at the operator: it computes in the dtypes of its inputs, and so does its gradient;
+* a functional operator differentiates through an operator of its own, `<name>_backward`: the
+  vector-Jacobian product of the reference, or on CUDA kernels of its own (see `_gradients`);
+* an operator that writes to an argument refuses arguments that require grad;
+* `check_values` runs before the implementation, so it also runs in compiled graphs that fall back
+  to the implementation.
+
+`torch.library.Library.define` / `impl` are used directly since a call through them costs 1-2
+microseconds, a call through `torch.library.custom_op` 7-9.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext
+from torch.autograd.graph import increment_version
+
+from kda_ops import config, tuning
+from kda_ops._checks import check_kernel_dtype, check_writable
+from kda_ops._gradients import (
+    Backward,
+    Signature,
+    backward_fake,
+    differentiate,
+    refuse_gradients,
+    refuse_second_derivatives,
+    vector_jacobian_product,
+)
+
+NAMESPACE = "kda_ops"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What stands behind one operator; see `define_op`.
+
+    `cuda` is the whole CUDA implementation, of which `launcher` is the part that a compiled graph
+    holds. `backward` is None for an operator that writes.
+    """
+
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    launcher: Callable[..., Any]
+    cuda: Callable[..., Any]
+    check_values: Callable[..., None] | None
+    backward: Backward | None
+
+
+OPERATORS: dict[Any, Operator] = {}
+
+
+def activate_lowerings() -> None:
+    """Installs the Inductor lowerings while something is being compiled (idempotent, cheap).
+
+    On the first compile of a process Dynamo traces before Inductor is imported, and AOTAutograd
+    takes its cache key before it calls a fake implementation again. Waiting for Inductor would
+    leave our sources out of that key, and a changed lowering would be served old code. So a trace
+    is enough; it loads Inductor also for another backend, which costs seconds, once.
+    """
+    if "torch._inductor.lowering" in sys.modules or TracingContext.try_get() is not None:
+        from kda_ops import lowering
+
+        lowering.install()
+
+
+def lowering_module(name: str) -> Any:
+    """`lowering.<name>`, imported now: costs seconds, as it loads Inductor."""
+    return importlib.import_module(f"lowering.{name}")
+
+
+def define_op(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda: str,
+    cuda_backward: str | None = None,
+    check_values: Callable[..., None] | None = None,
+    moves_only: bool = False,
+    tags: tuple[torch.Tag, ...] = (),
+) -> Any:
+    """Registers one operator and returns its `OpOverload`.
+
+    Args:
+        schema: The operator's schema without a namespace, such as
+            `"gate(Tensor x, Tensor? A_log) -> Tensor"`: every argument positional and without a
+            default. Written arguments carry `(a!)`.
+        reference: The definition in eager PyTorch, called with the schema's arguments in order. It
+            is the CPU implementation and the source of gradients. It never returns an input or a
+            view of one.
+        fake: Shapes, dtypes and strides of the result.
+        cuda: `"module:function"` of the kernel launcher, same arguments.
+        cuda_backward: `"module:function"` of what launches the kernels of the gradient on CUDA, in
+            the place of the vector-Jacobian product of the reference. It is called with the
+            schema's arguments in order, the list of the results' gradients (None where there is
+            none) and the list `needs_gradient` (a bool per argument), and returns the list of the
+            needed gradients in the order of the arguments: dense, none of them an input or a view
+            of one.
+        check_values: Raises `ValueError` for bad tensor *values*. Called with the same arguments
+            before the implementation, for CPU tensors always, for CUDA tensors when
+            `kda_ops.config.check_values`.
+        moves_only: Whether the kernel copies elements and computes nothing, so that fp64 is a dtype
+            like any other. All other operators refuse fp64 on a GPU, also while they are traced.
+        tags: Extra operator tags.
+    """
+    name = schema[: schema.index("(")]
+    op = _define(schema, tags)
+    names = [x.name for x in op._schema.arguments]
+    written = [i for i, x in enumerate(op._schema.arguments) if x.is_write]
+    changed = _tensors_at(op, written)
+    load = _lazy(cuda, names)
+
+    def launcher(*args: Any) -> Any:
+        if not moves_only:
+            _refuse_fp64(op, args)
+        return load(*args)
+
+    def cpu_impl(*args: Any) -> Any:
+        check_writable(**{names[i]: args[i] for i in written})
+        if check_values is not None:
+            check_values(*args)
+        return reference(*args)
+
+    def cuda_impl(*args: Any) -> Any:
+        if check_values is not None and config.check_values:
+            check_values(*args)
+        result = launcher(*args)
+        if written:  # PyTorch does not see what a kernel writes
+            increment_version(changed(args))
+        return result
+
+    def fake_impl(*args: Any) -> Any:
+        activate_lowerings()
+        if not moves_only and any(isinstance(x, Tensor) and x.is_cuda for x in args):
+            _refuse_fp64(op, args)
+        return fake(*args)
+
+    _implement(name, op, cpu_impl, cuda_impl, fake_impl)
+    if written:
+        refuse_gradients(_LIBRARY, name, op)
+        backward = None
+    else:
+        backward = _define_backward(schema, name, op, reference, cuda_backward)
+    OPERATORS[op] = Operator(reference, fake, launcher, cuda_impl, check_values, backward)
+    return op
+
+
+def _define_backward(
+    schema: str, name: str, op: Any, reference: Callable[..., Any], cuda: str | None
+) -> Backward:
+    """Registers `<name>_backward` and makes it the operator's gradient."""
+    signature = Signature(op)
+    backward_name, backward_schema = signature.backward_schema(schema)
+    backward_op = _define(backward_schema)
+    product = vector_jacobian_product(reference, signature)
+    launcher = None if cuda is None else _backward_launcher(cuda, backward_op, signature)
+    fake = backward_fake(signature)
+    _implement(backward_name, backward_op, product, launcher or product, fake)
+    refuse_second_derivatives(_LIBRARY, backward_name, backward_op)
+    differentiate(_LIBRARY, name, op, signature, backward_op)
+    return Backward(backward_op, product, fake, launcher)
+
+
+def _backward_launcher(target: str, op: Any, signature: Signature) -> Callable[..., Any]:
+    """What launches the kernels of a gradient, called like the backward operator."""
+    load = _lazy(target, [*signature.arguments, "output_gradients", "needs_gradient"])
+
+    def launcher(*args: Any) -> Any:
+        _refuse_fp64(op, args)
+        inputs, output_gradients, needs = signature.split(args)
+        return signature.gradients(args, load(*inputs, output_gradients, needs))
+
+    return launcher
+
+
+def _define(schema: str, tags: tuple[torch.Tag, ...] = ()) -> Any:
+    """A new operator that has no implementation yet."""
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    packet, _, overload = schema[: schema.index("(")].partition(".")
+    return getattr(getattr(torch.ops.kda_ops, packet), overload or "default")
+
+
+def _implement(
+    name: str,
+    op: Any,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> None:
+    def autocast_impl(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return op(*args)
+
+    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, cuda, "CUDA")
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _LIBRARY.impl(name, autocast_impl, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+
+def _tensors_at(op: Any, places: list[int]) -> Callable[[tuple[Any, ...]], Any]:
+    """A function that takes the tensors at some places from an operator's arguments."""
+    if places and all(str(op._schema.arguments[i].type) == "Tensor" for i in places):
+        return itemgetter(*places)
+
+    def tensors(args: tuple[Any, ...]) -> list[Tensor]:
+        values = [args[i] if isinstance(args[i], (list, tuple)) else [args[i]] for i in places]
+        return [x for value in values for x in value if x is not None]
+
+    return tensors
+
+
+def _lazy(target: str, names: list[str]) -> Callable[..., Any]:
+    """A function that imports `module:function` on its first call.
+
+    While the function runs, kernels are chosen for it; `names` are those of its arguments.
+    """
+    module, _, attribute = target.partition(":")
+    found: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if not found:
+            found.append(getattr(importlib.import_module(module), attribute))
+        with tuning.calling(found[0], names, args):
+            return found[0](*args)
+
+    return call
+
+
+def _refuse_fp64(op: Any, args: tuple[Any, ...]) -> None:
+    for i, x in enumerate(args):
+        if isinstance(x, Tensor) and x.dtype is torch.float64:
+            check_kernel_dtype(op._schema.arguments[i].name, x)

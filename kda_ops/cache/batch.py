@@ -1,0 +1,389 @@
+"""One description of a server's batch, shared by all layers of a forward."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import add_safe_globals
+from torch.utils._pytree import GetAttrKey, register_pytree_node
+
+from kda_ops import config
+from kda_ops._checks import INTEGERS, check_dtype, check_integer, check_shape, check_slot_values
+from kda_ops._numerics import CHUNK
+from kda_ops._tracing import reads_values
+from kda_ops.cache.batch_checks import check_batch_values, check_counts, check_tensors
+from kda_ops.varlen import chunk_table
+
+COUNTS = (
+    "num_decodes",
+    "num_decode_tokens",
+    "num_prefills",
+    "num_prefill_tokens",
+    "num_prefill_rows",
+    "num_tokens",
+)
+TENSORS = (
+    "cu_seqlens",
+    "slots",
+    "has_initial_state",
+    "num_accepted",
+    "prefill_num_accepted",
+    "prefill_cu_seqlens",
+    "prefill_copies",
+    "chunks",
+    "counts",
+)
+SMALL = 2**15  # rows, and sequences: with what a layer keeps of one, indices fit 32 bits
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KDABatch:
+    """Which rows of `hidden_states [1, num_tokens, hidden]` belong to which sequence, and where its
+    state lives.
+
+    Rows are in the order **decode tokens | prefill tokens | padding**, sequences in the order
+    decodes | prefills. A decode continues from its state with a few tokens (one, or up to `1 +
+    num_spec` speculative ones); a prefill brings a prompt or the next chunk of one. Make the
+    description once per step and give it to every layer; `decode`, `prefill` and `mixed` make it
+    from lengths.
+
+    The constructor launches device work only and never synchronises with a GPU: it can be called
+    under CUDA-graph capture on buffers that are refilled before each replay. The row counts are
+    Python ints.
+
+    A compiled layer has three graphs at the most, one for each `kind`, with `torch.compile`'s
+    defaults and with `dynamic=True`. No count and no number of rows becomes a constant of a graph,
+    not even 0 or 1; what does not fit together is refused before anything is written. This holds
+    where the layer is the first to read the batch and `hidden_states`. In a model whose rows
+    come from another input, such as tokens, mark that one:
+    `torch._dynamo.decorators.mark_unbacked(tokens, 1)`. (Steps of more than 32767 rows, whose
+    elements take indices of 64 bits, have graphs of their own.)
+
+    A batch is a pytree of its tensors: `torch.export` takes it, and
+    `torch.utils._pytree.tree_map` moves it to another device.
+
+    Attributes:
+        cu_seqlens: `[N + 1]`, int32 or int64, first row of each sequence; empty sequences are
+            allowed. Rows past the last one are padding.
+        slots: `[N]` or `[N, 1 + num_spec]`, int32 or int64, pages of the state. With the second
+            form, speculative token j of a decode leaves the recurrent state after it in page j of
+            its row, and the convolution state and prefills use page 0. Slot 0 is the null block:
+            nothing is read or written there and the sequence's output is zero.
+        has_initial_state: `[N]`, bool, whether a prefill continues from its slot instead of
+            starting from zeros. Decodes always continue.
+        num_accepted: `[num_decodes]`, int32 or int64: how many tokens of the decode's last step
+            were kept, from 1. Needs the second form of `slots`, for which None means 1 (and is
+            replaced by ones).
+        prefill_num_accepted: `[num_prefills]`, likewise, for prefills that may come after a
+            speculative step: their state is moved to page 0 and row 0 first, by a launch of
+            `kda_ops.state_copy` per layer. After the step the count is 1, as after every prefill.
+            Counts only where `has_initial_state`. **None means that every prefill continues from
+            the state of a prefill, or of a decode of which one token was kept.** Where only some
+            steps have it, those with prefills have a graph with it and one without.
+        num_decodes: Decode sequences.
+        num_decode_tokens: Rows of the decodes.
+        num_prefills: Prefill sequences.
+        num_prefill_tokens: Rows of the prefills.
+        num_tokens: Rows of `hidden_states`, padding included.
+        num_prefill_rows: Rows of the prefills and the padding. Not an argument; a number of its own
+            so that compiled code has a symbol for it instead of a difference of two, whose products
+            Inductor does not find equal when it decides what fuses.
+        counts: Not an argument. An empty tensor whose first sizes are the six counts, in the order
+            of `COUNTS`: what traced code takes them from.
+        kind: Not an argument. `"decode"` without prefills, `"prefill"` without decodes, `"mixed"`.
+        prefill_cu_seqlens: `[num_prefills + 1]`, `cu_seqlens` of the prefills counted from their
+            first row. Made from `cu_seqlens` where not given.
+        prefill_copies: Not an argument. `[num_prefills, 4]`, the plan of those moves, or None.
+        chunks: Chunk table of the prefills and the padding after them
+            (`kda_ops.varlen.chunk_table`). Made from `cu_seqlens` where not given.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or counts that do not fit together; for CPU tensors (and
+            with `kda_ops.config.check_values` for all) also values.
+    """
+
+    cu_seqlens: Tensor
+    slots: Tensor
+    has_initial_state: Tensor
+    num_accepted: Tensor | None = None
+    prefill_num_accepted: Tensor | None = None
+    num_decodes: int
+    num_decode_tokens: int
+    num_prefills: int
+    num_prefill_tokens: int
+    num_tokens: int
+    prefill_cu_seqlens: Tensor | None = None
+    chunks: Tensor | None = None
+    num_prefill_rows: int = field(init=False)
+    prefill_copies: Tensor | None = field(init=False, repr=False, default=None)
+    counts: Tensor = field(init=False, repr=False)
+    kind: str = field(init=False, repr=False)
+    _small: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_counts(self)
+        self._set("num_prefill_rows", self.num_tokens - self.num_decode_tokens)
+        check_tensors(self)
+        on_cpu = self.cu_seqlens.device.type == "cpu"
+        if (on_cpu or config.check_values) and reads_values(self.cu_seqlens):
+            check_batch_values(self)
+        sizes = (*(getattr(self, name) for name in COUNTS), 0)
+        # strides of nothing: products of counts need not fit 64 bits
+        counts = torch.empty_strided(sizes, (0,) * len(sizes), device=self.cu_seqlens.device)
+        self._set("counts", counts)
+        has = {"decode": self.num_decodes > 0, "prefill": self.num_prefills > 0}
+        self._set(
+            "kind", "mixed" if all(has.values()) else "prefill" if has["prefill"] else "decode"
+        )
+        self._set("_small", self._is_small())
+        if self.num_accepted is None and self.slots.dim() == 2:
+            self._set("num_accepted", self.slots.new_ones(self.num_decodes))
+        if self.num_prefills == 0:
+            return
+        if self.prefill_num_accepted is not None:
+            self._set("prefill_copies", self._copies(self.prefill_num_accepted))
+        if self.prefill_cu_seqlens is None:
+            offsets = self.cu_seqlens[self.num_decodes :] - self.num_decode_tokens
+            self._set("prefill_cu_seqlens", offsets)
+        if self.chunks is None:
+            self._set("chunks", chunk_table(self.prefill_cu_seqlens, self.num_prefill_rows))
+
+    def _copies(self, num_accepted: Tensor) -> Tensor:
+        """What `state_copy` does for prefills before they run; negative rows do nothing."""
+        slots, continues = self.prefills()
+        bias = num_accepted - 1
+        column = bias.clamp(0, slots.shape[1] - 1).long()
+        source = slots.gather(1, column[:, None])[:, 0]
+        plan = torch.stack([slots[:, 0], source, slots[:, 0], bias], dim=1)
+        moves = continues & (bias != 0)
+        return torch.where(moves[:, None], plan, -1).to(torch.int32)
+
+    def _is_small(self) -> bool:
+        return max(self.num_tokens, self.num_decodes + self.num_prefills) < SMALL
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def decode(
+        cls,
+        slots: Tensor | Sequence,
+        *,
+        lengths: Sequence[int] | None = None,
+        num_accepted: Tensor | Sequence[int] | None = None,
+        num_tokens: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> "KDABatch":
+        """A batch of decodes, one token each unless `lengths` says otherwise; see `mixed`."""
+        if lengths is None:
+            lengths = [1] * len(slots)
+        return cls.mixed(
+            lengths, (), slots, num_accepted=num_accepted, num_tokens=num_tokens, device=device
+        )
+
+    @classmethod
+    def prefill(
+        cls,
+        lengths: Sequence[int],
+        slots: Tensor | Sequence,
+        *,
+        has_initial_state: Tensor | Sequence[bool] | None = None,
+        num_accepted: Tensor | Sequence[int] | None = None,
+        num_tokens: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> "KDABatch":
+        """A batch of prompts, or of chunks of prompts where `has_initial_state`; see `mixed`.
+
+        `num_accepted` is the `prefill_num_accepted` of `mixed`: after a speculative step a chunk
+        needs it.
+        """
+        return cls.mixed(
+            (),
+            lengths,
+            slots,
+            has_initial_state=has_initial_state,
+            prefill_num_accepted=num_accepted,
+            num_tokens=num_tokens,
+            device=device,
+        )
+
+    @classmethod
+    def mixed(
+        cls,
+        decode_lengths: Sequence[int],
+        prefill_lengths: Sequence[int],
+        slots: Tensor | Sequence,
+        *,
+        has_initial_state: Tensor | Sequence[bool] | None = None,
+        num_accepted: Tensor | Sequence[int] | None = None,
+        prefill_num_accepted: Tensor | Sequence[int] | None = None,
+        num_tokens: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> "KDABatch":
+        """A batch of decodes and prefills from the lengths that a scheduler knows on the host.
+
+        Args:
+            decode_lengths: Tokens of each decode.
+            prefill_lengths: Tokens of each prefill.
+            slots: Pages of the sequences, decodes first, as a tensor or nested lists: `[N]` or `[N,
+                1 + num_spec]`.
+            has_initial_state: `[num_prefills]`, which prefills continue from their slot. None means
+                that all start from zeros.
+            num_accepted: `[num_decodes]`, see the class.
+            prefill_num_accepted: `[num_prefills]`, see the class.
+            num_tokens: Rows of `hidden_states`, padding included. None means no padding.
+            device: Where the description lives. None means the device of `slots`, the CPU for
+                lists.
+
+        Raises:
+            ValueError: As the class.
+        """
+        if device is None:
+            device = slots.device if isinstance(slots, Tensor) else torch.device("cpu")
+        lengths = [*decode_lengths, *prefill_lengths]
+        offsets = [0]
+        for n, length in enumerate(lengths):
+            check_integer("lengths", length)
+            if length < 0:
+                raise ValueError(f"lengths must not be negative, got {length} for sequence {n}")
+            offsets.append(offsets[-1] + length)
+        if has_initial_state is None:
+            has_initial_state = [False] * len(prefill_lengths)
+        continues = torch.as_tensor(has_initial_state, dtype=torch.bool, device=device)
+        check_shape("has_initial_state", continues, (len(prefill_lengths),))
+        return cls(
+            cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
+            slots=_integers("slots", slots, device),
+            has_initial_state=torch.cat([continues.new_ones(len(decode_lengths)), continues]),
+            num_accepted=_counts("num_accepted", num_accepted, device),
+            prefill_num_accepted=_counts("prefill_num_accepted", prefill_num_accepted, device),
+            num_decodes=len(decode_lengths),
+            num_decode_tokens=sum(decode_lengths),
+            num_prefills=len(prefill_lengths),
+            num_prefill_tokens=sum(prefill_lengths),
+            num_tokens=offsets[-1] if num_tokens is None else num_tokens,
+        )
+
+    def check_rows(self, hidden_states: Tensor) -> None:
+        """The batch is one of these rows `[1, num_tokens, hidden]`.
+
+        In a trace, where sizes may be unknown, this also says which of them are equal; the graph
+        asserts it.
+
+        Raises:
+            ValueError: The batch has another number of rows.
+        """
+        _, T, hidden = hidden_states.shape
+        decodes, decode_rows, prefills, _, prefill_rows, tokens = self.counts.shape[:-1]
+        if not torch.compiler.is_compiling():
+            check_shape("hidden_states", hidden_states, (1, tokens, hidden))
+            return
+        check_shape("hidden_states", hidden_states, (1, T, hidden))
+        torch._check(tokens == T)
+        if self.kind == "mixed":
+            torch._check(tokens == decode_rows + prefill_rows)
+        elif self.kind == "prefill":
+            decodes, prefill_rows = 0, tokens
+        else:
+            prefills = 0
+        N = decodes + prefills
+        if self._small:
+            for size in (tokens, N):
+                torch._check(size < SMALL)
+            if self.kind == "mixed":
+                for size in (decode_rows, prefill_rows, decodes, prefills):
+                    torch._check(size < SMALL)
+        torch._check(self.slots.shape[0] == N)
+        if self.kind != "prefill":
+            torch._check(self.cu_seqlens.shape[0] == N + 1)
+            if self.num_accepted is not None:
+                torch._check(self.num_accepted.shape[0] == decodes)
+        if self.kind != "decode":
+            torch._check(self.has_initial_state.shape[0] == N)
+            torch._check(self.prefill_cu_seqlens.shape[0] == prefills + 1)
+            torch._check(self.chunks.shape[0] == prefill_rows // CHUNK + prefills)
+            if self.prefill_copies is not None:
+                torch._check(self.prefill_copies.shape[0] == prefills)
+
+    def decodes(self) -> tuple[Tensor, Tensor]:
+        """`cu_seqlens` and `slots` of the decodes."""
+        if self.kind == "decode":
+            return self.cu_seqlens, self.slots
+        decodes, _, prefills, *_ = self.counts.shape
+        return (
+            self.cu_seqlens.split((decodes + 1, prefills))[0],
+            self.slots.split((decodes, prefills))[0],
+        )
+
+    def prefills(self) -> tuple[Tensor, Tensor]:
+        """`slots` and `has_initial_state` of the prefills."""
+        if self.kind == "prefill":
+            return self.slots, self.has_initial_state
+        decodes, _, prefills, *_ = self.counts.shape
+        return (
+            self.slots.split((decodes, prefills))[1],
+            self.has_initial_state.split((decodes, prefills))[1],
+        )
+
+    def check_slots(self, num_slots: int) -> None:
+        """Every slot exists in a state of `num_slots` pages, and tensors that were refilled hold
+        what the constructor takes. Reads tensor values.
+
+        Raises:
+            ValueError: They are not.
+        """
+        check_batch_values(self)
+        check_slot_values("slots", self.slots, num_slots)
+
+
+def _flatten(batch: KDABatch) -> tuple[list[Tensor | None], str]:
+    return [getattr(batch, name) for name in TENSORS], batch.kind
+
+
+def _flatten_with_keys(batch: KDABatch) -> tuple[list[tuple[Any, Tensor | None]], str]:
+    tensors, kind = _flatten(batch)
+    return [(GetAttrKey(name), x) for name, x in zip(TENSORS, tensors, strict=True)], kind
+
+
+def _unflatten(tensors: Iterable[Any], kind: str) -> KDABatch:
+    """A batch as it is in a trace: of tensors that were checked, or of what stands for them."""
+    batch = object.__new__(KDABatch)
+    for name, x in zip(TENSORS, tensors, strict=True):
+        batch._set(name, x)
+    sizes = batch.counts.shape if isinstance(batch.counts, Tensor) else ()
+    for name, size in zip(COUNTS, sizes, strict=False):
+        batch._set(name, size)
+    batch._set("kind", kind)
+    known = not torch.compiler.is_compiling() and all(type(size) is int for size in sizes)
+    batch._set("_small", bool(sizes) and known and batch._is_small())
+    return batch
+
+
+register_pytree_node(
+    KDABatch,
+    _flatten,
+    _unflatten,
+    serialized_type_name="kda_ops.cache.batch.KDABatch",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+add_safe_globals([KDABatch])  # `torch.export.load` reads the inputs that a program came with
+
+
+def _counts(
+    name: str, values: Tensor | Sequence[int] | None, device: torch.device | str
+) -> Tensor | None:
+    return None if values is None else _integers(name, values, device)
+
+
+def _integers(name: str, values: Tensor | Sequence, device: torch.device | str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.to(device)
+    try:
+        found = torch.tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be lists of integers, got {values!r}") from error
+    if found.numel():  # an empty list has no dtype
+        check_dtype(name, found, INTEGERS)
+    return found.to(torch.int32)

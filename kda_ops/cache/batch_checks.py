@@ -1,0 +1,125 @@
+"""What `KDABatch` refuses. Every error names the field, what was expected and what came."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kda_ops._checks import (
+    INTEGERS,
+    check_chunks_shape,
+    check_cu_seqlens_shape,
+    check_cu_seqlens_values,
+    check_device,
+    check_dtype,
+    check_integer,
+    check_shape,
+)
+from kda_ops._numerics import CHUNK
+from kda_ops.varlen import check_chunk_values
+
+if TYPE_CHECKING:
+    from kda_ops.cache.batch import KDABatch
+
+
+def check_counts(batch: "KDABatch") -> None:
+    counts = ("num_decodes", "num_decode_tokens", "num_prefills", "num_prefill_tokens")
+    for name in (*counts, "num_tokens"):
+        check_integer(name, getattr(batch, name))
+    for name in counts:
+        if getattr(batch, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(batch, name)}")
+    if batch.num_decodes + batch.num_prefills == 0:
+        raise ValueError("num_decodes + num_prefills must be at least 1, got 0")
+    rows = batch.num_decode_tokens + batch.num_prefill_tokens
+    if batch.num_tokens < rows:
+        raise ValueError(f"num_tokens must be at least {rows}, got {batch.num_tokens}")
+
+
+def check_tensors(batch: "KDABatch") -> None:
+    N = batch.num_decodes + batch.num_prefills
+    check_device(
+        cu_seqlens=batch.cu_seqlens,
+        slots=batch.slots,
+        has_initial_state=batch.has_initial_state,
+        num_accepted=batch.num_accepted,
+        prefill_num_accepted=batch.prefill_num_accepted,
+        prefill_cu_seqlens=batch.prefill_cu_seqlens,
+        chunks=batch.chunks,
+    )
+    check_cu_seqlens_shape(batch.cu_seqlens)
+    check_shape("cu_seqlens", batch.cu_seqlens, (N + 1,))
+    check_dtype("slots", batch.slots, INTEGERS)
+    if batch.slots.dim() not in (1, 2) or batch.slots.shape[0] != N or batch.slots.numel() == 0:
+        raise ValueError(
+            f"slots must have shape [{N}] or [{N}, 1 + num_spec], got {tuple(batch.slots.shape)}"
+        )
+    check_dtype("has_initial_state", batch.has_initial_state, (torch.bool,))
+    check_shape("has_initial_state", batch.has_initial_state, (N,))
+    for name, sequences in accepted_counts(batch).items():
+        check_dtype(name, getattr(batch, name), INTEGERS)
+        check_shape(name, getattr(batch, name), (len(sequences),))
+        if batch.slots.dim() == 1:
+            raise ValueError(
+                f"{name} must come with slots of shape [N, 1 + num_spec], "
+                f"got {tuple(batch.slots.shape)}"
+            )
+    if batch.prefill_cu_seqlens is not None:
+        check_dtype("prefill_cu_seqlens", batch.prefill_cu_seqlens, INTEGERS)
+        check_shape("prefill_cu_seqlens", batch.prefill_cu_seqlens, (batch.num_prefills + 1,))
+    if batch.chunks is not None:
+        check_chunks_shape(batch.chunks, batch.num_prefills, batch.num_prefill_rows, CHUNK)
+
+
+def check_batch_values(batch: "KDABatch") -> None:
+    """Reads the contents of the tensors."""
+    rows = batch.num_decode_tokens + batch.num_prefill_tokens
+    check_cu_seqlens_values(batch.cu_seqlens, rows)
+    start = int(batch.cu_seqlens[batch.num_decodes])
+    if batch.num_prefills and start != batch.num_decode_tokens:
+        raise ValueError(
+            f"cu_seqlens must start the prefills at num_decode_tokens = "
+            f"{batch.num_decode_tokens}, got {start}"
+        )
+    offsets = batch.cu_seqlens[batch.num_decodes :] - batch.num_decode_tokens
+    given = None if batch.prefill_cu_seqlens is None else batch.prefill_cu_seqlens.tolist()
+    if batch.num_prefills and given not in (None, offsets.tolist()):
+        raise ValueError(
+            "prefill_cu_seqlens must be the prefills' part of cu_seqlens, "
+            f"{offsets.tolist()}, got {given}"
+        )
+    if batch.num_prefills and batch.chunks is not None:
+        check_chunk_values(batch.chunks, offsets, batch.num_prefill_rows, CHUNK)
+    table = batch.slots.reshape(len(batch.slots), -1)
+    owners: dict[int, int] = {}
+    for n, slots in enumerate(table.tolist()):
+        for slot in set(slots) - {0}:
+            if owners.setdefault(slot, n) != n:
+                raise ValueError(
+                    f"slots must not be shared between sequences, "
+                    f"got {slot} for sequences {owners[slot]} and {n}"
+                )
+    most = table.shape[1]
+    lengths = batch.cu_seqlens[: batch.num_decodes + 1].diff()
+    if (lengths > most).any():
+        raise ValueError(
+            f"cu_seqlens must give each decode at most {most} tokens, one per column of slots, "
+            f"got {int(lengths.max())}"
+        )
+    for name, sequences in accepted_counts(batch).items():
+        count = getattr(batch, name)
+        ignored = (table[sequences.start : sequences.stop] == 0).all(dim=1)
+        if name == "prefill_num_accepted":
+            ignored |= ~batch.has_initial_state[batch.num_decodes :]
+        bad = ((count < 1) | (count > most)) & ~ignored
+        if bad.any():
+            raise ValueError(f"{name} must be in [1, {most}], got {int(count[bad][0])}")
+
+
+def accepted_counts(batch: "KDABatch") -> dict[str, range]:
+    """The accepted counts that are given, and which sequences they are of."""
+    N = batch.num_decodes + batch.num_prefills
+    found = {
+        "num_accepted": range(batch.num_decodes),
+        "prefill_num_accepted": range(batch.num_decodes, N),
+    }
+    return {name: n for name, n in found.items() if getattr(batch, name) is not None}

@@ -1,5 +1,0 @@
-"""Prefix sums that restart with every chunk."""
-
-from kda_ops.chunk_cumsum.op import chunk_cumsum
-
-__all__ = ["chunk_cumsum"]

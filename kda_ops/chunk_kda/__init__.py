@@ -1,5 +1,0 @@
-"""Chunked Kimi Delta Attention: prefill."""
-
-from kda_ops.chunk_kda.op import chunk_kda
-
-__all__ = ["chunk_kda"]

@@ -1,0 +1,1 @@
+"""The short convolution of q, k and v, and its state."""

@@ -1,0 +1,143 @@
+"""The short convolution of whole sequences: schemas, fake implementations, public function."""
+
+import torch
+from torch import Tensor
+
+from kda_ops._checks import check_rank
+from kda_ops._registry import define_op
+from kda_ops.config import resolve_layout
+from kda_ops.conv.checks import check_conv_sequences, check_conv_values, resolve_activation
+from kda_ops.conv.short_conv.reference import short_conv_reference, short_conv_state_reference
+from kda_ops.native import define_native
+
+
+def short_conv_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def short_conv_state_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    conv_state: Tensor,
+    slots: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def check_short_conv_values(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    check_conv_values(x, cu_seqlens, None, None)
+
+
+def check_short_conv_state_values(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    conv_state: Tensor,
+    slots: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+) -> None:
+    check_conv_values(x, cu_seqlens, conv_state, slots)
+
+
+short_conv_op = define_op(
+    "short_conv(Tensor x, Tensor weight, Tensor? bias, str? activation, "
+    "Tensor? cu_seqlens) -> Tensor",
+    reference=short_conv_reference,
+    fake=short_conv_fake,
+    cuda="kda_ops.conv.short_conv.kernel:launch_short_conv",
+    check_values=check_short_conv_values,
+)
+
+short_conv_state_op = define_op(
+    "short_conv.state(Tensor x, Tensor weight, Tensor? bias, str? activation, "
+    "Tensor(a!) conv_state, Tensor slots, Tensor? has_initial_state, "
+    "Tensor? cu_seqlens, str layout) -> Tensor",
+    reference=short_conv_state_reference,
+    fake=short_conv_state_fake,
+    cuda="kda_ops.conv.short_conv.kernel:launch_short_conv_state",
+    check_values=check_short_conv_state_values,
+)
+define_native(short_conv_op, "kda_ops.conv.native:short_conv")
+define_native(short_conv_state_op, "kda_ops.conv.native:short_conv_state")
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    conv_state: Tensor | None = None,
+    slots: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    layout: str | None = None,
+) -> Tensor:
+    """Depthwise causal convolution of whole sequences, with the activation that follows it.
+
+    Per sequence, `y[t] = silu(sum_w weight[:, w] * x[t - (W - 1) + w] + bias)`, where the W - 1
+    tokens before the first one are the history: rows `[0, W - 1)` of the sequence's slot in
+    `conv_state` if the sequence has an initial state, else zeros.
+
+    With `conv_state`, the last W - 1 rows of `concat(history, x)` are then written to rows `[0, W -
+    1)` of the slot. So a sequence shorter than W - 1 keeps the end of its history (zeros without an
+    initial state), and an empty one leaves an initial state as it was and writes zeros without one.
+    Rows from W - 1 on are not touched. Slot 0 is the null block: a sequence mapped to it gives zero
+    output, and nothing of it is read or written. Rows of x past the last sequence are not read and
+    give zero.
+
+    Source: Kimi Linear (arXiv:2510.26692), section 4; FlashLinearAttention's `ShortConvolution`.
+
+    Args:
+        x: `[B, T, D]`, or `[T, D]` for one sequence; fp16, bf16 or fp32 (fp64 on the CPU). With
+            `cu_seqlens`, B is 1. The last axis is contiguous, or is copied.
+        weight: `[D, W]`, W at least 2; the last tap meets the token itself.
+        bias: `[D]` or None.
+        activation: `"silu"` (also called `"swish"`) or None.
+        conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 1`, any
+            strides, written in place. Its dtype may differ from that of x.
+        slots: `[N]`, int32 or int64, the slot of each sequence. None twice, but for 0. Required
+            with `conv_state`.
+        has_initial_state: `[N]`, bool. None means that no sequence has one.
+        cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
+            allowed.
+        layout: `"SD"` or `"DS"`; None takes `kda_ops.config.conv_layout`.
+
+    Returns:
+        The shape and dtype of x, contiguous.
+
+    Raises:
+        ValueError: A shape, dtype, device, activation, layout, offset or slot that does not fit, or
+            a state argument without `conv_state`.
+        RuntimeError: An argument requires grad and `conv_state` is given (the call without a state
+            differentiates).
+    """
+    activation = resolve_activation(activation)
+    check_rank("x", x, 2, 3)
+    layout = resolve_layout(layout, conv_state, x.shape[-1])
+    check_conv_sequences(x, weight, bias, conv_state, slots, has_initial_state, cu_seqlens, layout)
+    if conv_state is None:
+        return short_conv_op(x, weight, bias, activation, cu_seqlens)
+    return short_conv_state_op(
+        x, weight, bias, activation, conv_state, slots, has_initial_state, cu_seqlens, layout
+    )

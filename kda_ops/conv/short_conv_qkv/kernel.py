@@ -1,0 +1,269 @@
+"""The short convolution of q, k and v with the norms of q and k as a Triton kernel."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kda_ops._launch import traceable
+from kda_ops.conv.kernel import conv_blocks, conv_sequence, conv_state_strides, of_part, three
+from kda_ops.tuning import choose
+
+NONE = (None, None, None)
+
+
+@triton.jit
+def short_conv_qkv_kernel(
+    x_ptr,
+    x_k_ptr,
+    x_v_ptr,
+    weight_ptr,
+    weight_k_ptr,
+    weight_v_ptr,
+    bias_ptr,
+    bias_k_ptr,
+    bias_v_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    state_ptr,
+    state_k_ptr,
+    state_v_ptr,
+    slots_ptr,
+    has_initial_ptr,
+    cu_seqlens_ptr,
+    T,
+    value_dim,
+    N,
+    num_slots,
+    block_t,
+    blocks_per_sequence,
+    stride_x_batch,
+    stride_x_batch_k,
+    stride_x_batch_v,
+    stride_x_row,
+    stride_x_row_k,
+    stride_x_row_v,
+    stride_state_slot,
+    stride_state_slot_k,
+    stride_state_slot_v,
+    stride_state_row,
+    stride_state_row_k,
+    stride_state_row_v,
+    stride_state_dim,
+    stride_slots,
+    EPS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    STEP_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    APART: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    """One program computes block_t tokens of one sequence x BLOCK_D channels of q, of k or of v;
+    see `conv_sequence`.
+
+    Grid: token blocks x D blocks, D fastest, those of q, k and v in order. A block of q or k is
+    BLOCK_D // BLOCK_K whole heads, each padded from K to BLOCK_K channels.
+
+    With APART each of q, k and v has an input, weight, bias and state of its own; without, the
+    first pointers lead to tensors of all channels, q | k | v, and those of k and v are None.
+    """
+    HEADS: tl.constexpr = BLOCK_D // BLOCK_K
+    KEY_BLOCKS: tl.constexpr = (KEY_DIM // K + HEADS - 1) // HEADS
+    d_blocks = 2 * KEY_BLOCKS + tl.cdiv(value_dim, BLOCK_D)
+    pid = (tl.program_id(0) // d_blocks).to(tl.int64)
+    block = tl.program_id(0) % d_blocks
+    part = tl.minimum(block // KEY_BLOCKS, 2)
+    block -= part * KEY_BLOCKS
+    width = tl.where(part == 2, value_dim, KEY_DIM)
+    y_ptr = of_part(part, q_ptr, k_ptr, v_ptr)
+    i = tl.arange(0, BLOCK_D)
+    c = block * BLOCK_D + i
+    ok = c < width
+    if BLOCK_K != K:
+        head_c = (block * HEADS + i // BLOCK_K) * K + i % BLOCK_K
+        ok = tl.where(part == 2, ok, (i % BLOCK_K < K) & (head_c < KEY_DIM))
+        c = tl.where(part == 2, c, head_c)
+    if APART:
+        x_ptr = of_part(part, x_ptr, x_k_ptr, x_v_ptr)
+        stride_x_batch = of_part(part, stride_x_batch, stride_x_batch_k, stride_x_batch_v)
+        stride_x_row = of_part(part, stride_x_row, stride_x_row_k, stride_x_row_v)
+        weight_ptr = of_part(part, weight_ptr, weight_k_ptr, weight_v_ptr)
+        if HAS_BIAS:
+            bias_ptr = of_part(part, bias_ptr, bias_k_ptr, bias_v_ptr)
+        if HAS_STATE:
+            state_ptr = of_part(part, state_ptr, state_k_ptr, state_v_ptr)
+            stride_state_slot = of_part(
+                part, stride_state_slot, stride_state_slot_k, stride_state_slot_v
+            )
+            stride_state_row = of_part(
+                part, stride_state_row, stride_state_row_k, stride_state_row_v
+            )
+    else:
+        first = part * KEY_DIM
+        x_ptr += first
+        weight_ptr += first * W
+        if HAS_BIAS:
+            bias_ptr += first
+        if HAS_STATE:
+            state_ptr += first.to(tl.int64) * stride_state_dim
+    conv_sequence(
+        x_ptr,
+        weight_ptr,
+        bias_ptr,
+        y_ptr,
+        state_ptr,
+        slots_ptr,
+        has_initial_ptr,
+        cu_seqlens_ptr,
+        pid,
+        c,
+        ok,
+        part < 2,
+        T,
+        N,
+        num_slots,
+        block_t,
+        blocks_per_sequence,
+        stride_x_batch,
+        stride_x_row,
+        width,
+        stride_state_slot,
+        stride_state_row,
+        stride_state_dim,
+        stride_slots,
+        W,
+        BLOCK_W,
+        STEP_T,
+        BLOCK_D,
+        SILU,
+        HAS_BIAS,
+        HAS_STATE,
+        HAS_INITIAL,
+        VARLEN,
+        EPS,
+        HEADS,
+        PADDED=BLOCK_K != K,
+    )
+
+
+def launch_short_conv_qkv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
+    head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _launch(
+        (x,), (weight,), (bias,), activation, key_dim, head_dim, norm_eps, (None,), None, None,
+        cu_seqlens, "SD",
+    )  # fmt: skip
+
+
+def launch_short_conv_qkv_state(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
+    head_dim: int, norm_eps: float, conv_state: Tensor, slots: Tensor,
+    has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _launch(
+        (x,), (weight,), (bias,), activation, key_dim, head_dim, norm_eps, (conv_state,), slots,
+        has_initial_state, cu_seqlens, layout,
+    )  # fmt: skip
+
+
+def launch_short_conv_qkv_apart(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _launch(
+        (q, k, v), (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), activation,
+        int(q_weight.shape[0]), head_dim, norm_eps, NONE, None, None, cu_seqlens, "SD",
+    )  # fmt: skip
+
+
+def launch_short_conv_qkv_apart_state(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
+    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _launch(
+        (q, k, v), (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), activation,
+        int(q_weight.shape[0]), head_dim, norm_eps, (q_state, k_state, v_state), slots,
+        has_initial_state, cu_seqlens, layout,
+    )  # fmt: skip
+
+
+def _launch(
+    xs: tuple[Tensor, ...], weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...],
+    activation: str | None, key_dim: int, head_dim: int, norm_eps: float,
+    states: tuple[Tensor | None, ...], slots: Tensor | None, has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One of each tensor, packed, or three, for q, k and v."""
+    xs = tuple(x if x.stride(2) == 1 else x.contiguous() for x in xs)
+    weights = tuple(weight.contiguous() for weight in weights)
+    biases = tuple(None if bias is None else bias.contiguous() for bias in biases)
+    x = xs[0]
+    B, T = x.shape[:2]
+    # static: with a symbolic value_dim Inductor does not see that v is dense, and copies it
+    W, H = int(weights[0].shape[1]), key_dim // head_dim
+    value_dim = int(weights[-1].shape[0]) - (2 * key_dim if len(xs) == 1 else 0)
+    q, k = (torch.empty((B, T, H, head_dim), dtype=x.dtype, device=x.device) for _ in range(2))
+    v = torch.empty((B, T, value_dim), dtype=x.dtype, device=x.device)
+    block_k = triton.next_power_of_2(head_dim)
+    D = 2 * key_dim + value_dim
+    chosen = choose("short_conv_qkv", x.device, D=D, W=W, K=head_dim, dtype=x.dtype)
+    block_d = max(chosen["BLOCK_D"], block_k)
+    key_blocks = triton.cdiv(H, block_d // block_k)
+    d_blocks = 2 * key_blocks + triton.cdiv(value_dim, block_d)
+    block_t, blocks_per_sequence, N, blocks = conv_blocks(
+        B, T, cu_seqlens, d_blocks, chosen["STEP_T"], chosen["MAX_STEPS"], chosen["PROGRAMS"]
+    )
+    strides = [conv_state_strides(state, layout) for state in states]
+    traceable(short_conv_qkv_kernel)[(d_blocks * blocks,)](
+        *three(xs, None),
+        *three(weights, None),
+        *three(biases, None),
+        q,
+        k,
+        v,
+        *three(states, None),
+        slots,
+        None if has_initial_state is None else has_initial_state.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        T,
+        value_dim,
+        N,
+        0 if states[0] is None else states[0].shape[0],
+        block_t,
+        blocks_per_sequence,
+        *three([x.stride(0) for x in xs], 0),
+        *three([x.stride(1) for x in xs], 0),
+        *three([slot for slot, _, _ in strides], 0),
+        *three([row for _, row, _ in strides], 0),
+        strides[0][2],
+        0 if slots is None else slots.stride(0),
+        EPS=norm_eps,
+        KEY_DIM=key_dim,
+        K=head_dim,
+        BLOCK_K=block_k,
+        W=W,
+        BLOCK_W=triton.next_power_of_2(W),
+        APART=len(xs) == 3,
+        SILU=activation == "silu",
+        HAS_BIAS=biases[0] is not None,
+        HAS_STATE=states[0] is not None,
+        HAS_INITIAL=has_initial_state is not None,
+        VARLEN=cu_seqlens is not None,
+        STEP_T=chosen["STEP_T"],
+        BLOCK_D=block_d,
+        num_warps=chosen["num_warps"],
+    )
+    return q, k, v

@@ -1,0 +1,275 @@
+"""The short convolution of q, k and v with the norms of q and k: schemas, fake implementations,
+public function.
+"""
+
+import torch
+from torch import Tensor
+
+from kda_ops._checks import check_integer, check_number, check_rank, check_shape
+from kda_ops._registry import define_op
+from kda_ops.config import resolve_layout
+from kda_ops.conv.checks import (
+    check_conv_sequences,
+    check_conv_values,
+    conv_parts,
+    resolve_activation,
+    state_channels,
+)
+from kda_ops.conv.short_conv_qkv.reference import (
+    short_conv_qkv_apart_reference,
+    short_conv_qkv_apart_state_reference,
+    short_conv_qkv_reference,
+    short_conv_qkv_state_reference,
+)
+from kda_ops.native import define_native
+
+MOST_HEAD_DIM = 256
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def short_conv_qkv_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    key_dim: int,
+    head_dim: int,
+    norm_eps: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, D = x.shape
+    heads = (B, T, key_dim // head_dim, head_dim)
+    shapes = (heads, heads, (B, T, D - 2 * key_dim))
+    q, k, v = (torch.empty(shape, dtype=x.dtype, device=x.device) for shape in shapes)
+    return q, k, v
+
+
+def short_conv_qkv_state_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    key_dim: int,
+    head_dim: int,
+    norm_eps: float,
+    conv_state: Tensor,
+    slots: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return short_conv_qkv_fake(x, weight, bias, activation, key_dim, head_dim, norm_eps, cu_seqlens)
+
+
+def short_conv_qkv_apart_fake(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    B, T, key_dim = q.shape
+    heads = (B, T, key_dim // head_dim, head_dim)
+    shapes = (heads, heads, v.shape)
+    new_q, new_k, new_v = (torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
+    return new_q, new_k, new_v
+
+
+def short_conv_qkv_apart_state_fake(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
+    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return short_conv_qkv_apart_fake(
+        q, k, v, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, activation, head_dim,
+        norm_eps, cu_seqlens,
+    )  # fmt: skip
+
+
+def check_short_conv_qkv_values(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    key_dim: int,
+    head_dim: int,
+    norm_eps: float,
+    cu_seqlens: Tensor | None,
+) -> None:
+    check_conv_values(x, cu_seqlens, None, None)
+
+
+def check_short_conv_qkv_state_values(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    key_dim: int,
+    head_dim: int,
+    norm_eps: float,
+    conv_state: Tensor,
+    slots: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+) -> None:
+    check_conv_values(x, cu_seqlens, conv_state, slots)
+
+
+def check_short_conv_qkv_apart_values(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    check_conv_values(q, cu_seqlens, None, None)
+
+
+def check_short_conv_qkv_apart_state_values(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
+    head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
+    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> None:  # fmt: skip
+    check_conv_values(q, cu_seqlens, q_state, slots)
+
+
+short_conv_qkv_op = define_op(
+    "short_conv_qkv(Tensor x, Tensor weight, Tensor? bias, str? activation, int key_dim, "
+    "int head_dim, float norm_eps, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    reference=short_conv_qkv_reference,
+    fake=short_conv_qkv_fake,
+    cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv",
+    check_values=check_short_conv_qkv_values,
+)
+
+short_conv_qkv_state_op = define_op(
+    "short_conv_qkv.state(Tensor x, Tensor weight, Tensor? bias, str? activation, int key_dim, "
+    "int head_dim, float norm_eps, Tensor(a!) conv_state, Tensor slots, "
+    "Tensor? has_initial_state, Tensor? cu_seqlens, str layout) -> (Tensor, Tensor, Tensor)",
+    reference=short_conv_qkv_state_reference,
+    fake=short_conv_qkv_state_fake,
+    cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_state",
+    check_values=check_short_conv_qkv_state_values,
+)
+
+_APART = (
+    "Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor v_weight, "
+    "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, str? activation, int head_dim, float norm_eps"
+)
+
+short_conv_qkv_apart_op = define_op(
+    f"short_conv_qkv.apart({_APART}, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    reference=short_conv_qkv_apart_reference,
+    fake=short_conv_qkv_apart_fake,
+    cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_apart",
+    check_values=check_short_conv_qkv_apart_values,
+)
+
+short_conv_qkv_apart_state_op = define_op(
+    f"short_conv_qkv.apart_state({_APART}, Tensor(a!) q_state, Tensor(b!) k_state, "
+    "Tensor(c!) v_state, Tensor slots, Tensor? has_initial_state, Tensor? cu_seqlens, "
+    "str layout) -> (Tensor, Tensor, Tensor)",
+    reference=short_conv_qkv_apart_state_reference,
+    fake=short_conv_qkv_apart_state_fake,
+    cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_apart_state",
+    check_values=check_short_conv_qkv_apart_state_values,
+)
+define_native(short_conv_qkv_op, "kda_ops.conv.native:short_conv_qkv")
+define_native(short_conv_qkv_state_op, "kda_ops.conv.native:short_conv_qkv_state")
+define_native(short_conv_qkv_apart_op, "kda_ops.conv.native:short_conv_qkv_apart")
+define_native(short_conv_qkv_apart_state_op, "kda_ops.conv.native:short_conv_qkv_apart_state")
+
+
+def short_conv_qkv(
+    x: Tensor | Parts,
+    weight: Tensor | Parts,
+    bias: Tensor | Parts | None = None,
+    *,
+    key_dim: int,
+    head_dim: int,
+    norm_eps: float = 1e-6,
+    activation: str | None = "silu",
+    conv_state: Tensor | Parts | None = None,
+    slots: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    layout: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolved queries, keys and values of whole sequences, queries and keys normalised, in one
+    pass over the packed projections.
+
+    Exactly `short_conv` of x, which is q | k | v along its channels, split into three, and `l2norm`
+    of each head of q and k, without rounding in between. The state, slots, empty sequences and
+    padding are those of `short_conv`: tokens of no sequence and of slot 0 give zeros.
+
+    Models that keep q, k and v apart, as FLA's and Moonshot's do, give x, weight, bias and
+    conv_state as three tensors each, `(of q, of k, of v)`; nothing is packed for them.
+
+    Source: Kimi Linear (arXiv:2510.26692), section 4.
+
+    Args:
+        x: `[B, T, D]`, the packed projections, `D = 2 * key_dim + value_dim`; fp16, bf16 or fp32
+            (fp64 on a CPU). With `cu_seqlens`, B is 1. The last axis is contiguous, or is
+            copied.
+        weight: `[D, W]`, W at least 2; the last tap meets the token itself.
+        bias: `[D]` or None.
+        key_dim: Channels of q, and of k: H * K.
+        head_dim: K, in `[1, 256]`, a divisor of `key_dim`.
+        norm_eps: Added to the sum of squares of each head, positive.
+        activation: `"silu"` (also called `"swish"`) or None.
+        conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 1`, any
+            strides, written in place. Its dtype may differ from that of x.
+        slots: `[N]`, int32 or int64, the slot of each sequence. None twice, but for 0. Required
+            with `conv_state`.
+        has_initial_state: `[N]`, bool. None means that no sequence has one.
+        cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
+            allowed.
+        layout: `"SD"` or `"DS"`; None takes `kda_ops.config.conv_layout`.
+
+    Returns:
+        q and k `[B, T, H, K]` and v `[B, T, value_dim]`, each contiguous, in x's dtype.
+
+    Raises:
+        ValueError: A shape, size, dtype, device, activation, eps, layout, offset or slot that does
+            not fit, or a state argument without `conv_state`.
+        RuntimeError: An argument requires grad and `conv_state` is given (the call without a state
+            differentiates).
+    """
+    activation = resolve_activation(activation)
+    layout = resolve_layout(layout, *state_channels(x, conv_state))
+    parts = conv_parts(x, weight, bias, conv_state, layout)
+    for part in parts:
+        check_rank("x", part[0], 3)
+        check_conv_sequences(*part, slots, has_initial_state, cu_seqlens, layout)
+    check_integer("head_dim", head_dim)
+    check_integer("key_dim", key_dim)
+    check_number("norm_eps", norm_eps)
+    if not 1 <= head_dim <= MOST_HEAD_DIM:
+        raise ValueError(f"head_dim must be in [1, {MOST_HEAD_DIM}], got {head_dim}")
+    if key_dim < 1 or key_dim % head_dim:
+        raise ValueError(f"key_dim must be a multiple of head_dim = {head_dim}, got {key_dim}")
+    if not norm_eps > 0:  # NaN too
+        raise ValueError(f"norm_eps must be positive, got {norm_eps}")
+    if len(parts) == 3:
+        for (x_part, *_), width in zip(parts, (key_dim, key_dim, None), strict=True):
+            check_shape("x", x_part, (*x_part.shape[:2], width or x_part.shape[2]))
+        xs, weights, biases, states = zip(*parts, strict=True)
+        args = (*xs, *weights, *biases, activation, head_dim, norm_eps)
+        if conv_state is None:
+            return short_conv_qkv_apart_op(*args, cu_seqlens)
+        return short_conv_qkv_apart_state_op(
+            *args, *states, slots, has_initial_state, cu_seqlens, layout
+        )
+    ((x, weight, bias, conv_state),) = parts
+    if x.shape[-1] <= 2 * key_dim:
+        raise ValueError(
+            f"x must have shape [B, T, D] with D more than 2 * key_dim = {2 * key_dim}, "
+            f"got {tuple(x.shape)}"
+        )
+    if conv_state is None:
+        return short_conv_qkv_op(
+            x, weight, bias, activation, key_dim, head_dim, norm_eps, cu_seqlens
+        )
+    return short_conv_qkv_state_op(
+        x, weight, bias, activation, key_dim, head_dim, norm_eps, conv_state, slots,
+        has_initial_state, cu_seqlens, layout,
+    )  # fmt: skip

@@ -1,0 +1,165 @@
+"""The short convolution of new tokens against its state: schema, fake, public function."""
+
+import torch
+from torch import Tensor
+
+from kda_ops._checks import (
+    INTEGERS,
+    check_cu_seqlens_shape,
+    check_cu_seqlens_values,
+    check_device,
+    check_distinct_slots,
+    check_dtype,
+    check_rank,
+    check_shape,
+    check_slot_values,
+)
+from kda_ops._registry import define_op
+from kda_ops.config import resolve_layout
+from kda_ops.conv.checks import check_conv, check_conv_state, resolve_activation
+from kda_ops.conv.short_conv_update.reference import short_conv_update_reference
+
+
+def short_conv_update_fake(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    slots: Tensor,
+    num_accepted: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def check_short_conv_update_values(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    slots: Tensor,
+    num_accepted: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+) -> None:
+    slots = slots[:, 0] if slots.dim() == 2 else slots
+    check_slot_values("slots", slots, conv_state.shape[0])
+    check_distinct_slots("slots", slots)
+    most = conv_state.shape[1 if layout == "SD" else 2] - weight.shape[1] + 2
+    if cu_seqlens is not None:
+        check_cu_seqlens_values(cu_seqlens, x.shape[0])
+        longest = max((cu_seqlens[1:] - cu_seqlens[:-1]).tolist(), default=0)
+        if longest > most:
+            raise ValueError(
+                f"cu_seqlens must have at most {most} tokens in a sequence, got {longest}"
+            )
+    if num_accepted is not None:
+        bad = (((num_accepted < 1) | (num_accepted > most)) & (slots != 0)).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"num_accepted must be in [1, {most}], got {int(num_accepted[bad[0]])}"
+            )
+
+
+short_conv_update_op = define_op(
+    "short_conv_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
+    "str? activation, Tensor slots, Tensor? num_accepted, Tensor? cu_seqlens, "
+    "str layout) -> Tensor",
+    reference=short_conv_update_reference,
+    fake=short_conv_update_fake,
+    cuda="kda_ops.conv.short_conv_update.kernel:launch_short_conv_update",
+    check_values=check_short_conv_update_values,
+)
+
+
+def short_conv_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    slots: Tensor,
+    num_accepted: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    layout: str | None = None,
+) -> Tensor:
+    """Depthwise causal convolution of a few new tokens per sequence, which shifts the state.
+
+    The history of sequence n is rows `[a - 1, a - 1 + W - 1)` of its slot, where `a` is the number
+    of tokens accepted from the step before (1 without `num_accepted`). Each token gives `y =
+    silu(sum_w weight[:, w] * window[w] + bias)` over the W rows that end with it. Then
+    `concat(history[1:], x_0 .. x_{q-1})` is written from row 0 on; later rows are not touched. All
+    tokens of the step are kept, so that the next step can accept any number of them.
+
+    A sequence without tokens keeps its state as it is. Slot 0 is the null block: a sequence mapped
+    to it gives zero output, and nothing of it is read or written. Rows of x past the last sequence
+    are not read and give zero.
+
+    Source: Kimi Linear (arXiv:2510.26692), section 4; the linear window of speculative decoding
+    follows vLLM's `causal_conv1d_update`.
+
+    Args:
+        x: `[N, D]` (a token each), `[N, q, D]` (q each), or `[T, D]` with `cu_seqlens`; fp16, bf16
+            or fp32 (fp64 on the CPU). The last axis is contiguous, or is copied.
+        conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 2 + q`,
+            any strides, written in place. Its dtype may differ from that of x.
+        weight: `[D, W]`, W at least 2; the last tap meets the token itself.
+        bias: `[D]` or None.
+        activation: `"silu"` (also called `"swish"`) or None.
+        slots: `[N]`, int32 or int64, the slot of each sequence, or `[N, 1 + num_spec]`, whose
+            column 0 is taken. None twice, but for 0.
+        num_accepted: `[N]`, int32 or int64, in `[1, L - W + 2]`; of a sequence on slot 0 anything.
+        cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
+            allowed.
+        layout: `"SD"` or `"DS"`; None takes `kda_ops.config.conv_layout`.
+
+    Returns:
+        The shape and dtype of x, contiguous.
+
+    Raises:
+        ValueError: A shape, dtype, device, activation, layout, offset, slot or count that does not
+            fit.
+        RuntimeError: An argument requires grad.
+    """
+    activation = resolve_activation(activation)
+    if cu_seqlens is None:
+        check_rank("x", x, 2, 3)
+        sequences = x.shape[0]
+    else:
+        check_rank("x", x, 2)
+        check_cu_seqlens_shape(cu_seqlens)
+        sequences = cu_seqlens.shape[0] - 1
+    check_conv(x, weight, bias)
+    layout = resolve_layout(layout, conv_state, x.shape[-1])
+    W = weight.shape[1]
+    check_conv_state(conv_state, layout, x.shape[-1], W)
+    most = conv_state.shape[1 if layout == "SD" else 2] - W + 2
+    if x.dim() == 3 and x.shape[1] > most:
+        raise ValueError(
+            f"x must have at most {most} tokens per sequence for a conv_state of shape "
+            f"{tuple(conv_state.shape)}, got {x.shape[1]}"
+        )
+    check_dtype("slots", slots, INTEGERS)
+    check_rank("slots", slots, 1, 2)
+    if slots.dim() == 2 and slots.shape[1] < 1:
+        raise ValueError(f"slots must have at least one column, got shape {tuple(slots.shape)}")
+    check_shape("slots", slots, (sequences, *slots.shape[1:]))
+    if num_accepted is not None:
+        check_dtype("num_accepted", num_accepted, INTEGERS)
+        check_shape("num_accepted", num_accepted, (sequences,))
+    check_device(
+        x=x,
+        conv_state=conv_state,
+        weight=weight,
+        bias=bias,
+        slots=slots,
+        num_accepted=num_accepted,
+        cu_seqlens=cu_seqlens,
+    )
+    return short_conv_update_op(
+        x, conv_state, weight, bias, activation, slots, num_accepted, cu_seqlens, layout
+    )

@@ -1,5 +1,0 @@
-"""The q, k and v parts of a convolution state."""
-
-from kda_ops.conv_split.op import conv_split
-
-__all__ = ["conv_split"]

@@ -1,0 +1,1 @@
+"""The delta rule: chunked for whole sequences, recurrent for decode steps."""

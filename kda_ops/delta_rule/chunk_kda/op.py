@@ -1,0 +1,228 @@
+"""Chunked KDA: schemas, fake implementations, public function."""
+
+import torch
+from torch import Tensor
+
+from kda_ops._checks import (
+    check_attention_inputs,
+    check_chunk_states,
+    check_device,
+    check_dtype,
+    check_number,
+    check_shape,
+    check_slot_values,
+    check_varlen,
+)
+from kda_ops._numerics import CHUNK, accumulation_dtype
+from kda_ops._registry import define_op
+from kda_ops.delta_rule.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
+from kda_ops.native import define_native
+from kda_ops.varlen import check_varlen_values, chunk_table
+
+
+def chunk_kda_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
+    return (
+        torch.empty(v.shape, dtype=v.dtype, device=v.device),
+        torch.empty(final, dtype=dtype, device=v.device),
+    )
+
+
+def chunk_kda_state_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+def _check_sums(G: Tensor, cu_seqlens: Tensor | None) -> None:
+    """No sum is infinite: the gates behind it would be differences of infinities."""
+    real = G if cu_seqlens is None else G[:, : int(cu_seqlens[-1])]
+    infinite = torch.isinf(real)
+    if infinite.any():
+        b, t, h, d = infinite.nonzero()[0].tolist()
+        raise ValueError(
+            f"G must be finite, got {real[b, t, h, d].item()} at token {t}; a token that is to "
+            "forget everything takes a gate of -300, or begins a sequence"
+        )
+
+
+def check_chunk_kda_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> None:
+    check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+    _check_sums(G, cu_seqlens)
+
+
+def check_chunk_kda_state_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> None:
+    check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+    _check_sums(G, cu_seqlens)
+    check_slot_values("state_indices", state_indices, state.shape[0])
+    slots, uses = state_indices[state_indices != 0].unique(return_counts=True)
+    if (uses > 1).any():
+        slot = int(slots[uses > 1][0])
+        raise ValueError(f"state_indices must not repeat a slot other than 0, got {slot} twice")
+
+
+chunk_kda_op = define_op(
+    "chunk_kda(Tensor q, Tensor k, Tensor v, Tensor G, Tensor beta, float scale, "
+    "Tensor? initial_state, bool output_final_state, Tensor? cu_seqlens, Tensor? chunks) "
+    "-> (Tensor, Tensor)",
+    reference=chunk_kda_reference,
+    fake=chunk_kda_fake,
+    cuda="kda_ops.delta_rule.chunk_kda.kernel:launch_chunk_kda",
+    cuda_backward="kda_ops.delta_rule.chunk_kda.backward:launch_chunk_kda_backward",
+    check_values=check_chunk_kda_values,
+)
+
+chunk_kda_state_op = define_op(
+    "chunk_kda.state(Tensor q, Tensor k, Tensor v, Tensor G, Tensor beta, float scale, "
+    "Tensor(a!) state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
+    "Tensor? chunks) -> Tensor",
+    reference=chunk_kda_state_reference,
+    fake=chunk_kda_state_fake,
+    cuda="kda_ops.delta_rule.chunk_kda.kernel:launch_chunk_kda_state",
+    check_values=check_chunk_kda_state_values,
+)
+define_native(chunk_kda_op, "kda_ops.delta_rule.chunked.native:chunk_kda")
+define_native(chunk_kda_state_op, "kda_ops.delta_rule.chunked.native:chunk_kda_state")
+
+
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunks: Tensor | None = None,
+    state: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Kimi Delta Attention over whole sequences, 64 tokens at a time.
+
+    Per value head and token, with `g_t` the token's gate (`G_t` is the sum of `g` over the tokens
+    of its chunk up to t):
+
+        S <- diag(2^g_t) S;    S <- S + beta_t k_t (v_t - k_t^T S)^T;    o_t = scale * S^T q_t
+
+    No gate is clamped, also one that decays by e^-60 in a token: powers of two are only ever taken
+    of exponents <= 0. These are differences of sums in fp32, so a decay between two tokens is right
+    to about 1e-7 |G| of itself (2e-4 more in 16 bits on a GPU): gates beside a very strong one lose
+    digits, and behind -inf nothing would be left of them. A token that is to forget the state takes
+    a gate of -300, a decay of 0, or begins a sequence. Source: Kimi Linear (arXiv:2510.26692),
+    section 3, in the chunked WY form.
+
+    Args:
+        q: `[B, T, H, K]`, as it is to be used: apply `l2norm` first. fp16, bf16, fp32, on a CPU
+            fp64, any strides with the last one 1 (others are copied).
+            On a GPU products within a chunk of 16-bit q and k are made in fp16: entries of q and k
+            below 65504, as normalised ones are.
+        k: `[B, T, H, K]`, dtype of q. `|k| <= 1` and `beta <= 2` keep the recurrence stable.
+        v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
+        G: `[B, T, HV, K]` in **log2**, the cumulative gate as `gate_cumsum` returns it: it restarts
+            every 64 tokens and at every sequence start. Finite; on a GPU infinite sums give NaN.
+            fp32 (fp64 with fp64 q).
+        beta: `[B, T, HV]` after its sigmoid, any floating dtype.
+        scale: Factor of the output, `K ** -0.5` if None.
+        initial_state: `[N, HV, V, K]`, bf16, fp32, on a CPU fp64; zeros if None.
+        output_final_state: Whether to return the states after the last token.
+        cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
+            it every batch row is a sequence, `N = B`.
+        chunks: The batch's chunk table, `kda_ops.varlen.chunk_table(cu_seqlens, T)`; made here if
+            None.
+        state: `[slots, HV, V, K]`, bf16 or fp32, any strides (padded pages): paged states, read and
+            **written in place**, instead of `initial_state`.
+        state_indices: `[N]`, int32 or int64, with `state`: the slot of each sequence, no slot
+            twice. Slot 0 is the null block: that sequence's output is zero and no state is read or
+            written. A kernel treats a slot out of range in the same way.
+        has_initial_state: `[N]`, bool, with `state`: where False the sequence starts from zeros.
+            All True if None.
+
+    Returns:
+        `(o, final_state)`. `o [B, T, HV, V]` in the dtype of v; rows past the last sequence are
+        zero, and nothing that is in them is read. `final_state [N, HV, V, K]` in the dtype of
+        `initial_state`, or fp32 (fp64 with fp64 q) without one; None unless `output_final_state`.
+
+    Raises:
+        ValueError: A shape, dtype, device or combination of arguments that does not fit; on the CPU
+            also offsets, chunks or slots with wrong values, and an infinite G.
+        RuntimeError: `state` is given and an input requires grad.
+    """
+    check_attention_inputs(q, k, v, beta)
+    check_shape("G", G, (*v.shape[:3], q.shape[3]))
+    check_dtype("G", G, (accumulation_dtype(q),))
+    check_device(q=q, k=k, v=v, G=G, beta=beta)
+    check_varlen("q", q, cu_seqlens, chunks, CHUNK)
+    check_chunk_states(
+        q,
+        v,
+        initial_state,
+        output_final_state,
+        state,
+        state_indices,
+        has_initial_state,
+        cu_seqlens,
+    )
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    check_number("scale", scale)
+    if cu_seqlens is not None and chunks is None:
+        chunks = chunk_table(cu_seqlens, q.shape[1])
+    if state is None:
+        o, final = chunk_kda_op(
+            q, k, v, G, beta, scale, initial_state, output_final_state, cu_seqlens, chunks
+        )
+        return o, final if output_final_state else None
+    o = chunk_kda_state_op(
+        q, k, v, G, beta, scale, state, state_indices, has_initial_state, cu_seqlens, chunks
+    )
+    return o, None

@@ -1,0 +1,40 @@
+"""Chunked KDA in eager PyTorch: the definition, the CPU implementation and, from fp64 inputs, the
+oracle.
+"""
+
+from torch import Tensor
+
+from kda_ops.delta_rule.chunked.formulas import chunked_kda, chunked_kda_state
+
+
+def chunk_kda_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return chunked_kda(q, k, v, G, beta, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def chunk_kda_state_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    return chunked_kda_state(
+        q, k, v, G, beta, scale, state, state_indices, has_initial_state, cu_seqlens
+    )

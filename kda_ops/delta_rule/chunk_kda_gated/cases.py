@@ -1,0 +1,172 @@
+"""Inputs of chunked KDA from raw inputs for tests and benchmarks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kda_ops._cases import Case, with_pages, with_states
+from kda_ops._numerics import CHUNK
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def chunk_kda_gated_inputs(
+    device: torch.device,
+    *,
+    B: int = 1,
+    T: int,
+    H: int = 1,
+    HV: int | None = None,
+    K: int = 128,
+    V: int = 128,
+    dtype: torch.dtype = BF16,
+    gate: str = "softplus",
+    rate: bool = True,
+    dt_bias: bool = True,
+    norm: bool = False,
+    size: float = 1.0,
+    beta_scale: float = 1.0,
+    scale: float | None = None,
+    cu_seqlens: list[int] | None = None,
+    index_dtype: torch.dtype = torch.int32,
+    packed: bool = False,
+) -> dict[str, Any]:
+    """Arguments of `chunk_kda_gated`; rows past the last sequence are NaN.
+
+    Args:
+        device: Where to make them.
+        B: Batch.
+        T: Tokens.
+        H: Query and key heads.
+        HV: Value heads, H if None.
+        K: Key dimension.
+        V: Value dimension.
+        dtype: Of q, k, v, x and beta.
+        gate: `softplus` with rates 1 to 16 as in a trained model, `harsh` down to e^-60 and beyond
+            in one token, `slow` near 1, or `bounded` at -5 nats.
+        rate: Whether there is an `A_log`.
+        dt_bias: Whether there is a `dt_bias`.
+        norm: Whether the operator normalises q and k.
+        size: Of the elements of q and k, with `norm`.
+        beta_scale: As in `chunk_kda_gated`.
+        scale: As in `chunk_kda_gated`.
+        cu_seqlens: Offsets of the sequences.
+        index_dtype: Of `cu_seqlens`.
+        packed: Whether q, k, v and x are slices of one projection.
+    """
+    HV = HV or H
+    q, k = (torch.randn(B, T, H, K, device=device) for _ in range(2))
+    q, k = (size * y if norm else F.normalize(y, dim=-1) for y in (q, k))
+    v = torch.randn(B, T, HV, V, device=device)
+    x = torch.randn(B, T, HV, K, device=device) * (4.0 if gate in ("harsh", "bounded") else 1.0)
+    beta = torch.randn(B, T, HV, device=device)
+    parts = [y.flatten(2) for y in (q, k, v, x, beta)]
+    rows = torch.cat(parts, dim=-1)
+    if cu_seqlens is not None:
+        rows[:, cu_seqlens[-1] :] = torch.nan
+    parts = list(rows.to(dtype).split([y.shape[-1] for y in parts], dim=-1))
+    if not packed:
+        # an empty slice counts as contiguous, whatever its strides
+        parts = [y.clone(memory_format=torch.contiguous_format) for y in parts]
+    rates = {"harsh": torch.full((HV,), 16.0), "slow": torch.full((HV,), 1e-3)}
+    A_log = rates.get(gate, torch.empty(HV).uniform_(1, 16)).log().to(device)
+    inputs: dict[str, Any] = {
+        "q": parts[0].unflatten(-1, (H, K)),
+        "k": parts[1].unflatten(-1, (H, K)),
+        "v": parts[2].unflatten(-1, (HV, V)),
+        "x": parts[3].unflatten(-1, (HV, K)),
+        "beta": parts[4],
+        "A_log": A_log if rate else None,
+        "dt_bias": torch.randn(HV, K, device=device) if dt_bias else None,
+        "lower_bound": -5.0 if gate == "bounded" else None,
+        "beta_scale": beta_scale,
+        "qk_norm_eps": 1e-6 if norm else None,
+    }
+    if scale is not None:
+        inputs["scale"] = scale
+    if cu_seqlens is not None:
+        inputs["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=index_dtype, device=device)
+    return inputs
+
+
+def _case(
+    name: str, with_: Callable[[dict[str, Any]], dict[str, Any]] | None = None, **options: Any
+) -> Case:
+    def make(device: torch.device) -> dict[str, Any]:
+        inputs = chunk_kda_gated_inputs(device, **options)
+        return inputs if with_ is None else with_(inputs)
+
+    return Case(
+        name=name,
+        make=make,
+        mutated=("state",) if name.startswith("pages") else (),
+        operand_dtype=options.get("dtype", BF16),
+    )
+
+
+def _perf(name: str, *, T: int, H: int, sequences: int = 1, **options: Any) -> Case:
+    """K = V = 128 in bf16, with the final state."""
+    D = 128
+
+    def make(device: torch.device) -> dict[str, Any]:
+        cu_seqlens = None if sequences == 1 else list(range(0, T + 1, T // sequences))
+        inputs = chunk_kda_gated_inputs(device, T=T, H=H, cu_seqlens=cu_seqlens, **options)
+        return {**inputs, "output_final_state": True}
+
+    chunks = T // CHUNK * H
+    tile = 2 * CHUNK * CHUNK * D
+    return Case(
+        name=name,
+        make=make,
+        bytes_moved=T * H * (5 * D + 1) * 2 + sequences * H * D * D * 4,
+        # Aqk, L, w, u, Aqk vn and the inverse; w S, qg S and kg^T vn
+        flops=chunks * (6 * tile + 3 * 2 * CHUNK * D * D),
+        operand_dtype=BF16,
+        perf=True,
+    )
+
+
+RAGGED = [0, 0, 1, 65, 65, 129, 150]
+SLOTS, FRESH = [2, 3, 0, 7, 1, 5], [0, 4]
+
+CASES = [
+    _case("bf16", T=130, H=2),
+    _case("bf16-norm", T=130, H=2, norm=True),
+    _case("bf16-harsh-norm-beta2", T=130, gate="harsh", norm=True, beta_scale=2.0),
+    _case("bf16-slow", T=100, gate="slow"),
+    _case("bf16-bounded-norm", T=100, gate="bounded", norm=True),
+    _case("bounded-no-rate", T=70, K=64, V=64, gate="bounded", rate=False, dt_bias=False),
+    _case("scale-small-norm", T=70, K=64, V=64, norm=True, scale=1e-6),
+    _case("scale-2-norm", T=70, K=64, V=64, norm=True, scale=2.0),
+    _case("no-bias", T=70, K=64, V=128, dt_bias=False),
+    _case("fp16-norm-large", T=100, dtype=FP16, norm=True, size=100.0),
+    _case("fp16-norm-small", T=70, dtype=FP16, norm=True, size=0.01, gate="slow"),
+    _case("fp32-norm", T=70, K=64, V=64, dtype=FP32, norm=True),
+    _case("fp32-harsh-beta2", T=70, K=24, V=40, dtype=FP32, gate="harsh", beta_scale=2.0),
+    _case("fp32-bounded", T=70, K=32, V=16, dtype=FP32, gate="bounded"),
+    _case("grouped-values-norm", T=80, H=2, HV=4, K=64, V=64, norm=True),
+    _case("grouped-values-general-norm", T=70, H=2, HV=4, K=48, V=32, norm=True),
+    _case("batch-packed", B=2, T=70, H=2, K=64, V=64, packed=True, norm=True),
+    _case("K100-V20-fp16", T=70, K=100, V=20, dtype=FP16, norm=True),
+    _case("T1", T=1, norm=True),
+    _case("T64", T=64),
+    _case("T0", T=0),
+    _case("ragged-norm", T=170, cu_seqlens=RAGGED, norm=True),
+    _case("ragged-general-norm", T=170, K=32, V=48, cu_seqlens=RAGGED, index_dtype=torch.int64,
+          norm=True, packed=True),
+    _case("no-sequences", T=10, cu_seqlens=[0]),
+    _case("states", with_states, T=100, B=2, K=64, V=64, norm=True),
+    _case("states-ragged-bf16", lambda x: with_states(x, BF16), T=160, cu_seqlens=RAGGED),
+    _case("states-fp32", with_states, T=70, K=40, V=24, dtype=FP32),
+    _case("pages", lambda x: with_pages(x, SLOTS, FRESH), T=170, cu_seqlens=RAGGED, norm=True),
+    _case("pages-general-bf16", lambda x: with_pages(x, SLOTS, FRESH, BF16), T=170, K=48, V=80,
+          cu_seqlens=RAGGED),
+    _case("pages-fp32", lambda x: with_pages(x, [2, 0, 1], [2]), B=3, T=70, K=16, V=16,
+          dtype=FP32, norm=True, beta_scale=2.0),
+    _perf("norm-T8192-H32", T=8192, H=32, norm=True),
+    _perf("T8192-H32", T=8192, H=32),
+    _perf("norm-bounded-T8192-H32", T=8192, H=32, norm=True, gate="bounded"),
+    _perf("norm-8x1024-H32", T=8192, H=32, sequences=8, norm=True),
+]  # fmt: skip

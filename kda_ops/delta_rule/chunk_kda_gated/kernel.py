@@ -1,0 +1,407 @@
+"""Chunked KDA from raw inputs as two Triton kernels, `prepare` and `scan`; see `kda_ops.device` for
+the second and for what both operators share.
+
+Here is the `prepare` for 16-bit inputs with K and V of 64 or 128. For all other inputs one small
+kernel writes what `chunk_kda` takes, and the general `prepare` follows.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kda_ops._launch import traceable
+from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia, prepare_chunk
+from kda_ops.delta_rule.chunked.kernels.prepare_general import launch_general_prepare
+from kda_ops.delta_rule.chunked.kernels.raw_inputs import (
+    gate_bias,
+    gate_log2,
+    gate_rate,
+    quick_sigmoid,
+    reciprocal_norm,
+)
+from kda_ops.delta_rule.chunked.kernels.scan import launch_scan
+from kda_ops.delta_rule.chunked.kernels.tiles import chunk_rows, clear_padding, slab_rows
+from kda_ops.delta_rule.chunked.workspace import Batch, dense_rows, has_fast_prepare, make_workspace
+from kda_ops.tuning import choose
+
+
+@triton.jit
+def chunk_gated_prepare_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    x_ptr,
+    beta_ptr,
+    A_log_ptr,
+    bias_ptr,
+    o_ptr,
+    tiles_ptr,
+    u_ptr,
+    decay_ptr,
+    cu_ptr,
+    chunks_ptr,
+    T,
+    N,
+    NC,
+    first_row,
+    rows,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    x_b,
+    x_t,
+    x_h,
+    beta_b,
+    beta_t,
+    beta_h,
+    SCALE: tl.constexpr,
+    BOUND: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """One program prepares one chunk of one value head; K and V are 64 or 128.
+    Grid: (chunks * HV), heads fastest.
+
+    The tokens' gates y go to fp16 and every exponent, also G and G_last - G, comes as a 0/1 matrix
+    times y, so that no sum over tokens stays in registers. Their error is at most 2^-12 of the
+    exponent, weighted by its power of two: below 2e-4. The decay over the whole chunk, which the
+    state accumulates, is summed in fp32.
+
+    With NORM, q and k are normalised as they are loaded.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    h = p % HV
+    p = p // HV
+    p, b, first, count, row, inside = slab_rows(
+        p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+    )
+    if not inside:
+        if VARLEN and count == 0:
+            clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, V)
+        return
+    hk = h // (HV // H)
+    r = tl.arange(0, 64)
+    d = tl.arange(0, K)
+    ok = r < count
+    okd = ok[:, None]
+    t = tl.minimum(r, count - 1)
+    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + (t[:, None] * q_t + d[None, :])
+    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + (t[:, None] * k_t + d[None, :])
+    x_at = (x_ptr + b * x_b + h * x_h + first * x_t) + (t[:, None] * x_t + d[None, :])
+    work = row * HV + h
+
+    x = tl.load(x_at)
+    k = tl.load(k_at)
+    q = tl.load(q_at)
+    bias = gate_bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+    y = gate_log2(x, gate_rate(A_log_ptr, h, HAS_A), bias, BOUND, True)
+    y = tl.where(okd, y, 0.0)
+    tl.store(decay_ptr + work * K + d, tl.exp2(tl.sum(y, axis=0)))
+    y = y.to(tl.float16)
+    beta_row = beta_ptr + b * beta_b + h * beta_h + first * beta_t
+    beta = BETA_SCALE * quick_sigmoid(tl.load(beta_row + t * beta_t).to(tl.float32))
+    beta = tl.where(ok, beta, 0.0)
+    before = tl.load(beta_row + tl.maximum(t - 1, 0) * beta_t).to(tl.float32)
+    before = BETA_SCALE * quick_sigmoid(before)
+
+    # a common scale goes into q's norm, one that leaves fp16's range does not
+    FOLD: tl.constexpr = NORM and SCALE > 0.001 and SCALE < 1000.0
+    if NORM:
+        # raw values may not fit the fp16 of the levels
+        q_norm = reciprocal_norm(q, EPS) * (SCALE if FOLD else 1.0)
+        q = (q.to(tl.float32) * q_norm[:, None]).to(tl.float16)
+        k = (k.to(tl.float32) * reciprocal_norm(k, EPS)[:, None]).to(tl.float16)
+    prepare_chunk(
+        q,
+        k,
+        y,
+        beta,
+        before,
+        v_ptr + b * v_b + h * v_h + first * v_t,
+        v_t,
+        o_ptr,
+        tiles_ptr,
+        u_ptr,
+        work,
+        b * T + first,
+        count,
+        h,
+        1.0 if FOLD else SCALE,
+        HV,
+        K,
+        V,
+        True,  # spills less with any lengths here
+        PACKED,
+    )
+
+
+@triton.jit
+def chunk_inputs_kernel(
+    q_ptr,
+    k_ptr,
+    x_ptr,
+    beta_ptr,
+    A_log_ptr,
+    bias_ptr,
+    qn_ptr,
+    kn_ptr,
+    G_ptr,
+    sigmoid_ptr,
+    cu_ptr,
+    chunks_ptr,
+    T,
+    N,
+    NC,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    x_b,
+    x_t,
+    x_h,
+    beta_b,
+    beta_t,
+    beta_h,
+    BOUND: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    """One program turns one chunk of one value head into what the general `prepare` takes: G in
+    log2, beta after its sigmoid and normalised keys, all in fp32. Grid: (chunks, HV).
+
+    G is made in blocks of BLOCK columns. The first value head of a key head writes its keys. Rows
+    of no sequence are not written.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    b, first, count, _ = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
+    if count == 0:
+        return
+    r = tl.arange(0, 64)
+    ok = r < count
+    t = first + r
+    row = b * T + t
+    a = gate_rate(A_log_ptr, h, HAS_A)
+    x_row = x_ptr + b * x_b + h * x_h + t[:, None] * x_t
+    for k0 in range(0, K, BLOCK):
+        d = k0 + tl.arange(0, BLOCK)
+        inside = ok[:, None] & (d < K)[None, :]
+        x = tl.load(x_row + d[None, :], mask=inside, other=0.0)
+        bias = gate_bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+        y = tl.where(inside, gate_log2(x, a, bias, BOUND, False), 0.0)
+        at = (row[:, None] * HV + h) * K + d[None, :]
+        tl.store(G_ptr + at, tl.cumsum(y, axis=0), mask=inside)
+    beta = tl.load(beta_ptr + b * beta_b + h * beta_h + t * beta_t, mask=ok, other=0.0)
+    tl.store(sigmoid_ptr + row * HV + h, BETA_SCALE * tl.sigmoid(beta.to(tl.float32)), mask=ok)
+    if NORM:
+        hk = h // (HV // H)
+        d = tl.arange(0, KP)[None, :]
+        inside = ok[:, None] & (d < K) & (h % (HV // H) == 0)
+        to = (row[:, None] * H + hk) * K + d
+        k = tl.load(k_ptr + b * k_b + hk * k_h + t[:, None] * k_t + d, mask=inside, other=0.0)
+        kn = k.to(tl.float32) * reciprocal_norm(k, EPS)[:, None]
+        tl.store(kn_ptr + to, kn, mask=inside)
+        q = tl.load(q_ptr + b * q_b + hk * q_h + t[:, None] * q_t + d, mask=inside, other=0.0)
+        qn = q.to(tl.float32) * reciprocal_norm(q, EPS)[:, None]
+        tl.store(qn_ptr + to, qn, mask=inside)
+
+
+def gate_sizes(
+    q: Tensor,
+    v: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    cu_seqlens: Tensor | None,
+) -> dict[str, Any]:
+    """The constants that the kernels from raw inputs share."""
+    return {
+        "BOUND": 0.0 if lower_bound is None else lower_bound,
+        "BETA_SCALE": beta_scale,
+        "EPS": 0.0 if qk_norm_eps is None else qk_norm_eps,
+        "NORM": qk_norm_eps is not None,
+        "HAS_A": A_log is not None,
+        "HAS_BIAS": dt_bias is not None,
+        "H": q.shape[2],
+        "HV": v.shape[2],
+        "K": q.shape[3],
+        "VARLEN": cu_seqlens is not None,
+    }
+
+
+def launch_inputs(
+    dense: tuple[Tensor, ...],
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    batch: Batch,
+    sizes: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `chunk_kda` takes: q and k, normalised in fp32 if `sizes` says so, the cumulative gate
+    and beta after its sigmoid; `dense`: q, k, x and beta from `dense_rows`.
+    """
+    q, k, x, beta = dense
+    A_log, dt_bias = (None if y is None else y.contiguous() for y in (A_log, dt_bias))
+    B, T, H, K = q.shape
+    G = torch.empty((B, T, sizes["HV"], K), dtype=torch.float32, device=q.device)
+    beta_used = torch.empty((B, T, sizes["HV"]), dtype=torch.float32, device=q.device)
+    qn, kn = q, k
+    if sizes["NORM"]:
+        qn, kn = (torch.empty((B, T, H, K), dtype=torch.float32, device=q.device) for _ in range(2))
+    traceable(chunk_inputs_kernel)[(batch.programs, sizes["HV"])](
+        q,
+        k,
+        x,
+        beta,
+        A_log,
+        dt_bias,
+        qn,
+        kn,
+        G,
+        beta_used,
+        *batch.tables[:5],
+        *(stride for y in (q, k, x, beta) for stride in y.stride()[:3]),
+        **sizes,
+        KP=triton.next_power_of_2(K),
+        **choose("chunk_inputs", q.device),
+    )
+    return qn, kn, G, beta_used
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    initial: Tensor | None,
+    final: Tensor | None,
+    indices: Tensor | None,
+    has_initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    """Returns the output and writes the final states to `final`; see `launch_scan`."""
+    K = q.shape[3]
+    HV, V = v.shape[2:]
+    q, k, v, x, beta = dense_rows(q, k, v, x, beta)
+    A_log, dt_bias = (None if y is None else y.contiguous() for y in (A_log, dt_bias))
+    batch = Batch.of(q, cu_seqlens, chunks)
+    parts = batch.slabs(q, v)
+    workspace = make_workspace(q, v, parts[0])
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    sizes = gate_sizes(q, v, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps, cu_seqlens)
+    fast = has_fast_prepare(q.dtype, K, V)
+    if not fast:
+        qn, kn, G, beta_used = launch_inputs((q, k, x, beta), A_log, dt_bias, batch, sizes)
+    for part in parts:
+        if fast:
+            traceable(chunk_gated_prepare_kernel)[(part.programs * HV,)](
+                q,
+                k,
+                v,
+                x,
+                beta,
+                A_log,
+                dt_bias,
+                o,
+                *workspace.prepared,
+                *part.tables,
+                *(stride for y in (q, k, v, x, beta) for stride in y.stride()[:3]),
+                **sizes,
+                SCALE=scale,
+                V=V,
+                SLABS=part.slab is not None,
+                PACKED=is_nvidia(q.device),
+                **choose("chunk_gated_prepare", q.device, K=K, V=V, dtype=q.dtype),
+            )
+        else:
+            launch_general_prepare(qn, kn, v, G, beta_used, scale, o, workspace, part)
+        launch_scan(o, workspace, part, K, initial, final, indices, has_initial)
+    return o
+
+
+def launch_chunk_kda_gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
+    dtype = torch.float32 if initial_state is None else initial_state.dtype
+    final = torch.empty(shape, dtype=dtype, device=q.device)
+    states = (initial_state, final if output_final_state else None, None, None)
+    return _launch(q, k, v, *gate, scale, *states, cu_seqlens, chunks), final
+
+
+def launch_chunk_kda_gated_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
+    pages = (state, state_indices, has_initial_state, cu_seqlens, chunks)
+    return _launch(q, k, v, *gate, scale, None, *pages)

@@ -1,0 +1,247 @@
+"""Chunked KDA from raw inputs: schemas, fake implementations, public function."""
+
+import torch
+from torch import Tensor
+
+from kda_ops._checks import (
+    check_attention_inputs,
+    check_chunk_states,
+    check_device,
+    check_distinct_slots,
+    check_gate_parameters,
+    check_not_negative,
+    check_number,
+    check_shape,
+    check_slot_values,
+    check_varlen,
+)
+from kda_ops._numerics import CHUNK, accumulation_dtype
+from kda_ops._registry import define_op
+from kda_ops.delta_rule.chunk_kda_gated.reference import (
+    chunk_kda_gated_reference,
+    chunk_kda_gated_state_reference,
+)
+from kda_ops.native import define_native
+from kda_ops.varlen import check_varlen_values, chunk_table
+
+
+def chunk_kda_gated_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
+    return (
+        torch.empty(v.shape, dtype=v.dtype, device=v.device),
+        torch.empty(final, dtype=dtype, device=v.device),
+    )
+
+
+def chunk_kda_gated_state_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+def check_chunk_kda_gated_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> None:
+    check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+
+
+def check_chunk_kda_gated_state_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> None:
+    check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+    check_slot_values("state_indices", state_indices, state.shape[0])
+    check_distinct_slots("state_indices", state_indices)
+
+
+chunk_kda_gated_op = define_op(
+    "chunk_kda_gated(Tensor q, Tensor k, Tensor v, Tensor x, Tensor beta, Tensor? A_log, "
+    "Tensor? dt_bias, float? lower_bound, float beta_scale, float? qk_norm_eps, float scale, "
+    "Tensor? initial_state, bool output_final_state, Tensor? cu_seqlens, Tensor? chunks) "
+    "-> (Tensor, Tensor)",
+    reference=chunk_kda_gated_reference,
+    fake=chunk_kda_gated_fake,
+    cuda="kda_ops.delta_rule.chunk_kda_gated.kernel:launch_chunk_kda_gated",
+    cuda_backward="kda_ops.delta_rule.chunk_kda_gated.backward:launch_chunk_kda_gated_backward",
+    check_values=check_chunk_kda_gated_values,
+)
+
+chunk_kda_gated_state_op = define_op(
+    "chunk_kda_gated.state(Tensor q, Tensor k, Tensor v, Tensor x, Tensor beta, Tensor? A_log, "
+    "Tensor? dt_bias, float? lower_bound, float beta_scale, float? qk_norm_eps, float scale, "
+    "Tensor(a!) state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
+    "Tensor? chunks) -> Tensor",
+    reference=chunk_kda_gated_state_reference,
+    fake=chunk_kda_gated_state_fake,
+    cuda="kda_ops.delta_rule.chunk_kda_gated.kernel:launch_chunk_kda_gated_state",
+    check_values=check_chunk_kda_gated_state_values,
+)
+define_native(chunk_kda_gated_op, "kda_ops.delta_rule.chunked.native:chunk_kda_gated")
+define_native(chunk_kda_gated_state_op, "kda_ops.delta_rule.chunked.native:chunk_kda_gated_state")
+
+
+def chunk_kda_gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None = None,
+    *,
+    lower_bound: float | None = None,
+    beta_scale: float = 1.0,
+    qk_norm_eps: float | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunks: Tensor | None = None,
+    state: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Kimi Delta Attention over whole sequences from the raw gate and the raw beta.
+
+    `chunk_kda(q, k, v, gate_cumsum(x, A_log, dt_bias, lower_bound=lower_bound),
+    beta_scale * sigmoid(beta))`, with `l2norm(q, eps=qk_norm_eps)` and `l2norm(k,
+    eps=qk_norm_eps)` if `qk_norm_eps` is given, without rounding in between and without a
+    cumulative gate in memory. See `chunk_kda` for the recurrence and `gate` for the gate. A token
+    may decay to 0 (also by an x of inf): it forgets the state, and gates beside it keep their
+    digits. Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
+
+    Args:
+        q: `[B, T, H, K]`, fp16, bf16, fp32, on a CPU fp64, any strides with the last one 1 (others
+            are copied). As it is to be used, or before its norm with `qk_norm_eps`.
+        k: `[B, T, H, K]`, dtype of q; likewise.
+        v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
+        x: `[B, T, HV, K]`, any floating dtype, the gate's input (the gate itself is in nats).
+        beta: `[B, T, HV]` before its sigmoid, any floating dtype.
+        A_log: `[HV]`, natural log of the decay rate. None means a rate of 1 and needs
+            `lower_bound`.
+        dt_bias: `[HV, K]` or `[HV * K]`, added to x.
+        lower_bound: None, or the gate's bound in `[-5, 0)` in nats.
+        beta_scale: 1, or 2 for eigenvalues down to -1.
+        qk_norm_eps: None if q and k are normalised already; else they are normalised here, with
+            this under the root.
+        scale: Factor of the output, `K ** -0.5` if None.
+        initial_state: `[N, HV, V, K]`, bf16, fp32, on a CPU fp64; zeros if None.
+        output_final_state: Whether to return the states after the last token.
+        cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
+            it every batch row is a sequence, `N = B`.
+        chunks: The batch's chunk table, `kda_ops.varlen.chunk_table(cu_seqlens, T)`; made here if
+            None.
+        state: `[slots, HV, V, K]`, bf16 or fp32, any strides (padded pages): paged states, read and
+            **written in place**, instead of `initial_state`.
+        state_indices: `[N]`, int32 or int64, with `state`: the slot of each sequence, no slot
+            twice. Slot 0 is the null block: that sequence's output is zero and no state is read or
+            written. A kernel treats a slot out of range in the same way.
+        has_initial_state: `[N]`, bool, with `state`: where False the sequence starts from zeros.
+            All True if None.
+
+    Returns:
+        `(o, final_state)`. `o [B, T, HV, V]` in the dtype of v; rows past the last sequence are
+        zero, and nothing that is in them is read. `final_state [N, HV, V, K]` in the dtype of
+        `initial_state`, or fp32 (fp64 with fp64 q) without one; None unless `output_final_state`.
+
+    Raises:
+        ValueError: A shape, dtype, device or combination of arguments that does not fit; on the CPU
+            also offsets, chunks or slots with wrong values.
+        RuntimeError: `state` is given and an input requires grad.
+    """
+    check_attention_inputs(q, k, v, beta)
+    check_gate_parameters(x, A_log, dt_bias, lower_bound)
+    check_shape("x", x, (*v.shape[:3], q.shape[3]))
+    check_device(q=q, k=k, v=v, x=x, beta=beta)
+    if beta_scale not in (1.0, 2.0):
+        raise ValueError(f"beta_scale must be 1 or 2, got {beta_scale}")
+    if qk_norm_eps is not None:
+        check_not_negative("qk_norm_eps", qk_norm_eps)
+    check_varlen("q", q, cu_seqlens, chunks, CHUNK)
+    check_chunk_states(
+        q,
+        v,
+        initial_state,
+        output_final_state,
+        state,
+        state_indices,
+        has_initial_state,
+        cu_seqlens,
+    )
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    check_number("scale", scale)
+    if cu_seqlens is not None and chunks is None:
+        chunks = chunk_table(cu_seqlens, q.shape[1])
+    gate = (A_log, dt_bias, lower_bound)
+    factors = (beta_scale, qk_norm_eps, scale)
+    if state is None:
+        o, final = chunk_kda_gated_op(
+            q, k, v, x, beta, *gate, *factors, initial_state, output_final_state, cu_seqlens, chunks
+        )
+        return o, final if output_final_state else None
+    pages = (state, state_indices, has_initial_state)
+    return chunk_kda_gated_state_op(
+        q, k, v, x, beta, *gate, *factors, *pages, cu_seqlens, chunks
+    ), None

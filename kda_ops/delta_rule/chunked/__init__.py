@@ -1,0 +1,1 @@
+"""What both chunked operators share: formulas, workspace, kernels."""

@@ -1,0 +1,335 @@
+"""The gradient of chunked KDA in four kernels: `prepare` recomputes what the scans read of each
+chunk, one scan runs forward and one backward over the sequences, and all that is left is done chunk
+by chunk. Beside them three small ones: 0/1 matrices, sums over value heads that share a key head,
+and sums over tokens for the gate's parameters.
+
+No atomics: every sum has one order, so that two runs give the same bits.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kda_ops._launch import traceable
+from kda_ops.delta_rule.chunked.gradient_workspace import (
+    forward_stages,
+    gradient_row,
+    gradient_slabs,
+    make_gradient_workspace,
+    reverse_stages,
+)
+from kda_ops.delta_rule.chunked.kernels.gradient_chunk import (
+    MATRICES,
+    chunk_gradient_kernel,
+    level_matrices_kernel,
+)
+from kda_ops.delta_rule.chunked.kernels.gradient_keys import backward_keys_kernel
+from kda_ops.delta_rule.chunked.kernels.gradient_prepare import backward_prepare_kernel
+from kda_ops.delta_rule.chunked.kernels.gradient_scan import (
+    states_backward_kernel,
+    states_forward_kernel,
+)
+from kda_ops.delta_rule.chunked.kernels.gradient_tiles import (
+    backward_beta_kernel,
+    backward_tiles_kernel,
+)
+from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia
+from kda_ops.delta_rule.chunked.workspace import Batch, at_least_one, dense_rows
+from kda_ops.tuning import choose
+
+
+class Inputs(NamedTuple):
+    """Arguments of the forward pass; without `raw` the gate is the cumulative one in log2."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    beta: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    lower_bound: float | None
+    beta_scale: float
+    qk_norm_eps: float | None
+    scale: float
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    chunks: Tensor | None
+    raw: bool
+
+    def make_gradients(self, needs: frozenset[str]) -> dict[str, Tensor | None]:
+        """Places for the gradients of what is named in `needs`, None for the others; v's always,
+        which other kernels read.
+        """
+
+        def make(name: str, like: Tensor | None) -> Tensor | None:
+            if like is None or not (name in needs or name == "v"):
+                return None
+            return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+        names = ("q", "k", "v", "gate", "beta", "A_log", "dt_bias", "initial_state")
+        return {name: make(name, getattr(self, name)) for name in names}
+
+
+@triton.jit
+def parameter_sums_kernel(
+    sums_ptr, bias_ptr, rate_ptr, rows, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr
+):
+    """The gradients of dt_bias [HV, K] and A_log [HV] from the chunks' sums [rows, HV, 2, K]. One
+    program per head.
+    """
+    h = tl.program_id(0)
+    d = tl.arange(0, KP)[None, :]
+    r = tl.arange(0, 32).to(tl.int64)[:, None]
+    at = sums_ptr + (r * HV + h) * (2 * K) + d
+    by_bias = tl.zeros((32, KP), tl.float32)
+    by_rate = tl.zeros((32, KP), tl.float32)
+    for first in range(0, rows, 32):
+        ok = (first + r < rows) & (d < K)
+        by_bias += tl.load(at, mask=ok, other=0.0)
+        by_rate += tl.load(at + K, mask=ok, other=0.0)
+        at += 32 * HV * 2 * K
+    if bias_ptr is not None:
+        to = bias_ptr + h * K + tl.arange(0, KP)
+        total = tl.sum(by_bias, 0).to(bias_ptr.dtype.element_ty)
+        tl.store(to, total, mask=tl.arange(0, KP) < K)
+    if rate_ptr is not None:
+        total = tl.sum(tl.sum(by_rate, 0), 0)
+        tl.store(rate_ptr + h, total.to(rate_ptr.dtype.element_ty))
+
+
+def sum_parameters(sums: Tensor | None, found: dict[str, Tensor | None]) -> None:
+    """The gradients of A_log and dt_bias from the chunks' sums [rows, HV, 2, K]."""
+    if sums is None:
+        return
+    rows, HV, _, K = sums.shape
+    traceable(parameter_sums_kernel)[(HV,)](
+        sums,
+        found["dt_bias"],
+        found["A_log"],
+        rows,
+        HV=HV,
+        K=K,
+        KP=triton.next_power_of_2(K),
+        num_warps=8,
+    )
+
+
+def sum_heads(
+    q: Tensor,
+    k: Tensor,
+    by_head: dict[str, Tensor | None],
+    found: dict[str, Tensor | None],
+    batch: Batch,
+    eps: float | None,
+) -> None:
+    """The gradients of q and k from those of the value heads, and with `eps` of what was
+    normalised.
+    """
+    if found["q"] is None and found["k"] is None:
+        return
+    H, K = q.shape[2:]
+    heads = by_head["q"] if by_head["k"] is None else by_head["k"]
+    assert heads is not None
+    traceable(backward_keys_kernel)[(batch.programs * H,)](
+        q,
+        k,
+        by_head["q"],
+        by_head["k"],
+        found["q"],
+        found["k"],
+        *batch.tables[:5],
+        *(stride for y in (q, k) for stride in y.stride()[:3]),
+        EPS=0.0 if eps is None else eps,
+        NORM=eps is not None,
+        H=H,
+        HV=heads.shape[2],
+        K=K,
+        KP=triton.next_power_of_2(K),
+        VARLEN=batch.cu_seqlens is not None,
+        num_warps=4,
+    )
+
+
+def has_fast_gradient(dtype: torch.dtype, K: Any, V: Any) -> bool:
+    """Whether `launch_gradient` takes it; the general form takes the rest."""
+    return dtype == torch.bfloat16 and K in (64, 128) and V in (64, 128)
+
+
+def launch_gradient(
+    inputs: Inputs, do: Tensor, dfinal: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients of the arguments that are named in `needs`, from those of the output and of the
+    final state. K and V are 64 or 128, q, k and v in bf16.
+    """
+    x = inputs
+    B, T, H, K = x.q.shape
+    HV, V = x.v.shape[2:]
+    q, k, v, gate, beta, do = dense_rows(x.q, x.k, x.v, x.gate, x.beta, do)
+    A_log, dt_bias = (None if y is None else y.contiguous() for y in (x.A_log, x.dt_bias))
+    batch = Batch.of(q, x.cu_seqlens, x.chunks)
+    row = gradient_row(K, V, q.dtype)
+    parts = gradient_slabs(batch, q, v, row)
+    workspace = make_gradient_workspace(q, v, parts, row)
+    device, varlen = q.device, x.cu_seqlens is not None
+    sizes: dict[str, Any] = {"HV": HV, "K": K, "V": V, "VARLEN": varlen}
+    sizes["SLABS"] = len(parts) > 1
+    gates: dict[str, Any] = {
+        "SCALE": x.scale,
+        "GATED": x.raw,
+        "BOUND": 0.0 if x.lower_bound is None else x.lower_bound,
+        "NORM": x.qk_norm_eps is not None,
+        "HAS_A": A_log is not None,
+        "HAS_BIAS": dt_bias is not None,
+        "H": H,
+        "PACKED": is_nvidia(device),
+    }
+    eps = 0.0 if x.qk_norm_eps is None else x.qk_norm_eps
+
+    found = x.make_gradients(needs)
+    # in place where there is nothing to add
+    by_head = {name: found[name] for name in ("q", "k")}
+    if HV != H:
+        shape = (B, T, HV, K)
+        by_head = {
+            name: None if y is None else torch.empty(shape, dtype=torch.float32, device=device)
+            for name, y in by_head.items()
+        }
+    sums = None
+    if found["A_log"] is not None or found["dt_bias"] is not None:
+        shape = (workspace.tiles.shape[0], HV, 2, K)
+        sums = torch.zeros(shape, dtype=torch.float32, device=device)
+    matrices = torch.empty((MATRICES, 64, 64), dtype=torch.int16, device=device)
+    traceable(level_matrices_kernel)[(MATRICES,)](matrices, num_warps=4)
+    pairs = workspace.tiles.view(torch.float16)
+
+    def prepare(part: Batch) -> None:
+        traceable(backward_prepare_kernel)[(part.programs * HV,)](
+            q,
+            k,
+            v,
+            gate,
+            beta,
+            A_log,
+            dt_bias,
+            workspace.tiles,
+            workspace.rows,
+            *part.tables,
+            *(stride for y in (q, k, v, gate, beta) for stride in y.stride()[:3]),
+            EPS=eps,
+            BETA_SCALE=x.beta_scale,
+            **gates,
+            **sizes,
+            **choose("backward_prepare", device),
+        )
+
+    programs = HV * at_least_one(batch.N)
+
+    def forward(part: Batch, states: Sequence[Tensor | None], keep: bool) -> None:
+        chosen = dict(choose("states_forward", device))
+        chosen["STAGES"] = min(chosen["STAGES"], forward_stages(K, chosen["BV"], device))
+        initial = x.initial_state
+        traceable(states_forward_kernel)[(V // chosen["BV"] * programs,)](
+            *workspace.chunks,
+            initial,
+            *states,
+            part.cu_seqlens,
+            part.T,
+            part.N,
+            *(part.slab or (0, 0)),
+            *((0,) * 4 if initial is None else initial.stride()),
+            **sizes,
+            KEEP=keep,
+            **chosen,
+        )
+
+    def backward(part: Batch, gradients: Sequence[Tensor | None]) -> None:
+        chosen = dict(choose("states_backward", device))
+        chosen["STAGES"] = min(chosen["STAGES"], reverse_stages(K, chosen["BV"], device))
+        traceable(states_backward_kernel)[(V // chosen["BV"] * programs,)](
+            *workspace.chunks,
+            do,
+            found["v"],
+            dfinal,
+            found["initial_state"],
+            *gradients,
+            part.cu_seqlens,
+            part.T,
+            part.N,
+            *(part.slab or (0, 0)),
+            *do.stride()[:3],
+            *((0,) * 4 if dfinal is None else dfinal.stride()),
+            **sizes,
+            **chosen,
+        )
+
+    def chunk_gradients(part: Batch) -> None:
+        chosen = choose("chunk_gradient", device)
+        traceable(backward_tiles_kernel)[(part.programs * HV,)](
+            v,
+            do,
+            found["v"],
+            workspace.tiles,
+            pairs,
+            workspace.rows,
+            *part.tables,
+            *(stride for y in (v, do) for stride in y.stride()[:3]),
+            SCALE=x.scale,
+            **sizes,
+            **choose("backward_tiles", device),
+        )
+        traceable(chunk_gradient_kernel)[(part.programs * HV * (K // chosen["BK"]),)](
+            q,
+            k,
+            gate,
+            A_log,
+            dt_bias,
+            do,
+            found["v"],
+            workspace.tiles,
+            pairs,
+            workspace.rows,
+            workspace.states,
+            matrices.view(torch.float16),
+            by_head["q"],
+            by_head["k"],
+            found["gate"],
+            sums,
+            *part.tables,
+            *(stride for y in (q, k, gate, do) for stride in y.stride()[:3]),
+            **gates,
+            **sizes,
+            **chosen,
+        )
+        if found["beta"] is not None:
+            traceable(backward_beta_kernel)[(part.programs * HV,)](
+                workspace.rows,
+                found["beta"],
+                *part.tables,
+                GATED=x.raw,
+                BETA_SCALE=x.beta_scale,
+                HV=HV,
+                K=K,
+                BK=chosen["BK"],
+                VARLEN=varlen,
+                SLABS=sizes["SLABS"],
+                num_warps=1,
+            )
+
+    for i, part in enumerate(parts[:-1]):
+        prepare(part)
+        forward(part, workspace.handed_on(i)[0], False)
+    for i, part in reversed(list(enumerate(parts))):
+        states, gradients = workspace.handed_on(i)
+        prepare(part)
+        forward(part, states, True)
+        backward(part, gradients)
+        chunk_gradients(part)
+    if HV != H or x.qk_norm_eps is not None:
+        sum_heads(q, k, by_head, found, batch, x.qk_norm_eps)
+    sum_parameters(sums, found)
+    return {name: found[name] for name in needs if found[name] is not None}

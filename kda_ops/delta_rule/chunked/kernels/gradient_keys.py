@@ -1,0 +1,103 @@
+"""The gradients of q and k from those of the value heads, where several share a key head or the
+operator normalises q and k.
+"""
+
+import triton
+import triton.language as tl
+
+from kda_ops.delta_rule.chunked.kernels.tiles import chunk_rows, clear_padding
+
+
+@triton.jit
+def backward_keys_kernel(
+    q_ptr,
+    k_ptr,
+    dq_heads_ptr,
+    dk_heads_ptr,
+    dq_ptr,
+    dk_ptr,
+    cu_ptr,
+    chunks_ptr,
+    T,
+    N,
+    NC,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    """One program makes dq and dk [B, T, H, K] of one chunk of one key head: the sums of those of
+    its value heads, [B, T, HV, K], and with NORM the derivative of the norm. Where there is one per
+    key head, both may be the same memory. Grid: (chunks * H), heads fastest.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    h = p % H
+    p = p // H
+    b, first, count, _ = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
+    if count == 0:
+        if VARLEN:
+            if dq_ptr is not None:
+                clear_padding(dq_ptr, cu_ptr, p, h, T, N, NC, H, K, KP)
+            if dk_ptr is not None:
+                clear_padding(dk_ptr, cu_ptr, p, h, T, N, NC, H, K, KP)
+        return
+    if dq_ptr is not None:
+        head = q_ptr + b * q_b + h * q_h + first * q_t
+        _sum_heads(
+            head, q_t, dq_heads_ptr, dq_ptr, b * T + first, count, h, EPS, NORM, H, HV, K, KP
+        )
+    if dk_ptr is not None:
+        head = k_ptr + b * k_b + h * k_h + first * k_t
+        _sum_heads(
+            head, k_t, dk_heads_ptr, dk_ptr, b * T + first, count, h, EPS, NORM, H, HV, K, KP
+        )
+
+
+@triton.jit
+def _sum_heads(
+    x_ptr,
+    x_t,
+    heads_ptr,
+    dx_ptr,
+    token,
+    count,
+    h,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+):
+    """16 rows at a time."""
+    GROUP: tl.constexpr = HV // H
+    d = tl.arange(0, KP)[None, :]
+    for r0 in range(0, 64, 16):
+        r = (r0 + tl.arange(0, 16))[:, None]
+        ok = (r < count) & (d < K)
+        at = heads_ptr + (token * HV + h * GROUP) * K + (r * (HV * K) + d)
+        dx = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+        for member in range(1, GROUP):
+            dx += tl.load(at + member * K, mask=ok, other=0.0)
+        if NORM:
+            x = tl.load(x_ptr + r * x_t + d, mask=ok, other=0.0).to(tl.float32)
+            dx = norm_gradient(x, dx, EPS)
+        to = dx_ptr + (token * H + h) * K + (r * (H * K) + d)
+        tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def norm_gradient(x, dy, EPS: tl.constexpr):
+    """The gradient of the rows of x, [rows, K], from that of y = x / sqrt(sum x^2 + EPS)."""
+    r = tl.rsqrt(tl.sum(x * x, axis=1) + EPS)[:, None]
+    y = x * r
+    return r * (dy - y * tl.sum(dy * y, axis=1)[:, None])

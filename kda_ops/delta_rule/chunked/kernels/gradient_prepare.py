@@ -1,0 +1,219 @@
+"""The first kernel of the gradient of chunked KDA: what its scans read of each chunk.
+
+It differs from the forward's `prepare` in that it keeps T = (I + diag(beta) M)^-1 instead of
+applying it alone. The gradient of a chunk's rows is P = T^T dvn before beta: that of v is
+diag(beta) P, and that of beta needs P itself, also where beta is 0. So T is joined from the unit
+matrix, with the rows of M scaled by beta, where the forward joins X = T diag(beta).
+"""
+
+import triton
+import triton.language as tl
+
+from kda_ops.delta_rule.chunked.kernels.prepare import (
+    block_diagonal,
+    half_like,
+    join,
+    laid_out_as,
+    large_level,
+    multiply,
+    small_decays,
+    small_level,
+)
+from kda_ops.delta_rule.chunked.kernels.raw_inputs import (
+    gate_bias,
+    gate_log2,
+    gate_rate,
+    quick_sigmoid,
+    reciprocal_norm,
+)
+from kda_ops.delta_rule.chunked.kernels.tiles import slab_rows
+
+SMALLEST_BETA = tl.constexpr(1e-20)
+
+
+@triton.jit
+def gradient_tiles_of(tiles_ptr, work, K: tl.constexpr, V: tl.constexpr):
+    """Where w, kg, qg [64, K], Aqk, T [64, 64] and u, then vn [64, V] of a chunk lie, one behind
+    the other in its row.
+    """
+    w_ptr = tiles_ptr + work * (64 * (3 * K + V + 128))
+    A_ptr = w_ptr + 192 * K
+    return w_ptr, w_ptr + 64 * K, w_ptr + 128 * K, A_ptr, A_ptr + 4096, A_ptr + 8192
+
+
+@triton.jit
+def gradient_rows_of(rows_ptr, work, K: tl.constexpr):
+    """Where the decay [K], beta and the reciprocal norms of q and k [64] of a chunk lie, and behind
+    them the diagonal of dA, the scale of its tiles and the parts of beta's gradient [5, 64].
+    """
+    decay_ptr = rows_ptr + work * (K + 640)
+    return decay_ptr, decay_ptr + K, decay_ptr + K + 64, decay_ptr + K + 128, decay_ptr + K + 192
+
+
+@triton.jit
+def token_gates(gate_at, gate_t, t, ok, a, bias, GATED: tl.constexpr, BOUND: tl.constexpr):
+    """The gates in log2 of a chunk's tokens, zero where not `ok`: from the raw gate, or from the
+    cumulative one. They fit fp16; what is below -30000 decays to zero either way.
+    """
+    if GATED:
+        y = gate_log2(tl.load(gate_at), a, bias, BOUND, True)
+    else:
+        y = tl.load(gate_at) - tl.load(gate_at - gate_t, mask=(t > 0)[:, None], other=0.0)
+        y = tl.where(y < -30000.0, -30000.0, y)
+    return tl.where(ok[:, None], y, 0.0)
+
+
+@triton.jit
+def unit_inverse(q, k, y, beta, PACKED: tl.constexpr):
+    """All levels of one chunk, as `kda_ops.delta_rule.chunked.kernels.prepare.chunk_levels`: q, k [64, K], the
+    tokens' gates y [64, K] in fp16 and beta [64].
+
+    Returns q k^T with the decays and T, [64, 64], and q and k in fp16.
+    """
+    K: tl.constexpr = k.shape[1]
+    q = tl.reshape(q.to(tl.float16), (4, 16, K))
+    k = tl.reshape(k.to(tl.float16), (4, 16, K))
+    i = tl.arange(0, 16)[:, None]
+    j = tl.arange(0, 16)[None, :]
+    diagonal = (i == j)[None, :, :]
+    y_blocks = tl.reshape(y, (4, 16, K))
+    rows = tl.reshape(beta, (4, 16))[:, :, None]
+    e = small_decays(i, j, y_blocks, 1)
+    q = laid_out_as(q, e, PACKED)
+    k = laid_out_as(k, e, PACKED)
+    A = tl.where(diagonal, tl.dot(q, tl.permute(k, (0, 2, 1))), 0.0)
+    e_next = small_decays(i, j, y_blocks, 2)
+    A, M = small_level(A, multiply(k, e, PACKED), multiply(q, e, PACKED), i, j, 1)
+    e = e_next
+    X = tl.where(diagonal, 1.0, 0.0) - M * rows
+    for level in tl.range(1, 3, num_stages=1):
+        s = 1 << level
+        ke = multiply(k, e, PACKED)
+        qe = multiply(q, e, PACKED)
+        e = small_decays(i, j, y_blocks, 2 * s)
+        A, M = small_level(A, ke, qe, i, j, s)
+        X = join(X, M * rows)
+    A, M = small_level(A, multiply(k, e, PACKED), multiply(q, e, PACKED), i, j, 8)
+    X = join(X, M * rows)
+    A = block_diagonal(A)
+    A, M = large_level(A, q, k, y, A, 16, PACKED)
+    X = join(block_diagonal(X), M.to(tl.float32) * beta[:, None]).to(tl.float16)
+    A, M = large_level(A, q, k, y, A, 32, PACKED)
+    X = join(X, M.to(tl.float32) * beta[:, None])
+    return A, X, tl.reshape(q, (64, K)), tl.reshape(k, (64, K))
+
+
+@triton.jit
+def backward_prepare_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    gate_ptr,
+    beta_ptr,
+    A_log_ptr,
+    bias_ptr,
+    tiles_ptr,
+    rows_ptr,
+    cu_ptr,
+    chunks_ptr,
+    T,
+    N,
+    NC,
+    first_row,
+    rows,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    gate_b,
+    gate_t,
+    gate_h,
+    beta_b,
+    beta_t,
+    beta_h,
+    SCALE: tl.constexpr,
+    GATED: tl.constexpr,
+    BOUND: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """One program prepares one chunk of one value head; K and V are 64 or 128.
+    Grid: (chunks * HV), heads fastest.
+
+    With GATED the gate is raw, as is beta; else the gate is the cumulative one in log2. With NORM,
+    q and k are normalised as they are loaded, and the norms are kept.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    h = p % HV
+    p, b, first, count, row, inside = slab_rows(
+        p // HV, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+    )
+    if not inside:
+        return
+    hk = h // (HV // H)
+    r = tl.arange(0, 64)
+    i = r[:, None]
+    j = r[None, :]
+    d = tl.arange(0, K)
+    ok = r < count
+    t = tl.minimum(r, count - 1)
+    q_at = (q_ptr + b * q_b + hk * q_h + first * q_t) + (t[:, None] * q_t + d[None, :])
+    k_at = (k_ptr + b * k_b + hk * k_h + first * k_t) + (t[:, None] * k_t + d[None, :])
+    gate_head = gate_ptr + b * gate_b + h * gate_h + first * gate_t
+    gate_at = gate_head + (t[:, None] * gate_t + d[None, :])
+    work = row * HV + h
+    w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, u_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
+    decay_ptr, rate_ptr, q_norm_ptr, k_norm_ptr, _ = gradient_rows_of(rows_ptr, work, K)
+    dtype: tl.constexpr = tiles_ptr.dtype.element_ty
+
+    a = gate_rate(A_log_ptr, h, HAS_A)
+    bias = gate_bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+    y = token_gates(gate_at, gate_t, t, ok, a, bias, GATED, BOUND)
+    last = tl.sum(y, axis=0) if GATED else tl.load(gate_head + (count - 1) * gate_t + d)
+    tl.store(decay_ptr + d, tl.exp2(last))
+    y = y.to(tl.float16)
+    k = tl.load(k_at)
+    q = tl.load(q_at)
+    beta_row = beta_ptr + b * beta_b + h * beta_h + first * beta_t
+    beta = tl.load(beta_row + t * beta_t).to(tl.float32)
+    if GATED:
+        beta = BETA_SCALE * quick_sigmoid(beta)
+    beta = tl.where(ok, beta, 0.0)
+    tl.store(rate_ptr + r, tl.where(tl.abs(beta) < SMALLEST_BETA, SMALLEST_BETA, beta))
+    if NORM:
+        q_norm = reciprocal_norm(q, EPS)
+        k_norm = reciprocal_norm(k, EPS)
+        tl.store(q_norm_ptr + r, q_norm)
+        tl.store(k_norm_ptr + r, k_norm)
+        q = (q.to(tl.float32) * q_norm[:, None]).to(tl.float16)
+        k = (k.to(tl.float32) * k_norm[:, None]).to(tl.float16)
+
+    A, X, q, k = unit_inverse(q, k, y, beta, PACKED)
+    tl.store(A_ptr + (i * 64 + j), (A * SCALE).to(dtype))
+    tl.store(T_ptr + (i * 64 + j), X.to(dtype))
+    X = (X * beta[None, :]).to(dtype)
+    dv = tl.arange(0, V)[None, :]
+    v = tl.load(v_ptr + b * v_b + h * v_h + first * v_t + (t[:, None] * v_t + dv))
+    tl.store(u_ptr + (i * V + dv), tl.dot(X, v.to(dtype)).to(dtype))
+    at = i * K + d[None, :]
+    e = tl.exp2(tl.dot(half_like(j > i, X, PACKED), y))  # 2^(G_last - G)
+    k = k.to(tl.float32)
+    tl.store(kg_ptr + at, (k * e).to(dtype))
+    e = tl.exp2(tl.dot(half_like(j <= i, X, PACKED), y))  # 2^G
+    tl.store(qg_ptr + at, (q.to(tl.float32) * SCALE * e).to(dtype))
+    tl.store(w_ptr + at, tl.dot(X, (k * e).to(dtype)).to(dtype))

@@ -1,0 +1,216 @@
+"""The second and third kernel of the gradient of chunked KDA: the states before every chunk, and
+the gradients of the states after every chunk.
+
+With w, kg, qg, Aqk and T of `kda_ops.device.backward_prepare`, per chunk
+
+    vn = u - w S,                S <- D S + kg^T vn                            forward,
+    dvn = Aqk^T do + kg dS,      dS <- D dS + qg^T do - w^T dvn                backward,
+
+and the gradient of v is beta T^T dvn. Both have the shape of the forward's scan: a program carries
+some columns of one head's state through one sequence. Neither needs anything of the other.
+"""
+
+import triton
+import triton.language as tl
+
+from kda_ops.delta_rule.chunked.kernels.gradient_prepare import gradient_rows_of, gradient_tiles_of
+from kda_ops.delta_rule.chunked.kernels.tiles import place_of, sequence_rows, slab_chunks
+
+
+@triton.jit
+def sequence_part(
+    p, cu_ptr, T, N, first_row, rows, HV: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr
+):
+    """Of the (sequence, head) pair p: sequence, head, batch row, first token, tokens, first
+    workspace row, the chunks lo to hi that are in the slab (hi < lo if it has no part in it),
+    whether the sequence begins and whether it ends there.
+    """
+    n = p // HV
+    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
+    chunks = tl.cdiv(end - start, 64).to(tl.int32)
+    lo = 0
+    hi = chunks
+    begins = True
+    if SLABS:
+        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
+    return n, p % HV, b, start, (end - start).to(tl.int32), row, lo, hi, begins, hi == chunks
+
+
+@triton.jit
+def states_forward_kernel(
+    tiles_ptr,
+    rows_ptr,
+    states_ptr,
+    initial_ptr,
+    before_ptr,
+    after_ptr,
+    cu_ptr,
+    T,
+    N,
+    first_row,
+    rows,
+    initial_n,
+    initial_h,
+    initial_v,
+    initial_k,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
+    KEEP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program carries BV columns of one head's state through one sequence, S [K, BV] in fp32.
+    Grid: (V / BV * (sequence, head) pairs), columns innermost.
+
+    With KEEP it writes the state before every chunk, and vn in the place of u. With SLABS a
+    sequence that is not begun in the slab comes from `before` [HV, K, V], and one that does not end
+    goes to `after`.
+    """
+    BLOCKS: tl.constexpr = V // BV
+    p = tl.program_id(0).to(tl.int64)
+    if p // BLOCKS >= N * HV:
+        return
+    n, h, _, _, _, row, lo, hi, begins, ends = sequence_part(
+        p // BLOCKS, cu_ptr, T, N, first_row, rows, HV, VARLEN, SLABS
+    )
+    if hi < lo:
+        return
+    r = tl.arange(0, 64)
+    d = tl.arange(0, K)
+    v = (p % BLOCKS).to(tl.int32) * BV + tl.arange(0, BV)
+    state = d[:, None] * V + v[None, :]
+    S = tl.zeros((K, BV), tl.float32)
+    if initial_ptr is not None:
+        initial = (initial_n, initial_h, initial_v, initial_k)
+        at = initial_ptr + place_of(initial, n, h, d, v)
+        if SLABS:
+            S = tl.load(at, mask=begins & (d >= 0)[:, None] & (v >= 0)[None, :], other=0.0)
+        else:
+            S = tl.load(at)
+        S = S.to(tl.float32)
+    if SLABS and begins == 0:
+        S = tl.load(before_ptr + h * (K * V) + state)
+    step = tl.full((), HV, tl.int64)
+    dtype: tl.constexpr = tiles_ptr.dtype.element_ty
+    w_ptr, kg_ptr, _, _, _, u_ptr = gradient_tiles_of(tiles_ptr, row * HV + h, K, V)
+    decay_ptr, _, _, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
+    states_at = states_ptr + (row * HV + h) * (2 * K * V) + state
+    TILE: tl.constexpr = 64 * (3 * K + V + 128)
+    wide = r[:, None] * K + d[None, :]
+    narrow = r[:, None] * V + v[None, :]
+    for c in tl.range(lo, hi, num_stages=STAGES):
+        w = tl.load(w_ptr + c * step * TILE + wide)
+        u = tl.load(u_ptr + c * step * TILE + narrow)
+        kg = tl.load(kg_ptr + c * step * TILE + wide)
+        decay = tl.load(decay_ptr + c * step * (K + 640) + d)
+        Sh = S.to(dtype)
+        vn = (u.to(tl.float32) - tl.dot(w, Sh)).to(dtype)
+        if KEEP:
+            tl.store(states_at + c * step * (2 * K * V), Sh)
+            tl.store(u_ptr + c * step * TILE + narrow, vn)
+        S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
+    if SLABS and not ends:
+        tl.store(after_ptr + h * (K * V) + state, S)
+
+
+@triton.jit
+def states_backward_kernel(
+    tiles_ptr,
+    rows_ptr,
+    states_ptr,
+    do_ptr,
+    dv_ptr,
+    dfinal_ptr,
+    dinitial_ptr,
+    before_ptr,
+    after_ptr,
+    cu_ptr,
+    T,
+    N,
+    first_row,
+    rows,
+    do_b,
+    do_t,
+    do_h,
+    dfinal_n,
+    dfinal_h,
+    dfinal_v,
+    dfinal_k,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program carries BV columns of the gradient of one head's state back through one sequence,
+    dS [K, BV] in fp32. Grid: (V / BV * (sequence, head) pairs), columns innermost.
+
+    It writes the gradient of the state after every chunk, that of v [B, T, HV, V] and that of the
+    initial state [N, HV, V, K]. With SLABS a sequence that does not end in the slab comes from
+    `after` [HV, K, V], and one that is not begun in it goes to `before`.
+    """
+    BLOCKS: tl.constexpr = V // BV
+    p = tl.program_id(0).to(tl.int64)
+    if p // BLOCKS >= N * HV:
+        return
+    n, h, b, start, length, row, lo, hi, begins, ends = sequence_part(
+        p // BLOCKS, cu_ptr, T, N, first_row, rows, HV, VARLEN, SLABS
+    )
+    if hi < lo:
+        return
+    r = tl.arange(0, 64)
+    d = tl.arange(0, K)
+    v = (p % BLOCKS).to(tl.int32) * BV + tl.arange(0, BV)
+    state = d[:, None] * V + v[None, :]
+    dS = tl.zeros((K, BV), tl.float32)
+    if dfinal_ptr is not None:
+        dfinal = (dfinal_n, dfinal_h, dfinal_v, dfinal_k)
+        at = dfinal_ptr + place_of(dfinal, n, h, d, v)
+        if SLABS:
+            dS = tl.load(at, mask=ends & (d >= 0)[:, None] & (v >= 0)[None, :], other=0.0)
+        else:
+            dS = tl.load(at)
+        dS = dS.to(tl.float32)
+    if SLABS and not ends:
+        dS = tl.load(after_ptr + h * (K * V) + state)
+    step = tl.full((), HV, tl.int64)
+    dtype: tl.constexpr = tiles_ptr.dtype.element_ty
+    w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, _ = gradient_tiles_of(tiles_ptr, row * HV + h, K, V)
+    decay_ptr, beta_ptr, _, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
+    states_at = states_ptr + (row * HV + h) * (2 * K * V) + K * V + state
+    TILE: tl.constexpr = 64 * (3 * K + V + 128)
+    wide = r[:, None] * K + d[None, :]
+    square = r[:, None] * 64 + r[None, :]
+    do_at = do_ptr + b * do_b + h * do_h + start * do_t + (r[:, None] * do_t + v[None, :])
+    dv_at = dv_ptr + ((b * T + start) * HV + h) * V + (r[:, None] * (HV * V) + v[None, :])
+    do_step = tl.full((), 64, tl.int64) * do_t
+    for i in tl.range(0, hi - lo, num_stages=STAGES):
+        c = hi - 1 - i
+        ok = (r < length - c * 64)[:, None] & (v >= 0)[None, :]
+        kg = tl.load(kg_ptr + c * step * TILE + wide)
+        A = tl.load(A_ptr + c * step * TILE + square)
+        do = tl.load(do_at + c * do_step, mask=ok, other=0.0)
+        qg = tl.load(qg_ptr + c * step * TILE + wide)
+        w = tl.load(w_ptr + c * step * TILE + wide)
+        inverse = tl.load(T_ptr + c * step * TILE + square)
+        decay = tl.load(decay_ptr + c * step * (K + 640) + d)
+        beta = tl.load(beta_ptr + c * step * (K + 640) + r)
+        dSh = dS.to(dtype)
+        tl.store(states_at + c * step * (2 * K * V), dSh)
+        do = do.to(dtype)
+        minus = (-tl.dot(kg, dSh, tl.dot(tl.trans(A), do))).to(dtype)
+        dS = tl.dot(tl.trans(qg), do, dS * decay[:, None])
+        dS = tl.dot(tl.trans(w), minus, dS)
+        dv = tl.dot(tl.trans(inverse), minus) * -beta[:, None]
+        tl.store(dv_at + c * step * (64 * V), dv.to(dv_ptr.dtype.element_ty), mask=ok)
+    if SLABS and begins == 0:
+        tl.store(before_ptr + h * (K * V) + state, dS)
+    if dinitial_ptr is not None:
+        at = dinitial_ptr + (n * HV + h) * (V * K) + d[:, None] + v[None, :] * K
+        first = begins & (d >= 0)[:, None] & (v >= 0)[None, :]
+        tl.store(at, dS.to(dinitial_ptr.dtype.element_ty), mask=first)

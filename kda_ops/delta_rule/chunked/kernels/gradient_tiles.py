@@ -1,0 +1,163 @@
+"""The gradients of the 64 x 64 matrices of chunked KDA, as `kda_ops.device.backward_chunk` reads
+them.
+
+Here too is the small kernel that puts beta's gradient together.
+"""
+
+import triton
+import triton.language as tl
+
+from kda_ops.delta_rule.chunked.kernels.gradient_prepare import gradient_rows_of, gradient_tiles_of
+from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
+
+
+@triton.jit
+def pair_tiles_of(pairs_ptr):
+    """Where the tiles A and L of a chunk lie, each as [64, 64] at level 16, the same at level 32,
+    and the four blocks [16, 16] of its diagonal, for the levels below.
+    """
+    return pairs_ptr, pairs_ptr + 9216
+
+
+@triton.jit
+def value_rows(
+    do_ptr, do_t, vn_ptr, dv_ptr, count, HV: tl.constexpr, V: tl.constexpr, D: tl.constexpr
+):
+    """do, vn and dv [64, V] of a chunk; rows past its end are zero."""
+    r = tl.arange(0, 64)[:, None]
+    d = tl.arange(0, V)[None, :]
+    ok = (r < count) & (d >= 0)
+    do = tl.load(do_ptr + (r * do_t + d), mask=ok, other=0.0).to(D)
+    vn = tl.load(vn_ptr + (r * V + d))
+    dv = tl.load(dv_ptr + (r * (HV * V) + d), mask=ok, other=0.0).to(D)
+    return do, vn, dv
+
+
+@triton.jit
+def _store_pairs(pairs_ptr, x):
+    r = tl.arange(0, 64)
+    i = r[:, None]
+    j = r[None, :]
+    at = pairs_ptr + i * 64 + j
+    tl.store(at, tl.where((i ^ j) // 16 == 1, x, 0.0))
+    tl.store(at + 4096, tl.where((i ^ j) // 32 == 1, x, 0.0))
+    tl.store(pairs_ptr + 8192 + i * 16 + j % 16, x, mask=i // 16 == j // 16)
+
+
+@triton.jit
+def backward_tiles_kernel(
+    v_ptr,
+    do_ptr,
+    dv_ptr,
+    tiles_ptr,
+    pairs_ptr,
+    rows_ptr,
+    cu_ptr,
+    chunks_ptr,
+    T,
+    N,
+    NC,
+    first_row,
+    rows,
+    v_b,
+    v_t,
+    v_h,
+    do_b,
+    do_t,
+    do_h,
+    SCALE: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
+):
+    """One program makes dA and dL [64, 64] of one chunk of one value head, below the diagonal;
+    above it what left rows take from right ones, dA and beta dL transposed. Grid: (chunks * HV),
+    heads fastest.
+
+    They are in fp16, divided by a scale, the largest below the diagonal, and lie where the scans'
+    tiles were (`pairs` is the same memory as `tiles`). The diagonal of dA, which decays nothing,
+    the scale, and `P v`, the first part of beta's gradient, go to the chunk's rows.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    h = p % HV
+    p, b, first, count, row, inside = slab_rows(
+        p // HV, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+    )
+    if not inside:
+        return
+    work = row * HV + h
+    _, _, _, _, _, vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
+    _, beta_ptr, _, _, tile_rows_ptr = gradient_rows_of(rows_ptr, work, K)
+    dtype: tl.constexpr = tiles_ptr.dtype.element_ty
+    r = tl.arange(0, 64)
+    i = r[:, None]
+    j = r[None, :]
+    dv_head = dv_ptr + ((b * T + first) * HV + h) * V
+    do_head = do_ptr + b * do_b + h * do_h + first * do_t
+    do, vn, dv = value_rows(do_head, do_t, vn_ptr, dv_head, count, HV, V, dtype)
+    v_at = v_ptr + b * v_b + h * v_h + first * v_t
+    t = tl.minimum(r, count - 1)[:, None]
+    v = tl.load(v_at + (t * v_t + tl.arange(0, V)[None, :]))
+    beta = tl.load(beta_ptr + r)
+    tl.store(tile_rows_ptr + 128 + r, tl.sum(dv.to(tl.float32) * v.to(tl.float32), 1) / beta)
+    vt = tl.trans(vn)
+    A = tl.dot(do, vt) * SCALE
+    L = tl.dot(dv, vt) * (-1.0 / beta)[:, None]
+    tl.store(tile_rows_ptr + r, tl.sum(tl.where(i == j, A, 0.0), 1))
+    largest = tl.where(i > j, tl.maximum(tl.abs(A), tl.abs(L)), 0.0)
+    # [1, 1]: for Blackwell GPUs Triton 3.7 does not compile a maximum of one axis here
+    scale = tl.maximum(tl.max(tl.max(largest, 1, keep_dims=True), 0, keep_dims=True), 1e-35)
+    tl.store(tile_rows_ptr + 64 + tl.zeros((1, 1), tl.int32), scale)
+    inverse = 1.0 / scale
+    A = tl.where(i > j, A * inverse, 0.0)
+    L = tl.where(i > j, L * inverse, 0.0)
+    A += tl.where(i < j, tl.dot(vn, tl.trans(do)) * (SCALE * inverse), 0.0)
+    L += tl.where(i < j, tl.dot(vn, tl.trans(dv)) * -inverse, 0.0)
+    A_ptr, L_ptr = pair_tiles_of(pairs_ptr + work * (64 * (3 * K + V + 128)))
+    _store_pairs(A_ptr, A.to(tl.float16))
+    _store_pairs(L_ptr, L.to(tl.float16))
+
+
+@triton.jit
+def backward_beta_kernel(
+    rows_ptr,
+    dbeta_ptr,
+    cu_ptr,
+    chunks_ptr,
+    T,
+    N,
+    NC,
+    first_row,
+    rows,
+    GATED: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
+):
+    """One program adds the parts of beta's gradient [B, T, HV] of one chunk of one value head; with
+    GATED it is that of beta before its sigmoid. Grid: (chunks * HV), heads fastest.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    h = p % HV
+    p, b, first, count, row, inside = slab_rows(
+        p // HV, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+    )
+    if not inside:
+        if VARLEN and count == 0:
+            clear_padding(dbeta_ptr, cu_ptr, p, h, T, N, NC, HV, 1, 1)
+        return
+    _, beta_ptr, _, _, tile_rows_ptr = gradient_rows_of(rows_ptr, row * HV + h, K)
+    r = tl.arange(0, 64)
+    dbeta = tl.load(tile_rows_ptr + 128 + r)
+    for n in tl.static_range(K // BK):
+        dbeta += tl.load(tile_rows_ptr + 192 + n * 64 + r)
+    if GATED:
+        beta = tl.load(beta_ptr + r)
+        dbeta *= beta * (1.0 - beta * (1.0 / BETA_SCALE))
+    at = dbeta_ptr + (b * T + first + r) * HV + h
+    tl.store(at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=r < count)

@@ -1,0 +1,90 @@
+"""The raw gate, the raw beta and the norms of q and k, as the kernels of chunked KDA compute them,
+and the derivatives of the gate.
+"""
+
+import triton
+import triton.language as tl
+
+from kda_ops.gating.kernel import rate, softplus
+
+
+@triton.jit
+def quick_sigmoid(z):
+    r = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
+    return r * r
+
+
+@triton.jit
+def gate_rate(A_log_ptr, h, HAS_A: tl.constexpr):
+    if HAS_A:
+        return rate(tl.load(A_log_ptr + h))
+    else:
+        return 1.0
+
+
+@triton.jit
+def gate_bias(bias_ptr, d, ok, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        return tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(d.shape, tl.float32)
+
+
+@triton.jit
+def quick_softplus(z):
+    """`kda_ops.gating.kernel.softplus` to 1e-5 of the result: as max(z, 0) + e * P(e) with P of
+    degree 5.
+    """
+    e = tl.exp2(tl.abs(z) * -1.4426950408889634)
+    p = -0.023869140073657036
+    p = p * e + 0.10122225433588028
+    p = p * e - 0.21004866063594818
+    p = p * e + 0.3252066671848297
+    p = p * e - 0.4993613660335541
+    p = p * e + 0.9999915957450867
+    return tl.maximum(z, 0.0) + e * p
+
+
+@triton.jit
+def gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
+    """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound.
+
+    With FP16 it is right to 1e-5 and fits that type, which ends at -65504: what is below -30000
+    decays to zero either way. Without, it is to be summed: what decays to zero counts as -300, so
+    that the sum keeps the small gates beside it.
+    """
+    z = x.to(tl.float32) + bias[None, :]
+    if BOUND != 0.0:
+        r = tl.rsqrt(1.0 + tl.exp2((a * -1.4426950408889634) * z))
+        return (BOUND * 1.4426950408889634) * (r * r)
+    elif FP16:
+        y = (a * -1.4426950408889634) * quick_softplus(z)
+        return tl.where(y < -30000.0, -30000.0, y)
+    else:
+        y = (a * -1.4426950408889634) * softplus(z)
+        return tl.where(y < -300.0, -300.0, y)
+
+
+@triton.jit
+def reciprocal_norm(x, EPS: tl.constexpr):
+    """1 / sqrt(sum x^2 + EPS) of the rows of x."""
+    x = x.to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, axis=1) + EPS)
+
+
+@triton.jit
+def gate_slopes(x, a, bias, BOUND: tl.constexpr):
+    """The derivatives of a tile's gate in nats by x and by A_log, with one bias per column.
+
+    Gates below and rates above -2^64 and 2^64 have none, as in the reference: sums of them over
+    tokens could overflow.
+    """
+    z = x.to(tl.float32) + bias[None, :]
+    if BOUND != 0.0:
+        s = quick_sigmoid(a * z)
+        by_x = tl.where(a < 1.8446744073709552e19, a, 0.0) * (BOUND * (s * (1.0 - s)))
+        return by_x, by_x * z
+    else:
+        g = -a * softplus(z)
+        steep = g < -1.8446744073709552e19
+        return tl.where(steep, 0.0, -a * quick_sigmoid(z)), tl.where(steep, 0.0, g)

@@ -1,0 +1,386 @@
+"""The second kernel of chunked KDA: carries the state through the chunks that `prepare` made ready
+(`kda_ops.device.prepare`), in 16 bits and in full fp32.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kda_ops._launch import traceable
+from kda_ops._numerics import CHUNK
+from kda_ops.delta_rule.chunked.kernels.scan_segments import (
+    launch_segments,
+    segment_chunks,
+    segment_count,
+    segment_state,
+)
+from kda_ops.delta_rule.chunked.kernels.tiles import (
+    clear_sequence,
+    first_state,
+    full_dot,
+    page_of,
+    scan_chunks,
+    sequence_rows,
+    slab_chunks,
+    store_state,
+    tiles_of,
+)
+from kda_ops.delta_rule.chunked.workspace import Batch, Workspace, at_least_one, stages
+from kda_ops.tuning import choose
+
+
+@triton.jit
+def chunk_scan_kernel(
+    tiles_ptr,
+    u_ptr,
+    decay_ptr,
+    S_ptr,
+    E_ptr,
+    M_ptr,
+    o_ptr,
+    initial_ptr,
+    final_ptr,
+    indices_ptr,
+    has_initial_ptr,
+    cu_ptr,
+    T,
+    N,
+    first_row,
+    rows,
+    slots,
+    first_pair,
+    initial_n,
+    initial_h,
+    initial_v,
+    initial_k,
+    final_n,
+    final_h,
+    final_v,
+    final_k,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    BV: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    FINAL: tl.constexpr,
+    PAGED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HALF: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program carries BV columns of one head's state through one sequence, S [KP, BV] in fp32
+    registers. Grid: (V blocks * (sequence, head) pairs from first_pair on), V blocks innermost: the
+    programs of one head read the same w, kg, qg and Aqk at about the same time.
+
+    With HALF (fp16 inputs) the operands S and vn are scaled by column, so that no value overflows.
+    With SLABS it takes the chunks of one slab, and S goes to S_ptr, from where it comes in the
+    sequence's next slab. With SEGMENTS > 1 it takes a segment of them, not the first, and S begins
+    with what `chunk_segments_kernel` found; segments are outermost in the grid.
+    """
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    p = tl.program_id(0).to(tl.int64)
+    pair = p // blocks + first_pair
+    if SEGMENTS > 1:
+        segment = pair // tl.maximum(N * HV, 1) + 1
+        pair -= (segment - 1) * (N * HV)
+    n = pair // HV
+    if n >= N:
+        return
+    h = pair % HV
+    v = (p % blocks).to(tl.int32) * BV + tl.arange(0, BV)
+    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
+    lo = 0
+    hi = tl.cdiv(end - start, 64).to(tl.int32)
+    if SLABS:
+        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
+        if hi < lo:
+            return
+    if SEGMENTS > 1:
+        lo, hi, ends = segment_chunks(lo, hi, segment, SEGMENTS)
+        if hi <= lo:
+            return
+    page, live = page_of(indices_ptr, n, slots, PAGED)
+    if live == 0:
+        if SEGMENTS == 1:
+            clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
+        return
+    d = tl.arange(0, KP)
+    memory = (tiles_ptr, u_ptr, decay_ptr, o_ptr)
+    place = (h, b * T + start, (end - start).to(tl.int32), row)
+    initial = (initial_n, initial_h, initial_v, initial_k)
+    final = (final_n, final_h, final_v, final_k)
+    states = (initial_ptr, initial, final_ptr, final, has_initial_ptr)
+    if SLABS:
+        carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
+    if SEGMENTS > 1:
+        S = segment_state(E_ptr, M_ptr, pair, segment, d, v, KP, V, SEGMENTS, STAGES)
+    else:
+        S = first_state(
+            states,
+            carried if SLABS else None,
+            n,
+            page,
+            h,
+            d,
+            v,
+            begins if SLABS else None,
+            K,
+            V,
+            SLABS,
+            INITIAL,
+            PAGED,
+            HAS_INITIAL,
+        )
+
+    S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
+    store_state(
+        final_ptr,
+        final,
+        carried if SLABS else None,
+        S,
+        ends if SEGMENTS > 1 else True,
+        page,
+        h,
+        d,
+        v,
+        K,
+        V,
+        FINAL,
+        SLABS,
+    )
+
+
+@triton.jit
+def chunk_scan_fp32_kernel(
+    tiles_ptr,
+    u_ptr,
+    decay_ptr,
+    S_ptr,
+    o_ptr,
+    initial_ptr,
+    final_ptr,
+    indices_ptr,
+    has_initial_ptr,
+    cu_ptr,
+    T,
+    N,
+    first_row,
+    rows,
+    slots,
+    initial_n,
+    initial_h,
+    initial_v,
+    initial_k,
+    final_n,
+    final_h,
+    final_v,
+    final_k,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    BV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    FINAL: tl.constexpr,
+    PAGED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+):
+    """One program carries BV columns of one head's state through one sequence, in full fp32. Grid:
+    (V blocks * HV * N).
+
+    Dots in full fp32 run on ordinary registers, so the state is kept in memory (S [N, HV, KP, V])
+    and vn in the place of u, and both are worked on in blocks of BLOCK rows; a barrier stands
+    before and after each time that a program reads what it wrote.
+    """
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    p = tl.program_id(0).to(tl.int64)
+    n = p // (blocks * HV)
+    if n >= N:
+        return
+    h = (p // blocks) % HV
+    v = (p % blocks).to(tl.int32) * BV + tl.arange(0, BV)
+    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
+    lo = 0
+    hi = tl.cdiv(end - start, 64).to(tl.int32)
+    if SLABS:
+        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
+        if hi < lo:
+            return
+    page, live = page_of(indices_ptr, n, slots, PAGED)
+    if live == 0:
+        clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
+        return
+    r = tl.arange(0, 64)
+    d = tl.arange(0, BLOCK)
+    in_v = (v < V)[None, :]
+    S_at = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
+    read = in_v
+    if HAS_INITIAL:
+        read = in_v & (tl.load(has_initial_ptr + n) != 0)
+    fresh = KP
+    if SLABS:
+        fresh = tl.where(begins, KP, 0)
+    for k0 in range(0, fresh, BLOCK):
+        keys = (k0 + d)[:, None]
+        S = tl.zeros((BLOCK, BV), tl.float32)
+        if PAGED:
+            at = page * final_n + h * final_h + keys * final_k + v[None, :] * final_v
+            S = tl.load(final_ptr + at, mask=read & (keys < K), other=0.0).to(tl.float32)
+        elif INITIAL:
+            at = n * initial_n + h * initial_h + keys * initial_k + v[None, :] * initial_v
+            S = tl.load(initial_ptr + at, mask=in_v & (keys < K), other=0.0).to(tl.float32)
+        tl.store(S_at + k0 * V, S, mask=in_v)
+    tl.debug_barrier()
+
+    for c in range(lo, hi):
+        work = (row + c) * HV + h
+        w_ptr, kg_ptr, qg_ptr, A_ptr = tiles_of(tiles_ptr, work, KP)
+        tile = r[:, None] * KP + d[None, :]
+        u_at = u_ptr + work * (64 * V) + v[None, :]
+        vn = tl.load(u_at + r[:, None] * V, mask=in_v, other=0.0)
+        o = tl.zeros((64, BV), tl.float32)
+        for k0 in range(0, KP, BLOCK):
+            S = tl.load(S_at + k0 * V, mask=in_v, other=0.0)
+            vn -= full_dot(tl.load(w_ptr + tile + k0), S)
+            o += full_dot(tl.load(qg_ptr + tile + k0), S)
+        tl.debug_barrier()
+        tl.store(u_at + r[:, None] * V, vn, mask=in_v)
+        tl.debug_barrier()
+        for r0 in range(0, 64, BLOCK):
+            part = tl.load(u_at + (r0 + d)[:, None] * V, mask=in_v, other=0.0)
+            o += full_dot(tl.load(A_ptr + r[:, None] * 64 + (r0 + d)[None, :]), part)
+        t = start + c * 64 + r
+        tl.store(
+            o_ptr + ((b * T + t)[:, None] * HV + h) * V + v[None, :],
+            o,
+            mask=(t < end)[:, None] & in_v,
+        )
+        for k0 in range(0, KP, BLOCK):
+            S = (
+                tl.load(S_at + k0 * V, mask=in_v, other=0.0)
+                * tl.load(decay_ptr + work * KP + k0 + d)[:, None]
+            )
+            kg_at = kg_ptr + (k0 + d)[:, None]
+            for r0 in range(0, 64, BLOCK):
+                part = tl.load(u_at + (r0 + d)[:, None] * V, mask=in_v, other=0.0)
+                S += full_dot(tl.load(kg_at + (r0 + d)[None, :] * KP), part)
+            tl.debug_barrier()
+            tl.store(S_at + k0 * V, S, mask=in_v)
+        tl.debug_barrier()
+    if FINAL:
+        final_at = final_ptr + page * final_n + h * final_h + v[None, :] * final_v
+        for k0 in range(0, KP, BLOCK):
+            keys = (k0 + d)[:, None]
+            S = tl.load(S_at + k0 * V, mask=in_v, other=0.0)
+            tl.store(
+                final_at + keys * final_k, S.to(final_ptr.dtype.element_ty), mask=in_v & (keys < K)
+            )
+
+
+def scan_values(K: int, V: int, programs: Any, o: Tensor) -> dict[str, Any]:
+    """What is chosen for `scan` by its number of (sequence, head) pairs: at most 16, 32, or more.
+
+    BV, the state columns per program, is at most V.
+    """
+    if not isinstance(programs, int):
+        programs = 64  # a symbolic number of sequences is a batch of them
+    programs = 16 if programs <= 16 else 32 if programs <= 32 else 64
+    chosen = choose("chunk_scan", o.device, K=K, V=V, programs=programs, dtype=o.dtype)
+    return {**chosen, "BV": min(chosen["BV"], max(16, triton.next_power_of_2(V)))}
+
+
+def scan_groups(K: int, V: int, batch: Batch, o: Tensor) -> list[tuple[Any, Any]]:
+    """First and number of the (sequence, head) pairs of each launch.
+
+    A program of the usual form has a multiprocessor to itself, so a few pairs left over after the
+    last full round would take as long as a round. They are launched apart, in narrower blocks,
+    which fill the GPU and are faster. Not with `cu_seqlens`: what is left may be the longest.
+    """
+    pairs = batch.N * o.shape[2]
+    if o.device.type == "cuda" and isinstance(pairs, int) and batch.cu_seqlens is None:
+        blocks = triton.cdiv(V, scan_values(K, V, pairs, o)["BV"])
+        properties = torch.cuda.get_device_properties(o.device)
+        full = max(properties.multi_processor_count // blocks, 1)
+        rest = pairs % full
+        if full < pairs and 0 < rest <= 32:
+            return [(0, pairs - rest), (pairs - rest, rest)]
+    return [(0, pairs)]
+
+
+def launch_scan(
+    o: Tensor,
+    workspace: Workspace,
+    batch: Batch,
+    K: int,
+    initial: Tensor | None,
+    final: Tensor | None,
+    indices: Tensor | None,
+    has_initial: Tensor | None,
+) -> None:
+    """Writes the output to `o` and the final states to `final`.
+
+    With `indices`, the sequences' pages, `final` also holds the initial states.
+    """
+    HV, V = o.shape[2:]
+    KP = workspace.columns
+    indices, has_initial = (None if x is None else x.contiguous() for x in (indices, has_initial))
+    sizes: dict[str, Any] = {
+        "HV": HV,
+        "K": K,
+        "V": V,
+        "KP": KP,
+        "VARLEN": batch.cu_seqlens is not None,
+        "SLABS": batch.slab is not None,
+        "INITIAL": initial is not None,
+        "FINAL": final is not None,
+        "PAGED": indices is not None,
+        "HAS_INITIAL": has_initial is not None,
+    }
+    slots = 0 if final is None else final.shape[0]
+    slab = batch.slab or (0, 0)
+    sequences = (batch.cu_seqlens, batch.T, batch.N, *slab)
+    states = (initial, final, indices, has_initial, *sequences, slots)
+    strides = [
+        stride for x in (initial, final) for stride in ((0,) * 4 if x is None else x.stride())
+    ]
+    pairs = HV * at_least_one(batch.N)
+    if o.dtype == torch.float32:
+        chosen = choose("chunk_scan_fp32", o.device)
+        traceable(chunk_scan_fp32_kernel)[(triton.cdiv(V, chosen["BV"]) * pairs,)](
+            *workspace, o, *states, *strides, **sizes, **chosen
+        )
+    else:
+        u = o if workspace.u is None else workspace.u
+        segments = segment_count(K, V, batch, o)
+        groups = scan_groups(K, V, batch, o) if segments == 1 else [(0, pairs * (segments - 1))]
+        for first, programs in groups:
+            chosen = scan_values(K, V, programs, o)
+            depth = stages(3 * KP + CHUNK, KP, chosen["BV"], u.element_size(), o.device)
+            chosen["STAGES"] = min(chosen["STAGES"], depth)
+            found: tuple[Tensor | None, ...] = (None, None)
+            if segments > 1:
+                found = launch_segments(
+                    o, workspace, batch, segments, chosen, states, strides, sizes
+                )
+            traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * at_least_one(programs),)](
+                *workspace,
+                *found,
+                o,
+                *states,
+                first,
+                *strides,
+                **sizes,
+                HALF=o.dtype == torch.float16,
+                SEGMENTS=segments,
+                **chosen,
+            )

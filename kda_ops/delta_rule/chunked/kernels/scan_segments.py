@@ -1,0 +1,295 @@
+"""`scan` for few heads: a sequence's chunks in segments that are worked on at the same time.
+
+A chunk takes S to T S + U, with T = diag(decay) - kg^T w and U = kg^T u, so a segment takes S to
+M S + E with M the product of its T and E what it makes of zero. A first pass scans the first
+segment and finds M and E of those between it and the last, columns of both alike: those of M are
+states of a sequence without u that begins with the unit matrix. Then every other segment finds the
+state it begins with from the M and E before it, and `scan` runs in all of them at once. For M and E
+a chunk makes two of `scan`'s four products, for as many columns as a state has and for K more.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kda_ops._launch import traceable
+from kda_ops._numerics import CHUNK
+from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia
+from kda_ops.delta_rule.chunked.kernels.tiles import (
+    clear_sequence,
+    first_state,
+    page_of,
+    scan_chunks,
+    sequence_rows,
+    slab_chunks,
+    store_state,
+    to_half,
+)
+from kda_ops.delta_rule.chunked.workspace import Batch, Workspace, at_least_one, stages
+from kda_ops.tuning import choose
+from kda_ops.tuning.example_inputs import NoHintError, hint
+
+# How `scan` is done in segments: columns of the state per program, the fewest segments, the fewest
+# chunks in each. Fewer gain nothing: each waits for a product per one before it, and wide blocks
+# need two rounds in the first pass.
+FORMS = ((32, 4, 8), (64, 5, 20))
+MOST = 16  # segments
+WIDEST = 128  # K: M is held whole in shared memory
+
+
+@triton.jit
+def segment_chunks(lo, hi, segment, SEGMENTS: tl.constexpr):
+    """A segment's part of chunks lo to hi, and whether they end with it; the last ones may be
+    empty.
+    """
+    size = tl.cdiv(hi - lo, SEGMENTS)
+    first = tl.minimum(lo + segment * size, hi).to(tl.int32)
+    last = tl.minimum(first + size, hi).to(tl.int32)
+    return first, last, last == hi
+
+
+@triton.jit
+def segment_state(
+    E_ptr,
+    M_ptr,
+    pair,
+    segment,
+    d,
+    v,
+    KP: tl.constexpr,
+    V: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The state [KP, v] that a segment begins with, not the first."""
+    E_at = E_ptr + pair * ((SEGMENTS - 1) * KP * V) + d[:, None] * V + v[None, :]
+    M_at = M_ptr + pair * ((SEGMENTS - 1) * KP * KP) + d[:, None] * KP + d[None, :]
+    S = tl.load(E_at, mask=(v < V)[None, :], other=0.0)
+    for i in tl.range(1, segment, num_stages=STAGES):
+        M = tl.load(M_at + i * (KP * KP))
+        E = tl.load(E_at + i * (KP * V), mask=(v < V)[None, :], other=0.0)
+        Sh, S_scale = to_half(S)
+        S = tl.dot(M, Sh) * S_scale + E
+    return S
+
+
+@triton.jit
+def chunk_segments_kernel(
+    tiles_ptr,
+    u_ptr,
+    decay_ptr,
+    S_ptr,
+    E_ptr,
+    M_ptr,
+    o_ptr,
+    initial_ptr,
+    final_ptr,
+    indices_ptr,
+    has_initial_ptr,
+    cu_ptr,
+    T,
+    N,
+    first_row,
+    rows,
+    slots,
+    initial_n,
+    initial_h,
+    initial_v,
+    initial_k,
+    final_n,
+    final_h,
+    final_v,
+    final_k,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    BV: tl.constexpr,
+    BE: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    FINAL: tl.constexpr,
+    PAGED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HALF: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The first segment of every sequence, and of those between it and the last
+    E [N, HV, SEGMENTS - 1, KP, V] in fp32 and M [N, HV, SEGMENTS - 1, KP, KP] in fp16; in the first
+    one's place E is the state it leaves, and M is not used. With `|k| <= 1` and beta at most 2 no
+    entry of M is above 1.
+
+    Grid: (blocks of BV columns of a state * HV * N, then blocks of BE columns of E and M * HV * N *
+    (SEGMENTS - 2)), blocks innermost.
+    """
+    scanned: tl.constexpr = (V + BV - 1) // BV
+    v_blocks: tl.constexpr = (V + BE - 1) // BE
+    blocks: tl.constexpr = v_blocks + (KP + BE - 1) // BE
+    pairs = tl.maximum(N * HV, 1)
+    p = tl.program_id(0).to(tl.int64)
+    in_first = p < scanned * pairs
+    if in_first:
+        segment = p * 0
+        pair = p // scanned
+        block = (p % scanned).to(tl.int32)
+    else:
+        p -= scanned * pairs
+        segment = p // blocks // pairs + 1
+        pair = p // blocks % pairs
+        block = (p % blocks).to(tl.int32)
+    n = pair // HV
+    if n >= N:
+        return
+    h = pair % HV
+    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
+    lo = 0
+    hi = tl.cdiv(end - start, 64).to(tl.int32)
+    if SLABS:
+        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
+        if hi < lo:
+            return
+    lo, hi, ends = segment_chunks(lo, hi, segment, SEGMENTS)
+    page, live = page_of(indices_ptr, n, slots, PAGED)
+    d = tl.arange(0, KP)
+    memory = (tiles_ptr, u_ptr, decay_ptr, o_ptr)
+    place = (h, b * T + start, (end - start).to(tl.int32), row)
+    initial = (initial_n, initial_h, initial_v, initial_k)
+    final = (final_n, final_h, final_v, final_k)
+    states = (initial_ptr, initial, final_ptr, final, has_initial_ptr)
+    E_at = E_ptr + (pair * (SEGMENTS - 1) + segment) * (KP * V) + d[:, None] * V
+    if in_first:
+        v = block * BV + tl.arange(0, BV)
+        if live == 0:
+            clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
+            return
+        if SLABS:
+            carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
+        S = first_state(
+            states,
+            carried if SLABS else None,
+            n,
+            page,
+            h,
+            d,
+            v,
+            begins if SLABS else None,
+            K,
+            V,
+            SLABS,
+            INITIAL,
+            PAGED,
+            HAS_INITIAL,
+        )
+        S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
+        store_state(
+            final_ptr,
+            final,
+            carried if SLABS else None,
+            S,
+            ends,
+            page,
+            h,
+            d,
+            v,
+            K,
+            V,
+            FINAL,
+            SLABS,
+        )
+        tl.store(E_at + v[None, :], S, mask=(v < V)[None, :])
+        return
+    if ends | (live == 0):
+        return
+    v = block * BE + tl.arange(0, BE)
+    m = v - v_blocks * BE
+    if block >= v_blocks:
+        S = tl.where(d[:, None] == m[None, :], 1.0, 0.0)
+        v = V + m  # no column of u
+    else:
+        S = tl.zeros((KP, BE), tl.float32)
+    S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, False)
+    if block >= v_blocks:
+        M_at = M_ptr + (pair * (SEGMENTS - 1) + segment) * (KP * KP) + d[:, None] * KP
+        tl.store(M_at + m[None, :], S.to(tl.float16), mask=(m < KP)[None, :])
+    else:
+        tl.store(E_at + v[None, :], S, mask=(v < V)[None, :])
+
+
+class Segments(NamedTuple):
+    """E and M, see `chunk_segments_kernel`."""
+
+    E: Tensor
+    M: Tensor
+
+
+def has_segments(dtype: torch.dtype, K: Any) -> bool:
+    """Whether the kernels here take such inputs, whatever their length."""
+    return bool(dtype != torch.float32 and K <= WIDEST)
+
+
+def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
+    """In how many segments `scan` works off each sequence: as many as fill the GPU with programs.
+
+    As a launch is compiled for one number, a symbolic number of tokens counts as its hint, and of
+    a symbolic number of sequences nothing is assumed.
+    """
+    pairs = batch.N * int(o.shape[2])
+    if not (isinstance(pairs, int) and pairs and has_segments(o.dtype, K) and is_nvidia(o.device)):
+        return 1
+    try:
+        chunks = hint(o.shape[0] * batch.T) // (CHUNK * batch.N)
+    except NoHintError:
+        return 1
+    processors = torch.cuda.get_device_properties(o.device).multi_processor_count
+    for columns, fewest, fewest_chunks in FORMS:
+        # the first pass scans one more than the second
+        count = processors // (pairs * triton.cdiv(V, columns)) + 1
+        count = min(count, chunks // fewest_chunks, MOST)
+        if count >= fewest:
+            return count
+    return 1
+
+
+def launch_segments(
+    o: Tensor,
+    workspace: Workspace,
+    batch: Batch,
+    segments: int,
+    scan: dict[str, Any],
+    states: tuple[Any, ...],
+    strides: list[Any],
+    sizes: dict[str, Any],
+) -> Segments:
+    """The first pass; `scan` is what is chosen for the second, and the arguments after it are those
+    of `chunk_scan_kernel`.
+    """
+    HV, V, KP = sizes["HV"], sizes["V"], sizes["KP"]
+    pairs = HV * at_least_one(batch.N)
+    places = (at_least_one(batch.N), HV, segments - 1, KP)
+    found = Segments(
+        torch.empty((*places, V), dtype=torch.float32, device=o.device),
+        torch.empty((*places, KP), dtype=torch.float16, device=o.device),
+    )
+    chosen = choose("chunk_segments", o.device, K=sizes["K"], V=V, dtype=o.dtype)
+    u = o if workspace.u is None else workspace.u
+    depth = stages(2 * KP, KP, chosen["BE"], u.element_size(), o.device)
+    blocks = triton.cdiv(V, chosen["BE"]) + triton.cdiv(KP, chosen["BE"])
+    grid = (triton.cdiv(V, scan["BV"]) + blocks * (segments - 2)) * pairs
+    traceable(chunk_segments_kernel)[(grid,)](
+        *workspace,
+        *found,
+        o,
+        *states,
+        *strides,
+        **sizes,
+        HALF=o.dtype == torch.float16,
+        SEGMENTS=segments,
+        BV=scan["BV"],
+        **{**chosen, "STAGES": min(chosen["STAGES"], scan["STAGES"], depth)},
+    )
+    return found

@@ -1,0 +1,173 @@
+"""Chunked KDA in C++: arguments as those of the operators."""
+
+from ctypes import c_double, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kda_ops.native import address, dense, fp32, kernel
+from kda_ops.varlen import sequence_offsets
+
+_INPUT = (c_void_p, c_int64, c_int64)
+_ARGUMENTS = (*5 * _INPUT, *6 * (c_void_p,), *7 * (c_int64,), *4 * (c_double,), c_int64)
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, gate, beta
+
+
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    inputs = (q, k, v, G, beta)
+    return _whole(inputs, None, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def chunk_kda_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    inputs = (q, k, v, G, beta)
+    return _paged(inputs, None, scale, state, state_indices, has_initial_state, cu_seqlens)
+
+
+def chunk_kda_gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
+    inputs = (q, k, v, x, beta)
+    return _whole(inputs, raw, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def chunk_kda_gated_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    qk_norm_eps: float | None,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
+    inputs = (q, k, v, x, beta)
+    return _paged(inputs, raw, scale, state, state_indices, has_initial_state, cu_seqlens)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What makes the gate, beta and the keys of raw inputs."""
+
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    lower_bound: float | None
+    beta_scale: float
+    qk_norm_eps: float | None
+
+
+def _whole(
+    inputs: Inputs,
+    raw: Raw | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    q, _, v, *_ = inputs
+    offsets = sequence_offsets(q[:, :, 0], cu_seqlens)
+    N, dtype = len(offsets) - 1, torch.float32 if initial_state is None else initial_state.dtype
+    S = offsets.new_zeros(N, *v.shape[2:], q.shape[3], dtype=torch.float32)
+    if initial_state is not None:
+        S.copy_(initial_state)
+    live = offsets.new_ones(N, dtype=torch.bool)
+    o = _run(inputs, S, offsets, live, raw, scale)
+    return o, S.to(dtype) if output_final_state else S.new_empty(0, dtype=dtype)
+
+
+def _paged(
+    inputs: Inputs,
+    raw: Raw | None,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    offsets = sequence_offsets(inputs[0][:, :, 0], cu_seqlens)
+    live = state_indices > 0
+    slots = state_indices[live].long()
+    S = state.new_zeros(len(live), *state.shape[1:], dtype=torch.float32)
+    S[live] = state[slots].to(torch.float32)
+    if has_initial_state is not None:
+        S[~has_initial_state] = 0
+    o = _run(inputs, S, offsets, live, raw, scale)
+    state[slots] = S[live].to(state.dtype)
+    return o
+
+
+def _run(
+    inputs: Inputs,
+    S: Tensor,
+    offsets: Tensor,
+    live: Tensor,
+    raw: Raw | None,
+    scale: float,
+) -> Tensor:
+    """The output, in the dtype of v. `S [N, HV, V, K]` goes from initial to final states.
+
+    Inputs that are not `raw` are those of `chunk_kda`.
+    """
+    q, _, v, *_ = inputs
+    (*_, H, K), (HV, V) = q.shape, v.shape[2:]
+    rows = [fp32(x.flatten(0, 1)) for x in inputs]
+    o = S.new_zeros(len(rows[0]), HV, V)
+    raw_inputs = raw is not None
+    raw = raw or Raw(None, None, None, 1.0, None)
+    A_log, dt_bias = dense(raw.A_log), dense(raw.dt_bias)
+    kernel("chunk_kda", *_ARGUMENTS)(
+        *[part for x in rows for part in (x.data_ptr(), x.stride(0), x.stride(1))],
+        *map(address, (o, S, offsets, live, A_log, dt_bias)),
+        *(len(live), H, HV, K, V, raw_inputs, raw.lower_bound is not None),
+        *(raw.lower_bound or 0.0, raw.beta_scale),
+        *(-1.0 if raw.qk_norm_eps is None else raw.qk_norm_eps, scale),
+        torch.get_num_threads(),
+    )
+    return o.to(v.dtype).view(v.shape)

@@ -1,0 +1,329 @@
+"""A whole step of decode: schema, fake implementation, public function."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kda_ops._checks import (
+    INTEGERS,
+    check_cu_seqlens_shape,
+    check_device,
+    check_dtype,
+    check_gate_parameters,
+    check_not_negative,
+    check_number,
+    check_rank,
+    check_shape,
+    check_slot_values,
+    check_step_values,
+    check_tensor,
+)
+from kda_ops._registry import define_op
+from kda_ops.config import resolve_layout
+from kda_ops.conv.checks import (
+    check_conv,
+    check_conv_state,
+    conv_parts,
+    resolve_activation,
+    state_channels,
+)
+from kda_ops.delta_rule.kda_decode.reference import kda_decode_apart_reference, kda_decode_reference
+from kda_ops.native import define_native
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+MOST_TOKENS = 8
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def kda_decode_fake(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    f: Tensor,
+    beta: Tensor,
+    z: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    norm_weight: Tensor,
+    norm_eps: float,
+    qk_norm_eps: float,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    num_accepted: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+) -> Tensor:
+    return torch.empty((1, x.shape[0], *z.shape[-2:]), dtype=x.dtype, device=x.device)
+
+
+def _of_q(*args: Any) -> tuple[Any, ...]:
+    """The arguments of `kda_decode.apart` with those of q alone, as `kda_decode` takes them."""
+    return (*args[0:12:3], *args[12:])
+
+
+def kda_decode_apart_fake(*args: Any) -> Tensor:
+    return kda_decode_fake(*_of_q(*args))
+
+
+def check_kda_decode_values(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    f: Tensor,
+    beta: Tensor,
+    z: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_scale: float,
+    norm_weight: Tensor,
+    norm_eps: float,
+    qk_norm_eps: float,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    num_accepted: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+) -> None:
+    check_step_values(state, state_indices, num_accepted, cu_seqlens, x.shape[0])
+    table = state_indices if state_indices.dim() == 2 else state_indices[:, None]
+    check_slot_values("state_indices", table[:, 0], conv_state.shape[0])
+    most = conv_tokens(conv_state, weight, layout)
+    if cu_seqlens is not None:
+        longest = max(cu_seqlens.diff().tolist(), default=0)
+        if longest > most:
+            raise ValueError(
+                f"cu_seqlens must have at most {most} tokens per sequence for a conv_state of "
+                f"shape {tuple(conv_state.shape)}, got {longest}"
+            )
+    if num_accepted is not None:
+        bad = ((num_accepted > most) & (table != 0).any(dim=1)).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"num_accepted must be at most {most} for a conv_state of shape "
+                f"{tuple(conv_state.shape)}, got {int(num_accepted[bad[0]])}"
+            )
+
+
+def check_kda_decode_apart_values(*args: Any) -> None:
+    check_kda_decode_values(*_of_q(*args))
+
+
+def conv_tokens(conv_state: Tensor, weight: Tensor, layout: str) -> int:
+    """The most tokens of a step that a convolution state can take."""
+    return conv_state.shape[1 if layout == "SD" else 2] - weight.shape[1] + 2
+
+
+_STEP = (
+    "str? activation, Tensor f, Tensor beta, Tensor z, Tensor? A_log, Tensor? dt_bias, "
+    "float? lower_bound, float beta_scale, Tensor norm_weight, float norm_eps, float qk_norm_eps, "
+    "float scale, Tensor(d!) state, Tensor state_indices, Tensor? num_accepted, "
+    "Tensor? cu_seqlens, str layout"
+)
+
+kda_decode_op = define_op(
+    f"kda_decode(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, {_STEP}) -> Tensor",
+    reference=kda_decode_reference,
+    fake=kda_decode_fake,
+    cuda="kda_ops.delta_rule.kda_decode.kernel:launch_kda_decode",
+    check_values=check_kda_decode_values,
+)
+
+kda_decode_apart_op = define_op(
+    "kda_decode.apart(Tensor q, Tensor k, Tensor v, Tensor(a!) q_state, Tensor(b!) k_state, "
+    "Tensor(c!) v_state, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor? q_bias, "
+    f"Tensor? k_bias, Tensor? v_bias, {_STEP}) -> Tensor",
+    reference=kda_decode_apart_reference,
+    fake=kda_decode_apart_fake,
+    cuda="kda_ops.delta_rule.kda_decode.kernel:launch_kda_decode_apart",
+    check_values=check_kda_decode_apart_values,
+)
+define_native(kda_decode_op, "kda_ops.delta_rule.native_decode:kda_decode", looks_itself=True)
+define_native(
+    kda_decode_apart_op, "kda_ops.delta_rule.native_decode:kda_decode_apart", looks_itself=True
+)
+
+
+def kda_decode(
+    x: Tensor | Parts,
+    conv_state: Tensor | Parts,
+    weight: Tensor | Parts,
+    bias: Tensor | Parts | None = None,
+    *,
+    activation: str | None = "silu",
+    f: Tensor,
+    beta: Tensor,
+    z: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = None,
+    beta_scale: float = 1.0,
+    norm_weight: Tensor,
+    norm_eps: float = 1e-5,
+    qk_norm_eps: float = 1e-6,
+    scale: float | None = None,
+    state: Tensor,
+    state_indices: Tensor,
+    num_accepted: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    layout: str | None = None,
+) -> Tensor:
+    """One token per sequence, or a few, through everything that a KDA layer does between its
+    projections; both states are written in place.
+
+    Exactly `short_conv_update` of the packed projections, `l2norm` of q and k, `gate`,
+    `recurrent_kda` with `beta_scale * sigmoid(beta)`, and `rms_norm_gated`, without rounding in
+    between. Both states of a sequence live under the same slots: the convolution state under
+    column 0 of `state_indices`, the recurrent state as in `recurrent_kda`.
+
+    Models that keep q, k and v apart, as FLA's and Moonshot's do, give x, conv_state, weight and
+    bias as three tensors each, `(of q, of k, of v)`; nothing is packed for them.
+
+    Slot 0 is the null block. A sequence mapped to it is padding: its output is zero and nothing of
+    it is written. Two sequences never share a slot. Source: Kimi Linear (arXiv:2510.26692),
+    sections 3 and 4.
+
+    Args:
+        x: `[T, D]`, the packed projections q | k | v of all tokens, `D = 2 H K + HV V`; fp16, bf16
+            or fp32 (fp64 on the CPU). Value head i uses key head `i // (HV // H)`.
+        conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 2 + q` for
+            q tokens per sequence; any strides: pages may be padded.
+        weight: `[D, W]`, W at least 2; the last tap meets the token itself.
+        bias: `[D]` or None.
+        activation: `"silu"` (also called `"swish"`) or None.
+        f: `[..., HV, K]` with T leading elements, the gate's input.
+        beta: `[..., HV]`, before its sigmoid.
+        z: `[..., HV, V]`, the output gate before its sigmoid.
+        A_log: `[HV]`, natural log of the decay rate; None means a rate of 1 and needs
+            `lower_bound`.
+        dt_bias: `[HV, K]` or `[HV * K]`, added to f.
+        lower_bound: None, or a bound of the gate in `[-5, 0)` in **nats**; see `gate`.
+        beta_scale: 1, or 2 for eigenvalues down to -1.
+        norm_weight: `[V]`.
+        norm_eps: Added to the mean of squares of the output.
+        qk_norm_eps: Added to the sum of squares of q and of k.
+        scale: Scale of the output, `K ** -0.5` by default.
+        state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 on a CPU), any strides.
+        state_indices: `[N]` or `[N, 1 + num_spec]`, int32 or int64; see `recurrent_kda`.
+        num_accepted: `[N]`, int32 or int64, in `[1, 1 + num_spec]`: how many tokens of the step
+            before were kept. Only with a two-dimensional `state_indices`; None means 1.
+        cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; first 0,
+            non-decreasing, empty sequences allowed, last at most T. A sequence has at most
+            `L - W + 2` tokens, and `L - W + 2` is at most 8. None: every sequence has one token.
+        layout: `"SD"` or `"DS"`; None takes `kda_ops.config.conv_layout`.
+
+    Returns:
+        `[1, T, HV, V]` in x's dtype, contiguous; padding rows are zero.
+
+    Raises:
+        ValueError: A shape, dtype, device, activation, layout or eps that does not fit; on the CPU,
+            or with `kda_ops.config.check_values`, also offsets, slots and counts. Without the
+            checks on CUDA a slot outside the states is treated as null and `num_accepted` is
+            clamped.
+        RuntimeError: An argument requires grad while grad mode is on.
+    """
+    activation = resolve_activation(activation)
+    layout = resolve_layout(layout, *state_channels(x, conv_state))
+    parts = conv_parts(x, weight, bias, conv_state, layout)
+    xs, weights, biases, conv_states = zip(*parts, strict=True)
+    for x_part, weight_part, bias_part, conv_part in parts:
+        check_rank("x", x_part, 2)
+        check_conv(x_part, weight_part, bias_part)
+        check_conv_state(conv_part, layout, x_part.shape[1], weight_part.shape[1])
+    T, D = xs[0].shape[0], sum(x_part.shape[1] for x_part in xs)
+    check_gate_parameters(f, A_log, dt_bias, lower_bound, name="f")
+    HV, K = f.shape[-2:]
+    check_tensor("z", z)
+    if z.dim() < 2 or z.shape[-2] != HV:
+        raise ValueError(f"z must have shape [..., {HV}, V], got {tuple(z.shape)}")
+    V = z.shape[-1]
+    check_tokens("f", f, T, 2)
+    check_tokens("z", z, T, 2)
+    check_tokens("beta", beta, T, 1)
+    check_shape("beta", beta, (*beta.shape[:-1], HV))
+    for name, dim in (("f", K), ("z", V)):
+        if not 1 <= dim <= 256:
+            raise ValueError(f"{name} must have a head dimension in [1, 256], got {dim}")
+    H = (D - HV * V) // (2 * K)
+    if D != 2 * H * K + HV * V or H < 1 or HV % H:
+        raise ValueError(
+            f"x must have shape [T, 2 H K + {HV * V}] with K = {K} and H a divisor of {HV}, "
+            f"got {tuple(xs[0].shape)}"
+        )
+    if len(xs) == 3:
+        for x_part, width in zip(xs, (H * K, H * K, HV * V), strict=True):
+            check_shape("x", x_part, (T, width))
+    check_shape("norm_weight", norm_weight, (V,))
+    for name, tensor in (("beta", beta), ("z", z), ("norm_weight", norm_weight)):
+        check_dtype(name, tensor)
+    for name, eps in (("norm_eps", norm_eps), ("qk_norm_eps", qk_norm_eps)):
+        check_not_negative(name, eps)
+    check_rank("state", state, 4)
+    check_shape("state", state, (state.shape[0], HV, V, K))
+    check_dtype("state", state, STATE_DTYPES)
+    check_rank("state_indices", state_indices, 1, 2)
+    check_dtype("state_indices", state_indices, INTEGERS)
+    sequences = T
+    if cu_seqlens is not None:
+        check_cu_seqlens_shape(cu_seqlens)
+        sequences = cu_seqlens.shape[0] - 1
+        most = conv_tokens(conv_states[0], weights[0], layout)
+        if most > MOST_TOKENS:
+            raise ValueError(
+                f"conv_state must have L at most {MOST_TOKENS + weights[0].shape[1] - 2} with "
+                f"cu_seqlens, got {tuple(conv_states[0].shape)} in layout {layout}"
+            )
+    check_shape("state_indices", state_indices, (sequences, *state_indices.shape[1:]))
+    if state_indices.dim() == 2 and state_indices.shape[1] < 1:
+        raise ValueError(
+            f"state_indices must have at least one column, got {tuple(state_indices.shape)}"
+        )
+    if num_accepted is not None:
+        if state_indices.dim() == 1:
+            raise ValueError(
+                "num_accepted must come with state_indices of shape [N, 1 + num_spec], "
+                f"got {tuple(state_indices.shape)}"
+            )
+        check_shape("num_accepted", num_accepted, (sequences,))
+        check_dtype("num_accepted", num_accepted, INTEGERS)
+    for x_part, weight_part, bias_part, conv_part in parts:
+        check_device(x=x_part, conv_state=conv_part, weight=weight_part, bias=bias_part)
+    check_device(
+        x=xs[0],
+        x_v=xs[-1],
+        f=f,
+        beta=beta,
+        z=z,
+        norm_weight=norm_weight,
+        state=state,
+        state_indices=state_indices,
+        num_accepted=num_accepted,
+        cu_seqlens=cu_seqlens,
+    )
+    scale = K**-0.5 if scale is None else scale
+    check_number("scale", scale)
+    if beta_scale not in (1.0, 2.0):
+        raise ValueError(f"beta_scale must be 1 or 2, got {beta_scale}")
+    step = (
+        activation, f, beta, z, A_log, dt_bias, lower_bound, beta_scale, norm_weight, norm_eps,
+        qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens, layout,
+    )  # fmt: skip
+    op = kda_decode_op if len(parts) == 1 else kda_decode_apart_op
+    return op(*xs, *conv_states, *weights, *biases, *step)
+
+
+def check_tokens(name: str, x: Tensor, T: int, trailing: int) -> None:
+    """The axes of `x` before the last `trailing` ones hold T tokens."""
+    check_tensor(name, x)
+    if x.dim() < trailing or math.prod(x.shape[: x.dim() - trailing]) != T:
+        raise ValueError(f"{name} must have {T} tokens like x, got shape {tuple(x.shape)}")

@@ -1,0 +1,173 @@
+"""The KDA recurrence on paged states: schema, fake implementation, public function."""
+
+import torch
+from torch import Tensor
+
+from kda_ops._checks import (
+    INTEGERS,
+    check_cu_seqlens_shape,
+    check_device,
+    check_dtype,
+    check_number,
+    check_rank,
+    check_shape,
+    check_step_values,
+)
+from kda_ops._registry import define_op
+from kda_ops.delta_rule.recurrent_kda.reference import recurrent_kda_reference
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def recurrent_kda_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    num_accepted: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+def check_recurrent_kda_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    num_accepted: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> None:
+    check_step_values(state, state_indices, num_accepted, cu_seqlens, q.shape[1])
+
+
+recurrent_kda_op = define_op(
+    "recurrent_kda(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
+    "Tensor state_indices, Tensor? num_accepted, float scale, Tensor? cu_seqlens) -> Tensor",
+    reference=recurrent_kda_reference,
+    fake=recurrent_kda_fake,
+    cuda="kda_ops.delta_rule.recurrent_kda.kernel:launch_recurrent_kda",
+    check_values=check_recurrent_kda_values,
+)
+
+
+def recurrent_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    *,
+    num_accepted: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Advances paged KDA states by one token per sequence, or a few; writes `state` in place.
+
+    Per token and value head, with the state S read as `[K, V]`:
+
+        S <- diag(exp(g)) S;    S <- S + beta k (v - k^T S)^T;    o = scale S^T q
+
+    Slot 0 is the null block. A sequence that continues from it is padding: its output is zero and
+    nothing is written. Two sequences never share a slot. Source: Kimi Linear (arXiv:2510.26692),
+    equation 1.
+
+    Args:
+        q: `[N, tokens, H, K]`, the same number of tokens for every sequence (1 in plain decode), or
+            with `cu_seqlens` `[1, T, H, K]`. As it is to be used (apply `l2norm` first). fp16,
+            bf16, fp32, on a CPU fp64; any strides.
+        k: Like q.
+        v: `[..., HV, V]` with `HV % H == 0`; value head i uses key head `i // (HV // H)`.
+        g: `[..., HV, K]`, log decay in **nats**, any float dtype; -inf forgets the state.
+        beta: `[..., HV]`, after its sigmoid.
+        state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 on a CPU), any strides: pages may be
+            padded. Read and written in place.
+        state_indices: int32 or int64. `[N]`: the one slot of each sequence, which then holds the
+            state after its last token. `[N, 1 + num_spec]`: one slot per token; the state after
+            token j goes to column j (nowhere if that slot is 0), so that any prefix of the tokens
+            can be accepted.
+        num_accepted: `[N]`, int32 or int64, in `[1, 1 + num_spec]`: the sequence continues from
+            column `num_accepted - 1`. Only with a two-dimensional `state_indices`; None means 1.
+        scale: Scale of the output, `K ** -0.5` by default.
+        cu_seqlens: `[N + 1]`, int32 or int64: token offsets of sequences of differing length in
+            one packed row; first 0, non-decreasing, empty sequences allowed, last at most T. Rows
+            behind the last offset are padding.
+
+    Returns:
+        `[..., HV, V]`, the dtype of v, contiguous; padding rows are zero.
+
+    Raises:
+        ValueError: A shape, dtype or device that does not fit; on the CPU, or with
+            `kda_ops.config.check_values`, also a slot outside `[0, slots)`, a slot of two
+            sequences, a `num_accepted` outside its range (except for padding), bad `cu_seqlens`,
+            or a sequence longer than the columns of `state_indices`. Without the checks on CUDA
+            such a slot is treated as null and `num_accepted` is clamped.
+        RuntimeError: An argument requires grad while grad mode is on.
+    """
+    check_rank("q", q, 4)
+    batch, tokens, H, K = q.shape
+    check_rank("v", v, 4)
+    HV, V = v.shape[2:]
+    if H < 1 or HV % H:
+        raise ValueError(f"v must have a multiple of {H} heads like q, got {HV}")
+    for name, dim in (("q", K), ("v", V)):
+        if not 1 <= dim <= 256:
+            raise ValueError(f"{name} must have a head dimension in [1, 256], got {dim}")
+    check_shape("k", k, (batch, tokens, H, K))
+    check_shape("v", v, (batch, tokens, HV, V))
+    check_shape("g", g, (batch, tokens, HV, K))
+    check_shape("beta", beta, (batch, tokens, HV))
+    for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
+        check_dtype(name, x)
+    check_rank("state", state, 4)
+    check_shape("state", state, (state.shape[0], HV, V, K))
+    check_dtype("state", state, STATE_DTYPES)
+    check_rank("state_indices", state_indices, 1, 2)
+    check_dtype("state_indices", state_indices, INTEGERS)
+    if cu_seqlens is not None:
+        check_cu_seqlens_shape(cu_seqlens)
+        if batch != 1:
+            raise ValueError(f"q must have batch size 1 with cu_seqlens, got {batch}")
+    N = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if state_indices.dim() == 1:
+        check_shape("state_indices", state_indices, (N,))
+        if num_accepted is not None:
+            raise ValueError(
+                "num_accepted must come with state_indices of shape [N, 1 + num_spec], "
+                f"got {tuple(state_indices.shape)}"
+            )
+    else:
+        columns = state_indices.shape[1]
+        check_shape("state_indices", state_indices, (N, columns))
+        fewest = tokens if cu_seqlens is None else 1
+        if columns < max(fewest, 1):
+            raise ValueError(
+                f"state_indices must have a column for each of {fewest} tokens, got {columns}"
+            )
+    if num_accepted is not None:
+        check_shape("num_accepted", num_accepted, (N,))
+        check_dtype("num_accepted", num_accepted, INTEGERS)
+    check_device(
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
+        state=state,
+        state_indices=state_indices,
+        num_accepted=num_accepted,
+        cu_seqlens=cu_seqlens,
+    )
+    scale = K**-0.5 if scale is None else scale
+    check_number("scale", scale)
+    return recurrent_kda_op(q, k, v, g, beta, state, state_indices, num_accepted, scale, cu_seqlens)

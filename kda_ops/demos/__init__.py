@@ -1,0 +1,1 @@
+"""What `python -m kda_ops` runs."""

@@ -1,0 +1,165 @@
+"""One rank that prefills and continues sequences on its caches, with prefix caching.
+
+Everything here is deterministic, so that the ranks of an engine, given the same commands, take the
+same blocks in the same order.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import kda_ops
+from kda_ops.cache.align import AlignStep, after_sampling, before_forward
+from kda_ops.cache.batch import KDABatch
+from kda_ops.demos.disaggregated.model import Caches, Stack
+
+
+@dataclass(frozen=True)
+class Hit:
+    """What of a prompt is in the caches already.
+
+    Attributes:
+        blocks: Blocks of keys and values, from the start.
+        state: The slot of the state of all tokens, or None.
+    """
+
+    blocks: list[int]
+    state: int | None
+
+
+class Sequences:
+    """Blocks, and the forward passes over them."""
+
+    def __init__(self, model: Stack, caches: Caches) -> None:
+        self.model, self.caches, self.config = model, caches, model.config
+        self.free = [list(range(self.config.pages - 1, 0, -1)) for _ in range(2)]
+        self.cached_blocks: dict[tuple[int, ...], int] = {}
+        self.cached_states: dict[tuple[int, ...], int] = {}
+
+    def take(self, group: int, count: int) -> list[int]:
+        """Fresh blocks of the state group (0) or the attention group (1)."""
+        return [self.free[group].pop() for _ in range(count)]
+
+    def give(self, group: int, blocks: Sequence[int]) -> None:
+        """The inverse of `take`."""
+        self.free[group].extend(block for block in blocks if block)
+
+    def blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self.config.block_tokens)
+
+    def prefill(self, tokens: Sequence[int]) -> tuple[torch.Tensor, list[list[int]]]:
+        """Computes a prompt from nothing; logits, and its blocks per group."""
+        count = self.blocks_of(len(tokens))
+        table = [0] * (count - 1) + self.take(0, 1)
+        blocks = self.take(1, count)
+        batch = KDABatch.prefill([len(tokens)], [table[-1]])
+        logits = self.model(torch.tensor(tokens), self.caches, batch, blocks, 0)
+        return logits, [table, blocks]
+
+    def hit(self, tokens: Sequence[int]) -> Hit:
+        """What the caches hold of a prompt."""
+        size, blocks = self.config.block_tokens, []
+        for end in range(size, len(tokens) + 1, size):
+            block = self.cached_blocks.get(tuple(tokens[:end]))
+            if block is None:
+                break
+            blocks.append(block)
+        return Hit(blocks, self.cached_states.get(tuple(tokens)))
+
+    def generate(
+        self,
+        tokens: list[int],
+        count: int,
+        table: list[int],
+        blocks: list[int],
+        drafts: Sequence[int] = (),
+    ) -> tuple[list[int], list[int]]:
+        """Continues a prompt whose caches hold all tokens but the last one.
+
+        Args:
+            tokens: The prompt; the new tokens are appended.
+            count: How many new tokens to make at least.
+            table: Slots of the state group by position; the state is in the last one.
+            blocks: Blocks of the attention group.
+            drafts: What a draft model would propose for the new tokens, right or wrong.
+
+        Returns:
+            The new tokens, and how many tokens each step kept.
+        """
+        prompt = len(tokens)
+        kept: list[int] = []
+        computed, accepted, running = prompt - 1, 1, -1
+        first_checkpoint = computed
+        while len(tokens) - prompt < count:
+            done = len(tokens) - prompt
+            draft = list(drafts[done : done + min(self.config.num_spec, count - done - 1)])
+            scheduled = 1 + len(draft)
+            needed = self.blocks_of(computed + scheduled)
+            table += self.take(0, needed + self.config.num_spec - len(table))
+            blocks += self.take(1, needed - len(blocks))
+            step = self._align(
+                before_forward, table, computed, scheduled, accepted, running, draft=None
+            )
+            accepted, running = int(step.num_accepted), int(step.running_block)
+            slots = table[running : running + 1 + self.config.num_spec]
+            batch = KDABatch.decode([slots], lengths=[scheduled], num_accepted=[accepted])
+            ids = torch.tensor([tokens[-1], *draft])
+            picks = self.model(ids, self.caches, batch, blocks, computed).argmax(-1).tolist()
+            accepted = 1
+            while accepted <= len(draft) and draft[accepted - 1] == picks[accepted - 1]:
+                accepted += 1
+            new = picks[:accepted]
+            kept.append(accepted)
+            step = self._align(
+                after_sampling, table, computed, scheduled, accepted, running, draft=len(draft)
+            )
+            computed += accepted
+            accepted = int(step.num_accepted)
+            tokens += new
+        self._remember(tokens[:computed], first_checkpoint, table, blocks)
+        return tokens[prompt:], kept
+
+    def _align(
+        self,
+        planner: Callable[..., AlignStep],
+        table: list[int],
+        computed: int,
+        scheduled: int,
+        accepted: int,
+        running: int,
+        draft: int | None,
+    ) -> AlignStep:
+        """Plans for one sequence and copies."""
+        counts = {
+            "num_computed": computed,
+            "num_scheduled": scheduled,
+            "num_accepted": accepted,
+            "running_block": running,
+        }
+        if draft is not None:
+            counts["num_draft"] = draft
+        step = planner(
+            torch.tensor([table]),
+            **{name: torch.tensor([value]) for name, value in counts.items()},
+            block_tokens=self.config.block_tokens,
+        )
+        kda_ops.state_copy(
+            self.caches.conv,
+            self.caches.recurrent,
+            step.plan,
+            layout=self.config.layout,
+            num_spec=self.config.num_spec,
+        )
+        return step
+
+    def _remember(
+        self, tokens: list[int], first_checkpoint: int, table: list[int], blocks: list[int]
+    ) -> None:
+        """Full blocks, and the states at their ends from the first one that was kept."""
+        size = self.config.block_tokens
+        for i in range(len(tokens) // size):
+            end = (i + 1) * size
+            self.cached_blocks.setdefault(tuple(tokens[:end]), blocks[i])
+            if end >= first_checkpoint:
+                self.cached_states.setdefault(tuple(tokens[:end]), table[i])

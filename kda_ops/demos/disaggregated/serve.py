@@ -1,0 +1,322 @@
+"""The main process: starts both engines, routes requests, compares tokens."""
+
+import argparse
+import importlib.util
+import math
+import multiprocessing
+import random
+import secrets
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kda_ops import config as package_config
+from kda_ops.demos.disaggregated.model import Caches, Stack, StackConfig
+from kda_ops.demos.disaggregated.rank import Continuation, Place, Work, run_rank
+from kda_ops.demos.disaggregated.sequence import Sequences
+
+TEXT = (
+    b"State is checkpointed only at block boundaries. A state is the last inputs of a short "
+    b"convolution and one matrix per head; it moves between machines as a few ranges of bytes. "
+) * 4
+PATIENCE_S = 120.0
+REQUESTS, LONGEST_PROMPT = 7, 96
+FEWEST = 17  # new tokens: one more than a block, so that an answer can be hit
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and what of it the decode engine will have cached by then."""
+
+    name: str
+    tokens: list[int]
+    hit: str
+
+
+def requests(text: bytes, block: int, generated: dict[str, list[int]]) -> Iterator[Request]:
+    """Prompts in order; later ones share prefixes with earlier ones and with their answers.
+
+    Args:
+        text: Where prompts are cut from.
+        block: Tokens of a block.
+        generated: New tokens of the requests so far.
+    """
+    tokens = list(text)
+    yield Request("plain", tokens[: 3 * block + 6], "none")
+    yield Request("same start", [*tokens[: 2 * block], *tokens[7 * block : 8 * block]], "partial")
+    yield Request("whole blocks", tokens[5 : 4 * block + 6], "none")
+    yield Request("the same again", tokens[5 : 4 * block + 6], "full")
+    yield Request("no state kept", tokens[: 3 * block + 1], "all but the state")
+    longer = tokens[5 : 4 * block + 6] + generated["whole blocks"]
+    yield Request("its own answer", longer[: 5 * block + 1], "full")
+    yield Request("and further", [*longer[: 5 * block + 3], *tokens[:9]], "partial")
+
+
+class Engine:
+    """The processes of one engine."""
+
+    def __init__(
+        self,
+        name: str,
+        tp_size: int,
+        config: StackConfig,
+        folder: str,
+        padding: int,
+        secret: bytes,
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["kda_ops.demos.disaggregated.rank"])
+        self.name, self.pipes, self.processes = name, [], []
+        for rank in range(tp_size):
+            place = Place(name, tp_size, rank, f"{folder}/{name}", padding, PATIENCE_S / 4, secret)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=run_rank, args=(place, config, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def receive(self) -> list[Any]:
+        """One answer of every rank.
+
+        Raises:
+            RuntimeError: A rank failed or did not answer in time.
+        """
+        answers, deadline = [], time.monotonic() + PATIENCE_S
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                raise RuntimeError(f"{self.name} rank {rank} did not answer in time")
+            try:
+                answer, error = pipe.recv()
+            except EOFError:
+                raise RuntimeError(f"{self.name} rank {rank} has died") from None
+            if error is not None:
+                raise RuntimeError(error)
+            answers.append(answer)
+        return answers
+
+    def ask(self, name: str, *arguments: Any) -> list[Any]:
+        """Has every rank run a command."""
+        for pipe in self.pipes:
+            pipe.send((name, arguments))
+        return self.receive()
+
+    def stop(self) -> None:
+        """Ends the processes, whatever they do."""
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+
+
+@contextmanager
+def engines(
+    config: StackConfig, prefill_tp: int, decode_tp: int
+) -> Iterator[tuple[Engine, Engine, list[tuple[str, int]]]]:
+    """Both engines, and the addresses of the prefill ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        started: list[Engine] = []
+        secret = secrets.token_bytes(32)
+        try:
+            for name, tp_size, padding in (("prefill", prefill_tp, 0), ("decode", decode_tp, 512)):
+                started.append(Engine(name, tp_size, config, folder, padding, secret))
+            prefill, decode = started
+            addresses = prefill.receive()
+            decode.receive()
+            yield prefill, decode, addresses
+        finally:
+            for engine in started:
+                engine.stop()
+
+
+def answer_alone(alone: Sequences, tokens: list[int], count: int) -> list[int]:
+    """What one process makes of a prompt: prefill of all of it, then plain decode."""
+    logits, (table, blocks) = alone.prefill(tokens)
+    first = int(logits[-1].argmax())
+    rest, _ = alone.generate([*tokens, first], count - 1, table, blocks)
+    return [first, *rest]
+
+
+def spoil(tokens: list[int], vocabulary: int, seed: int) -> list[int]:
+    """A draft model that is wrong about a third of the time."""
+    rng = random.Random(seed)
+    return [t if rng.random() < 0.67 else (t + 1) % vocabulary for t in tokens]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m kda_ops pd-demo`."""
+    for name in ("prefill", "decode"):
+        parser.add_argument(
+            f"--{name}-tp",
+            type=int,
+            choices=(1, 2, 4),
+            default=1 if name == "prefill" else 2,
+            help=f"tensor-parallel ranks of the {name} engine, a process each",
+        )
+    parser.add_argument(
+        "--layout",
+        choices=package_config.LAYOUTS,
+        default="DS",
+        help="layout of the convolution state; SD needs equal numbers of ranks",
+    )
+    parser.add_argument(
+        "--spec", type=int, choices=range(4), default=0, help="speculative tokens per decode step"
+    )
+    parser.add_argument(
+        "--tokens", type=_tokens, default=24, help=f"new tokens per request, at least {FEWEST}"
+    )
+    parser.add_argument("--layers", type=_layers, default="KKAK", help="K: KDA, A: attention")
+
+
+def enough_pages(config: StackConfig, tokens: int) -> int:
+    """Pages of each group, the null block included, for all requests: none is ever given back."""
+    blocks = -(-(LONGEST_PROMPT + tokens + config.num_spec) // config.block_tokens)
+    return 1 + REQUESTS * (blocks + config.num_spec)
+
+
+def _tokens(value: str) -> int:
+    if not value.isdecimal() or int(value) < FEWEST:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {FEWEST}, got {value!r}")
+    return int(value)
+
+
+def _layers(value: str) -> str:
+    if set(value) != {"K", "A"}:
+        raise argparse.ArgumentTypeError(f"must be made of K and A, with both, got {value!r}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exits with 0 if all tokens match."""
+    if args.layout == "SD" and args.prefill_tp != args.decode_tp:
+        return _refuse(
+            f"--layout SD needs as many prefill as decode ranks, got {args.prefill_tp} and "
+            f"{args.decode_tp}"
+        )
+    if importlib.util.find_spec("nixl") is None:
+        return _refuse("it needs NIXL: pip install 'kda-ops[nixl]', or make nixl in a checkout")
+    config = StackConfig(layers=args.layers, layout=args.layout, num_spec=args.spec)
+    config = replace(config, pages=max(config.pages, enough_pages(config, args.tokens)))
+    plain = replace(config, num_spec=0)
+    alone = Sequences(Stack(plain), Caches(plain, 1))
+    print(
+        f"prefill on {args.prefill_tp}, decode on {args.decode_tp} ranks; "
+        f"layers {config.layers}, layout {args.layout}, {args.spec} speculative tokens",
+        flush=True,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # every rank computes on one core, the process that checks them too
+    try:
+        with engines(config, args.prefill_tp, args.decode_tp) as (prefill, decode, addresses):
+            return _serve(args, config, alone, prefill, decode, addresses)
+    except RuntimeError as error:
+        print(f"FAILED: {error}")
+        return 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _refuse(message: str) -> int:
+    print(f"python -m kda_ops pd-demo: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _serve(
+    args: argparse.Namespace,
+    config: StackConfig,
+    alone: Sequences,
+    prefill: Engine,
+    decode: Engine,
+    addresses: list[tuple[str, int]],
+) -> int:
+    """All requests, one after the other; what is off, in words."""
+    decode.ask("connect", prefill.name, addresses)
+    generated: dict[str, list[int]] = {}
+    wrong: list[str] = []
+    kept: Counter[int] = Counter()
+    print(
+        f"{'request':<16}{'prompt':>7}{'hit':>5}  {'cached':<18}{'read ms':>8}  tokens", flush=True
+    )
+    for i, request in enumerate(requests(TEXT, config.block_tokens, generated)):
+        expected = answer_alone(alone, request.tokens, args.tokens)
+        generated[request.name] = expected
+        (blocks, *others) = prefill.ask("prefill", request.name, request.tokens)
+        if any(other != blocks for other in others):
+            wrong.append(f"{request.name}: prefill ranks took different blocks")
+        drafts = spoil(expected, config.vocabulary, i)
+        work = Work(request.name, request.tokens, args.tokens, drafts, blocks)
+        results: list[Continuation] = decode.ask("read_and_continue", prefill.name, work)
+        first = results[0]
+        kept.update(first.kept)
+        same = all(result.tokens == expected for result in results)
+        if not same:
+            wrong.append(f"{request.name}: expected {expected}, got {first.tokens}")
+        found = _describe(first.hit, len(request.tokens) - 1)
+        if found != request.hit:
+            wrong.append(f"{request.name}: expected a hit of {request.hit!r}, got {found!r}")
+        milliseconds = max(result.seconds for result in results) * 1e3
+        print(
+            f"{request.name:<16}{len(request.tokens):>7}{first.hit[0]:>5}  {found:<18}"
+            f"{milliseconds:>8.1f}  {'equal' if same else 'DIFFERENT'}",
+            flush=True,
+        )
+    wrong += _check_releases(prefill, list(generated))
+    _print_transfers(decode.ask("counters"))
+    if config.num_spec:
+        steps = ", ".join(f"{n}: {kept[n]}" for n in sorted(kept))
+        print(f"\nsteps by tokens kept   {steps}")
+    for engine in (decode, prefill):
+        if any(engine.ask("close")):
+            wrong.append(f"{engine.name}: reads were left in flight")
+    print("\n" + "\n".join(wrong or ["all tokens equal those of one process"]))
+    return 1 if wrong else 0
+
+
+def _describe(hit: tuple[int, bool], ready: int) -> str:
+    tokens, state = hit
+    if tokens == ready:
+        return "full" if state else "all but the state"
+    return "partial" if tokens else "none"
+
+
+def _check_releases(prefill: Engine, names: list[str]) -> list[str]:
+    """Every prefill rank has its pages back."""
+    deadline = time.monotonic() + PATIENCE_S / 4
+    while True:
+        released = prefill.ask("releases")
+        missing = [
+            f"prefill rank {rank} still holds {name}"
+            for rank, found in enumerate(released)
+            for name in names
+            if found.get(name) != "done"
+        ]
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(0.01)
+
+
+def _print_transfers(counters: list[dict[str, Any]]) -> None:
+    """What the decode ranks have read, together."""
+    nbytes: Counter[str] = Counter()
+    latency: Counter[int] = Counter()
+    for one in counters:
+        nbytes.update(one["bytes"])
+        latency.update(one["latency"])
+    print(f"\n{'segment':<16}{'bytes':>12}")
+    for name, count in nbytes.items():
+        print(f"{name:<16}{count:>12}")
+    reads, ranges = (sum(one[name] for one in counters) for name in ("reads", "ranges"))
+    print(f"{'total':<16}{sum(nbytes.values()):>12}   {reads} reads, {ranges} ranges")
+    times = ", ".join(f"<= {math.ldexp(1, n):g} ms: {latency[n]}" for n in sorted(latency))
+    print(f"time of a request     {times}")

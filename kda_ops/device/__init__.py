@@ -1,1 +1,0 @@
-"""Triton device functions that more than one kernel uses; `kernel.py` alone imports Triton."""

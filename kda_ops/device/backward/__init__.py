@@ -1,1 +1,0 @@
-"""The gradient of chunked KDA: its launches, one after the other."""

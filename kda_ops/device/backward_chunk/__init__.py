@@ -1,1 +1,0 @@
-"""The gradient of chunked KDA within a chunk."""

@@ -1,1 +1,0 @@
-"""What the gradient of chunked KDA recomputes of the forward pass, chunk by chunk."""

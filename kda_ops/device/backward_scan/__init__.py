@@ -1,1 +1,0 @@
-"""The recurrences of the gradient of chunked KDA: states forward, their gradients backward."""

@@ -1,1 +1,0 @@
-"""What pairs of rows of a chunk give each other in the gradient of chunked KDA."""

@@ -1,1 +1,0 @@
-"""What the Triton kernels of chunked KDA share."""

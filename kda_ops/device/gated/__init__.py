@@ -1,1 +1,0 @@
-"""The raw gate, the raw beta and the norms, as kernels compute them."""

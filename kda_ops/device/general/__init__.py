@@ -1,1 +1,0 @@
-"""The first kernel of chunked KDA, for any size and dtype."""

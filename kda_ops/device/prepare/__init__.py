@@ -1,1 +1,0 @@
-"""The first kernel of chunked KDA, for chunks that one program holds."""

@@ -1,1 +1,0 @@
-"""The recurrence of chunked KDA from chunk to chunk."""

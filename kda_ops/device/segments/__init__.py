@@ -1,1 +1,0 @@
-"""Parts of one sequence worked on at the same time, where there are few heads."""

@@ -1,0 +1,1 @@
+"""The KDA gate and its chunk-local cumulative sum."""

@@ -1,0 +1,76 @@
+"""The chunk-local cumulative sum: schema, fake implementation, public function."""
+
+import torch
+from torch import Tensor
+
+from kda_ops._checks import check_chunk_size, check_dtype, check_number, check_varlen
+from kda_ops._numerics import CHUNK, accumulation_dtype
+from kda_ops._registry import define_op
+from kda_ops.gating.chunk_cumsum.reference import chunk_cumsum_reference
+from kda_ops.varlen import check_varlen_values, chunk_table
+
+
+def chunk_cumsum_fake(
+    g: Tensor, chunk_size: int, scale: float, cu_seqlens: Tensor | None, chunks: Tensor | None
+) -> Tensor:
+    return torch.empty(g.shape, dtype=accumulation_dtype(g), device=g.device)
+
+
+def _check_values(
+    g: Tensor, chunk_size: int, scale: float, cu_seqlens: Tensor | None, chunks: Tensor | None
+) -> None:
+    check_varlen_values(g, cu_seqlens, chunks, chunk_size)
+
+
+chunk_cumsum_op = define_op(
+    "chunk_cumsum(Tensor g, int chunk_size, float scale, Tensor? cu_seqlens, Tensor? chunks)"
+    " -> Tensor",
+    reference=chunk_cumsum_reference,
+    fake=chunk_cumsum_fake,
+    cuda="kda_ops.gating.chunk_cumsum.kernel:launch_chunk_cumsum",
+    check_values=_check_values,
+)
+
+
+def chunk_cumsum(
+    g: Tensor,
+    *,
+    chunk_size: int = CHUNK,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    chunks: Tensor | None = None,
+) -> Tensor:
+    """Inclusive prefix sum along T that restarts every `chunk_size` tokens and at every sequence
+    start.
+
+    `out[t] = scale * sum(g[s] for s from the start of t's chunk up to t)`. Chunks are counted from
+    the start of each sequence; the last one of a sequence may be short. Compiled for a GPU it fuses
+    with the operators that make `g`, and a multiplication of the result by a number joins `scale`.
+
+    Source: Kimi Linear (arXiv:2510.26692), section 4, the cumulative decay of the chunkwise form.
+
+    Args:
+        g: `[B, T, ...]`, fp16, bf16, fp32, on a CPU fp64, any strides.
+        chunk_size: Tokens per chunk, a power of two from 16 to 256.
+        scale: Factor of the result; `RCP_LN2` turns nats into log2.
+        cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0, non-decreasing,
+            last at most T. Needs `B = 1`. None means that every batch entry is one sequence.
+        chunks: `chunk_table(cu_seqlens, T, chunk_size)`, if the caller has it already.
+
+    Returns:
+        `[B, T, ...]` in the **unit of g times scale**, fp32 (fp64 for fp64 inputs), contiguous.
+        Rows past the last sequence are zero, and what `g` holds there has no influence.
+
+    Raises:
+        ValueError: A shape, dtype, device or `chunk_size` that does not fit; offsets or a chunk
+            table that are wrong.
+    """
+    check_dtype("g", g)
+    if g.dim() < 2:
+        raise ValueError(f"g must have shape [B, T, ...], got {tuple(g.shape)}")
+    check_chunk_size(chunk_size)
+    check_number("scale", scale)
+    check_varlen("g", g, cu_seqlens, chunks, chunk_size)
+    if cu_seqlens is not None and chunks is None:
+        chunks = chunk_table(cu_seqlens, g.shape[1], chunk_size)
+    return chunk_cumsum_op(g, chunk_size, scale, cu_seqlens, chunks)

@@ -1,0 +1,12 @@
+"""The chunk-local cumulative sum in eager PyTorch."""
+
+from torch import Tensor
+
+from kda_ops._numerics import accumulation_dtype
+from kda_ops.gating.formulas import chunk_local_cumsum
+
+
+def chunk_cumsum_reference(
+    g: Tensor, chunk_size: int, scale: float, cu_seqlens: Tensor | None, chunks: Tensor | None
+) -> Tensor:
+    return chunk_local_cumsum(g.to(accumulation_dtype(g)), chunk_size, cu_seqlens, chunks) * scale

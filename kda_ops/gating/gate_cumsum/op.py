@@ -1,0 +1,90 @@
+"""The cumulative gate: schema, fake implementation, public function."""
+
+import torch
+from torch import Tensor
+
+from kda_ops._checks import check_chunk_size, check_gate_parameters, check_rank, check_varlen
+from kda_ops._numerics import CHUNK, accumulation_dtype
+from kda_ops._registry import define_op
+from kda_ops.gating.gate_cumsum.reference import gate_cumsum_reference
+from kda_ops.varlen import check_varlen_values, chunk_table
+
+
+def gate_cumsum_fake(
+    x: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor:
+    return torch.empty(x.shape, dtype=accumulation_dtype(x), device=x.device)
+
+
+def _check_values(
+    x: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+    chunks: Tensor | None,
+) -> None:
+    check_varlen_values(x, cu_seqlens, chunks, chunk_size)
+
+
+gate_cumsum_op = define_op(
+    "gate_cumsum(Tensor x, Tensor? A_log, Tensor? dt_bias, float? lower_bound, int chunk_size, "
+    "Tensor? cu_seqlens, Tensor? chunks) -> Tensor",
+    reference=gate_cumsum_reference,
+    fake=gate_cumsum_fake,
+    cuda="kda_ops.gating.gate_cumsum.kernel:launch_gate_cumsum",
+    check_values=_check_values,
+)
+
+
+def gate_cumsum(
+    x: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None = None,
+    *,
+    lower_bound: float | None = None,
+    chunk_size: int = CHUNK,
+    cu_seqlens: Tensor | None = None,
+    chunks: Tensor | None = None,
+) -> Tensor:
+    """The cumulative log2 decay of every token since the start of its chunk, in one pass over
+    memory.
+
+    `chunk_cumsum(gate(x, A_log, dt_bias, lower_bound=lower_bound), scale=RCP_LN2)`, which is what
+    `chunk_kda` takes as `G`; see `gate` for the formula and `chunk_cumsum` for the chunks.
+
+    Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
+
+    Args:
+        x: `[B, T, HV, K]`, fp16, bf16, fp32, on a CPU fp64, any strides.
+        A_log: `[HV]`, natural log of the decay rate. None means `a = 1` and needs `lower_bound`.
+        dt_bias: `[HV, K]` or `[HV * K]`, added to x.
+        lower_bound: None, or a bound in `[-5, 0)` in nats.
+        chunk_size: Tokens per chunk, a power of two from 16 to 256.
+        cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0, non-decreasing,
+            last at most T. Needs `B = 1`. None means that every batch entry is one sequence.
+        chunks: `chunk_table(cu_seqlens, T, chunk_size)`, if the caller has it already.
+
+    Returns:
+        G, `[B, T, HV, K]` in **log2**, fp32 (fp64 for fp64 inputs), contiguous. Sums that overflow
+        are the least finite number. Rows past the last sequence are zero, and what `x` holds there
+        has no influence.
+
+    Raises:
+        ValueError: A shape, dtype, device, `lower_bound` or `chunk_size` that does not fit; offsets
+            or a chunk table that are wrong.
+    """
+    check_rank("x", x, 4)
+    check_gate_parameters(x, A_log, dt_bias, lower_bound)
+    check_chunk_size(chunk_size)
+    check_varlen("x", x, cu_seqlens, chunks, chunk_size)
+    if cu_seqlens is not None and chunks is None:
+        chunks = chunk_table(cu_seqlens, x.shape[1], chunk_size)
+    return gate_cumsum_op(x, A_log, dt_bias, lower_bound, chunk_size, cu_seqlens, chunks)

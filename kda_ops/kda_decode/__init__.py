@@ -1,5 +1,0 @@
-"""A whole step of decode between the projections: convolution, recurrence and norm in one."""
-
-from kda_ops.kda_decode.op import kda_decode
-
-__all__ = ["kda_decode"]

@@ -1,5 +1,0 @@
-"""L2 normalisation over the last axis."""
-
-from kda_ops.l2norm.op import l2norm
-
-__all__ = ["l2norm"]

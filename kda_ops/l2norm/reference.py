@@ -1,9 +1,0 @@
-"""L2 normalisation in eager PyTorch."""
-
-from torch import Tensor
-
-from kda_ops.formulas import l2_normalized
-
-
-def l2norm_reference(x: Tensor, eps: float) -> Tensor:
-    return l2_normalized(x, eps).to(x.dtype).contiguous()

@@ -1,0 +1,1 @@
+"""Modules: the layer, and the checkpoints it loads."""

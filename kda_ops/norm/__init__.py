@@ -1,0 +1,1 @@
+"""Norms: L2 of queries and keys, gated RMS of outputs."""

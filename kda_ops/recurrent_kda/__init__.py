@@ -1,5 +1,0 @@
-"""One token, or a few, of the KDA recurrence per sequence, on paged states."""
-
-from kda_ops.recurrent_kda.op import recurrent_kda
-
-__all__ = ["recurrent_kda"]

@@ -1,9 +1,0 @@
-"""Gated RMSNorm in eager PyTorch."""
-
-from torch import Tensor
-
-from kda_ops.formulas import gated_rms_norm
-
-
-def rms_norm_gated_reference(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return gated_rms_norm(o, gate, weight, eps).to(o.dtype).contiguous()

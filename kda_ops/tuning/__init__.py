@@ -1,0 +1,214 @@
+"""One way to choose between forms of a kernel: block sizes and warps, one kernel or several, a
+layout.
+
+A launcher asks `choose("gate", x.device, K=K)` and gets the values of its kernel as a dictionary:
+
+1. on a GPU of the shipped table, the row of the table (`table.py`);
+2. elsewhere what was timed there before, remembered on disk (`disk_cache.py`);
+3. else the fastest of a few candidates, timed now. That happens where a launcher is traced while
+   `torch.compile` compiles, or at the first eager call: never while a stream is captured, and never
+   again for the same GPU, key and versions. Candidates are timed on arguments made after those of
+   the operator call that is going on (`examples.py`).
+
+With `kda_ops.config.deterministic_choice`, on the CPU, in a captured stream and where a size is not
+known, the default of the table stands in. What is chosen is static: one key, one answer, for the
+life of the process.
+
+Each choice is one line of the log `kda_ops.tuning`; `TORCH_LOGS="kda_ops.tuning"` prints it.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from threading import RLock
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from kda_ops import config
+from kda_ops.tuning import benchmark, disk_cache
+from kda_ops.tuning.configs import CANDIDATES, DEFAULTS, TABLE, row_for
+from kda_ops.tuning.example_inputs import NoHintError, examples
+
+logger = logging.getLogger(__name__)
+
+Values = Mapping[str, Any]
+# Makes the call that is timed for a candidate.
+Bench = Callable[[dict[str, Any]], Callable[[], Any]]
+
+
+class Choice(NamedTuple):
+    """What was chosen and where it comes from."""
+
+    values: Values
+    source: str
+    times: Mapping[str, float] = {}
+    final: bool = True
+
+
+# The operator call that is going on: its launcher, its arguments' names, the arguments.
+_call: ContextVar[tuple[Any, ...] | None] = ContextVar("kda_ops_call", default=None)
+_forced: ContextVar[Mapping[str, Values] | None] = ContextVar("kda_ops_forced", default=None)
+_chosen: dict[Any, Values] = {}
+_lock = RLock()
+
+
+def choose(kernel: str, device: torch.device, *, bench: Bench | None = None, **key: Any) -> Values:
+    """The values of a kernel.
+
+    Args:
+        kernel: Its name in the table.
+        device: Where it runs.
+        bench: What to time for a candidate. None means the operator call that is going on.
+        key: What the choice depends on: numbers, strings, dtypes. A symbolic number becomes the
+            string "dynamic", it is not made static.
+
+    Returns:
+        The values, to read only.
+    """
+    forced = _forced.get()
+    if forced and kernel in forced:
+        return forced[kernel]
+    known = ["dynamic" if isinstance(x, torch.SymInt) else x for x in key.values()]
+    slot = (kernel, device, config.deterministic_choice, *known)
+    values = _chosen.get(slot)
+    if values is not None:
+        return values
+    key = {
+        name: x if isinstance(x, (int, str)) else str(x) for name, x in zip(key, known, strict=True)
+    }
+    # nothing is timed while something is forced, which may be in a thread that the lock waits for
+    with _lock if forced is None else nullcontext():
+        if slot in _chosen:
+            return _chosen[slot]
+        choice = _decide(kernel, device, key, bench)
+        if choice.final:
+            _chosen[slot] = choice.values
+    _explain(kernel, device, key, choice)
+    return choice.values
+
+
+class calling:
+    """While it is open, choices without a `bench` are timed by calling the launcher.
+
+    A class, since it is on the way of every eager call: a generator costs a microsecond.
+    """
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __enter__(self) -> None:
+        self.token = _call.set(self.call)
+
+    def __exit__(self, *error: Any) -> None:
+        _call.reset(self.token)
+
+
+@contextmanager
+def forcing(values: Mapping[str, Values]) -> Iterator[None]:
+    """While it is open, the named kernels take these values, and nothing is timed."""
+    token = _forced.set(values)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def cache_key() -> str:
+    """What of the configuration decides on choices, for the keys of caches of compiled code."""
+    forced = "".join(f", {name}: {_text(values)}" for name, values in (_forced.get() or {}).items())
+    return ("table" if config.deterministic_choice else "timed") + forced
+
+
+def forget() -> None:
+    """Forgets the choices of this process; those on disk stay."""
+    _chosen.clear()
+    benchmark.gpu.cache_clear()
+
+
+def _decide(kernel: str, device: torch.device, key: Values, bench: Bench | None) -> Choice:
+    gpu = benchmark.gpu(device)
+    if gpu is None:
+        return Choice(row_for(DEFAULTS[kernel], key), "default")
+    architecture, name = gpu
+    if kernel in TABLE.get(architecture, {}):
+        return Choice(row_for(TABLE[architecture][kernel], key), f"table of {architecture}")
+    default = row_for(DEFAULTS[kernel], key)
+    candidates = [dict(default)]
+    candidates += [values for values in CANDIDATES.get(kernel, []) if values != default]
+    if len(candidates) == 1 or config.deterministic_choice:
+        return Choice(default, "default")
+    if _forced.get() is not None:
+        return Choice(default, "default, another kernel is being timed", final=False)
+    question = {"kernel": kernel, "gpu": name, "key": dict(key), "candidates": candidates}
+    remembered = disk_cache.load(question, candidates)
+    if remembered is not None:
+        return Choice(remembered, "remembered")
+    if benchmark.capturing():
+        return Choice(default, "default, the stream is being captured", final=False)
+    with _disable_current_modes(), torch.no_grad():
+        try:
+            times = _measure(kernel, device, candidates, bench or _bench_of_call(kernel, device))
+        except NoHintError as error:
+            return Choice(default, f"default, {error}", final=False)
+        except RuntimeError as error:  # no memory for the arguments, for one
+            logger.warning("%s on %s cannot be timed: %s", kernel, device, error)
+            return Choice(default, "default")
+    if not times:
+        logger.warning("%s on %s: no candidate ran, the default is taken", kernel, device)
+        return Choice(default, "default, no candidate ran")
+    fastest = min(times, key=lambda n: times[n])
+    named = {_text(candidates[n]): time for n, time in times.items()}
+    disk_cache.save(question, candidates[fastest], named)
+    return Choice(candidates[fastest], "measured", named)
+
+
+def _bench_of_call(kernel: str, device: torch.device) -> Bench:
+    call = _call.get()
+    if call is None:
+        raise NoHintError("no operator is being called")
+    launcher, names, arguments = call
+    arguments = examples(names, arguments, device)
+
+    def bench(values: dict[str, Any]) -> Callable[[], Any]:
+        def run() -> None:
+            with forcing({kernel: values}):
+                launcher(*arguments)
+
+        return run
+
+    return bench
+
+
+def _measure(
+    kernel: str, device: torch.device, candidates: list[dict[str, Any]], bench: Bench
+) -> dict[int, float]:
+    """Microseconds of each candidate that runs, by its number."""
+    times = {}
+    for n, values in enumerate(candidates):
+        try:
+            times[n] = benchmark.time_call(bench(values), device)
+        except Exception as error:  # more registers or shared memory than this GPU has, for one
+            logger.info("%s: %s does not run: %s", kernel, _text(values), error)
+    return times
+
+
+def _explain(kernel: str, device: torch.device, key: Values, choice: Choice) -> None:
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    times = ", ".join(f"{values} {time:.1f} us" for values, time in choice.times.items())
+    logger.info(
+        "%s(%s) on %s: %s (%s)%s",
+        kernel,
+        _text(key),
+        device,
+        _text(choice.values),
+        choice.source,
+        f": {times}" if times else "",
+    )
+
+
+def _text(values: Values) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())

@@ -1,0 +1,98 @@
+"""Choices that were timed, remembered on disk: one JSON file per choice.
+
+A file is found by everything that a timing depends on: the GPU, the shapes, the candidates, the
+versions of torch and Triton and the sources of the kernels. What it holds is checked against that
+when it is read; a file that does not fit is as good as none. Files are replaced in one step, so
+processes may share the folder.
+"""
+
+import getpass
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("kda_ops.tuning")
+TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
+
+
+def folder() -> Path:
+    """`kda_ops` in Inductor's cache folder if `TORCHINDUCTOR_CACHE_DIR` names one, else in the
+    user's.
+    """
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if inductor:
+        return Path(inductor) / "kda_ops"
+    user = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(user) if user else Path.home() / ".cache") / "kda_ops"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"kda_ops_{getpass.getuser()}"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of torch and Triton, and a hash of what is timed and how."""
+    triton = "none"
+    for package in TRITON_PACKAGES:
+        try:
+            triton = metadata.version(package)
+            break
+        except metadata.PackageNotFoundError:
+            continue
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.rglob("kernel.py"), *root.glob("choice/*.py")]):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return {"torch": torch.__version__, "triton": triton, "kernels": digest.hexdigest()}
+
+
+def path_of(question: Mapping[str, Any]) -> Path:
+    """The file that answers a question (JSON values)."""
+    text = json.dumps({**question, **versions()}, sort_keys=True)
+    return folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def load(question: Mapping[str, Any], answers: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The remembered answer, one of `answers`; None if there is no file that says so."""
+    path = path_of(question)
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.info("%s is not readable, measuring again: %s", path, error)
+        return None
+    if (
+        not isinstance(found, dict)
+        or found.get("question") != {**question, **versions()}
+        or found.get("answer") not in answers
+    ):
+        logger.info("%s holds something else, measuring again", path)
+        return None
+    return found["answer"]
+
+
+def save(question: Mapping[str, Any], answer: Mapping[str, Any], times: Any) -> None:
+    """Remembers an answer. A folder that cannot be written costs the memory, nothing else."""
+    path = path_of(question)
+    text = json.dumps(
+        {"question": {**question, **versions()}, "answer": dict(answer), "microseconds": times},
+        indent=1,
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("%s cannot be written, the choice is not remembered: %s", path, error)

@@ -1,0 +1,129 @@
+"""The chunks of a batch: the table of a variable-length one (each program's sequence, and its chunk
+of that), and the memory that chunked KDA takes for them.
+"""
+
+import torch
+from torch import Tensor
+
+from kda_ops._checks import check_cu_seqlens_shape, check_cu_seqlens_values, check_integer
+from kda_ops._numerics import CHUNK
+
+EMPTY = -1
+
+
+def chunk_table(cu_seqlens: Tensor, total_tokens: int, chunk_size: int = CHUNK) -> Tensor:
+    """Maps chunk programs to sequences, on the device of `cu_seqlens` and without synchronising
+    with it.
+
+    Compute it once per batch and hand it to every operator and layer that takes `chunks`. It is
+    made of ordinary tensor operations: it compiles, and it can be captured in a CUDA graph and
+    replayed with other `cu_seqlens` of the same length.
+
+    Args:
+        cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; first 0,
+            non-decreasing, last at most `total_tokens`.
+        total_tokens: T, the number of rows that `cu_seqlens` indexes, padding included.
+        chunk_size: Tokens per chunk.
+
+    Returns:
+        `[T // chunk_size + N, 2]`, int32: (sequence, chunk of that sequence), in order. That many
+        rows always suffice; rows past the real count hold `(-1, -1)` and a program that reads one
+        returns at once.
+
+    Raises:
+        ValueError: Wrong shape or dtype, a negative `total_tokens` or a `chunk_size` below 1.
+    """
+    check_cu_seqlens_shape(cu_seqlens)
+    check_integer("total_tokens", total_tokens)
+    check_integer("chunk_size", chunk_size)
+    if total_tokens < 0:
+        raise ValueError(f"total_tokens must not be negative, got {total_tokens}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    sequences = cu_seqlens.shape[0] - 1
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    ends = ((lengths + (chunk_size - 1)) // chunk_size).cumsum(0)
+    # never empty, also without sequences: a search in nothing does not compile for a GPU
+    starts = torch.nn.functional.pad(ends, (1, 0))
+    row = torch.arange(total_tokens // chunk_size + sequences, device=cu_seqlens.device)
+    sequence = torch.searchsorted(starts, row, right=True) - 1
+    real = sequence < sequences
+    chunk = row - starts[sequence]
+    table = torch.stack([sequence, chunk], dim=1)
+    return torch.where(real[:, None], table, EMPTY).to(torch.int32)
+
+
+def chunk_tokens(cu_seqlens: Tensor, chunks: Tensor, chunk_size: int, total_tokens: int) -> Tensor:
+    """The token at each place of each row of a chunk table, `[rows, chunk_size]`.
+
+    `total_tokens` stands where there is none.
+    """
+    sequence, chunk = chunks.to(torch.int64).unbind(1)
+    real = sequence >= 0
+    place = torch.arange(chunk_size, device=chunks.device)
+    first = cu_seqlens[torch.where(real, sequence, 0)] + chunk * chunk_size
+    last = cu_seqlens[torch.where(real, sequence + 1, 0)]
+    token = first[:, None] + place
+    return torch.where(real[:, None] & (token < last[:, None]), token, total_tokens)
+
+
+def real_rows(x: Tensor, cu_seqlens: Tensor | None, fill: float) -> Tensor:
+    """`x [B, T, ...]` with `fill` in the rows past the last sequence.
+
+    What is computed of padding is discarded, but its derivatives would be NaN where it holds NaN.
+    """
+    if cu_seqlens is None:
+        return x
+    token = torch.arange(x.shape[1], device=x.device).view(-1, *(1,) * (x.dim() - 2))
+    return torch.where(token < cu_seqlens[-1], x, fill)
+
+
+def sequence_offsets(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """`[N + 1]`, int64: `cu_seqlens`, or those of the equally long sequences of a dense batch."""
+    if cu_seqlens is not None:
+        return cu_seqlens.long()
+    sequences = x.shape[0] if x.dim() == 3 else 1
+    return torch.arange(sequences + 1, device=x.device) * x.shape[-2]
+
+
+def known(x: Tensor) -> bool:
+    """Whether values can be read: traced tensors have none, and nobody waits for those of a GPU."""
+    return type(x) is Tensor and x.device.type == "cpu"
+
+
+def even_length(offsets: Tensor, rows: int) -> int | None:
+    """How many tokens each sequence has, where all have as many, fill all rows, and are `known`."""
+    sequences = len(offsets) - 1
+    if not known(offsets) or rows == 0 or sequences == 0:
+        return None
+    tokens, rest = divmod(rows, sequences)
+    if rest or tokens == 0:
+        return None
+    return tokens if offsets.tolist() == [*range(0, rows + 1, tokens)] else None
+
+
+def check_varlen_values(
+    x: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None, chunk_size: int
+) -> None:
+    """Contents of `cu_seqlens` for `x [1, T, ...]`, and of the chunk table."""
+    if cu_seqlens is None:
+        return
+    check_cu_seqlens_values(cu_seqlens, x.shape[1])
+    if chunks is not None:
+        check_chunk_values(chunks, cu_seqlens, x.shape[1], chunk_size)
+
+
+def check_chunk_values(
+    chunks: Tensor, cu_seqlens: Tensor, total_tokens: int, chunk_size: int
+) -> None:
+    """`chunks` is the chunk table of right `cu_seqlens`."""
+    from kda_ops.varlen import chunk_table
+
+    expected = chunk_table(cu_seqlens, total_tokens, chunk_size)
+    wrong = (expected != chunks).any(dim=1).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"chunks must be the chunk table of cu_seqlens, expected row {row} to be "
+            f"{expected[row].tolist()}, got {chunks[row].tolist()}"
+        )

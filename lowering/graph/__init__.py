@@ -1,0 +1,1 @@
+"""Reading FX graphs and making nodes."""

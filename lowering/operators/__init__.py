@@ -1,0 +1,1 @@
+"""How Inductor lowers each operator."""

@@ -1,0 +1,288 @@
+"""What every graph rewrite shares: what is checked, replacing a part of a graph, and a log of it.
+
+Rewrites run on Inductor's post-grad graph, after Inductor's own patterns. The graph is functional
+there, so a write of a state between two operators is an edge like any other.
+
+A rewrite is three functions:
+
+* pattern: the nodes that one call and its surroundings are made of, or None (`kda_ops.lowering.graph.matching`);
+* guard: why they can not be replaced (a sentence), or None;
+* replacement: new nodes in the place of the old outputs (`kda_ops.lowering.graph.emitting`).
+
+What holds for every rewrite is checked here: nothing that disappears is used elsewhere, and what
+the new node reads does not depend on what it replaces.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.fx_passes.post_grad import pass_patterns
+from torch._inductor.pattern_matcher import stable_topological_sort
+
+from kda_ops._tracing import hint
+from kda_ops.lowering.compat import refresh_users
+from kda_ops.lowering.graph.emitting import UnknownSizeError
+from kda_ops.lowering.graph.matching import Call, moves, operator_of, value, widens
+from kda_ops.lowering.graph.provenance import inherit, layer_of, named, source_of
+from kda_ops.lowering.graph.sizes import share_sizes, sizes_for
+from kda_ops.lowering.graph.snapshots import place_copies
+
+logger = logging.getLogger("kda_ops.lowering")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one place that looked like a rewrite.
+
+    Attributes:
+        rewrite: Name of the rewrite.
+        node: The operator call at which it was found.
+        layer: Path of the innermost module the call was traced in, empty if unknown.
+        reason: Why it did not fire; None if it did.
+        removed: Operators of the calls that it replaces.
+        bytes_saved: Bytes that their intermediate results no longer move through memory (or would
+            not, where it did not fire), written once and read once. Symbolic sizes count with
+            their hint.
+        nodes: Names of all nodes that it replaces.
+        operator: The operator that is called there.
+        source: The model's line of source of the call.
+        check: What said no: `guard` of the rewrite, `escapes`, `depends_on_itself` or
+            `replacement`; None if it fired.
+        blamed: The node that the reason is about.
+        blamed_source: That node's line of source.
+    """
+
+    rewrite: str
+    node: str
+    layer: str
+    reason: str | None = None
+    removed: tuple[str, ...] = ()
+    bytes_saved: int = 0
+    nodes: tuple[str, ...] = ()
+    operator: str = ""
+    source: str = ""
+    check: str | None = None
+    blamed: str = ""
+    blamed_source: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.layer or 'graph'}: {self.node}"
+        if self.reason is not None:
+            return f"{self.rewrite} did not fire at {where}: {self.reason}"
+        replaced = ", ".join(self.removed) or "plain PyTorch"
+        return f"{self.rewrite} fired at {where}, replaces {replaced}"
+
+
+@dataclass
+class Found:
+    """A part of a graph that a pattern recognised.
+
+    Attributes:
+        inner: Nodes that disappear.
+        outputs: Those of them whose values live on, computed by the replacement.
+        inputs: Nodes that the replacement reads.
+        values: What the guard and the replacement need to know.
+    """
+
+    inner: list[fx.Node]
+    outputs: list[fx.Node]
+    inputs: list[fx.Node]
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.inner = list(dict.fromkeys(self.inner))
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One rewrite; `anchors` are the operators at which its pattern is tried."""
+
+    name: str
+    anchors: tuple[Any, ...]
+    pattern: Callable[[fx.Node], Found | None]
+    guard: Callable[[Found], str | None]
+    replacement: Callable[[fx.Graph, Found], dict[fx.Node, fx.Node]]
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in [node for node in graph.nodes if operator_of(node) in self.anchors]:
+            if node._erased:
+                continue
+            found = self.pattern(node)
+            if found is None:
+                continue
+            found.inner = list(dict.fromkeys([*found.inner, *sizes_for(found.inner)]))
+            outcome = outcome_of(self.name, node, found)
+            check, reason = self._refusal(found)
+            if reason is None:
+                check, reason = "replacement", self._replace(graph, node, found)
+            report(outcome if reason is None else refused(outcome, found, node, check, reason))
+
+    def _refusal(self, found: Found) -> tuple[str, str | None]:
+        """What says no, and why; the reason is None if nothing does."""
+        checks = {"guard": self.guard, "escapes": escapes, "depends_on_itself": depends_on_itself}
+        for name, check in checks.items():
+            if (reason := check(found)) is not None:
+                return name, reason
+        return "", None
+
+    def _replace(self, graph: fx.Graph, anchor: fx.Node, found: Found) -> str | None:
+        last = max(found.inner)
+        before = last.prev
+        try:
+            with graph.inserting_before(last):
+                news = self.replacement(graph, found)
+        except UnknownSizeError as error:
+            while last.prev is not before:
+                graph.erase_node(last.prev)
+            return str(error)
+        made = last.prev
+        while made is not before:
+            describe(made, anchor)
+            made.meta["rewrite"] = self.name
+            made = made.prev
+        for old, new in news.items():
+            old.replace_all_uses_with(new)
+        out_of_order = any(user < new for new in news.values() for user in new.users)
+        unused = [node for inner in found.inner for node in inner.all_input_nodes]
+        for node in sorted(found.inner, reverse=True):
+            graph.erase_node(node)
+        for new in news.values():
+            refresh_users(new)
+        while unused:  # casts and views of what was read, which would count as users of it
+            node = unused.pop()
+            if not node._erased and not node.users and (moves(node) or widens(node)):
+                unused += node.all_input_nodes
+                graph.erase_node(node)
+        if out_of_order:
+            stable_topological_sort(graph)
+        return None
+
+
+def describe(node: fx.Node, anchor: fx.Node) -> None:
+    """Gives a new node its place in the model, and its operator a place in kernel names."""
+    inherit(node, anchor)
+    if isinstance(node.target, torch._ops.OpOverload):
+        node.meta.setdefault("original_aten", node.target)
+
+
+def escapes(found: Found) -> str | None:
+    """Why what disappears is still needed."""
+    inner = set(found.inner)
+    for node in found.inner:
+        if node in found.outputs:
+            continue
+        for user in node.users:
+            if user not in inner:
+                what = "is returned" if user.op == "output" else f"is also used by {user.name}"
+                return f"{node.name} {what}"
+    return None
+
+
+def depends_on_itself(found: Found) -> str | None:
+    """Why the replacement could not come before everything that uses it."""
+    inner, first = set(found.inner), min(found.inner)
+    pending, seen = list(found.inputs), set()
+    while pending:
+        node = pending.pop()
+        if node in inner:
+            return f"an input depends on {node.name}"
+        if node in seen or node < first:
+            continue
+        seen.add(node)
+        pending += node.all_input_nodes
+    return None
+
+
+def outcome_of(name: str, node: fx.Node, found: Found) -> Outcome:
+    """The outcome of a rewrite that fires."""
+    removed = [call for call in map(Call.of, found.inner) if call]
+    kept = [call.result(i) for call in removed for i in range(call.results)]
+    moved = sum(_bytes(node) for node in kept if node is not None and node not in found.outputs)
+    return Outcome(
+        name,
+        node.name,
+        layer_of(node),
+        removed=tuple(str(call.op) for call in removed),
+        bytes_saved=2 * moved,
+        nodes=tuple(inner.name for inner in found.inner),
+        operator=str(operator_of(node)),
+        source=source_of(node),
+    )
+
+
+def refused(outcome: Outcome, found: Found, node: fx.Node, check: str, reason: str) -> Outcome:
+    """The outcome where a check said no."""
+    blamed = named(reason, found.inner) or node
+    return replace(
+        outcome, reason=reason, check=check, blamed=blamed.name, blamed_source=source_of(blamed)
+    )
+
+
+def report(outcome: Outcome) -> None:
+    """Logs an outcome and gives it to whoever is recording."""
+    logger.log(logging.INFO if outcome.reason is None else logging.DEBUG, "%s", outcome)
+    for listener in _listeners:
+        listener.append(outcome)
+
+
+def _bytes(node: fx.Node) -> int:
+    x = value(node)
+    if not isinstance(x, torch.Tensor):
+        return 0
+    sizes = [hint(size) if isinstance(size, torch.SymInt) else size for size in x.shape]
+    known = [size for size in sizes if size is not None]
+    return x.dtype.itemsize * math.prod(known) if len(known) == len(sizes) else 0
+
+
+_steps: list[Callable[[fx.Graph], None]] = []
+_listeners: list[list[Outcome]] = []
+
+
+@contextmanager
+def recording() -> Iterator[list[Outcome]]:
+    """Collects the outcomes of all rewrites tried meanwhile.
+
+    A graph that comes from a cache is not rewritten: force the compilation to see anything.
+    """
+    outcomes: list[Outcome] = []
+    _listeners.append(outcomes)
+    try:
+        yield outcomes
+    finally:
+        _listeners[:] = [listener for listener in _listeners if listener is not outcomes]
+
+
+def register(
+    name: str,
+    anchors: tuple[Any, ...],
+    pattern: Callable[[fx.Node], Found | None],
+    guard: Callable[[Found], str | None],
+    replacement: Callable[[fx.Graph, Found], dict[fx.Node, fx.Node]],
+) -> None:
+    """Adds a rewrite behind those that are registered."""
+    _steps.append(Rewrite(name, anchors, pattern, guard, replacement))
+
+
+class Rewrites:
+    """All rewrites in sequence, in the shape of one of Inductor's own pattern passes."""
+
+    def apply(self, gm: fx.GraphModule | fx.Graph) -> int:
+        graph = gm if isinstance(gm, fx.Graph) else gm.graph
+        if any(map(Call.of, graph.nodes)):
+            share_sizes(graph)
+            for step in _steps:
+                step(graph)
+            place_copies(graph)
+        return 0
+
+
+def install_rewrites() -> None:
+    """Runs the rewrites after Inductor's patterns, in no slot that belongs to the user."""
+    if not any(isinstance(patterns, Rewrites) for patterns in pass_patterns):
+        pass_patterns.append(Rewrites())

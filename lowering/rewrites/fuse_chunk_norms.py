@@ -1,0 +1,65 @@
+"""The chunked recurrence from raw inputs takes the norms of q and k.
+
+    chunk_kda_gated(l2norm(q), l2norm(k), ...)
+    chunk_kda_gated(q, k, ..., qk_norm_eps)
+
+On an H200 at T = 8192, H = 32 `prepare` takes 5 to 10 us more with the norms, a convolution 16, and
+kernels of their own take 67: so this comes before `fuse_short_conv_qkv`, which has the norms that
+are left. Only where `prepare` is one kernel: the other sizes would write normalised q and k to
+memory too.
+"""
+
+from typing import Any
+
+from torch import fx
+
+from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op, chunk_kda_gated_state_op
+from kda_ops.delta_rule.chunked.workspace import has_fast_prepare
+from kda_ops.lowering.graph.emitting import emit, reshape
+from kda_ops.lowering.graph.matching import Call, origin, same_shape, value
+from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.norm.l2norm.op import l2norm_op
+
+
+def pattern(node: fx.Node) -> Found | None:
+    call: Any = Call.of(node)
+    q, v = (value(call.args[name]) for name in "qv")
+    if call.args["qk_norm_eps"] is not None or not has_fast_prepare(
+        q.dtype, q.shape[3], v.shape[3]
+    ):
+        return None
+    norms, inner = [], []
+    for name in "qk":
+        source, path = origin(call.args[name])
+        norm = Call.of(source)
+        if norm is None or norm.op is not l2norm_op:
+            return None
+        norms.append(norm)
+        inner += [source, *path]
+    outputs = [n for n in call.nodes() if n is not node]
+    inputs = [*call.inputs("q", "k"), *(norm.args["x"] for norm in norms)]
+    return Found([*inner, *call.nodes()], outputs, inputs, {"call": call, "norms": norms})
+
+
+def guard(found: Found) -> str | None:
+    call, norms = found.values["call"], found.values["norms"]
+    eps = [norm.args["eps"] for norm in norms]
+    if eps[0] != eps[1]:
+        return f"q and k have different eps: {eps[0]} and {eps[1]}"
+    for name, norm in zip("qk", norms, strict=True):
+        if not same_shape(value(norm.node).shape[-1:], value(call.args[name]).shape[-1:]):
+            return f"{norm.node.name} is not over heads"
+    return None
+
+
+def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
+    call, norms = found.values["call"], found.values["norms"]
+    args = {**call.args, "qk_norm_eps": norms[0].args["eps"]}
+    for name, norm in zip("qk", norms, strict=True):
+        args[name] = reshape(graph, norm.args["x"], value(call.args[name]).shape)
+    news, states = emit(graph, call.op, args, call)
+    olds = [call.result(i) for i in range(call.results)]
+    return {old: new for old, new in zip(olds, news, strict=True) if old is not None} | states
+
+
+register("chunk_norms", (chunk_kda_gated_op, chunk_kda_gated_state_op), pattern, guard, replacement)

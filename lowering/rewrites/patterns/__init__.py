@@ -1,0 +1,1 @@
+"""Patterns that several rewrites match."""

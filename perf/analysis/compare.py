@@ -1,0 +1,133 @@
+"""Whether a run is worse than the last committed ones of the same GPU: `python -m perf.analysis.compare`.
+
+Machines differ, so a row's time is first divided by what the same run measured of its machine: the
+time of a copy, and where matrix products make the floor also theirs. A row is worse when every such
+measure says so by more than `LIMIT`; then the exit status is 1. (Peers are no measure: what their
+tuning picks differs more from run to run than our times do.) Without a run named, the newest file
+in `perf/history/<gpu>/` that is not committed is taken.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perf.analysis.report import newest
+from perf.harness.machine import HISTORY, folder_of
+from perf.harness.rows import OURS
+
+LIMIT = 0.05
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One of our rows in two runs; `by` tells how much longer it takes, by each measure."""
+
+    key: Key
+    before_us: float
+    after_us: float
+    by: dict[str, float]
+
+    @property
+    def worse(self) -> float:
+        """How much worse it is by the measure that is kindest to it."""
+        return min(self.by.values())
+
+    def __str__(self) -> str:
+        measures = ", ".join(f"{100 * x:+.1f} % to {name}" for name, x in self.by.items())
+        stage, case, who = self.key
+        return f"{stage} {case}, {who}: {self.before_us:.4g} to {self.after_us:.4g} us ({measures})"
+
+
+def rows_by_key(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
+    """Each row from the newest of these runs that has it: a run may be of a part."""
+    rows = newest(json.loads(path.read_text()) for path in paths)
+    return {(row["stage"], row["case"], row["who"]): row for row in rows}
+
+
+def changes(before: dict[Key, dict[str, Any]], after: dict[Key, dict[str, Any]]) -> list[Change]:
+    """Our rows that both have, the worst first."""
+    found = []
+    for key, new in after.items():
+        old = before.get(key)
+        if old is None or not key[2].startswith(OURS):
+            continue
+        by = {"the copy": _worse(old, new, "copy_TB_per_s")}
+        if _bound_by_products(new):
+            by["the matrix product"] = _worse(old, new, "matmul_TFLOP_per_s")
+        found.append(Change(key, old["us"], new["us"], by))
+    return sorted(found, key=lambda change: -change.worse)
+
+
+def _worse(old: dict[str, Any], new: dict[str, Any], ceiling: str) -> float:
+    """How much longer the row takes, in what the ceiling of each run does in that time."""
+    return float(new["us"] * new[ceiling] / (old["us"] * old[ceiling]) - 1)
+
+
+def _bound_by_products(row: dict[str, Any]) -> bool:
+    """Whether the row's floor is that of its matrix products."""
+    return bool(row["TFLOP_per_s"] * row["us"] > 0.99 * row["floor_us"] * row["matmul_TFLOP_per_s"])
+
+
+def committed(folder: Path) -> list[Path]:
+    """The runs of a folder that are in the repository, as they are on disk."""
+    command = ["git", "ls-files", "--", str(folder)]
+    names = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HISTORY).stdout
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", str(folder)],
+        **{"capture_output": True, "text": True, "check": True, "cwd": HISTORY},
+    ).stdout
+    dirty = {line[3:].rsplit("/", 1)[-1] for line in changed.splitlines()}
+    paths = [folder / Path(name).name for name in names.splitlines()]
+    return [path for path in paths if path.suffix == ".json" and path.name not in dirty]
+
+
+def choose_run() -> Path:
+    """The newest run that is not committed.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    known = {path for folder in HISTORY.iterdir() for path in committed(folder)}
+    new = [path for path in HISTORY.glob("*/*.json") if path not in known]
+    if not new:
+        raise FileNotFoundError("every run in perf/history is committed: name one, or make perf")
+    return max(new, key=lambda path: path.stat().st_mtime)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="perf.analysis.compare", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("run", nargs="?", type=Path, help="JSON file of the new run")
+    parser.add_argument("--against", nargs="+", type=Path, help="JSON files instead of history")
+    options = parser.parse_args(arguments)
+    try:
+        run = options.run or choose_run()
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    after = rows_by_key([run])
+    if not after:
+        print(f"perf.analysis.compare: no rows in {run}", file=sys.stderr)
+        return 1
+    gpu = next(iter(after.values()))["gpu"]
+    earlier = options.against or committed(folder_of(gpu))
+    before = rows_by_key(path for path in earlier if path.resolve() != run.resolve())
+    if not before:
+        print(f"perf.analysis.compare: no earlier run of {gpu} to compare with")
+        return 0
+    found = changes(before, after)
+    for change in found:
+        print(("worse   " if change.worse > LIMIT else "        ") + str(change))
+    worse = sum(change.worse > LIMIT for change in found)
+    print(f"{worse} of {len(found)} rows are more than {100 * LIMIT:.0f} % worse")
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

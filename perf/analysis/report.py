@@ -1,0 +1,180 @@
+"""Turns runs into a report: `python -m perf.analysis.report RUN.json ... [--readme FILE] [--picture PNG]`.
+
+Prints the targets, each from the newest run with ours and a peer's row of it, and the table of all
+rows, each from the newest run that has it. `--readme` puts them between that file's markers,
+`--picture` draws stacked bars (needs matplotlib).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from perf.analysis import targets
+from perf.harness.rows import OURS
+
+BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
+COLUMNS = (
+    *("stage", "case", "who", "us", "floor, us", "of floor"),
+    *("GB/s", "TFLOP/s", "launches", "peer / ours"),
+)
+Result = dict[str, Any]
+
+
+def results(run: dict[str, Any]) -> list[Result]:
+    """The rows of a pytest-benchmark run, in its order; what is not one of ours is left out."""
+    return [b["extra_info"] for b in run["benchmarks"] if "stage" in b.get("extra_info", {})]
+
+
+def rates(run: dict[str, Any]) -> list[Result]:
+    """What benchmarks of the host have counted, in their order."""
+    return [b["extra_info"] for b in run["benchmarks"] if "per_second" in b.get("extra_info", {})]
+
+
+def rate_table(found: Iterable[Result]) -> str:
+    """A Markdown table of rates."""
+    lines = ["| on the host | case | what | million per second |", "| --- | --- | --- | ---: |"]
+    lines += [
+        f"| {r['step']} | {r['case']} | {r['what']} | {r['per_second'] * 1e-6:.3g} |" for r in found
+    ]
+    return "\n".join(lines)
+
+
+def short_number(value: float) -> str:
+    if value == 0:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(rows: Iterable[Result]) -> str:
+    """A Markdown table. The last column is how much longer the fastest peer takes than we do."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 3 + " ---: |" * (len(COLUMNS) - 3)]
+    for row in rows:
+        ratio = row.get("peer_ratio")
+        cells = (
+            row["stage"],
+            row["case"],
+            row["who"],
+            short_number(row["us"]),
+            short_number(row["floor_us"]),
+            f"{row['percent_of_floor']:.0f} %",
+            short_number(row["GB_per_s"]),
+            short_number(row["TFLOP_per_s"]),
+            str(row["launches"]),
+            "" if ratio is None else f"{ratio:.2f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machine_line(rows: Sequence[Result]) -> str:
+    """One sentence on what the run was made with."""
+    row = rows[0]
+    peer = f", FLA {row['fla']}" if row.get("fla") else ""
+    return (
+        f"{row['gpu']}, driver {row['driver']}, torch {row['torch']}, triton {row['triton']}"
+        f"{peer}; copy {row['copy_TB_per_s']:.2f} TB/s, bf16 matrix product "
+        f"{row['matmul_TFLOP_per_s']:.0f} TFLOP/s in the same run."
+    )
+
+
+def slower_than_peer(rows: Iterable[Result]) -> list[Result]:
+    """Rows of ours that a peer beats."""
+    return [row for row in rows if row.get("peer_ratio") is not None and row["peer_ratio"] < 1.0]
+
+
+def slowest(rows: Iterable[Result], count: int = 10) -> list[tuple[Result, float]]:
+    """The rows that took longest to measure, with their seconds: where a run's minutes went."""
+    timed = [(row, sum(row["host_seconds"].values())) for row in rows if "host_seconds" in row]
+    return sorted(timed, key=lambda pair: -pair[1])[:count]
+
+
+def newest(runs: Iterable[dict[str, Any]]) -> list[Result]:
+    """The rows of several runs, each from the newest one that has it."""
+    ordered = sorted(runs, key=lambda run: str(run.get("datetime", "")))
+    found = [row for run in ordered for row in results(run)]
+    return list({(row["stage"], row["case"], row["who"]): row for row in found}.values())
+
+
+def measured_together(runs: Iterable[dict[str, Any]]) -> list[Result]:
+    """The rows of several runs, those of a case from one: the newest that has ours and a peer's, or
+    the newest one where no run has both. A peer is compared with what was measured beside it.
+    """
+    cases: dict[Any, list[list[Result]]] = {}
+    for run in sorted(runs, key=lambda run: str(run.get("datetime", ""))):
+        found: dict[Any, list[Result]] = {}
+        for row in targets.rows_of(run):
+            found.setdefault((row["stage"], row["case"]), []).append(row)
+        for case, rows in found.items():
+            cases.setdefault(case, []).append(rows)
+
+    def rank(pair: tuple[int, list[Result]]) -> tuple[bool, int]:
+        index, rows = pair
+        return len({row["who"].startswith(OURS) for row in rows}) == 2, index
+
+    return [row for found in cases.values() for row in max(enumerate(found), key=rank)[1]]
+
+
+def write_readme(
+    path: Path, rows: Sequence[Result], goals: str, picture: Path | None = None
+) -> None:
+    """Replaces what is between the markers of a Markdown file by the picture, the table of targets
+    (`goals`) and the folded table of all rows.
+
+    Raises:
+        ValueError: The file lacks the markers, or there are no rows.
+    """
+    text = path.read_text()
+    if not rows:
+        raise ValueError("the run must hold at least one row, got none")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} must hold {BEGIN} and then {END} once each")
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    parts = [machine_line(rows)]
+    if picture is not None:
+        parts.append(f"![Time of each stage, ours beside the peer's]({picture.as_posix()})")
+    parts += [goals, "<details>\n<summary>All rows</summary>", table(rows), "</details>"]
+    path.write_text(f"{head}{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}{tail}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="perf.analysis.report", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="JSON files")
+    parser.add_argument("--readme", type=Path, help="put the report between this file's markers")
+    parser.add_argument("--picture", type=Path, help="draw stacked bars into this PNG")
+    options = parser.parse_args(arguments)
+    runs = [json.loads(path.read_text()) for path in options.runs]
+    rows = newest(runs)
+    counted = list({(r["step"], r["case"]): r for run in runs for r in rates(run)}.values())
+    if counted:
+        print(f"{rate_table(counted)}\n")
+    if not rows and not counted:
+        print(
+            "perf.analysis.report: no rows in " + ", ".join(map(str, options.runs)), file=sys.stderr
+        )
+        return 1
+    if not rows:
+        return 0
+    goals = targets.table(measured_together(runs))
+    print(f"{machine_line(rows)}\n\n{table(rows)}\n\n{goals}\n")
+    for row in slower_than_peer(rows):
+        peer = f"{row['peer']} ({row['peer_ratio']:.2f})"
+        print(f"slower than {peer}: {row['stage']} {row['case']}, {row['who']}")
+    for row, seconds in slowest(rows):
+        print(f"{seconds:6.1f} s to measure {row['stage']} {row['case']}, {row['who']}")
+    if options.picture:
+        from perf.analysis.picture import draw
+
+        draw(options.picture, rows)
+    if options.readme:
+        write_readme(options.readme, rows, goals, options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""What the kernels are to reach on an H200; `python -m perf.analysis.targets RUN.json` tells what they do.
+
+Every target is held against rows of one run, our best way of computing a case against the fastest
+peer's: a ratio is of replayed CUDA graphs, `wall` of eager calls with their launches, `kernels` of
+sums of kernel times. Errors are our worst against the peer's. Exits 1 when a "must" is missed or
+was not measured.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perf.harness.rows import OURS
+
+Rows = Sequence[dict[str, Any]]
+NAMES = ("work", "measure", "must", "reach", "measured", "")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that a run is to reach.
+
+    Attributes:
+        stage: Of the rows.
+        case: Of the rows.
+        measure: What is compared: `ratio`, `wall` or `kernels` (at least), `floor` or `us` (at
+            most), or `error` (the peer's over ours, at least).
+        must: The figure to reach.
+        reach: The figure to hope for, None where there is none.
+        peer: How the peer's name ends, where there are several.
+    """
+
+    stage: str
+    case: str
+    measure: str
+    must: float
+    reach: float | None = None
+    peer: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.case}" + (f", against FLA {self.peer}" if self.peer else "")
+
+    @property
+    def at_most(self) -> bool:
+        return self.measure in ("floor", "us")
+
+    def met(self, value: float, bound: float) -> bool:
+        return value <= bound if self.at_most else value >= bound
+
+
+FIELDS = {"ratio": "us", "wall": "eager_us", "kernels": "kernel_us"}
+WORK = {
+    "ratio": "peer / ours",
+    "wall": "peer / ours, eager calls",
+    "kernels": "peer / ours, sums of kernels",
+    "floor": "ours / floor",
+    "us": "us",
+    "error": "error, peer / ours",
+}
+TARGETS = [
+    Target("core", "softplus-T8192-H32", "ratio", 2.0, 2.6),
+    Target("core", "bounded-T8192-H32", "ratio", 2.0, 2.6),
+    Target("core", "bounded-T8192-H64", "ratio", 1.95, 2.5),
+    Target("core", "bounded-T8192-H96", "ratio", 1.9, 2.4),
+    Target("core", "softplus-T8192-H8", "ratio", 2.5, 4.0),
+    Target("core", "softplus-T1024-H32", "wall", 8.0),
+    Target("core", "softplus-T1024-H32", "kernels", 2.0),
+    Target("core", "softplus-8x1024-H32", "ratio", 2.0, 2.4),
+    Target("core", "softplus-6ragged-T8192-H32", "ratio", 2.0, 2.4),
+    Target("short_conv_qkv", "T8192-H32", "floor", 1.35, 1.15),
+    Target("gate_cumsum", "softplus-T8192-H32", "floor", 1.2, 1.1),
+    Target("rms_norm_gated", "T8192-H32", "floor", 1.15, 1.05),
+    Target("kda_decode", "SD-batch1-H32", "us", 6, 4),
+    Target("kda_decode", "SD-batch16-H32", "us", 20, 18),
+    Target("kda_decode", "SD-batch64-H32", "us", 74, 68),
+    Target("kda_decode", "SD-batch256-H32", "us", 285, 270),
+    Target("state_copy", "256x20-SD-bias2", "floor", 1.25),
+    Target("state_copy", "256x20-DS-bias2", "floor", 1.25),
+    Target("layer", "prefill-T8192-H32", "ratio", 1.5, 1.7, "eager"),
+    Target("layer", "prefill-T8192-H32", "wall", 2.2, 2.6, "compiled"),
+    *(
+        Target("accuracy", f"{gate}{inputs}", "error", 1.0)
+        for gate in ("softplus", "bounded")
+        for inputs in ("", "-harsh", "-near-identical-keys")
+    ),
+]
+
+
+def rows_of(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a run, those of accuracy as a stage of their own."""
+    rows = [benchmark.get("extra_info", {}) for benchmark in run["benchmarks"]]
+    accuracy = [
+        {**row, "stage": "accuracy", "case": row["accuracy"]} for row in rows if "accuracy" in row
+    ]
+    return [*(row for row in rows if "stage" in row), *accuracy]
+
+
+def value_of(target: Target, rows: Rows) -> float | None:
+    """The measured figure of our best way of computing the case; None without the rows for it."""
+    own_rows = [row for row in rows if (row["stage"], row["case"]) == (target.stage, target.case)]
+    ours = [row for row in own_rows if row["who"].startswith(OURS)]
+    peers = [r for r in own_rows if r not in ours and r["who"].endswith(target.peer)]
+    if not ours or (not peers and not target.at_most):
+        return None
+    if target.measure == "us":
+        return float(min(row["us"] for row in ours))
+    if target.measure == "floor":
+        return float(min(row["us"] / row["floor_us"] for row in ours))
+    if target.measure == "error":
+        return min(
+            min(row[key] for row in peers) / max(row[key] for row in ours)
+            for key in ("error_o", "error_S")
+        )
+    return _ratio(peers, ours, FIELDS[target.measure])
+
+
+def _ratio(peers: Rows, ours: Rows, key: str) -> float:
+    return float(min(_get(row, key) for row in peers) / min(_get(row, key) for row in ours))
+
+
+def _get(row: dict[str, Any], key: str) -> float:
+    """A row's figure; runs from before `kernel_us` have it by kernel."""
+    if key == "kernel_us" and key not in row:
+        return float(sum(us for _, us in row["kernels"].values()))
+    return float(row[key])
+
+
+def _number(x: float) -> str:
+    return f"{x:.3g}"
+
+
+def table(rows: Rows, targets: Sequence[Target] = TARGETS) -> str:
+    """Markdown: a line per target, with what the run measured and whether that is enough."""
+    lines = ["| " + " | ".join(NAMES) + " |", "| --- | --- | ---: | ---: | ---: | --- |"]
+    for target in targets:
+        value = value_of(target, rows)
+        if value is None:
+            measured, verdict = "", "not measured"
+        else:
+            measured = _number(value)
+            verdict = "met" if target.met(value, target.must) else "**missed**"
+            if target.reach is not None and target.met(value, target.reach):
+                verdict = "reached"
+        reach = "" if target.reach is None else _number(target.reach)
+        cells = (str(target), WORK[target.measure], _number(target.must), reach, measured, verdict)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def missed(rows: Rows, targets: Sequence[Target] = TARGETS) -> list[Target]:
+    """Targets that the rows do not show to be met."""
+    values = ((target, value_of(target, rows)) for target in targets)
+    return [t for t, value in values if value is None or not t.met(value, t.must)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="perf.analysis.targets", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("run", type=Path, help="JSON file")
+    rows = rows_of(json.loads(parser.parse_args(arguments).run.read_text()))
+    print(table(rows))
+    return 1 if missed(rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What a run was measured on: the GPU, its software, and the ceilings that make the floors.
+
+`python -m perf.harness.machine` prints where a run made now is kept.
+"""
+
+import datetime
+import functools
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perf.harness.timing import gpu_seconds
+
+COPY_BYTES = 1 << 30
+MATMUL_SIZE = 8192
+HISTORY = Path(__file__).parent / "history"
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this GPU reaches in this run: bytes per second of a copy (read plus written) and
+    floating-point operations per second of a bf16 matrix product.
+    """
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def floor_seconds(self, bytes_moved: int, flops: int) -> float:
+        """The time under which no implementation goes: the slower of moving the bytes and doing the
+        matrix products.
+        """
+        return max(bytes_moved / self.bytes_per_second, flops / self.flops_per_second)
+
+
+@functools.cache
+def ceilings() -> Ceilings:
+    """Measured once per process, on random data (a product of zeros would run faster)."""
+    source = torch.randn(COPY_BYTES // 2, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy = gpu_seconds(lambda: target.copy_(source))
+    a, b = (
+        torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
+    product = gpu_seconds(lambda: a @ b)
+    return Ceilings(2 * COPY_BYTES / copy, 2 * MATMUL_SIZE**3 / product)
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, None without it."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def software() -> dict[str, Any]:
+    """Versions of everything that decides a measurement."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": version("triton"),
+        "kda_ops": version("kda-ops"),
+        "fla": version("fla-core"),
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """Facts about the current GPU. Clocks are read, never set."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "capability": f"{properties.major}.{properties.minor}",
+        **_nvidia_smi("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit"),
+    }
+
+
+def _nvidia_smi(*fields: str) -> dict[str, str]:
+    """Fields that only the driver's tool knows; nothing where that tool is missing (another
+    vendor's GPU).
+    """
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (value.strip() for value in answer.split(",")), strict=False))
+
+
+def folder_of(gpu_name: str) -> Path:
+    """Where the runs of a GPU are kept: those of an `NVIDIA H200` in `history/h200`."""
+    return HISTORY / "-".join(gpu_name.lower().replace("nvidia", "").replace("/", " ").split())
+
+
+def next_run() -> Path:
+    """A new file for a run made now, in the folder of this GPU; in `build/` without one."""
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d-%H%M")
+    if not torch.cuda.is_available():
+        return Path("build") / f"{now}.json"
+    return folder_of(torch.cuda.get_device_name()) / f"{now}.json"
+
+
+if __name__ == "__main__":
+    print(next_run())

@@ -1,0 +1,165 @@
+"""How rows are measured, without a GPU: what neighbouring rows share, and the peers' tuning."""
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from triton.runtime.autotuner import Autotuner
+
+import kda_ops
+from kda_ops.gating.gate.cases import CASES
+from perf import bench_core_accuracy
+from perf.baselines import autotuning
+from perf.bench_core import RAGGED, core, core_case, core_rows, fused_core
+from perf.harness import rows, timing
+from perf.harness.machine import Ceilings
+from perf.harness.rows import OURS, Row
+
+CPU = torch.device("cpu")
+
+
+def gate_row(**changes: Any) -> Row:
+    fields: dict[str, Any] = {
+        "stage": "gate",
+        "case": "small",
+        "who": OURS,
+        "make": CASES[0].make,
+        "prepare": rows.direct(kda_ops.gate),
+        "expected": rows.through_references(kda_ops.gate),
+    }
+    return Row(**(fields | changes))
+
+
+def measure(measurer: rows.Measurer, row: Row) -> dict[str, Any]:
+    """What is written down about a row, with the GPU parts of measuring replaced."""
+    benchmark = SimpleNamespace(extra_info={}, group=None)
+    with (
+        mock.patch.object(rows, "_measured_seconds", return_value=1e-6),
+        mock.patch.object(rows, "ceilings", return_value=Ceilings(4e12, 8e14)),
+        mock.patch.object(timing, "kernels", return_value={"a": (2, 1.5), "b": (1, 2.0)}),
+        mock.patch.object(timing, "workspace_bytes", return_value=1_250_000),
+        mock.patch.object(timing, "eager_seconds", return_value=1e-5),
+    ):
+        measurer(row, benchmark)
+    return benchmark.extra_info
+
+
+def test_a_case_is_computed_once_for_its_rows() -> None:
+    computed = []
+
+    def expected(inputs: rows.Inputs) -> rows.Call:
+        computed.append(inputs)
+        return rows.through_references(kda_ops.gate)(inputs)
+
+    measurer = rows.Measurer(CPU, 1 << 10, {})
+    for who in ("peer", OURS, rows.COMPILED):
+        measure(measurer, gate_row(who=who, expected=expected))
+    assert len(computed) == 1
+    measure(measurer, gate_row(case="another", make=CASES[1].make, expected=expected))
+    assert len(computed) == 2
+
+
+def test_large_results_are_not_kept() -> None:
+    measurer = rows.Measurer(CPU, 1 << 10, {})
+    with mock.patch.object(rows, "REMEMBERED_BYTES", 0):
+        measure(measurer, gate_row())
+    assert measurer.remembered is None
+
+
+def test_a_wrong_row_is_found_against_what_its_neighbour_remembered() -> None:
+    measurer = rows.Measurer(CPU, 1 << 10, {})
+    expected = rows.through_references(kda_ops.gate)
+    measure(measurer, gate_row(expected=expected))
+    wrong = rows.direct(lambda **inputs: kda_ops.gate(**inputs) * 1.1)
+    with pytest.raises(ValueError, match="is off by"):
+        measure(measurer, gate_row(expected=expected, prepare=wrong))
+
+
+def test_a_row_says_where_its_seconds_went() -> None:
+    written = measure(rows.Measurer(CPU, 1 << 10, {}), gate_row())
+    steps = ["reference", "check", "inputs", "measure", "profile", "eager"]
+    assert list(written["host_seconds"]) == steps
+    assert all(seconds >= 0 for seconds in written["host_seconds"].values())
+    assert written["kernel_us"] == 3.5
+    assert written["workspace_MB"] == 1.2
+
+
+class FakeKernel:
+    """Stands for a Triton kernel: notes how it was run, and in which compile mode."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[int, bool, bool]] = []
+        self.fn = lambda x, BLOCK: None
+        self.__name__ = "fake"
+
+    def run(self, x: int, *, BLOCK: int, grid: Any, warmup: bool, **options: Any) -> None:
+        from triton.runtime._async_compile import active_mode
+
+        self.runs.append((BLOCK, warmup, active_mode.get() is not None))
+
+
+def test_configurations_compile_together_before_they_are_timed() -> None:
+    kernel = FakeKernel()
+    configs = [triton.Config({"BLOCK": block}) for block in (16, 32, 64)]
+    tuner = Autotuner(kernel, ["x", "BLOCK"], configs, ["x"], None, None)
+
+    def bench(call: Any, quantiles: Any) -> list[float]:
+        call()
+        return [1.0 if kernel.runs[-1][0] == 32 else 2.0] * 3
+
+    with autotuning.quick_tuning(threads=2), mock.patch.object(autotuning, "timed_briefly", bench):
+        tuner[(1,)](7)
+        tuner[(1,)](7)
+    compiled = [(16, True, True), (32, True, True), (64, True, True)]
+    timed = [(16, False, False), (32, False, False), (64, False, False)]
+    assert kernel.runs == [*compiled, *timed, (32, False, False), (32, False, False)]
+
+
+def test_tuning_is_as_it_was_afterwards() -> None:
+    before = Autotuner.prune_configs
+    with autotuning.quick_tuning():
+        assert Autotuner.prune_configs is not before
+    assert Autotuner.prune_configs is before
+
+
+def test_core_cases_hold_the_tokens_that_they_are_named_after() -> None:
+    assert sum(RAGGED) == 8192
+    case = core_case("small", (70, 58), 2, None)
+    inputs = case.make(CPU)
+    assert inputs["q"].shape == (1, 128, 2, 128)
+    assert inputs["cu_seqlens"].tolist() == [0, 70, 128]
+    again = case.make(CPU)
+    assert again["cu_seqlens"] is inputs["cu_seqlens"]
+    assert again["q"] is not inputs["q"]
+    chunks = 2 + 1
+    assert case.flops == chunks * 2 * 2 * (4 * 64 * 64 * 128 + 3 * 64 * 128 * 128 + 64 * 64 * 128)
+
+
+@pytest.mark.parametrize("lower_bound", [None, -5.0])
+@pytest.mark.parametrize("lengths", [(130,), (70, 0, 58)], ids=["whole", "ragged"])
+def test_both_of_our_cores_compute_the_core(
+    lengths: tuple[int, ...], lower_bound: float | None
+) -> None:
+    found = [
+        row
+        for row in core_rows(core_case("small", lengths, 2, lower_bound))
+        if row.who.startswith(OURS)
+    ]
+    assert len(found) == 2
+    for row in found:
+        assert rows.check(row, CPU) <= rows.AGREEMENT
+
+
+@pytest.mark.parametrize("name", bench_core_accuracy.CASES)
+def test_accuracy_is_held_against_the_definition(name: str) -> None:
+    """Our references in fp64 agree with the loop over tokens to rounding, on each case's inputs."""
+    with mock.patch.multiple(bench_core_accuracy, T=70, H=2):
+        inputs = bench_core_accuracy.make(name, 0, CPU)
+    exact = bench_core_accuracy.step_recurrence(**inputs)
+    double = {key: x.double() if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
+    for function in (core, fused_core):
+        for out, expected in zip(function(**double), exact, strict=True):
+            assert rows.relative_error(out, expected) <= 1e-10

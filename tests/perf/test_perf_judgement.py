@@ -1,0 +1,183 @@
+"""What is concluded from runs, without a GPU: targets met or missed, rows that got worse, what the
+picture stacks.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from perf.analysis import compare, picture, targets
+from perf.analysis.targets import Target
+from perf.harness import machine
+from perf.harness.rows import OURS
+
+PEER = "FLA 0.6.0"
+
+
+def row(who: str, us: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "stage": "core",
+        "case": "small",
+        "who": who,
+        "us": us,
+        "eager_us": 3 * us,
+        "kernel_us": us / 2,
+        "floor_us": 2.0,
+        "copy_TB_per_s": 4.0,
+        "matmul_TFLOP_per_s": 700.0,
+        "TFLOP_per_s": 0.0,
+        "gpu": "NVIDIA H200",
+        "kernels": {"chunk_scan_kernel": [1, 3.0], "l2norm_kernel": [2, 1.0]},
+    } | changes
+
+
+def target(measure: str, must: float, reach: float | None = None, peer: str = "") -> Target:
+    return Target("core", "small", measure, must, reach, peer)
+
+
+@pytest.mark.parametrize(
+    ("measure", "value"),
+    [("ratio", 2.5), ("wall", 5.0), ("kernels", 2.5), ("floor", 2.0), ("us", 4)],
+)
+def test_a_target_takes_our_best_way_and_the_fastest_peer(measure: str, value: float) -> None:
+    rows = [
+        row("slow peer", 40.0),
+        row(PEER, 10.0),
+        row(OURS, 8.0, eager_us=6.0),
+        row(f"{OURS}, fused", 4.0),
+    ]
+    assert targets.value_of(target(measure, 1.0), rows) == value
+
+
+def test_a_target_may_name_its_peer() -> None:
+    rows = [row(f"{PEER}, eager", 10.0), row(f"{PEER}, compiled", 20.0), row(OURS, 4.0)]
+    assert targets.value_of(target("ratio", 1.0, peer="compiled"), rows) == 5.0
+
+
+def test_accuracy_is_that_of_our_worst_way() -> None:
+    run = {
+        "benchmarks": [
+            {"extra_info": {"accuracy": "softplus", "who": who, "error_o": o, "error_S": S}}
+            for who, o, S in ((PEER, 4.0, 6.0), (OURS, 2.0, 3.0), (f"{OURS}, fused", 1.0, 4.0))
+        ]
+    }
+    accuracy = Target("accuracy", "softplus", "error", 1.0)
+    assert targets.value_of(accuracy, targets.rows_of(run)) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("goal", "verdict"),
+    [
+        (target("ratio", 2.0, 3.0), "met"),
+        (target("ratio", 2.0, 2.5), "reached"),
+        (target("ratio", 2.6), "**missed**"),
+        (target("us", 4.0, 3.0), "met"),
+        (target("us", 3.9), "**missed**"),
+        (target("ratio", 1.0, peer="compiled"), "not measured"),
+    ],
+)
+def test_a_target_is_met_or_missed(goal: Target, verdict: str) -> None:
+    rows = [row(PEER, 10.0), row(OURS, 4.0)]
+    assert targets.table(rows, [goal]).endswith(f"| {verdict} |")
+    assert bool(targets.missed(rows, [goal])) == (verdict in ("**missed**", "not measured"))
+
+
+def test_every_target_has_its_benchmark() -> None:
+    """A renamed case must not leave a target unmeasured."""
+    from perf import bench_core, bench_core_accuracy, bench_layer
+    from perf.harness.rows import operator_rows
+
+    known = {("core", case.name) for case in bench_core.CASES}
+    known |= {("accuracy", name) for name in bench_core_accuracy.CASES}
+    known |= {(found.stage, found.case) for found in bench_layer.ROWS}
+    for name in ("short_conv_qkv", "gate_cumsum", "rms_norm_gated", "kda_decode", "state_copy"):
+        known |= {(found.stage, found.case) for found in operator_rows(name)}
+    assert {(goal.stage, goal.case) for goal in targets.TARGETS} <= known
+
+
+def changed(old: dict[str, Any], new: dict[str, Any]) -> compare.Change:
+    key = (new["stage"], new["case"], new["who"])
+    (change,) = compare.changes({key: old}, {key: new})
+    return change
+
+
+def test_a_row_is_worse_in_what_its_own_run_could_do() -> None:
+    slower = changed(row(OURS, 4.0), row(OURS, 4.4))
+    assert slower.worse == pytest.approx(0.1)
+    with_the_machine = changed(row(OURS, 4.0), row(OURS, 4.4, copy_TB_per_s=4.0 / 1.1))
+    assert with_the_machine.worse == pytest.approx(0.0)
+
+
+def test_products_excuse_only_rows_that_are_bound_by_them() -> None:
+    slow_products = {"matmul_TFLOP_per_s": 630.0}
+    assert changed(row(OURS, 4.0), row(OURS, 4.4, **slow_products)).worse == pytest.approx(0.1)
+    bound = {"TFLOP_per_s": 315.0, "floor_us": 2.2, **slow_products}
+    old = row(OURS, 4.0, TFLOP_per_s=350.0)
+    assert changed(old, row(OURS, 4.4, **bound)).worse == pytest.approx(-0.01)
+
+
+def test_only_our_own_rows_are_compared() -> None:
+    keys = {("core", "small", who): row(who, 4.0) for who in (PEER, OURS)}
+    assert [change.key[2] for change in compare.changes(keys, keys)] == [OURS]
+
+
+@pytest.mark.parametrize(("us", "status", "said"), [(4.1, 0, "0 of 1"), (4.3, 1, "1 of 1")])
+def test_five_percent_worse_fails(
+    us: float, status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for name, time in (("old", 4.0), ("new", us)):
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({"benchmarks": [{"extra_info": row(OURS, time)}]}))
+    assert compare.main([str(files[1]), "--against", str(files[0])]) == status
+    assert f"{said} rows are more than 5 % worse" in capsys.readouterr().out
+
+
+def test_without_a_new_run_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        mock.patch.object(compare, "choose_run", side_effect=FileNotFoundError("name one")),
+        pytest.raises(SystemExit, match="2"),
+    ):
+        compare.main([])
+    assert "name one" in capsys.readouterr().err
+
+
+def test_a_gpu_has_a_folder() -> None:
+    assert machine.folder_of("NVIDIA H200") == machine.HISTORY / "h200"
+    assert machine.folder_of("NVIDIA H100 80GB HBM3") == machine.HISTORY / "h100-80gb-hbm3"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stage"),
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "projections"),
+        ("causal_conv1d_fwd_kernel", "convolution"),
+        ("short_conv_qkv_kernel", "convolution"),
+        ("chunk_gated_prepare_kernel", "chunks: prepare"),
+        ("chunk_kda_fwd_kernel_intra_sub_chunk", "chunks: prepare"),
+        ("chunk_gated_delta_rule_fwd_kernel_h_blockdim64", "chunks: scan"),
+        ("kda_gate_chunk_cumsum_vector_kernel", "gate"),
+        ("triton_per_fused_l2norm_0", "norm of q and k"),
+        ("layer_norm_gated_fwd_kernel", "output norm"),
+        ("kda_decode_kernel", "decode step"),
+        ("Memset (Device)", "beta, fills, copies"),
+    ],
+)
+def test_a_kernel_belongs_to_a_stage(kernel: str, stage: str) -> None:
+    assert picture.stage_of(kernel) == stage
+
+
+def test_stages_add_up_to_the_measured_time() -> None:
+    assert picture.stacked(row(OURS, 8.0)) == {"chunks: scan": 6.0, "norm of q and k": 2.0}
+    assert set(picture.COLOURS) == set(picture.STAGES)
+
+
+def test_a_panel_has_the_peers_and_our_best() -> None:
+    rows = [row(PEER, 10.0), row(OURS, 8.0), row(f"{OURS}, fused", 4.0)]
+    with mock.patch.object(picture, "TARGETS", [target("ratio", 1.0)] * 2):
+        ((title, members),) = picture.panels(rows)
+    assert title == "core  small"
+    assert [member["us"] for member in members] == [10.0, 4.0]

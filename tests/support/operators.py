@@ -1,0 +1,60 @@
+"""The operators and their cases, found by their folders, and ways to run one."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kda_ops
+from kda_ops._cases import Case
+from kda_ops._registry import OPERATORS
+
+NAMES = sorted(path.parent.name for path in Path(kda_ops.__file__).parent.glob("*/cases.py"))
+
+
+def public_function(name: str) -> Callable[..., Any]:
+    return getattr(kda_ops, name)
+
+
+def cases(name: str, *, perf: bool = False, kernels: bool = False) -> list[Case]:
+    """An operator's cases; with `kernels` those that its kernels take."""
+    module = importlib.import_module(f"kda_ops.{name}.cases")
+    return [c for c in module.CASES if c.perf == perf and not (kernels and c.cpu_only)]
+
+
+def all_cases(*, kernels: bool = False) -> Iterator[tuple[str, Case]]:
+    for name in NAMES:
+        for case in cases(name, kernels=kernels):
+            yield name, case
+
+
+class RunKernels(TorchDispatchMode):
+    """Runs the Triton launcher of every operator, whatever the device.
+
+    CPU tensors go through Triton's interpreter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in OPERATORS:
+            self.launched.append(func.name())
+            return OPERATORS[func].launcher(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def run_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with every operator's launcher in the place of its CPU implementation."""
+
+    def run(**inputs: Any) -> Any:
+        with torch.no_grad(), RunKernels() as mode:
+            result = function(**inputs)
+        assert mode.launched, "no operator was called"
+        return result
+
+    return run

@@ -1,0 +1,177 @@
+"""Prefill and decode on different engines give the tokens of one process."""
+
+import re
+import time
+
+import pytest
+import torch
+
+from kda_ops.__main__ import main
+from kda_ops.demos.disaggregated import serve
+from kda_ops.demos.disaggregated.model import Caches, Stack, StackConfig, shard_kda
+from kda_ops.demos.disaggregated.rank import Place, Rank
+from kda_ops.demos.disaggregated.sequence import Sequences
+from kda_ops.nn.layer import KimiDeltaAttention
+
+
+def alone(**config: object) -> Sequences:
+    made = StackConfig(**config)
+    return Sequences(Stack(made), Caches(made, 1))
+
+
+@pytest.mark.parametrize(("H", "HV", "tp"), [(4, 4, 2), (4, 8, 4), (2, 8, 4), (1, 4, 4)])
+def test_the_ranks_of_a_layer_add_up_to_it(H: int, HV: int, tp: int) -> None:
+    """With heads of keys on several ranks too."""
+    full = KimiDeltaAttention(24, 8, H, num_v_heads=HV).double().requires_grad_(False)
+    x = torch.randn(2, 70, 24, dtype=torch.float64)
+    parts = [shard_kda(full, tp, rank, "SD").double()(x) for rank in range(tp)]
+    torch.testing.assert_close(sum(parts), full(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.nixl
+@pytest.mark.parametrize(
+    ("prefill", "decode", "layout", "spec"),
+    [
+        (1, 1, "SD", 2),
+        (1, 2, "DS", 2),
+        (1, 4, "DS", 0),
+        (2, 1, "DS", 1),
+        (2, 2, "SD", 1),
+        (2, 4, "DS", 2),
+        (4, 1, "DS", 2),
+        (4, 2, "DS", 1),
+        (4, 4, "DS", 3),
+    ],
+)
+def test_any_two_sizes_give_the_tokens_of_one_process(
+    capsys: pytest.CaptureFixture[str], prefill: int, decode: int, layout: str, spec: int
+) -> None:
+    arguments = ["--prefill-tp", prefill, "--decode-tp", decode, "--layout", layout]
+    arguments += ["--spec", spec, "--tokens", 17, "--layers", "KKA"]
+    status = main(["pd-demo", *map(str, arguments)])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert printed.count(" equal") >= 7
+    for hit in ("none", "partial", "full", "all but the state"):
+        assert f"  {hit} " in printed
+    sizes = dict(re.findall(r"^(k\w+\.\w+) +(\d+)$", printed, re.MULTILINE))
+    assert sizes.keys() == {"kda.q", "kda.k", "kda.v", "kda.recurrent", "kv.k", "kv.v"}
+    (total,) = re.findall(r"^total +(\d+) +[1-9]\d* reads, [1-9]\d* ranges$", printed, re.MULTILINE)
+    assert int(total) == sum(map(int, sizes.values())) > 0
+    assert re.search(r"^time of a request +<= .* ms: \d", printed, re.MULTILINE)
+    if spec:
+        kept = printed.split("steps by tokens kept")[1].splitlines()[0]
+        assert all(f"{n}:" in kept for n in range(1, 2 + spec)), kept
+
+
+@pytest.mark.nixl
+def test_an_offer_outlasts_a_read() -> None:
+    """The notice of a read comes when the reader has made all its tokens, which may take long."""
+    place = Place("prefill", 1, 0, "", 0, timeout_s=0.01, secret=b"")
+    threads = torch.get_num_threads()
+    rank = Rank(place, StackConfig(layers="KA", pages=9))
+    try:
+        rank.prefill("request", list(range(40)))
+        time.sleep(0.1)
+        rank.idle()
+        assert rank.releases() == {}
+    finally:
+        torch.set_num_threads(threads)
+        assert rank.close() == []
+
+
+@pytest.mark.nixl
+def test_a_wrong_token_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = serve.answer_alone
+
+    def wrong(alone: Sequences, tokens: list[int], count: int) -> list[int]:
+        made = right(alone, tokens, count)
+        return [*made[:-1], (made[-1] + 1) % 256]
+
+    monkeypatch.setattr(serve, "answer_alone", wrong)
+    assert main(["pd-demo", "--decode-tp", "1", "--tokens", "17", "--layers", "KKA"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("DIFFERENT") == 7
+    assert "plain: expected [" in printed
+
+
+def test_without_nixl_it_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    assert main(["pd-demo"]) == 2
+    error = capsys.readouterr().err
+    assert "pd-demo: error: it needs NIXL: pip install 'kda-ops[nixl]'" in error
+
+
+@pytest.mark.parametrize("tokens", ["16", "-3", "many"])
+def test_too_few_tokens(tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["pd-demo", "--tokens", tokens])
+    assert stop.value.code == 2
+    message = f"argument --tokens: must be a whole number from 17, got {tokens!r}"
+    assert message in capsys.readouterr().err
+
+
+def test_the_row_interleaved_layout_needs_equal_numbers_of_ranks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Said before any process starts; engines that are not asked first refuse one another."""
+    assert main(["pd-demo", "--layout", "SD", "--prefill-tp", "1", "--decode-tp", "2"]) == 2
+    assert "--layout SD needs as many prefill as decode ranks, got 1 and 2" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(("tokens", "spec"), [(24, 0), (600, 0), (600, 3)])
+def test_there_are_pages_for_any_number_of_tokens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokens: int, spec: int
+) -> None:
+    """More than every request takes on an engine that gives none back."""
+    made: list[StackConfig] = []
+
+    def start(config: StackConfig, *sizes: int) -> None:
+        made.append(config)
+        raise RuntimeError("stop here")
+
+    monkeypatch.setattr(serve, "engines", start)
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)
+    assert main(["pd-demo", "--tokens", str(tokens), "--spec", str(spec)]) == 1
+    assert "FAILED: stop here" in capsys.readouterr().out
+    (config,) = made
+    size, answers = config.block_tokens, {"whole blocks": [0] * tokens}
+    prompts = [len(r.tokens) for r in serve.requests(serve.TEXT, size, answers)]
+    assert sum(-(-(n + tokens + spec) // size) + spec for n in prompts) < config.pages
+
+
+@pytest.mark.parametrize("layout", ["SD", "DS"])
+def test_speculative_steps_on_checkpoints_give_the_plain_tokens(layout: str) -> None:
+    """On one process: drafts, right and wrong, change nothing; its own checkpoints are used."""
+    prompt = list(serve.TEXT[:50])
+    expected = serve.answer_alone(alone(layout=layout), prompt, 40)
+    sequences = alone(layout=layout, num_spec=3)
+    _, (table, blocks) = sequences.prefill(prompt[:-1])
+    drafts = serve.spoil(expected, 256, 0)
+    tokens, kept = sequences.generate(list(prompt), 40, table, blocks, drafts)
+    assert tokens == expected
+    assert set(kept) == {1, 2, 3, 4}
+
+    longer = prompt + expected
+    hit = sequences.hit(longer[:80])
+    assert len(hit.blocks) == 5
+    assert hit.state is not None
+    again, _ = sequences.generate(longer[:81], 9, [0, 0, 0, 0, hit.state], hit.blocks)
+    assert again == longer[81:90]
+
+
+def test_a_state_that_is_wrong_shows_in_the_tokens() -> None:
+    prompt = list(serve.TEXT[:50])
+    expected = serve.answer_alone(alone(), prompt, 12)
+    for spoiled in ("conv", "recurrent", "kv"):
+        sequences = alone()
+        _, (table, blocks) = sequences.prefill(prompt[:-1])
+        torch.neg(x := getattr(sequences.caches, spoiled), out=x)
+        tokens, _ = sequences.generate(list(prompt), 12, table, blocks)
+        assert tokens != expected
