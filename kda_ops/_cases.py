@@ -2,9 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def operator_packages() -> dict[str, str]:
+    """The package of each operator by its name, such as `kda_ops.gating.gate` of `gate`."""
+    root = Path(__file__).parent
+    folders = [path.parent for path in sorted(root.glob("*/*/cases.py"))]
+    return {x.name: ".".join((root.name, *x.relative_to(root).parts)) for x in folders}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,8 +79,8 @@ def activate_lowerings() -> None:
 
 
 def lowering_module(name: str) -> Any:
-    """`lowering.<name>`, imported now: costs seconds, as it loads Inductor."""
-    return importlib.import_module(f"lowering.{name}")
+    """`kda_ops.lowering.<name>`, imported now: costs seconds, as it loads Inductor."""
+    return importlib.import_module(f"kda_ops.lowering.{name}")
 
 
 def define_op(

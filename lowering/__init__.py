@@ -53,8 +53,9 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    for name in (*OPERATORS, *FUSIONS):
-        importlib.import_module(f"lowering.{name}")
+    for folder, names in (("operators", OPERATORS), ("rewrites", FUSIONS)):
+        for name in names:
+            importlib.import_module(f"kda_ops.lowering.{folder}.{name}")
     from kda_ops.lowering.cache_key import install_cache_key
     from kda_ops.lowering.compat import lower_storage_offset
     from kda_ops.lowering.graph.snapshots import keep_copies, order_reads
@@ -71,7 +72,7 @@ def source_hash() -> str:
     """SHA-256 of all sources: lowerings, rewrites, references and kernels."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for root in (here, here.parent / "kda_ops"):
+    for root in (here.parent, here):  # in a checkout `here` is a link, which is not followed
         for path in sorted(root.rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode())
             digest.update(path.read_bytes())

@@ -47,4 +47,4 @@ def explain(
     """
     if not callable(model):
         raise ValueError(f"model must be a module or a function, got {type(model).__name__}")
-    return lowering_module("explain").explain(model, args, kwargs, dynamic=dynamic)
+    return lowering_module("explain.compilation").explain(model, args, kwargs, dynamic=dynamic)

@@ -50,7 +50,8 @@ def versions() -> dict[str, str]:
             continue
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted([*root.rglob("kernel.py"), *root.glob("choice/*.py")]):
+    kernels = (*root.rglob("kernel.py"), *root.rglob("kernels/*.py"))
+    for path in sorted([*kernels, *root.glob("tuning/*.py")]):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return {"torch": torch.__version__, "triton": triton, "kernels": digest.hexdigest()}

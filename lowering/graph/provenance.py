@@ -53,7 +53,7 @@ def source_of(node: fx.Node) -> str:
     frames = FRAME.findall(node.meta.get("stack_trace") or "")
     for file, line, function, code in reversed(frames):
         path = Path(file)
-        if path.name == "op.py" and path.parent.parent == PACKAGE:
+        if path.name == "op.py" and PACKAGE in path.parents:
             continue
         if path.is_relative_to(Path.cwd()):
             path = path.relative_to(Path.cwd())

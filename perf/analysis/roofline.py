@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kda_ops._cases import operator_packages
 from perf.analysis.picture import stacked
 from perf.analysis.report import newest
 from perf.bench_layer import HIDDEN, TOKENS, WEIGHTS
@@ -93,7 +94,7 @@ class Piece:
 
 def case_of(operator: str, name: str) -> Any:
     """One of an operator's benchmark cases."""
-    cases = importlib.import_module(f"kda_ops.{operator}.cases").CASES
+    cases = importlib.import_module(f"{operator_packages()[operator]}.cases").CASES
     return next(case for case in cases if case.name == name)
 
 

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 
 import kda_ops
+from kda_ops._cases import operator_packages
 
 TOOLS = ("memcheck", "racecheck")
 FINDING = 99  # exit status of the sanitizer when it found something
@@ -32,8 +33,7 @@ PLACES = ("/usr/local/cuda/bin/compute-sanitizer",)
 
 
 def operators() -> list[str]:
-    folder = Path(kda_ops.__file__).parent
-    return sorted(path.parent.name for path in folder.glob("*/cases.py"))
+    return sorted(operator_packages())
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def run_cases(names: Sequence[str], device: torch.device) -> int:
     """
     calls = 0
     for name in names:
-        cases = importlib.import_module(f"kda_ops.{name}.cases").CASES
+        cases = importlib.import_module(f"{operator_packages()[name]}.cases").CASES
         for case in cases:
             if case.perf or case.cpu_only:
                 continue

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kda_ops
-from kda_ops._cases import Case
+from kda_ops._cases import Case, operator_packages
 from kda_ops._registry import OPERATORS
 from perf.harness import timing
 from perf.harness.machine import Ceilings, ceilings
@@ -151,12 +151,12 @@ def operator_rows(
     """Rows of an operator's benchmark cases.
 
     Args:
-        name: The operator, found in `kda_ops.<name>.cases`.
+        name: The operator, found in its `cases.py`.
         peers: Who else computes it: from the case, how to prepare a call (None: it cannot).
         compile_too: Also measure the operator compiled (what its lowering generates).
     """
     function = getattr(kda_ops, name)
-    cases = importlib.import_module(f"kda_ops.{name}.cases").CASES
+    cases = importlib.import_module(f"{operator_packages()[name]}.cases").CASES
     return [
         row
         for case in cases

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+import kda_ops
 from kda_ops import lowering
 
-REPOSITORY = Path(lowering.__file__).parent.parent
+REPOSITORY = Path(kda_ops.__file__).parent.parent
 
 COMPILE = """
 import json, sys
@@ -147,7 +148,7 @@ def test_active_without_being_asked_and_cached(tmp_path: Path) -> None:
 def changed_copy(folder: Path, file: str, old: str, new: str) -> Path:
     """A copy of the packages in which one line is another."""
     for package in ("kda_ops", "lowering"):
-        shutil.copytree(REPOSITORY / package, folder / package)
+        shutil.copytree(REPOSITORY / package, folder / package, symlinks=True)
     text = (folder / file).read_text()
     assert old in text
     (folder / file).write_text(text.replace(old, new))
@@ -196,7 +197,9 @@ def test_every_source_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         path = changed_copy(folder, file, "\n", "\n\n") / file
         with monkeypatch.context() as patch:
             before = lowering.source_hash()
-            patch.setattr(lowering, "__file__", str(folder / "lowering" / "__init__.py"))
+            patch.setattr(
+                lowering, "__file__", str(folder / "kda_ops" / "lowering" / "__init__.py")
+            )
             assert lowering.source_hash() != before, file
             path.write_text((REPOSITORY / file).read_text())
             assert lowering.source_hash() == before

@@ -2,17 +2,17 @@
 
 import importlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kda_ops
-from kda_ops._cases import Case
+from kda_ops._cases import Case, operator_packages
 from kda_ops._registry import OPERATORS
 
-NAMES = sorted(path.parent.name for path in Path(kda_ops.__file__).parent.glob("*/cases.py"))
+PACKAGES = operator_packages()
+NAMES = sorted(PACKAGES)
 
 
 def public_function(name: str) -> Callable[..., Any]:
@@ -21,7 +21,7 @@ def public_function(name: str) -> Callable[..., Any]:
 
 def cases(name: str, *, perf: bool = False, kernels: bool = False) -> list[Case]:
     """An operator's cases; with `kernels` those that its kernels take."""
-    module = importlib.import_module(f"kda_ops.{name}.cases")
+    module = importlib.import_module(f"{PACKAGES[name]}.cases")
     return [c for c in module.CASES if c.perf == perf and not (kernels and c.cpu_only)]
 
 
