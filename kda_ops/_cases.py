@@ -54,7 +54,7 @@ def paged_conv_state(
     return pages[:, : L * D].unflatten(1, (L, D) if layout == "SD" else (D, L))
 
 
-def taken_apart(inputs: dict[str, Any], widths: tuple[int, int, int]) -> dict[str, Any]:
+def unpacked(inputs: dict[str, Any], widths: tuple[int, int, int]) -> dict[str, Any]:
     """Arguments of a packed convolution with three tensors for x, weight, bias and conv_state, as a
     model holds them that keeps q, k and v apart: each state in pages of its own.
     """

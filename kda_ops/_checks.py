@@ -139,24 +139,26 @@ def check_chunk_size(chunk_size: int) -> None:
 
 
 def check_varlen(
-    name: str, x: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None, chunk_size: int
+    name: str, x: Tensor, cu_seqlens: Tensor | None, chunk_indices: Tensor | None, chunk_size: int
 ) -> None:
     """`x [B, T, ...]` with optional `cu_seqlens [N + 1]` and the chunk table of that batch."""
     if cu_seqlens is None:
-        if chunks is not None:
-            raise ValueError("chunks must come with cu_seqlens, got chunks alone")
+        if chunk_indices is not None:
+            raise ValueError("chunk_indices must come with cu_seqlens, got chunk_indices alone")
         return
     check_cu_seqlens_shape(cu_seqlens)
-    check_device(**{name: x, "cu_seqlens": cu_seqlens, "chunks": chunks})
+    check_device(**{name: x, "cu_seqlens": cu_seqlens, "chunk_indices": chunk_indices})
     if x.shape[0] != 1:
         raise ValueError(f"{name} must have batch size 1 with cu_seqlens, got {x.shape[0]}")
-    if chunks is not None:
-        check_chunks_shape(chunks, cu_seqlens.shape[0] - 1, x.shape[1], chunk_size)
+    if chunk_indices is not None:
+        check_chunk_indices_shape(chunk_indices, cu_seqlens.shape[0] - 1, x.shape[1], chunk_size)
 
 
-def check_chunks_shape(chunks: Tensor, sequences: int, total_tokens: int, chunk_size: int) -> None:
-    check_dtype("chunks", chunks, (torch.int32,))
-    check_shape("chunks", chunks, (total_tokens // chunk_size + sequences, 2))
+def check_chunk_indices_shape(
+    chunk_indices: Tensor, sequences: int, total_tokens: int, chunk_size: int
+) -> None:
+    check_dtype("chunk_indices", chunk_indices, (torch.int32,))
+    check_shape("chunk_indices", chunk_indices, (total_tokens // chunk_size + sequences, 2))
 
 
 def check_cu_seqlens_shape(cu_seqlens: Tensor) -> None:

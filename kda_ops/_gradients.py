@@ -23,7 +23,7 @@ AUTOGRAD_KEYS = [
     torch._C.DispatchKey.AutogradNestedTensor,
     torch._C.DispatchKey.ADInplaceOrView,
 ]
-TABLES = ("cu_seqlens", "chunks")  # integers, which have no gradient
+TABLES = ("cu_seqlens", "chunk_indices")  # integers, which have no gradient
 
 
 @dataclass(frozen=True)

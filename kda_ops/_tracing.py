@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 # what a step of each kind reads of its batch
-DECODE = ("counts", "slots", "cu_seqlens", "num_accepted")
+DECODE = ("counts", "state_indices", "cu_seqlens", "num_accepted")
 PREFILL = (
     "counts",
-    "slots",
+    "state_indices",
     "has_initial_state",
     "prefill_cu_seqlens",
     "prefill_copies",
-    "chunks",
+    "chunk_indices",
 )
 READ = {
     "decode": DECODE,

@@ -11,11 +11,11 @@ from kda_ops._numerics import CHUNK
 EMPTY = -1
 
 
-def chunk_table(cu_seqlens: Tensor, total_tokens: int, chunk_size: int = CHUNK) -> Tensor:
+def prepare_chunk_indices(cu_seqlens: Tensor, total_tokens: int, chunk_size: int = CHUNK) -> Tensor:
     """Maps chunk programs to sequences, on the device of `cu_seqlens` and without synchronising
     with it.
 
-    Compute it once per batch and hand it to every operator and layer that takes `chunks`. It is
+    Compute it once per batch and hand it to every operator and layer that takes `chunk_indices`. It is
     made of ordinary tensor operations: it compiles, and it can be captured in a CUDA graph and
     replayed with other `cu_seqlens` of the same length.
 
@@ -53,14 +53,16 @@ def chunk_table(cu_seqlens: Tensor, total_tokens: int, chunk_size: int = CHUNK) 
     return torch.where(real[:, None], table, EMPTY).to(torch.int32)
 
 
-def chunk_tokens(cu_seqlens: Tensor, chunks: Tensor, chunk_size: int, total_tokens: int) -> Tensor:
+def chunk_tokens(
+    cu_seqlens: Tensor, chunk_indices: Tensor, chunk_size: int, total_tokens: int
+) -> Tensor:
     """The token at each place of each row of a chunk table, `[rows, chunk_size]`.
 
     `total_tokens` stands where there is none.
     """
-    sequence, chunk = chunks.to(torch.int64).unbind(1)
+    sequence, chunk = chunk_indices.to(torch.int64).unbind(1)
     real = sequence >= 0
-    place = torch.arange(chunk_size, device=chunks.device)
+    place = torch.arange(chunk_size, device=chunk_indices.device)
     first = cu_seqlens[torch.where(real, sequence, 0)] + chunk * chunk_size
     last = cu_seqlens[torch.where(real, sequence + 1, 0)]
     token = first[:, None] + place
@@ -103,27 +105,27 @@ def even_length(offsets: Tensor, rows: int) -> int | None:
 
 
 def check_varlen_values(
-    x: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None, chunk_size: int
+    x: Tensor, cu_seqlens: Tensor | None, chunk_indices: Tensor | None, chunk_size: int
 ) -> None:
     """Contents of `cu_seqlens` for `x [1, T, ...]`, and of the chunk table."""
     if cu_seqlens is None:
         return
     check_cu_seqlens_values(cu_seqlens, x.shape[1])
-    if chunks is not None:
-        check_chunk_values(chunks, cu_seqlens, x.shape[1], chunk_size)
+    if chunk_indices is not None:
+        check_chunk_indices_values(chunk_indices, cu_seqlens, x.shape[1], chunk_size)
 
 
-def check_chunk_values(
-    chunks: Tensor, cu_seqlens: Tensor, total_tokens: int, chunk_size: int
+def check_chunk_indices_values(
+    chunk_indices: Tensor, cu_seqlens: Tensor, total_tokens: int, chunk_size: int
 ) -> None:
-    """`chunks` is the chunk table of right `cu_seqlens`."""
-    from kda_ops.varlen import chunk_table
+    """`chunk_indices` is the chunk table of right `cu_seqlens`."""
+    from kda_ops.varlen import prepare_chunk_indices
 
-    expected = chunk_table(cu_seqlens, total_tokens, chunk_size)
-    wrong = (expected != chunks).any(dim=1).nonzero()
+    expected = prepare_chunk_indices(cu_seqlens, total_tokens, chunk_size)
+    wrong = (expected != chunk_indices).any(dim=1).nonzero()
     if len(wrong):
         row = int(wrong[0])
         raise ValueError(
-            f"chunks must be the chunk table of cu_seqlens, expected row {row} to be "
-            f"{expected[row].tolist()}, got {chunks[row].tolist()}"
+            f"chunk_indices must be the chunk table of cu_seqlens, expected row {row} to be "
+            f"{expected[row].tolist()}, got {chunk_indices[row].tolist()}"
         )

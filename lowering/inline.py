@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from kda_ops._registry import OPERATORS
 from kda_ops.lowering import compat
 from kda_ops.native import NATIVE
-from kda_ops.tuning import forcing
+from kda_ops.tuning import override
 
 COMPILE_SECONDS = 300
 
@@ -105,7 +105,7 @@ def fake_arguments() -> tuple[Any, ...]:
 def compile_call(op: Any, args: list[Any], forced: Mapping[str, Any]) -> Callable[[], Any]:
     """A call of an operator on given tensors, compiled while something else is being compiled.
 
-    `forced` is chosen for it (see `kda_ops.tuning.forcing`), to be timed against something else. A
+    `forced` is chosen for it (see `kda_ops.tuning.override`), to be timed against something else. A
     thread of its own has none of the modes and contexts of the compilation that is going on.
 
     Raises:
@@ -125,7 +125,7 @@ def compile_call(op: Any, args: list[Any], forced: Mapping[str, Any]) -> Callabl
 
     def work() -> None:
         try:
-            with forcing(forced), torch.no_grad():
+            with override(forced), torch.no_grad():
                 found.append(torch._inductor.compile(make_fx(call)(*inputs), inputs))
         except Exception as error:
             errors.append(error)

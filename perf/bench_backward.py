@@ -16,7 +16,7 @@ from kda_ops.delta_rule.chunk_kda_gated.backward import launch_chunk_kda_gated_b
 from perf.bench_core import core_inputs
 from perf.harness.rows import OURS, Call, Inputs, Row
 
-NAMES = ("q", "k", "v", "x", "beta", "A_log", "dt_bias")
+NAMES = ("q", "k", "v", "raw_gate", "raw_beta", "A_log", "dt_bias")
 D = 128
 CASES: dict[str, tuple[tuple[int, ...], int, float | None]] = {
     "softplus-T8192-H32": ((8192,), 32, None),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 from perf.baselines.fla import fla, fla_chunk_kda
 from perf.harness.rows import Row, operator_rows
 
@@ -19,8 +19,10 @@ def with_chunk_table(row: Row) -> Row:
 
     def make(device: torch.device) -> dict[str, Any]:
         inputs = row.make(device)
-        if "cu_seqlens" in inputs and "chunks" not in inputs:
-            inputs["chunks"] = chunk_table(inputs["cu_seqlens"], inputs["q"].shape[1])
+        if "cu_seqlens" in inputs and "chunk_indices" not in inputs:
+            inputs["chunk_indices"] = prepare_chunk_indices(
+                inputs["cu_seqlens"], inputs["q"].shape[1]
+            )
         return inputs
 
     return dataclasses.replace(row, make=make)

@@ -15,7 +15,7 @@ from torch import Tensor
 from kda_ops import chunk_kda, chunk_kda_gated, gate_cumsum, l2norm
 from kda_ops._cases import Case
 from kda_ops._numerics import CHUNK
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 from perf.baselines.fla import fla, fla_core
 from perf.baselines.others import more_peers
 from perf.harness.rows import OURS, Row, direct, function_rows
@@ -31,7 +31,7 @@ def offsets(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     """
     sums = [0, *itertools.accumulate(lengths)]
     cu_seqlens = torch.tensor(sums, dtype=torch.int32, device=device)
-    return cu_seqlens, chunk_table(cu_seqlens, sums[-1])
+    return cu_seqlens, prepare_chunk_indices(cu_seqlens, sums[-1])
 
 
 def core_inputs(
@@ -46,14 +46,14 @@ def core_inputs(
         "q": q,
         "k": k,
         "v": v,
-        "x": x,
-        "beta": torch.randn(1, T, H, device=device, dtype=torch.bfloat16),
+        "raw_gate": x,
+        "raw_beta": torch.randn(1, T, H, device=device, dtype=torch.bfloat16),
         "A_log": A_log if lower_bound is None else torch.zeros_like(A_log),
         "dt_bias": step.expm1().log(),
         "lower_bound": lower_bound,
     }
     if len(lengths) > 1:
-        inputs["cu_seqlens"], inputs["chunks"] = offsets(lengths, device)
+        inputs["cu_seqlens"], inputs["chunk_indices"] = offsets(lengths, device)
     return inputs
 
 
@@ -61,16 +61,17 @@ def core(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    x: Tensor,
-    beta: Tensor,
+    raw_gate: Tensor,
+    raw_beta: Tensor,
     A_log: Tensor,
     dt_bias: Tensor,
     lower_bound: float | None,
     **batch: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    G = gate_cumsum(x, A_log, dt_bias, lower_bound=lower_bound, **batch)
-    beta = beta.sigmoid()
-    return chunk_kda(l2norm(q), l2norm(k), v, G, beta, output_final_state=True, **batch)
+    G = gate_cumsum(raw_gate, A_log, dt_bias, lower_bound=lower_bound, **batch)
+    return chunk_kda(
+        l2norm(q), l2norm(k), v, G, raw_beta.sigmoid(), output_final_state=True, **batch
+    )
 
 
 def fused_core(**inputs: Any) -> tuple[Tensor, Tensor | None]:

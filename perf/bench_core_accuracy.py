@@ -31,7 +31,10 @@ def plain(inputs: Inputs) -> Inputs:
 
 def harsh(inputs: Inputs) -> Inputs:
     """Tokens that forget everything: decays down to e^-60 and below, or to the bound."""
-    return inputs | {"x": 4 * inputs["x"], "A_log": torch.full_like(inputs["A_log"], 2.77)}
+    return inputs | {
+        "raw_gate": 4 * inputs["raw_gate"],
+        "A_log": torch.full_like(inputs["A_log"], 2.77),
+    }
 
 
 def near_identical_keys(inputs: Inputs) -> Inputs:

@@ -14,7 +14,7 @@ from kda_ops._checks import INTEGERS, check_dtype, check_integer, check_shape, c
 from kda_ops._numerics import CHUNK
 from kda_ops._tracing import reads_values
 from kda_ops.cache.batch_checks import check_batch_values, check_counts, check_tensors
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 
 COUNTS = (
     "num_decodes",
@@ -26,13 +26,13 @@ COUNTS = (
 )
 TENSORS = (
     "cu_seqlens",
-    "slots",
+    "state_indices",
     "has_initial_state",
     "num_accepted",
     "prefill_num_accepted",
     "prefill_cu_seqlens",
     "prefill_copies",
-    "chunks",
+    "chunk_indices",
     "counts",
 )
 SMALL = 2**15  # rows, and sequences: with what a layer keeps of one, indices fit 32 bits
@@ -67,14 +67,14 @@ class KDABatch:
     Attributes:
         cu_seqlens: `[N + 1]`, int32 or int64, first row of each sequence; empty sequences are
             allowed. Rows past the last one are padding.
-        slots: `[N]` or `[N, 1 + num_spec]`, int32 or int64, pages of the state. With the second
+        state_indices: `[N]` or `[N, 1 + num_spec]`, int32 or int64, pages of the state. With the second
             form, speculative token j of a decode leaves the recurrent state after it in page j of
             its row, and the convolution state and prefills use page 0. Slot 0 is the null block:
             nothing is read or written there and the sequence's output is zero.
         has_initial_state: `[N]`, bool, whether a prefill continues from its slot instead of
             starting from zeros. Decodes always continue.
         num_accepted: `[num_decodes]`, int32 or int64: how many tokens of the decode's last step
-            were kept, from 1. Needs the second form of `slots`, for which None means 1 (and is
+            were kept, from 1. Needs the second form of `state_indices`, for which None means 1 (and is
             replaced by ones).
         prefill_num_accepted: `[num_prefills]`, likewise, for prefills that may come after a
             speculative step: their state is moved to page 0 and row 0 first, by a launch of
@@ -96,8 +96,8 @@ class KDABatch:
         prefill_cu_seqlens: `[num_prefills + 1]`, `cu_seqlens` of the prefills counted from their
             first row. Made from `cu_seqlens` where not given.
         prefill_copies: Not an argument. `[num_prefills, 4]`, the plan of those moves, or None.
-        chunks: Chunk table of the prefills and the padding after them
-            (`kda_ops.varlen.chunk_table`). Made from `cu_seqlens` where not given.
+        chunk_indices: Chunk table of the prefills and the padding after them
+            (`kda_ops.varlen.prepare_chunk_indices`). Made from `cu_seqlens` where not given.
 
     Raises:
         ValueError: Shapes, dtypes, devices or counts that do not fit together; for CPU tensors (and
@@ -105,7 +105,7 @@ class KDABatch:
     """
 
     cu_seqlens: Tensor
-    slots: Tensor
+    state_indices: Tensor
     has_initial_state: Tensor
     num_accepted: Tensor | None = None
     prefill_num_accepted: Tensor | None = None
@@ -115,7 +115,7 @@ class KDABatch:
     num_prefill_tokens: int
     num_tokens: int
     prefill_cu_seqlens: Tensor | None = None
-    chunks: Tensor | None = None
+    chunk_indices: Tensor | None = None
     num_prefill_rows: int = field(init=False)
     prefill_copies: Tensor | None = field(init=False, repr=False, default=None)
     counts: Tensor = field(init=False, repr=False)
@@ -138,8 +138,8 @@ class KDABatch:
             "kind", "mixed" if all(has.values()) else "prefill" if has["prefill"] else "decode"
         )
         self._set("_small", self._is_small())
-        if self.num_accepted is None and self.slots.dim() == 2:
-            self._set("num_accepted", self.slots.new_ones(self.num_decodes))
+        if self.num_accepted is None and self.state_indices.dim() == 2:
+            self._set("num_accepted", self.state_indices.new_ones(self.num_decodes))
         if self.num_prefills == 0:
             return
         if self.prefill_num_accepted is not None:
@@ -147,16 +147,19 @@ class KDABatch:
         if self.prefill_cu_seqlens is None:
             offsets = self.cu_seqlens[self.num_decodes :] - self.num_decode_tokens
             self._set("prefill_cu_seqlens", offsets)
-        if self.chunks is None:
-            self._set("chunks", chunk_table(self.prefill_cu_seqlens, self.num_prefill_rows))
+        if self.chunk_indices is None:
+            self._set(
+                "chunk_indices",
+                prepare_chunk_indices(self.prefill_cu_seqlens, self.num_prefill_rows),
+            )
 
     def _copies(self, num_accepted: Tensor) -> Tensor:
         """What `state_copy` does for prefills before they run; negative rows do nothing."""
-        slots, continues = self.prefills()
+        state_indices, continues = self.prefills()
         bias = num_accepted - 1
-        column = bias.clamp(0, slots.shape[1] - 1).long()
-        source = slots.gather(1, column[:, None])[:, 0]
-        plan = torch.stack([slots[:, 0], source, slots[:, 0], bias], dim=1)
+        column = bias.clamp(0, state_indices.shape[1] - 1).long()
+        source = state_indices.gather(1, column[:, None])[:, 0]
+        plan = torch.stack([state_indices[:, 0], source, state_indices[:, 0], bias], dim=1)
         moves = continues & (bias != 0)
         return torch.where(moves[:, None], plan, -1).to(torch.int32)
 
@@ -169,7 +172,7 @@ class KDABatch:
     @classmethod
     def decode(
         cls,
-        slots: Tensor | Sequence,
+        state_indices: Tensor | Sequence,
         *,
         lengths: Sequence[int] | None = None,
         num_accepted: Tensor | Sequence[int] | None = None,
@@ -178,16 +181,21 @@ class KDABatch:
     ) -> "KDABatch":
         """A batch of decodes, one token each unless `lengths` says otherwise; see `mixed`."""
         if lengths is None:
-            lengths = [1] * len(slots)
+            lengths = [1] * len(state_indices)
         return cls.mixed(
-            lengths, (), slots, num_accepted=num_accepted, num_tokens=num_tokens, device=device
+            lengths,
+            (),
+            state_indices,
+            num_accepted=num_accepted,
+            num_tokens=num_tokens,
+            device=device,
         )
 
     @classmethod
     def prefill(
         cls,
         lengths: Sequence[int],
-        slots: Tensor | Sequence,
+        state_indices: Tensor | Sequence,
         *,
         has_initial_state: Tensor | Sequence[bool] | None = None,
         num_accepted: Tensor | Sequence[int] | None = None,
@@ -202,7 +210,7 @@ class KDABatch:
         return cls.mixed(
             (),
             lengths,
-            slots,
+            state_indices,
             has_initial_state=has_initial_state,
             prefill_num_accepted=num_accepted,
             num_tokens=num_tokens,
@@ -214,7 +222,7 @@ class KDABatch:
         cls,
         decode_lengths: Sequence[int],
         prefill_lengths: Sequence[int],
-        slots: Tensor | Sequence,
+        state_indices: Tensor | Sequence,
         *,
         has_initial_state: Tensor | Sequence[bool] | None = None,
         num_accepted: Tensor | Sequence[int] | None = None,
@@ -227,21 +235,23 @@ class KDABatch:
         Args:
             decode_lengths: Tokens of each decode.
             prefill_lengths: Tokens of each prefill.
-            slots: Pages of the sequences, decodes first, as a tensor or nested lists: `[N]` or `[N,
+            state_indices: Pages of the sequences, decodes first, as a tensor or nested lists: `[N]` or `[N,
                 1 + num_spec]`.
             has_initial_state: `[num_prefills]`, which prefills continue from their slot. None means
                 that all start from zeros.
             num_accepted: `[num_decodes]`, see the class.
             prefill_num_accepted: `[num_prefills]`, see the class.
             num_tokens: Rows of `hidden_states`, padding included. None means no padding.
-            device: Where the description lives. None means the device of `slots`, the CPU for
+            device: Where the description lives. None means the device of `state_indices`, the CPU for
                 lists.
 
         Raises:
             ValueError: As the class.
         """
         if device is None:
-            device = slots.device if isinstance(slots, Tensor) else torch.device("cpu")
+            device = (
+                state_indices.device if isinstance(state_indices, Tensor) else torch.device("cpu")
+            )
         lengths = [*decode_lengths, *prefill_lengths]
         offsets = [0]
         for n, length in enumerate(lengths):
@@ -255,7 +265,7 @@ class KDABatch:
         check_shape("has_initial_state", continues, (len(prefill_lengths),))
         return cls(
             cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
-            slots=_integers("slots", slots, device),
+            state_indices=_integers("state_indices", state_indices, device),
             has_initial_state=torch.cat([continues.new_ones(len(decode_lengths)), continues]),
             num_accepted=_counts("num_accepted", num_accepted, device),
             prefill_num_accepted=_counts("prefill_num_accepted", prefill_num_accepted, device),
@@ -295,7 +305,7 @@ class KDABatch:
             if self.kind == "mixed":
                 for size in (decode_rows, prefill_rows, decodes, prefills):
                     torch._check(size < SMALL)
-        torch._check(self.slots.shape[0] == N)
+        torch._check(self.state_indices.shape[0] == N)
         if self.kind != "prefill":
             torch._check(self.cu_seqlens.shape[0] == N + 1)
             if self.num_accepted is not None:
@@ -303,27 +313,27 @@ class KDABatch:
         if self.kind != "decode":
             torch._check(self.has_initial_state.shape[0] == N)
             torch._check(self.prefill_cu_seqlens.shape[0] == prefills + 1)
-            torch._check(self.chunks.shape[0] == prefill_rows // CHUNK + prefills)
+            torch._check(self.chunk_indices.shape[0] == prefill_rows // CHUNK + prefills)
             if self.prefill_copies is not None:
                 torch._check(self.prefill_copies.shape[0] == prefills)
 
     def decodes(self) -> tuple[Tensor, Tensor]:
-        """`cu_seqlens` and `slots` of the decodes."""
+        """`cu_seqlens` and `state_indices` of the decodes."""
         if self.kind == "decode":
-            return self.cu_seqlens, self.slots
+            return self.cu_seqlens, self.state_indices
         decodes, _, prefills, *_ = self.counts.shape
         return (
             self.cu_seqlens.split((decodes + 1, prefills))[0],
-            self.slots.split((decodes, prefills))[0],
+            self.state_indices.split((decodes, prefills))[0],
         )
 
     def prefills(self) -> tuple[Tensor, Tensor]:
-        """`slots` and `has_initial_state` of the prefills."""
+        """`state_indices` and `has_initial_state` of the prefills."""
         if self.kind == "prefill":
-            return self.slots, self.has_initial_state
+            return self.state_indices, self.has_initial_state
         decodes, _, prefills, *_ = self.counts.shape
         return (
-            self.slots.split((decodes, prefills))[1],
+            self.state_indices.split((decodes, prefills))[1],
             self.has_initial_state.split((decodes, prefills))[1],
         )
 
@@ -335,7 +345,7 @@ class KDABatch:
             ValueError: They are not.
         """
         check_batch_values(self)
-        check_slot_values("slots", self.slots, num_slots)
+        check_slot_values("state_indices", self.state_indices, num_slots)
 
 
 def _flatten(batch: KDABatch) -> tuple[list[Tensor | None], str]:

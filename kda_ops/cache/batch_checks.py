@@ -6,7 +6,7 @@ import torch
 
 from kda_ops._checks import (
     INTEGERS,
-    check_chunks_shape,
+    check_chunk_indices_shape,
     check_cu_seqlens_shape,
     check_cu_seqlens_values,
     check_device,
@@ -15,7 +15,7 @@ from kda_ops._checks import (
     check_shape,
 )
 from kda_ops._numerics import CHUNK
-from kda_ops.varlen import check_chunk_values
+from kda_ops.varlen import check_chunk_indices_values
 
 if TYPE_CHECKING:
     from kda_ops.cache.batch import KDABatch
@@ -39,35 +39,41 @@ def check_tensors(batch: "KDABatch") -> None:
     N = batch.num_decodes + batch.num_prefills
     check_device(
         cu_seqlens=batch.cu_seqlens,
-        slots=batch.slots,
+        state_indices=batch.state_indices,
         has_initial_state=batch.has_initial_state,
         num_accepted=batch.num_accepted,
         prefill_num_accepted=batch.prefill_num_accepted,
         prefill_cu_seqlens=batch.prefill_cu_seqlens,
-        chunks=batch.chunks,
+        chunk_indices=batch.chunk_indices,
     )
     check_cu_seqlens_shape(batch.cu_seqlens)
     check_shape("cu_seqlens", batch.cu_seqlens, (N + 1,))
-    check_dtype("slots", batch.slots, INTEGERS)
-    if batch.slots.dim() not in (1, 2) or batch.slots.shape[0] != N or batch.slots.numel() == 0:
+    check_dtype("state_indices", batch.state_indices, INTEGERS)
+    if (
+        batch.state_indices.dim() not in (1, 2)
+        or batch.state_indices.shape[0] != N
+        or batch.state_indices.numel() == 0
+    ):
         raise ValueError(
-            f"slots must have shape [{N}] or [{N}, 1 + num_spec], got {tuple(batch.slots.shape)}"
+            f"state_indices must have shape [{N}] or [{N}, 1 + num_spec], got {tuple(batch.state_indices.shape)}"
         )
     check_dtype("has_initial_state", batch.has_initial_state, (torch.bool,))
     check_shape("has_initial_state", batch.has_initial_state, (N,))
     for name, sequences in accepted_counts(batch).items():
         check_dtype(name, getattr(batch, name), INTEGERS)
         check_shape(name, getattr(batch, name), (len(sequences),))
-        if batch.slots.dim() == 1:
+        if batch.state_indices.dim() == 1:
             raise ValueError(
-                f"{name} must come with slots of shape [N, 1 + num_spec], "
-                f"got {tuple(batch.slots.shape)}"
+                f"{name} must come with state_indices of shape [N, 1 + num_spec], "
+                f"got {tuple(batch.state_indices.shape)}"
             )
     if batch.prefill_cu_seqlens is not None:
         check_dtype("prefill_cu_seqlens", batch.prefill_cu_seqlens, INTEGERS)
         check_shape("prefill_cu_seqlens", batch.prefill_cu_seqlens, (batch.num_prefills + 1,))
-    if batch.chunks is not None:
-        check_chunks_shape(batch.chunks, batch.num_prefills, batch.num_prefill_rows, CHUNK)
+    if batch.chunk_indices is not None:
+        check_chunk_indices_shape(
+            batch.chunk_indices, batch.num_prefills, batch.num_prefill_rows, CHUNK
+        )
 
 
 def check_batch_values(batch: "KDABatch") -> None:
@@ -87,22 +93,22 @@ def check_batch_values(batch: "KDABatch") -> None:
             "prefill_cu_seqlens must be the prefills' part of cu_seqlens, "
             f"{offsets.tolist()}, got {given}"
         )
-    if batch.num_prefills and batch.chunks is not None:
-        check_chunk_values(batch.chunks, offsets, batch.num_prefill_rows, CHUNK)
-    table = batch.slots.reshape(len(batch.slots), -1)
+    if batch.num_prefills and batch.chunk_indices is not None:
+        check_chunk_indices_values(batch.chunk_indices, offsets, batch.num_prefill_rows, CHUNK)
+    table = batch.state_indices.reshape(len(batch.state_indices), -1)
     owners: dict[int, int] = {}
-    for n, slots in enumerate(table.tolist()):
-        for slot in set(slots) - {0}:
+    for n, state_indices in enumerate(table.tolist()):
+        for slot in set(state_indices) - {0}:
             if owners.setdefault(slot, n) != n:
                 raise ValueError(
-                    f"slots must not be shared between sequences, "
+                    f"state_indices must not be shared between sequences, "
                     f"got {slot} for sequences {owners[slot]} and {n}"
                 )
     most = table.shape[1]
     lengths = batch.cu_seqlens[: batch.num_decodes + 1].diff()
     if (lengths > most).any():
         raise ValueError(
-            f"cu_seqlens must give each decode at most {most} tokens, one per column of slots, "
+            f"cu_seqlens must give each decode at most {most} tokens, one per column of state_indices, "
             f"got {int(lengths.max())}"
         )
     for name, sequences in accepted_counts(batch).items():

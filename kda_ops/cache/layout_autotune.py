@@ -46,7 +46,7 @@ def faster_layout(
         # a page for each token of a sequence's step; the convolution state is in the first
         pages = SEQUENCES * tokens + 1
         table = torch.arange(1, pages, device=on).view(SEQUENCES, tokens)
-        slots = table[:, 0].contiguous()
+        state_indices = table[:, 0].contiguous()
         conv = random(pages, *((L, D) if layout == "SD" else (D, L)))
         state = torch.zeros(pages, HV, V, K, dtype=state_dtype, device=on)
         weight, x = random(D, W), random(SEQUENCES * tokens, D)
@@ -55,12 +55,24 @@ def faster_layout(
         has_initial = torch.ones(SEQUENCES, dtype=torch.bool, device=on)
         f, z, beta = (random(1, SEQUENCES * tokens, HV, *dim) for dim in ((K,), (V,), ()))
         rates, norm = torch.zeros(HV, device=on), random(V)
-        step = (table, torch.ones_like(slots), count * tokens) if num_spec else (slots, None, None)
+        step = (
+            (table, torch.ones_like(state_indices), count * tokens)
+            if num_spec
+            else (state_indices, None, None)
+        )
         ops = torch.ops.kda_ops
 
         def run() -> None:
             ops.short_conv.state(
-                prompts, weight, None, "silu", conv, slots, has_initial, count * PROMPT, layout
+                prompts,
+                weight,
+                None,
+                "silu",
+                conv,
+                state_indices,
+                has_initial,
+                count * PROMPT,
+                layout,
             )
             ops.kda_decode(
                 x, conv, weight, None, "silu", f, beta, z, rates, None, None, 1.0, norm, EPS,

@@ -60,7 +60,7 @@ def check_conv_sequences(
     weight: Tensor,
     bias: Tensor | None,
     conv_state: Tensor | None,
-    slots: Tensor | None,
+    state_indices: Tensor | None,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
@@ -76,15 +76,18 @@ def check_conv_sequences(
             raise ValueError(f"x must have batch size 1 with cu_seqlens, got {sequences}")
         sequences = cu_seqlens.shape[0] - 1
     if conv_state is None:
-        for name, value in (("slots", slots), ("has_initial_state", has_initial_state)):
+        for name, value in (
+            ("state_indices", state_indices),
+            ("has_initial_state", has_initial_state),
+        ):
             if value is not None:
                 raise ValueError(f"{name} must come with conv_state, got {name} alone")
     else:
         check_conv_state(conv_state, layout, x.shape[-1], weight.shape[1])
-        if slots is None:
-            raise ValueError("slots must be given with conv_state, got None")
-        check_dtype("slots", slots, INTEGERS)
-        check_shape("slots", slots, (sequences,))
+        if state_indices is None:
+            raise ValueError("state_indices must be given with conv_state, got None")
+        check_dtype("state_indices", state_indices, INTEGERS)
+        check_shape("state_indices", state_indices, (sequences,))
     if has_initial_state is not None:
         check_dtype("has_initial_state", has_initial_state, (torch.bool,))
         check_shape("has_initial_state", has_initial_state, (sequences,))
@@ -93,7 +96,7 @@ def check_conv_sequences(
         weight=weight,
         bias=bias,
         conv_state=conv_state,
-        slots=slots,
+        state_indices=state_indices,
         has_initial_state=has_initial_state,
         cu_seqlens=cu_seqlens,
     )
@@ -162,11 +165,11 @@ def conv_parts(
 
 
 def check_conv_values(
-    x: Tensor, cu_seqlens: Tensor | None, conv_state: Tensor | None, slots: Tensor | None
+    x: Tensor, cu_seqlens: Tensor | None, conv_state: Tensor | None, state_indices: Tensor | None
 ) -> None:
     """Contents of the offsets and slots of a convolution of whole sequences."""
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, x.shape[-2])
-    if conv_state is not None and slots is not None:
-        check_slot_values("slots", slots, conv_state.shape[0])
-        check_distinct_slots("slots", slots)
+    if conv_state is not None and state_indices is not None:
+        check_slot_values("state_indices", state_indices, conv_state.shape[0])
+        check_distinct_slots("state_indices", state_indices)

@@ -200,7 +200,7 @@ def conv_whole_state(
     bias: Tensor | None,
     activation: str | None,
     conv_state: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
@@ -208,9 +208,9 @@ def conv_whole_state(
     """`conv_whole` with a history from each sequence's slot, to which the last W - 1 rows go."""
     rows = x if x.dim() == 3 else x[None]
     past = weight.shape[1] - 1
-    history = known_history(rows, past, conv_state, slots, has_initial_state, layout)
-    y = conv_sequences(rows, history, weight, bias, activation, cu_seqlens, slots != 0)
-    keep_last(rows, history, conv_state, slots, cu_seqlens, layout)
+    history = known_history(rows, past, conv_state, state_indices, has_initial_state, layout)
+    y = conv_sequences(rows, history, weight, bias, activation, cu_seqlens, state_indices != 0)
+    keep_last(rows, history, conv_state, state_indices, cu_seqlens, layout)
     return y.view(x.shape)
 
 
@@ -218,14 +218,14 @@ def known_history(
     x: Tensor,
     past: int,
     conv_state: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     has_initial_state: Tensor | None,
     layout: str,
 ) -> Tensor:
     """The `past` rows before each sequence, `[N, past, D]`: its slot's, or zeros."""
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)  # [slots, L, D]
-    read = (slots != 0) & (False if has_initial_state is None else has_initial_state)
-    rows = state[slots.long(), :past].to(accumulation_dtype(x))
+    read = (state_indices != 0) & (False if has_initial_state is None else has_initial_state)
+    rows = state[state_indices.long(), :past].to(accumulation_dtype(x))
     return torch.where(read[:, None, None], rows, 0.0)
 
 
@@ -233,7 +233,7 @@ def keep_last(
     x: Tensor,
     history: Tensor,
     conv_state: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> None:
@@ -242,12 +242,12 @@ def keep_last(
     """
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)
     offsets = sequence_offsets(x, cu_seqlens)
-    slots, past = slots.long(), history.shape[1]
+    state_indices, past = state_indices.long(), history.shape[1]
     index = (offsets[1:] - offsets[:-1])[:, None] + torch.arange(past, device=x.device)
-    sequence = torch.arange(len(slots), device=x.device)[:, None].expand_as(index)
+    sequence = torch.arange(len(state_indices), device=x.device)[:, None].expand_as(index)
     new = extended_rows(history, x.reshape(-1, x.shape[-1]), offsets, sequence, index)
-    active = slots != 0
-    state[slots[active], :past] = new[active].to(state.dtype)
+    active = state_indices != 0
+    state[state_indices[active], :past] = new[active].to(state.dtype)
 
 
 def conv_update(
@@ -256,7 +256,7 @@ def conv_update(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    slots: Tensor,
+    state_indices: Tensor,
     num_accepted: Tensor | None,
     offsets: Tensor,
     layout: str,
@@ -269,7 +269,7 @@ def conv_update(
         weight: `[D, W]`.
         bias: `[D]` or None.
         activation: `"silu"` or None.
-        slots: `[N]` or `[N, columns]`, of which column 0 is taken.
+        state_indices: `[N]` or `[N, columns]`, of which column 0 is taken.
         num_accepted: `[N]` or None; looked at where the slot is not 0.
         offsets: `[N + 1]`, int64.
         layout: `"SD"` or `"DS"`.
@@ -279,15 +279,15 @@ def conv_update(
     """
     past = weight.shape[1] - 1
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)  # [slots, L, D]
-    slots = (slots[:, 0] if slots.dim() == 2 else slots).long()
-    sequences, L = slots.shape[0], state.shape[1]
-    active = slots != 0
+    state_indices = (state_indices[:, 0] if state_indices.dim() == 2 else state_indices).long()
+    sequences, L = state_indices.shape[0], state.shape[1]
+    active = state_indices != 0
     if num_accepted is None:
-        history = state[slots, :past]
+        history = state[state_indices, :past]
     else:
         first = torch.where(active, num_accepted.long() - 1, 0)
         window = first[:, None] + torch.arange(past, device=x.device)
-        history = state[slots[:, None], window]
+        history = state[state_indices[:, None], window]
     acc = accumulation_dtype(x)
     history = torch.where(active[:, None, None], history.to(acc), 0.0)
     tokens = even_length(offsets, len(x))
@@ -295,7 +295,7 @@ def conv_update(
         rows = x.reshape(sequences, tokens, -1)
         y = conv_sequences(rows, history, weight, bias, activation, None, None)
         new = torch.cat([history, rows], dim=1)[:, 1:]
-        state[slots, : new.shape[1]] = new.to(state.dtype)
+        state[state_indices, : new.shape[1]] = new.to(state.dtype)
         return y.view(x.shape)
     y = short_convolution(x, history, weight, bias, activation, offsets, active)
 
@@ -304,5 +304,7 @@ def conv_update(
     new = extended_rows(history, x.to(acc), offsets, sequence, rows + 1)
     lengths = offsets[1:] - offsets[:-1]
     written = (active & (lengths > 0))[:, None] & (rows < past - 1 + lengths[:, None])
-    state[slots[:, None].expand_as(rows)[written], rows[written]] = new[written].to(state.dtype)
+    state[state_indices[:, None].expand_as(rows)[written], rows[written]] = new[written].to(
+        state.dtype
+    )
     return y

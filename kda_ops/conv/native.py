@@ -28,12 +28,12 @@ def short_conv_state(
     bias: Tensor | None,
     activation: str | None,
     conv_state: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> Tensor:
-    pages = (slots, has_initial_state, layout)
+    pages = (state_indices, has_initial_state, layout)
     return _convolve(x, weight, bias, activation, cu_seqlens, conv_state, pages)
 
 
@@ -60,17 +60,17 @@ def short_conv_qkv_state(
     head_dim: int,
     norm_eps: float,
     conv_state: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     parts = _apart(x, weight, bias, conv_state, key_dim, layout)
-    pages = (slots, has_initial_state, layout)
+    pages = (state_indices, has_initial_state, layout)
     return _qkv(parts, activation, head_dim, norm_eps, cu_seqlens, pages)
 
 
-def short_conv_qkv_apart(
+def short_conv_qkv_unpacked(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
@@ -79,18 +79,18 @@ def short_conv_qkv_apart(
     return _qkv(parts, activation, head_dim, norm_eps, cu_seqlens)
 
 
-def short_conv_qkv_apart_state(
+def short_conv_qkv_unpacked_state(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parts = [
         (q, q_weight, q_bias, q_state),
         (k, k_weight, k_bias, k_state),
         (v, v_weight, v_bias, v_state),
     ]
-    pages = (slots, has_initial_state, layout)
+    pages = (state_indices, has_initial_state, layout)
     return _qkv(parts, activation, head_dim, norm_eps, cu_seqlens, pages)
 
 
@@ -157,9 +157,9 @@ def _convolve(
     N, (D, W) = len(offsets) - 1, weight.shape
     history, live = None, offsets.new_ones(N, dtype=torch.bool)
     if conv_state is not None and pages is not None:
-        slots, has_initial_state, layout = pages
-        live = slots != 0
-        known = known_history(rows, W - 1, conv_state, slots, has_initial_state, layout)
+        state_indices, has_initial_state, layout = pages
+        live = state_indices != 0
+        known = known_history(rows, W - 1, conv_state, state_indices, has_initial_state, layout)
         history = known.contiguous()
     flat = fp32(rows.flatten(0, 1))
     whole = bool(live.all()) and (N == 0 or int(offsets[-1]) == len(flat))
@@ -174,5 +174,5 @@ def _convolve(
         torch.get_num_threads(),
     )
     if history is not None and conv_state is not None and pages is not None:
-        keep_last(rows, history, conv_state, slots, cu_seqlens, layout)
+        keep_last(rows, history, conv_state, state_indices, cu_seqlens, layout)
     return y.to(x.dtype).view(x.shape)

@@ -68,7 +68,7 @@ def kda_decode(
     return o if o.dtype == x.dtype else o.to(x.dtype)
 
 
-def kda_decode_apart(*args: Any) -> Tensor:
+def kda_decode_unpacked(*args: Any) -> Tensor:
     xs, states, weights, biases, step = args[0:3], args[3:6], args[6:9], args[9:12], args[12:]
     parts = [
         (fp32(x), state, dense(weight), dense(bias), 0)

@@ -83,7 +83,7 @@ def cumulative_gate(
     lower_bound: float | None,
     chunk_size: int,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
     *,
     to_be_seen: bool,
 ) -> Tensor:
@@ -96,17 +96,17 @@ def cumulative_gate(
     g = gate_nats(real_rows(x, cu_seqlens, 0.0), A_log, dt_bias, lower_bound)
     if lower_bound is None and not to_be_seen:
         g = g.clamp(min=FORGOTTEN[g.dtype] / RCP_LN2)
-    G = chunk_local_cumsum(g, chunk_size, cu_seqlens, chunks) * RCP_LN2
+    G = chunk_local_cumsum(g, chunk_size, cu_seqlens, chunk_indices) * RCP_LN2
     return G.clamp(min=torch.finfo(G.dtype).min) if lower_bound is None else G
 
 
 def chunk_local_cumsum(
-    g: Tensor, chunk_size: int, cu_seqlens: Tensor | None, chunks: Tensor | None
+    g: Tensor, chunk_size: int, cu_seqlens: Tensor | None, chunk_indices: Tensor | None
 ) -> Tensor:
     """Inclusive prefix sum of `g [B, T, ...]` along T that restarts with every chunk, in g's dtype.
 
     Each chunk is summed by itself: a difference of sums over the whole length would lose the small
-    terms. With `cu_seqlens` the chunks are those of the chunk table, and rows that belong to no
+    terms. With `cu_seqlens` the chunk_indices are those of the chunk table, and rows that belong to no
     sequence are zero.
     """
     B, T = g.shape[:2]
@@ -115,7 +115,7 @@ def chunk_local_cumsum(
         padding = g.new_zeros(B, rows * chunk_size - T, *g.shape[2:])
         sums = torch.cat([g, padding], 1).unflatten(1, (rows, chunk_size)).cumsum(2)
         return sums.flatten(1, 2)[:, :T].contiguous()
-    token = chunk_tokens(cu_seqlens, chunks, chunk_size, T)
+    token = chunk_tokens(cu_seqlens, chunk_indices, chunk_size, T)
     padded = torch.cat([g[0], g.new_zeros(1, *g.shape[2:])])
     sums = padded[token].cumsum(1)
     return (

@@ -44,13 +44,13 @@ def gate_nats(z, a, lower_bound, BOUNDED: tl.constexpr):
 
 
 @triton.jit
-def chunk_span(cu_seqlens_ptr, chunks_ptr, row, sequences, T, C: tl.constexpr):
+def chunk_span(cu_seqlens_ptr, chunk_indices_ptr, row, sequences, T, C: tl.constexpr):
     """First token (int64) of row `row` of a chunk table, and one past the last.
 
     Empty (end <= start) for an unused row. `0 <= start` and `end <= T` whatever the tables hold.
     """
-    n = tl.load(chunks_ptr + row * 2)
-    c = tl.load(chunks_ptr + row * 2 + 1)
+    n = tl.load(chunk_indices_ptr + row * 2)
+    c = tl.load(chunk_indices_ptr + row * 2 + 1)
     real = (n >= 0) & (n < sequences) & (c >= 0)
     n = tl.where(real, n, 0)
     first = tl.load(cu_seqlens_ptr + n).to(tl.int64)

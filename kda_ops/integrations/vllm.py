@@ -351,7 +351,7 @@ def fused_kda_gate_chunk_cumsum(
     g_bias: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
-    chunks: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
     chunk_size: int = CHUNK,
     safe_gate: bool | None = None,
     lower_bound: float | None = None,
@@ -363,7 +363,7 @@ def fused_kda_gate_chunk_cumsum(
         A_log: HV numbers in any shape, as checkpoints have them.
         g_bias: `[HV, K]` or `[HV * K]`.
         cu_seqlens: `[N + 1]`, offsets of sequences.
-        chunks: vLLM's `chunk_indices`, but of `kda_ops.varlen.chunk_table`, which has a static
+        chunk_indices: vLLM's `chunk_indices`, but of `kda_ops.varlen.prepare_chunk_indices`, which has a static
             shape; made here if None.
         chunk_size: Tokens.
         safe_gate: Whether the gate is bounded; None means that it is if `lower_bound` is given.
@@ -382,7 +382,7 @@ def fused_kda_gate_chunk_cumsum(
         lower_bound=_gate_bound(safe_gate, lower_bound),
         chunk_size=chunk_size,
         cu_seqlens=cu_seqlens,
-        chunks=chunks,
+        chunk_indices=chunk_indices,
     )
 
 
@@ -401,7 +401,7 @@ def chunk_kda_with_fused_gate(
     cu_seqlens: Tensor | None = None,
     *,
     raw_beta: Tensor | None = None,
-    chunks: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
     safe_gate: bool | None = None,
     lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -421,7 +421,7 @@ def chunk_kda_with_fused_gate(
         use_qk_l2norm_in_kernel: Whether q and k are still to be normalised.
         cu_seqlens: `[N + 1]`, offsets of sequences.
         raw_beta: `[B, T, HV]` before its sigmoid: then one operator does all of it.
-        chunks: As `fused_kda_gate_chunk_cumsum`.
+        chunk_indices: As `fused_kda_gate_chunk_cumsum`.
         safe_gate: Likewise.
         lower_bound: Likewise.
 
@@ -451,22 +451,24 @@ def chunk_kda_with_fused_gate(
             initial_state=initial_state,
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
-            chunks=chunks,
+            chunk_indices=chunk_indices,
         )
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q, eps=QK_NORM_EPS), l2norm(k, eps=QK_NORM_EPS)
-    G = gate_cumsum(raw_g, A_log, g_bias, lower_bound=bound, cu_seqlens=cu_seqlens, chunks=chunks)
+    g_cumsum = gate_cumsum(
+        raw_g, A_log, g_bias, lower_bound=bound, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices
+    )
     return chunk_kda(
         q,
         k,
         v,
-        G,
+        g_cumsum,
         beta,
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
-        chunks=chunks,
+        chunk_indices=chunk_indices,
     )
 
 

@@ -42,7 +42,7 @@ from kda_ops.nn.checkpoints import convert_state_dict
 from kda_ops.nn.fsdp import keep_exact
 from kda_ops.norm.l2norm import l2norm
 from kda_ops.norm.rms_norm_gated import rms_norm_gated
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 
 State = tuple[Tensor | None, Tensor]
 MODES = ("chunk", "fused_recurrent")
@@ -328,7 +328,7 @@ class KimiDeltaAttention(nn.Module):
         state: State | None = None,
         batch: KDABatch | None = None,
         cu_seqlens: Tensor | None = None,
-        chunks: Tensor | None = None,
+        chunk_indices: Tensor | None = None,
         output_state: bool = False,
     ) -> Tensor | tuple[Tensor, State]:
         """Applies the layer.
@@ -348,7 +348,7 @@ class KimiDeltaAttention(nn.Module):
             batch: Rows, sequences and slots of the step. Needs `state`.
             cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0,
                 non-decreasing, last at most T. Only without `batch`.
-            chunks: `chunk_table(cu_seqlens, T)` if the caller has it already.
+            chunk_indices: `prepare_chunk_indices(cu_seqlens, T)` if the caller has it already.
             output_state: Also return the states: those passed, or without any, fresh pages in which
                 sequence n ends in slot n + 1 (slot 0 is the null block).
 
@@ -363,7 +363,7 @@ class KimiDeltaAttention(nn.Module):
         """
         if isinstance(batch, KDABatch) and torch.compiler.is_dynamo_compiling():
             open_sizes(batch, hidden_states)
-        self._check(hidden_states, state, batch, cu_seqlens, chunks)
+        self._check(hidden_states, state, batch, cu_seqlens, chunk_indices)
         conv = None if state is None else state[0]
         layout = resolve_layout(self.conv_layout, conv, self.conv_dim)
         x, f, z, beta = self._project(hidden_states)
@@ -371,15 +371,17 @@ class KimiDeltaAttention(nn.Module):
             self._check_step(hidden_states, x, f, beta, state)
             o = self._step(x, f, beta, z, state, batch, layout)
         else:
-            slots = None
-            if cu_seqlens is not None and chunks is None:
-                chunks = chunk_table(cu_seqlens, x.shape[1])
+            state_indices = None
+            if cu_seqlens is not None and chunk_indices is None:
+                chunk_indices = prepare_chunk_indices(cu_seqlens, x.shape[1])
             if output_state:
                 layout = self._fresh_layout(x)
                 sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
                 state = self._fresh_state(sequences + 1, x, layout)
-                slots = torch.arange(1, sequences + 1, device=x.device)
-            o = self._prefill(x, f, beta, z, state, slots, None, cu_seqlens, chunks, layout)
+                state_indices = torch.arange(1, sequences + 1, device=x.device)
+            o = self._prefill(
+                x, f, beta, z, state, state_indices, None, cu_seqlens, chunk_indices, layout
+            )
         output = self.o_proj(o.flatten(-2))
         return (output, state) if output_state else output
 
@@ -416,8 +418,11 @@ class KimiDeltaAttention(nn.Module):
             conv, recurrent = state
             window = layout
             if conv is None:  # the copy takes two states
-                conv, window = recurrent.new_zeros(len(recurrent), batch.slots.shape[1], 1), "SD"
-            num_spec = batch.slots.shape[1] - 1
+                conv, window = (
+                    recurrent.new_zeros(len(recurrent), batch.state_indices.shape[1], 1),
+                    "SD",
+                )
+            num_spec = batch.state_indices.shape[1] - 1
             state_copy(conv, recurrent, batch.prefill_copies, layout=window, num_spec=num_spec)
         if batch.kind == "decode":
             return self._decode(x, f, beta, z, state, batch, layout)
@@ -442,14 +447,14 @@ class KimiDeltaAttention(nn.Module):
     ) -> Tensor:
         """A few tokens of each decode, step by step from its pages."""
         conv, recurrent = state
-        cu_seqlens, slots = batch.decodes()
+        cu_seqlens, state_indices = batch.decodes()
         if self.use_short_conv:
             x = short_conv_update(
                 x[0],
                 conv,
                 self.conv_weight,
                 self.conv_bias,
-                slots=slots,
+                state_indices=state_indices,
                 num_accepted=batch.num_accepted,
                 cu_seqlens=cu_seqlens,
                 layout=layout,
@@ -465,7 +470,7 @@ class KimiDeltaAttention(nn.Module):
             g,
             self._beta(beta),
             recurrent,
-            slots,
+            state_indices,
             num_accepted=batch.num_accepted,
             cu_seqlens=cu_seqlens,
         )
@@ -483,17 +488,17 @@ class KimiDeltaAttention(nn.Module):
         layout: str,
     ) -> Tensor:
         """The prompts of a step, from and into their pages."""
-        slots, continues = batch.prefills()
+        state_indices, continues = batch.prefills()
         return self._prefill(
             x,
             f,
             beta,
             z,
             state,
-            slots if slots.dim() == 1 else slots[:, 0],
+            state_indices if state_indices.dim() == 1 else state_indices[:, 0],
             continues,
             batch.prefill_cu_seqlens,
-            batch.chunks,
+            batch.chunk_indices,
             layout,
         )
 
@@ -504,10 +509,10 @@ class KimiDeltaAttention(nn.Module):
         beta: Tensor,
         z: Tensor,
         state: State | None,
-        slots: Tensor | None,
+        state_indices: Tensor | None,
         has_initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
-        chunks: Tensor | None,
+        chunk_indices: Tensor | None,
         layout: str,
     ) -> Tensor:
         """Whole sequences, chunk by chunk; with a state from and into its slots."""
@@ -518,7 +523,7 @@ class KimiDeltaAttention(nn.Module):
                 self.conv_weight,
                 self.conv_bias,
                 conv_state=conv,
-                slots=slots,
+                state_indices=state_indices,
                 has_initial_state=has_initial_state,
                 cu_seqlens=cu_seqlens,
                 layout=layout,
@@ -526,24 +531,24 @@ class KimiDeltaAttention(nn.Module):
         else:
             x = F.silu(x)
         q, k, v = self._heads(x)
-        G = gate_cumsum(
+        g_cumsum = gate_cumsum(
             f,
             self.A_log,
             self.dt_bias,
             lower_bound=self.lower_bound,
             cu_seqlens=cu_seqlens,
-            chunks=chunks,
+            chunk_indices=chunk_indices,
         )
         o, _ = chunk_kda(
             q,
             k,
             v,
-            G,
+            g_cumsum,
             self._beta(beta),
             cu_seqlens=cu_seqlens,
-            chunks=chunks,
+            chunk_indices=chunk_indices,
             state=recurrent,
-            state_indices=slots,
+            state_indices=state_indices,
             has_initial_state=has_initial_state,
         )
         return self._norm(o, z, cu_seqlens)
@@ -608,7 +613,7 @@ class KimiDeltaAttention(nn.Module):
         state: State | None,
         batch: KDABatch | None,
         cu_seqlens: Tensor | None,
-        chunks: Tensor | None,
+        chunk_indices: Tensor | None,
     ) -> None:
         check_rank("hidden_states", hidden_states, 3)
         check_dtype("hidden_states", hidden_states)
@@ -622,8 +627,8 @@ class KimiDeltaAttention(nn.Module):
             check_cu_seqlens_shape(cu_seqlens)
             if B != 1:
                 raise ValueError(f"hidden_states must have batch size 1 with cu_seqlens, got {B}")
-        if chunks is not None and cu_seqlens is None:
-            raise ValueError("chunks must come with cu_seqlens, got chunks alone")
+        if chunk_indices is not None and cu_seqlens is None:
+            raise ValueError("chunk_indices must come with cu_seqlens, got chunk_indices alone")
         if batch is None or state is None:
             return
         if not isinstance(batch, KDABatch):
@@ -650,11 +655,16 @@ class KimiDeltaAttention(nn.Module):
             L = conv.shape[1 if layout == "SD" else 2]
             shape = (L, self.conv_dim) if layout == "SD" else (self.conv_dim, L)
             check_shape("conv", conv, (recurrent.shape[0], *shape))
-            num_spec = 0 if batch.slots.dim() == 1 else batch.slots.shape[1] - 1
+            num_spec = 0 if batch.state_indices.dim() == 1 else batch.state_indices.shape[1] - 1
             fewest = self.conv_size - 1 + num_spec
             if fewest > L:
                 raise ValueError(f"conv must have a state length of at least {fewest}, got {L}")
-        check_device(hidden_states=hidden_states, conv=conv, recurrent=recurrent, slots=batch.slots)
+        check_device(
+            hidden_states=hidden_states,
+            conv=conv,
+            recurrent=recurrent,
+            state_indices=batch.state_indices,
+        )
         if recurrent.is_cuda:  # what the operators behind the first write would refuse
             for name, x in (
                 ("recurrent", recurrent),
@@ -664,7 +674,7 @@ class KimiDeltaAttention(nn.Module):
             ):
                 check_kernel_dtype(name, x)
         on_cpu = recurrent.device.type == "cpu"
-        if (on_cpu or config.check_values) and reads_values(batch.slots):
+        if (on_cpu or config.check_values) and reads_values(batch.state_indices):
             batch.check_slots(recurrent.shape[0])
 
     def _check_step(

@@ -107,7 +107,7 @@ class calling:
 
 
 @contextmanager
-def forcing(values: Mapping[str, Values]) -> Iterator[None]:
+def override(values: Mapping[str, Values]) -> Iterator[None]:
     """While it is open, the named kernels take these values, and nothing is timed."""
     token = _forced.set(values)
     try:
@@ -122,7 +122,7 @@ def cache_key() -> str:
     return ("table" if config.deterministic_choice else "timed") + forced
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Forgets the choices of this process; those on disk stay."""
     _chosen.clear()
     benchmark.gpu.cache_clear()
@@ -174,7 +174,7 @@ def _bench_of_call(kernel: str, device: torch.device) -> Bench:
 
     def bench(values: dict[str, Any]) -> Callable[[], Any]:
         def run() -> None:
-            with forcing({kernel: values}):
+            with override({kernel: values}):
                 launcher(*arguments)
 
         return run

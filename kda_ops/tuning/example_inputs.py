@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kda_ops._numerics import CHUNK
 from kda_ops._tracing import hint as symbolic_hint
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 
 PAGES = ("conv_state", "q_state", "k_state", "v_state", "state", "conv", "recurrent")
-SLOTS = ("slots", "state_indices")
+SLOTS = ("state_indices",)
 
 
 class NoHintError(Exception):
@@ -90,10 +90,10 @@ def _table(name: str, like: Tensor, call: Mapping[str, Any]) -> Tensor:
         return n + 1  # slot 0 is the null block
     if name == "cu_seqlens":
         return n * _tokens(call) // max(like.numel() - 1, 1)
-    if name == "chunks":
+    if name == "chunk_indices":
         offsets = torch.arange(hint(call["cu_seqlens"].shape[0]), device=like.device)
         offsets = offsets * _tokens(call) // max(len(offsets) - 1, 1)
-        return chunk_table(offsets, _tokens(call), call.get("chunk_size", CHUNK))
+        return prepare_chunk_indices(offsets, _tokens(call), call.get("chunk_size", CHUNK))
     if name == "plan":  # two sources, target, bias
         row = torch.arange(like.shape[0], device=like.device)
         return torch.stack([2 * row + 1, 2 * row + 1, 2 * row + 2, 0 * row], dim=1)

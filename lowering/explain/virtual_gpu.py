@@ -86,7 +86,7 @@ def described_device() -> Iterator[None]:
             for value in list(vars(module).values()):
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()
-        tuning.forget()
+        tuning.clear_cache()
         hints.DeviceProperties.create.cache_clear()
         device_interface.caching_worker_device_properties.pop("cuda", None)
         device_interface.caching_worker_current_devices.pop("cuda", None)

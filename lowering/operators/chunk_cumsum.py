@@ -105,18 +105,18 @@ def fixed_length(g: Any, chunk_size: int, scale: float) -> Any:
     return view(slice_(padded, 0, 0, B * T), [B, T, *D])
 
 
-def varlen(g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunks: Any) -> Any:
+def varlen(g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunk_indices: Any) -> Any:
     """Row n is row n of the chunk table; its lanes also zero the n-th C tokens of the padding.
 
     Whatever the tables hold, every access is in bounds.
     """
     _, T, *D = g.get_size()
-    for table in (cu_seqlens, chunks):
+    for table in (cu_seqlens, chunk_indices):
         table.realize()  # or every element would compute the chunk table anew
     sequences = cu_seqlens.get_size()[0] - 1
     load, dtype = g.make_loader(), g.get_dtype()
-    load_offset, load_chunk = cu_seqlens.make_loader(), chunks.make_loader()
-    size = [sympy.Integer(1), chunks.get_size()[0], sympy.Integer(chunk_size), *D]
+    load_offset, load_chunk = cu_seqlens.make_loader(), chunk_indices.make_loader()
+    size = [sympy.Integer(1), chunk_indices.get_size()[0], sympy.Integer(chunk_size), *D]
     zero = sympy.Integer(0)
 
     def token(n: sympy.Expr, r: sympy.Expr) -> tuple[Any, Any]:
@@ -169,14 +169,16 @@ def _row_or_spare(ok: Any, row: Any, spare: sympy.Expr) -> sympy.Expr:
 
 
 @lowers(chunk_cumsum_op)
-def lower_chunk_cumsum(g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunks: Any) -> Any:
+def lower_chunk_cumsum(
+    g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunk_indices: Any
+) -> Any:
     nothing = V.graph.sizevars.statically_known_equals(sympy_product(g.get_size()), 0)
     no_sequences = cu_seqlens is not None and V.graph.sizevars.statically_known_equals(
         cu_seqlens.get_size()[0], 1
     )
     if not on_gpu(g) or nothing or no_sequences:
-        return call_operator(g, chunk_size, scale, cu_seqlens, chunks)
+        return call_operator(g, chunk_size, scale, cu_seqlens, chunk_indices)
     g = to_dtype(g, torch.promote_types(g.get_dtype(), torch.float32))
     if cu_seqlens is None:
         return fixed_length(g, chunk_size, scale)
-    return varlen(g, chunk_size, scale, cu_seqlens, chunks)
+    return varlen(g, chunk_size, scale, cu_seqlens, chunk_indices)

@@ -52,7 +52,7 @@ def form_of(args: tuple[Any, ...]) -> str:
 
 
 def lower_scan(*args: Any) -> Any:
-    *_, lower_bound, chunk_size, cu_seqlens, chunks = args
+    *_, lower_bound, chunk_size, cu_seqlens, chunk_indices = args
 
     def gate(*values: Any) -> Any:
         g = gate_reference(*values[:4])
@@ -63,7 +63,7 @@ def lower_scan(*args: Any) -> Any:
     g = inline_reference(gate, *args)
     if cu_seqlens is None:
         return fixed_length(g, chunk_size, RCP_LN2)
-    return varlen(g, chunk_size, RCP_LN2, cu_seqlens, chunks)
+    return varlen(g, chunk_size, RCP_LN2, cu_seqlens, chunk_indices)
 
 
 @lowers(gate_cumsum_op)

@@ -30,13 +30,15 @@ FUSED = {chunk_kda_op: chunk_kda_gated_op, chunk_kda_state_op: chunk_kda_gated_s
 
 def pattern(node: fx.Node) -> Found | None:
     call: Any = Call.of(node)
-    gate = cumulative_gate_under(call.args["G"], call.args["cu_seqlens"], call.args["chunks"])
+    gate = cumulative_gate_under(
+        call.args["g_cumsum"], call.args["cu_seqlens"], call.args["chunk_indices"]
+    )
     if gate is None:
         return None
     beta = beta_under(call.args["beta"])
     outputs = [n for n in call.nodes() if n is not node]
     inner = [*gate.inner, *([] if beta is None else beta[2]), *call.nodes()]
-    inputs = call.inputs("G", "beta")
+    inputs = call.inputs("g_cumsum", "beta")
     inputs += [n for n in gate.args.values() if isinstance(n, fx.Node)]
     inputs += [] if beta is None else [beta[0]]
     found = {"call": call, "gate": gate, "beta": beta}
@@ -55,8 +57,8 @@ def apart(found: Found) -> str | None:
     _, factor, _ = found.values["beta"]
     args = {name: value(x) for name, x in call.args.items()}
     args |= {name: value(x) for name, x in found.values["gate"].args.items()}
-    args |= {"beta_scale": factor, "qk_norm_eps": None}
-    args["x"] = args["x"].reshape(args["G"].shape)
+    args |= {"raw_beta": args["beta"], "beta_scale": factor, "qk_norm_eps": None}
+    args["raw_gate"] = args["raw_gate"].reshape(args["g_cumsum"].shape)
     q, v = args["q"], args["v"]
 
     def bench(values: dict[str, Any]) -> Callable[[], Any]:
@@ -67,10 +69,10 @@ def apart(found: Found) -> str | None:
         by_name = dict(zip(names, inputs, strict=True))
 
         def run() -> None:
-            gate = [by_name[name] for name in ("x", "A_log", "dt_bias", "lower_bound")]
-            tables = (by_name["cu_seqlens"], by_name["chunks"])
-            by_name["G"] = gate_cumsum_op(*gate, CHUNK, *tables)
-            beta = factor * torch.sigmoid(by_name["beta"].float())
+            gate = [by_name[name] for name in ("raw_gate", "A_log", "dt_bias", "lower_bound")]
+            tables = (by_name["cu_seqlens"], by_name["chunk_indices"])
+            by_name["g_cumsum"] = gate_cumsum_op(*gate, CHUNK, *tables)
+            beta = factor * torch.sigmoid(by_name["raw_beta"].float())
             values = {**by_name, "beta": beta}
             call.op(*[values[argument.name] for argument in call.op._schema.arguments])
 
@@ -97,8 +99,8 @@ def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
     args = {
         **call.args,
         **gate.args,
-        "x": reshape(graph, gate.args["x"], value(call.args["G"]).shape),
-        "beta": reshape(graph, beta, value(call.args["beta"]).shape),
+        "raw_gate": reshape(graph, gate.args["raw_gate"], value(call.args["g_cumsum"]).shape),
+        "raw_beta": reshape(graph, beta, value(call.args["beta"]).shape),
         "beta_scale": factor,
         "qk_norm_eps": None,
     }

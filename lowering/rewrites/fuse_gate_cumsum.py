@@ -40,7 +40,7 @@ def guard(found: Found) -> str | None:
     shape, other = value(gate.node).shape, value(cumsum.node).shape
     if len(shape) != 4 or not same_shape(shape[:2], other[:2]):
         return f"{cumsum.node.name} has another batch or length"
-    if fuses_forward(gate.args["x"]):
+    if fuses_forward(gate.args["raw_gate"]):
         return f"what makes {gate.args['x'].name} fuses with the scan"
     return None
 

@@ -22,8 +22,8 @@ from kda_ops.conv.short_conv_update.op import short_conv_update_op
 from kda_ops.delta_rule.kda_decode.op import (
     MOST_TOKENS,
     conv_tokens,
-    kda_decode_apart_op,
     kda_decode_op,
+    kda_decode_unpacked_op,
 )
 from kda_ops.delta_rule.recurrent_kda.op import recurrent_kda_op
 from kda_ops.lowering.graph.emitting import emit, reshape
@@ -134,7 +134,7 @@ def guard(found: Found) -> str | None:
     if not same_shape(value(norm.node).shape[-2:], value(step.result()).shape[-2:]):
         return f"{norm.node.name} does not normalise the value heads"
     for ours, theirs in (
-        ("state_indices", "slots"),
+        ("state_indices", "state_indices"),
         ("num_accepted", "num_accepted"),
         ("cu_seqlens", "cu_seqlens"),
     ):
@@ -175,7 +175,7 @@ def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
     convs, step, norm = (found.values[name] for name in ("convs", "step", "norm"))
     beta, factor, _ = found.values["beta"]
     heads, gate, y = (found.values[name] for name in ("heads", "gate", "y"))
-    z = norm.args["gate"]
+    z = norm.args["output_gate"]
     B, T, HV, V = value(step.result()).shape
     T = B * T
     inputs = {"x": convs[0].args["x"]} if len(convs) == 1 else apart(convs)
@@ -186,9 +186,11 @@ def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
         **gate.args,
         **inputs,
         **{name: reshape(graph, inputs[name], (T, value(inputs[name]).shape[-1])) for name in xs},
-        "f": reshape(graph, gate.args["x"], (1, T, *value(step.args["g"]).shape[-2:])),
-        "beta": reshape(graph, beta, (1, T, HV)),
-        "z": reshape(graph, z, (1, T, HV, V)),
+        "raw_gate": reshape(
+            graph, gate.args["raw_gate"], (1, T, *value(step.args["g"]).shape[-2:])
+        ),
+        "raw_beta": reshape(graph, beta, (1, T, HV)),
+        "output_gate": reshape(graph, z, (1, T, HV, V)),
         "beta_scale": factor,
         "norm_weight": norm.args["weight"],
         "norm_eps": norm.args["eps"],
@@ -197,7 +199,7 @@ def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
     if len(convs) == 1:
         (new,), states = emit(graph, kda_decode_op, args, *convs, step)
     else:
-        (new,), states = emit(graph, kda_decode_apart_op, args, *renamed(convs), step)
+        (new,), states = emit(graph, kda_decode_unpacked_op, args, *renamed(convs), step)
     return {y: reshape(graph, new, value(y).shape)} | states
 
 

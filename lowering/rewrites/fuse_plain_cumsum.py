@@ -54,7 +54,9 @@ def path_to_recurrence(node: fx.Node) -> list[fx.Node] | None:
     while (user := only_user(path[-1])) is not None:
         call = Call.of(user)
         if call is not None:
-            taken = call.op in (chunk_kda_op, chunk_kda_state_op) and call.args["G"] is path[-1]
+            taken = (
+                call.op in (chunk_kda_op, chunk_kda_state_op) and call.args["g_cumsum"] is path[-1]
+            )
             return path if taken else None
         if not moves(user) and user.target not in PASSES:
             return None

@@ -13,7 +13,10 @@ from typing import Any
 from torch import fx
 
 from kda_ops.conv.short_conv.op import short_conv_op, short_conv_state_op
-from kda_ops.conv.short_conv_qkv.op import short_conv_qkv_apart_op, short_conv_qkv_apart_state_op
+from kda_ops.conv.short_conv_qkv.op import (
+    short_conv_qkv_unpacked_op,
+    short_conv_qkv_unpacked_state_op,
+)
 from kda_ops.delta_rule.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.delta_rule.recurrent_kda.op import recurrent_kda_op
 from kda_ops.lowering.graph.emitting import emit, reshape
@@ -28,8 +31,8 @@ from kda_ops.lowering.rewrites.patterns.heads import (
 )
 
 FUSED = {
-    short_conv_op: short_conv_qkv_apart_op,
-    short_conv_state_op: short_conv_qkv_apart_state_op,
+    short_conv_op: short_conv_qkv_unpacked_op,
+    short_conv_state_op: short_conv_qkv_unpacked_state_op,
 }
 ANCHORS = (chunk_kda_op, chunk_kda_state_op, recurrent_kda_op)
 

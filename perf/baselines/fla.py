@@ -28,7 +28,7 @@ def fla(peer: Any) -> dict[str, Any]:
 def _gate_arguments(inputs: Inputs) -> dict[str, Any]:
     bias = inputs.get("dt_bias")
     return {
-        "g": inputs["x"].contiguous(),
+        "g": inputs["raw_gate"].contiguous(),
         "A_log": inputs["A_log"],
         "dt_bias": None if bias is None else bias.reshape(-1),
         "lower_bound": inputs.get("lower_bound"),
@@ -90,7 +90,7 @@ def fla_rms_norm_gated(case: Case) -> Prepare:
     def prepare(inputs: Inputs) -> Call:
         from fla.modules.norm.fused_norm_gate import rms_norm_gated
 
-        o, gate = inputs["o"].contiguous(), inputs["gate"].contiguous()
+        o, gate = inputs["o"].contiguous(), inputs["output_gate"].contiguous()
         weight, eps = inputs["weight"], inputs.get("eps", 1e-5)
         return lambda: rms_norm_gated(o, gate, weight, None, activation="sigmoid", eps=eps)
 
@@ -104,7 +104,7 @@ def _fla_conv_history(inputs: Inputs, width: int, keep: Tensor | None) -> Tensor
         return None
     layout = inputs.get("layout") or "SD"
     rows = state if layout == "DS" else state.transpose(1, 2)  # [slots, D, L]
-    rows = rows[inputs["slots"].long(), :, : width - 1]
+    rows = rows[inputs["state_indices"].long(), :, : width - 1]
     rows = torch.zeros_like(rows) if keep is None else torch.where(keep[:, None, None], rows, 0)
     return torch.nn.functional.pad(rows, (1, 0)).contiguous()
 
@@ -190,7 +190,7 @@ def fla_short_conv_update(case: Case) -> Prepare:
         from fla.modules.causal_conv1d import causal_conv1d_update
 
         weight, bias = inputs["weight"], inputs.get("bias")
-        everyone = torch.ones_like(inputs["slots"], dtype=torch.bool)
+        everyone = torch.ones_like(inputs["state_indices"], dtype=torch.bool)
         cache = _fla_conv_history(inputs, weight.shape[1], everyone)
         x = inputs["x"].reshape(-1, weight.shape[0])
         activation = inputs.get("activation", "silu")
@@ -213,7 +213,9 @@ def fla_chunk_kda(case: Case) -> Prepare:
         from fla.ops.kda.chunk_intra import chunk_kda_fwd_intra
         from fla.ops.utils.index import prepare_chunk_offsets
 
-        q, k, v, G, beta = (inputs[name].contiguous() for name in ("q", "k", "v", "G", "beta"))
+        q, k, v, G, beta = (
+            inputs[name].contiguous() for name in ("q", "k", "v", "g_cumsum", "beta")
+        )
         scale = inputs.get("scale") or q.shape[-1] ** -0.5
         initial_state = inputs.get("initial_state")
         output_final_state = inputs.get("output_final_state", False)
@@ -253,7 +255,7 @@ def fla_core(case: Case) -> Prepare:
         from fla.ops.kda import chunk_kda
 
         lower_bound = inputs["lower_bound"]
-        q, k, v, x, beta = (inputs[name] for name in ("q", "k", "v", "x", "beta"))
+        q, k, v, x, beta = (inputs[name] for name in ("q", "k", "v", "raw_gate", "raw_beta"))
         A_log, dt_bias = inputs["A_log"], inputs["dt_bias"].reshape(-1)
 
         def call() -> tuple[Tensor, Tensor]:
@@ -328,7 +330,7 @@ def fla_kda_decode(case: Case) -> Prepare | None:
         key_dim = (x.shape[1] - HV * V) // 2
         sizes = [key_dim, key_dim, HV * V]
         everyone = torch.ones(N, dtype=torch.bool, device=x.device)
-        history = _fla_conv_history({**inputs, "slots": slots}, weight.shape[1], everyone)
+        history = _fla_conv_history({**inputs, "state_indices": slots}, weight.shape[1], everyone)
         if history is None:
             raise ValueError("inputs must hold conv_state")
         parts = [
@@ -337,8 +339,11 @@ def fla_kda_decode(case: Case) -> Prepare | None:
                 x.split(sizes, dim=1), history.split(sizes, dim=1), weight.split(sizes), strict=True
             )
         ]
-        f, z = inputs["f"].reshape(N, 1, HV, K).contiguous(), inputs["z"].reshape(N, 1, HV, V)
-        beta = inputs["beta"].reshape(N, 1, HV).contiguous()
+        f, z = (
+            inputs["raw_gate"].reshape(N, 1, HV, K).contiguous(),
+            inputs["output_gate"].reshape(N, 1, HV, V),
+        )
+        beta = inputs["raw_beta"].reshape(N, 1, HV).contiguous()
         bias = inputs.get("dt_bias")
 
         def call() -> Tensor:

@@ -38,7 +38,7 @@ def gym_core(case: Case) -> Prepare | None:
     def prepare(inputs: Inputs) -> Call:
         from attn_gym.linear.kda import bound_gate, chunk_kda
 
-        q, k, v, x, beta = (inputs[name] for name in ("q", "k", "v", "x", "beta"))
+        q, k, v, x, beta = (inputs[name] for name in ("q", "k", "v", "raw_gate", "raw_beta"))
         gate = {name: inputs[name] for name in ("A_log", "dt_bias", "lower_bound")}
 
         def call() -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def transformers_core(case: Case) -> Prepare | None:
         from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
         chunks = inspect.unwrap(kimi.chunk_kimi_delta_attention)
-        q, k, v, x, beta = (inputs[name] for name in ("q", "k", "v", "x", "beta"))
+        q, k, v, x, beta = (inputs[name] for name in ("q", "k", "v", "raw_gate", "raw_beta"))
         rate, bias = inputs["A_log"].exp()[:, None], inputs["dt_bias"]
 
         def call() -> tuple[Tensor, Tensor]:

@@ -46,9 +46,9 @@ class Timer:
 @pytest.fixture(autouse=True)
 def _nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    tuning.forget()
+    tuning.clear_cache()
     yield
-    tuning.forget()
+    tuning.clear_cache()
 
 
 def auto_spec(**options: Any) -> KDAStateSpec:
@@ -69,7 +69,7 @@ def test_the_faster_layout_is_allocated(
     assert conv.shape == (SLOTS, *decided.conv_shape)
     assert recurrent.shape == (SLOTS, 4, 16, 8)
     assert timer.timed == 2
-    tuning.forget()  # as in another process
+    tuning.clear_cache()  # as in another process
     assert spec.decide_layout().layout == faster
     assert timer.timed == 2
     assert auto_spec(num_spec=1).decide_layout()  # other sizes
@@ -114,17 +114,21 @@ def test_an_undecided_spec_has_no_places() -> None:
 
 def test_operators_go_by_the_shape_of_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "conv_layout", "auto")
-    x, weight, slots = torch.randn(2, 12), torch.randn(12, 4), torch.tensor([2, 1])
+    x, weight, state_indices = torch.randn(2, 12), torch.randn(12, 4), torch.tensor([2, 1])
     state = torch.randn(3, 3, 12)
     turned = state.transpose(1, 2).contiguous()
-    expected = kda_ops.short_conv_update(x, state.clone(), weight, slots=slots, layout="SD")
+    expected = kda_ops.short_conv_update(
+        x, state.clone(), weight, state_indices=state_indices, layout="SD"
+    )
     for conv in (state, turned):
-        y = kda_ops.short_conv_update(x, conv, weight, slots=slots)
+        y = kda_ops.short_conv_update(x, conv, weight, state_indices=state_indices)
         assert torch.equal(y, expected)
     assert torch.equal(state, turned.transpose(1, 2))
     assert [p.shape for p in kda_ops.conv_split(turned, [4, 4, 4])] == [(3, 4, 3)] * 3
     with pytest.raises(ValueError, match="where the shape of the state does not tell"):
-        kda_ops.short_conv_update(x[:, :3], torch.randn(3, 3, 3), weight[:3], slots=slots)
+        kda_ops.short_conv_update(
+            x[:, :3], torch.randn(3, 3, 3), weight[:3], state_indices=state_indices
+        )
     with pytest.raises(ValueError, match="where the shape of the state does not tell"):
         kda_ops.state_copy(state, torch.randn(3, 2, 4, 4), torch.zeros(1, 4, dtype=torch.int64))
 
@@ -192,7 +196,7 @@ def test_a_fresh_state_in_compiled_code(faster: str, monkeypatch: pytest.MonkeyP
         expected, (conv, _) = layer(x, output_state=True)
         exact, _ = copy.deepcopy(layer).double()(x.double(), output_state=True)
         timer = Timer(monkeypatch, faster)
-        tuning.forget()
+        tuning.clear_cache()
         out, (found, _) = torch.compile(layer, fullgraph=True)(x, output_state=True)
     assert timer.timed == 2
     assert found.shape == ((2, 3, 48) if faster == "SD" else (2, 48, 3))

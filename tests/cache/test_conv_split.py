@@ -63,10 +63,10 @@ def test_errors(change: dict[str, Any], match: str) -> None:
         conv_split(**arguments)
 
 
-def split_then_update(state: Any, x: Any, weight: Any, slots: Any, layout: str) -> Any:
+def split_then_update(state: Any, x: Any, weight: Any, state_indices: Any, layout: str) -> Any:
     """Reads parts of the state before and after it is written."""
     before = conv_split(state, (8, 32), layout=layout)
-    y = short_conv_update(x, state, weight, slots=slots, layout=layout)
+    y = short_conv_update(x, state, weight, state_indices=state_indices, layout=layout)
     after = conv_split(state, (8, 32), layout=layout)
     return y, before[0] + 1, before[1], after[0] * 2, after[1]
 
@@ -74,12 +74,12 @@ def split_then_update(state: Any, x: Any, weight: Any, slots: Any, layout: str) 
 @layouts
 @shapes
 def test_state_written_after_the_split_in_one_graph(layout: str, dynamic: bool) -> None:
-    x, weight, slots = torch.randn(3, 40), torch.randn(40, 4), torch.tensor([4, 1, 2])
+    x, weight, state_indices = torch.randn(3, 40), torch.randn(40, 4), torch.tensor([4, 1, 2])
     eager_state = state_of(layout)
     state = eager_state.clone()
-    expected = split_then_update(eager_state, x, weight, slots, layout)
+    expected = split_then_update(eager_state, x, weight, state_indices, layout)
     compiled = torch.compile(split_then_update, fullgraph=True, dynamic=dynamic)
-    found = compiled(state, x, weight, slots, layout)
+    found = compiled(state, x, weight, state_indices, layout)
     assert torch.equal(state, eager_state)
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e)

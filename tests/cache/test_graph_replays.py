@@ -16,7 +16,7 @@ DEVICE = torch.device("cuda")
 REPLAYS = 10_000
 SEQUENCES, POOL = 8, 61
 SIZES = (2, 2, 128, 128)
-TOKENS = ("x", "f", "beta", "z")
+TOKENS = ("x", "raw_gate", "raw_beta", "output_gate")
 
 
 @dataclass(frozen=True)

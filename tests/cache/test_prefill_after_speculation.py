@@ -132,12 +132,12 @@ def test_one_copy_more() -> None:
         ({"num_accepted": [0]}, "prefill_num_accepted must be in [1, 4], got 0"),
         ({"num_accepted": [1, 1]}, "prefill_num_accepted must have shape [1], got (2,)"),
         (
-            {"num_accepted": [1], "slots": [1]},
-            "prefill_num_accepted must come with slots of shape [N, 1 + num_spec], got (1,)",
+            {"num_accepted": [1], "state_indices": [1]},
+            "prefill_num_accepted must come with state_indices of shape [N, 1 + num_spec], got (1,)",
         ),
     ],
 )
 def test_errors(arguments: dict[str, Any], message: str) -> None:
-    good = {"lengths": [5], "slots": SLOTS[:1], "has_initial_state": [True]}
+    good = {"lengths": [5], "state_indices": SLOTS[:1], "has_initial_state": [True]}
     with pytest.raises(ValueError, match=re.escape(message)):
         KDABatch.prefill(**{**good, **arguments})

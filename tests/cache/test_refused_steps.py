@@ -49,7 +49,7 @@ class Step:
             HIDDEN, 8, 2, conv_bias=True, conv_layout=layout, device=device
         ).requires_grad_(False)
         self.batch = BATCHES[kind](device=device)
-        num_spec = 1 if self.batch.slots.dim() == 2 else 0
+        num_spec = 1 if self.batch.state_indices.dim() == 2 else 0
         spec = self.layer.state_spec(num_spec=num_spec)
         self.conv, self.recurrent = spec.allocate(SLOTS, device=device)
         self.conv.normal_()
@@ -174,19 +174,19 @@ def test_states_that_were_made_in_inference_mode(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "place", "value", "match"),
     [
-        ("decode", "slots", 1, SLOTS, "slots must be in"),
-        ("decode", "slots", 1, 1, "slots must not be shared"),
-        ("speculative", "slots", (1, 1), SLOTS, "slots must be in"),
-        ("speculative", "slots", (1, 1), 2, "slots must not be shared"),
+        ("decode", "state_indices", 1, SLOTS, "state_indices must be in"),
+        ("decode", "state_indices", 1, 1, "state_indices must not be shared"),
+        ("speculative", "state_indices", (1, 1), SLOTS, "state_indices must be in"),
+        ("speculative", "state_indices", (1, 1), 2, "state_indices must not be shared"),
         ("speculative", "num_accepted", 1, 3, "num_accepted must be in"),
         ("speculative", "cu_seqlens", 1, 3, "cu_seqlens"),
-        ("prefill", "slots", 1, -1, "slots must be in"),
-        ("prefill", "slots", 1, 1, "slots must not be shared"),
-        ("prefill", "chunks", (1, 0), 0, "chunks must be"),
-        ("mixed", "slots", 3, SLOTS, "slots must be in"),
-        ("mixed", "slots", 3, 2, "slots must not be shared"),
+        ("prefill", "state_indices", 1, -1, "state_indices must be in"),
+        ("prefill", "state_indices", 1, 1, "state_indices must not be shared"),
+        ("prefill", "chunk_indices", (1, 0), 0, "chunk_indices must be"),
+        ("mixed", "state_indices", 3, SLOTS, "state_indices must be in"),
+        ("mixed", "state_indices", 3, 2, "state_indices must not be shared"),
         ("mixed", "prefill_cu_seqlens", 1, 4, "prefill_cu_seqlens must be"),
-        ("mixed", "chunks", (1, 0), 0, "chunks must be"),
+        ("mixed", "chunk_indices", (1, 0), 0, "chunk_indices must be"),
     ],
 )
 def test_values_that_were_refilled(
@@ -201,8 +201,8 @@ def test_values_that_were_refilled(
 def test_values_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "check_values", True)
     step = Step("speculative", device="cuda")
-    step.batch.slots[1, 1] = SLOTS
-    step.refused(ValueError, "slots must be in")
+    step.batch.state_indices[1, 1] = SLOTS
+    step.refused(ValueError, "state_indices must be in")
 
 
 @pytest.mark.gpu
@@ -299,7 +299,7 @@ def test_a_stack_of_layers() -> None:
         states = (caches.conv, caches.recurrent, caches.kv)
         refused(ValueError, match, lambda: call(**other), *states)
 
-    refuse("slots must be in", slot=SLOTS)
+    refuse("state_indices must be in", slot=SLOTS)
     refuse("batch must have 20 tokens", count=19)
     refuse("blocks must be at least 2", blocks=(1,))
     refuse("blocks must be at least 3", start=16)

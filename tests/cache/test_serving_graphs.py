@@ -128,7 +128,7 @@ def test_tables_of_a_server() -> None:
     for first, N in ((0, 2), (4, 1), (7, 5)):
         batch = KDABatch(
             cu_seqlens=offsets[: N + 1],
-            slots=table[first : first + N, 1],
+            state_indices=table[first : first + N, 1],
             has_initial_state=torch.ones(12, dtype=torch.bool)[first : first + N],
             num_decodes=N,
             num_decode_tokens=N,
@@ -156,7 +156,7 @@ def test_marked_rows() -> None:
     call, graphs = counted(layer, None)
     call(x, state=layer.state_spec().allocate(4), batch=batch)
     assert len(graphs) == 1
-    for tensor in (x, batch.counts, batch.cu_seqlens, batch.slots):
+    for tensor in (x, batch.counts, batch.cu_seqlens, batch.state_indices):
         assert vars(tensor) == {}
 
 

@@ -28,11 +28,11 @@ def batch_of(kind: str, more: int = 0) -> KDABatch:
     if kind == "speculative":
         lengths = [1 + n % 2 for n in range(two)]
         return KDABatch.decode(PAIRS[:two], lengths=lengths, num_accepted=lengths)
-    chunks = {"has_initial_state": [n % 2 == 0 for n in range(two)]}
+    chunk_indices = {"has_initial_state": [n % 2 == 0 for n in range(two)]}
     if kind == "prefill":
-        return KDABatch.prefill([67] * two, PAIRS[:two], num_accepted=[2] * two, **chunks)
+        return KDABatch.prefill([67] * two, PAIRS[:two], num_accepted=[2] * two, **chunk_indices)
     return KDABatch.mixed(
-        [1] * two, [5] * two, list(range(1, 1 + 2 * two)), num_tokens=30, **chunks
+        [1] * two, [5] * two, list(range(1, 1 + 2 * two)), num_tokens=30, **chunk_indices
     )
 
 
@@ -51,7 +51,7 @@ class Step(nn.Module):
 
 
 def inputs_of(layer: KimiDeltaAttention, batch: KDABatch) -> tuple[Any, ...]:
-    num_spec = batch.slots.dim() - 1
+    num_spec = batch.state_indices.dim() - 1
     return torch.randn(1, batch.num_tokens, HIDDEN), make_state(layer, num_spec=num_spec), batch
 
 
@@ -189,7 +189,7 @@ def test_wrong_values_are_still_refused_where_there_are_any() -> None:
     with pytest.raises(ValueError, match=re.escape("cu_seqlens must not decrease")):
         KDABatch(
             cu_seqlens=torch.tensor([0, 2, 1]),
-            slots=torch.tensor([1, 2]),
+            state_indices=torch.tensor([1, 2]),
             has_initial_state=torch.tensor([True, True]),
             num_decodes=2,
             num_decode_tokens=2,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kda_ops
 from kda_ops._numerics import RCP_LN2
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 from tests.support.fake_cuda import cuda_code, summary
 from tests.support.rewritten import Rewritten, rewritten
 
@@ -26,8 +26,8 @@ def sigmoid(beta: Tensor) -> Tensor:
     return torch.sigmoid(wide(beta))
 
 
-def cumulative(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
-    return kda_ops.gate_cumsum(x, A_log, bias, cu_seqlens=cu, chunks=chunks)
+def cumulative(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor) -> Tensor:
+    return kda_ops.gate_cumsum(x, A_log, bias, cu_seqlens=cu, chunk_indices=chunk_indices)
 
 
 def model(
@@ -51,19 +51,21 @@ def model(
         A_log: Tensor,
         bias: Tensor,
         state: Tensor,
-        slots: Tensor,
+        state_indices: Tensor,
         cu: Tensor,
-        chunks: Tensor,
+        chunk_indices: Tensor,
     ) -> Any:
         if not varlen:
-            cu = chunks = None
+            cu = chunk_indices = None
         if not tables:
-            chunks = None
+            chunk_indices = None
         if normalised:
             q, k = kda_ops.l2norm(q), kda_ops.l2norm(k)
-        G, step = gate(x, A_log, bias, cu, chunks), beta_of(beta)
-        pages = {"state": state, "state_indices": slots} if paged else {}
-        o, _ = kda_ops.chunk_kda(q, k, v, G, step, cu_seqlens=cu, chunks=chunks, **pages)
+        G, step = gate(x, A_log, bias, cu, chunk_indices), beta_of(beta)
+        pages = {"state": state, "state_indices": state_indices} if paged else {}
+        o, _ = kda_ops.chunk_kda(
+            q, k, v, G, step, cu_seqlens=cu, chunk_indices=chunk_indices, **pages
+        )
         return o, extra(G, step, q)
 
     return call
@@ -84,29 +86,31 @@ def compiled(function: Callable[..., Any], dynamic: bool = False) -> Rewritten:
         torch.randn(SLOTS, HV, V, K),
         torch.tensor([3, 1]),
         cu,
-        chunk_table(cu, T),
+        prepare_chunk_indices(cu, T),
     )
     axes = dict.fromkeys(range(5), 1) if dynamic else False
     return rewritten(function, *inputs, dynamic=axes, written=(7,))
 
 
-def in_two(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+def in_two(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor) -> Tensor:
     g = kda_ops.gate(x, A_log, bias)
-    return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunks=chunks)
+    return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunk_indices=chunk_indices)
 
 
-def scaled_later(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+def scaled_later(
+    x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor
+) -> Tensor:
     g = kda_ops.gate(x, A_log, bias, lower_bound=-5.0)
-    return kda_ops.chunk_cumsum(g, cu_seqlens=cu, chunks=chunks) * RCP_LN2
+    return kda_ops.chunk_cumsum(g, cu_seqlens=cu, chunk_indices=chunk_indices) * RCP_LN2
 
 
 def plain(formula: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     """The cumulative gate of a formula of `z` and the rate `exp(A_log) [HV, 1]`."""
 
-    def gate(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+    def gate(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor) -> Tensor:
         z = wide(x) + bias.view(HV, K)
         g = formula(z, A_log)
-        return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunks=chunks)
+        return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunk_indices=chunk_indices)
 
     return gate
 
@@ -143,20 +147,24 @@ def quotient(z: Tensor, A_log: Tensor) -> Tensor:
     return -5.0 * (1 / (1 + torch.exp(-(A_log.exp()[:, None] * z))))
 
 
-def of_its_own_chunks(x: Tensor, A_log: Tensor, bias: Tensor, cu: Any, chunks: Any) -> Tensor:
+def of_its_own_chunks(
+    x: Tensor, A_log: Tensor, bias: Tensor, cu: Any, chunk_indices: Any
+) -> Tensor:
     """Each operator makes its own table of the same chunks."""
     return kda_ops.gate_cumsum(x, A_log, bias, cu_seqlens=cu)
 
 
-def logarithm_of_two(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+def logarithm_of_two(
+    x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor
+) -> Tensor:
     g = kda_ops.gate(x, A_log, bias)
-    return kda_ops.chunk_cumsum(g, cu_seqlens=cu, chunks=chunks) / math.log(2)
+    return kda_ops.chunk_cumsum(g, cu_seqlens=cu, chunk_indices=chunk_indices) / math.log(2)
 
 
-def of_tokens(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+def of_tokens(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor) -> Tensor:
     """A gate of `[T, HV, K]`, as a server's layer has it."""
     g = kda_ops.gate(x[0], A_log, bias)[None]
-    return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunks=chunks)
+    return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunk_indices=chunk_indices)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -220,12 +228,14 @@ def test_a_gate_of_tokens_is_not_in_memory_either() -> None:
     assert summary(source).launches == ["chunk_gated_prepare_kernel", "chunk_scan_kernel"]
 
 
-def in_nats(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+def in_nats(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor) -> Tensor:
     g = kda_ops.gate(x, A_log, bias)
-    return kda_ops.chunk_cumsum(g, cu_seqlens=cu, chunks=chunks)
+    return kda_ops.chunk_cumsum(g, cu_seqlens=cu, chunk_indices=chunk_indices)
 
 
-def other_chunks(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+def other_chunks(
+    x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor
+) -> Tensor:
     """A gate that starts anew within a chunk makes the state grow there; weak, it stays finite."""
     return kda_ops.gate_cumsum(x, A_log - 4, bias, chunk_size=32, cu_seqlens=cu)
 
@@ -234,21 +244,23 @@ def other_chunks_alone(x: Tensor, A_log: Tensor, bias: Tensor, *_: Any) -> Tenso
     return kda_ops.gate_cumsum(x, A_log - 4, bias, chunk_size=32)
 
 
-def one_head(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+def one_head(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor) -> Tensor:
     """One rate for all heads."""
     g = kda_ops.gate(x.flatten(2)[:, :, None], A_log[:1], bias).view(x.shape)
-    return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunks=chunks)
+    return kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu, chunk_indices=chunk_indices)
 
 
 def one_head_cumulative(
-    x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor
+    x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor
 ) -> Tensor:
     x4 = x.flatten(2)[:, :, None]
-    G = kda_ops.gate_cumsum(x4, A_log[:1], bias, cu_seqlens=cu, chunks=chunks)
+    G = kda_ops.gate_cumsum(x4, A_log[:1], bias, cu_seqlens=cu, chunk_indices=chunk_indices)
     return G.view(x.shape)
 
 
-def other_lengths(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+def other_lengths(
+    x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor
+) -> Tensor:
     return kda_ops.gate_cumsum(x, A_log, bias)
 
 
@@ -269,7 +281,7 @@ def other_lengths(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Te
     ],
     ids=[
         "nats",
-        "chunks",
+        "chunk_indices",
         "chunk-size",
         "heads",
         "cumulative-heads",
@@ -480,9 +492,11 @@ def test_a_gate_that_is_also_a_query_or_value_stays(place: int) -> None:
 
 
 def test_a_plain_gate_with_another_user_stays() -> None:
-    def gate(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunks: Tensor) -> Tensor:
+    def gate(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor) -> Tensor:
         z = wide(x) + bias.view(HV, K)
-        G = kda_ops.chunk_cumsum(softplus(z, A_log), scale=RCP_LN2, cu_seqlens=cu, chunks=chunks)
+        G = kda_ops.chunk_cumsum(
+            softplus(z, A_log), scale=RCP_LN2, cu_seqlens=cu, chunk_indices=chunk_indices
+        )
         return G + 0 * z
 
     assert "gate" not in compiled(model(gate)).operators

@@ -28,8 +28,12 @@ def model(
 ) -> Callable[..., Any]:
     """Convolution, split and norms as a model author writes them."""
 
-    def call(x: Tensor, weight: Tensor, conv: Tensor, slots: Tensor, cu: Tensor) -> Any:
-        paged = {} if state is None else {"conv_state": conv, "slots": slots, "layout": state}
+    def call(x: Tensor, weight: Tensor, conv: Tensor, state_indices: Tensor, cu: Tensor) -> Any:
+        paged = (
+            {}
+            if state is None
+            else {"conv_state": conv, "state_indices": state_indices, "layout": state}
+        )
         y = kda_ops.short_conv(x, weight, cu_seqlens=cu, **paged)
         q, k, v = cut(y)
         heads = [

@@ -25,10 +25,12 @@ class Step:
     varlen = True
     accepted: tuple[Tensor | None, Tensor | None] = (None, None)  # of convolution and recurrence
 
-    def __call__(self, x, f, beta, z, conv, state, slots, cu, weight, A_log, bias, o_weight):
+    def __call__(
+        self, x, f, beta, z, conv, state, state_indices, cu, weight, A_log, bias, o_weight
+    ):
         if not self.varlen:
             cu = None
-        y = self.convolve(x, conv, weight, slots, cu)[None]
+        y = self.convolve(x, conv, weight, state_indices, cu)[None]
         q, k, v = y.split([KEY, KEY, VALUE], dim=-1)
         q = self.normalise(q.unflatten(-1, (H, K)), self.norm_eps[0])
         k = self.normalise(k.unflatten(-1, (H, K)), self.norm_eps[1])
@@ -40,13 +42,13 @@ class Step:
             heads = tuple(y.transpose(0, 1) for y in heads)
         state = self.between(state, conv)
         how = {"cu_seqlens": cu, "num_accepted": self.accepted[1]}
-        o = kda_ops.recurrent_kda(*heads, state, slots, **how)
+        o = kda_ops.recurrent_kda(*heads, state, state_indices, **how)
         o = o.view(1, T, HV, V) if cu is None else o
         return self.finish(o, z, o_weight, cu)
 
-    def convolve(self, x, conv, weight, slots, cu):
+    def convolve(self, x, conv, weight, state_indices, cu):
         how = {"cu_seqlens": cu, "num_accepted": self.accepted[0], "layout": self.layout}
-        return kda_ops.short_conv_update(x, conv, weight, slots=slots, **how)
+        return kda_ops.short_conv_update(x, conv, weight, state_indices=state_indices, **how)
 
     def normalise(self, x, eps):
         return kda_ops.l2norm(x, eps=eps)
@@ -83,7 +85,7 @@ def inputs(layout: str = "SD") -> dict[str, Tensor]:
         "z": torch.randn(1, T, HV, V, **bf16),
         "conv": torch.randn(SLOTS, *((W - 1, D) if layout == "SD" else (D, W - 1)), **bf16),
         "state": torch.randn(SLOTS, HV, V, K),
-        "slots": torch.tensor([2, 0, 4]),
+        "state_indices": torch.tensor([2, 0, 4]),
         "cu": torch.tensor([0, 1, 2, 3], dtype=torch.int32),
         "weight": torch.randn(D, W, **bf16),
         "A_log": torch.randn(HV),
@@ -154,8 +156,8 @@ ACCEPTED = torch.tensor([2, 1])
 def speculative(rows: int = W, layout: str = "SD") -> dict[str, Tensor]:
     """Two sequences of two tokens and of one, each with a slot for either."""
     conv = torch.randn(SLOTS, *((rows, D) if layout == "SD" else (D, rows)), dtype=torch.bfloat16)
-    slots, cu = torch.tensor([[2, 1], [4, 3]]), torch.tensor([0, 2, 3], dtype=torch.int32)
-    return {"conv": conv, "slots": slots, "cu": cu}
+    state_indices, cu = torch.tensor([[2, 1], [4, 3]]), torch.tensor([0, 2, 3], dtype=torch.int32)
+    return {"conv": conv, "state_indices": state_indices, "cu": cu}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -194,16 +196,18 @@ def test_more_tokens_than_the_kernel_unrolls_stay() -> None:
 
 
 def test_several_tokens_each_without_offsets_stay() -> None:
-    def step(x, f, beta, z, conv, state, slots, cu, weight, A_log, bias, o_weight):
-        y = kda_ops.short_conv_update(x[None], conv, weight, slots=slots)
+    def step(x, f, beta, z, conv, state, state_indices, cu, weight, A_log, bias, o_weight):
+        y = kda_ops.short_conv_update(x[None], conv, weight, state_indices=state_indices)
         q, k, v = y.split([KEY, KEY, VALUE], dim=-1)
         q, k = (kda_ops.l2norm(part.unflatten(-1, (H, K))) for part in (q, k))
         g, step = kda_ops.gate(f, A_log, bias), torch.sigmoid(wide(beta))
         heads = (q, k, v.unflatten(-1, (HV, V)), g, step)
-        return kda_ops.rms_norm_gated(kda_ops.recurrent_kda(*heads, state, slots), z, o_weight)
+        return kda_ops.rms_norm_gated(
+            kda_ops.recurrent_kda(*heads, state, state_indices), z, o_weight
+        )
 
     conv = torch.randn(SLOTS, W - 2 + T, D, dtype=torch.bfloat16)
-    found = compiled(step, conv=conv, slots=torch.tensor([2]))
+    found = compiled(step, conv=conv, state_indices=torch.tensor([2]))
     assert found.operators == SMALL
     assert found.refused == [("kda_decode", "several tokens per sequence without cu_seqlens")]
 
@@ -389,13 +393,15 @@ def test_a_swish_is_no_sigmoid() -> None:
 def test_a_gate_made_of_values_stays(part: str) -> None:
     """The step would be an input of itself."""
 
-    def step(x, f, beta, z, conv, state, slots, cu, weight, A_log, bias, o_weight):
-        y = kda_ops.short_conv_update(x, conv, weight, slots=slots, cu_seqlens=cu)[None]
+    def step(x, f, beta, z, conv, state, state_indices, cu, weight, A_log, bias, o_weight):
+        y = kda_ops.short_conv_update(x, conv, weight, state_indices=state_indices, cu_seqlens=cu)[
+            None
+        ]
         q, k, v = (y.unflatten(-1, (-1, K)) for y in y.split(KEY, dim=-1))
         given = {"f": f, "z": f, part: v}
         g, step = kda_ops.gate(given["f"], None, lower_bound=-5.0), torch.sigmoid(wide(beta))
         q, k = kda_ops.l2norm(q), kda_ops.l2norm(k)
-        o = kda_ops.recurrent_kda(q, k, v, g, step, state, slots, cu_seqlens=cu)
+        o = kda_ops.recurrent_kda(q, k, v, g, step, state, state_indices, cu_seqlens=cu)
         return kda_ops.rms_norm_gated(o, given["z"], o_weight[:K])
 
     given = inputs()
@@ -420,13 +426,13 @@ def test_a_weight_per_head_is_none_per_channel() -> None:
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
         return (weight[:, None] * x * torch.sigmoid(wide(z))).to(o.dtype)
 
-    def step(q, v, g, beta, state, slots, weight):
-        return finish(kda_ops.recurrent_kda(q, q, v, g, beta, state, slots), v, weight)
+    def step(q, v, g, beta, state, state_indices, weight):
+        return finish(kda_ops.recurrent_kda(q, q, v, g, beta, state, state_indices), v, weight)
 
     q, v = torch.randn(2, 1, 4, K), torch.randn(2, 1, 4, 4)
-    g, beta, slots = -torch.rand(2, 1, 4, K), torch.rand(2, 1, 4), torch.tensor([2, 1])
+    g, beta, state_indices = -torch.rand(2, 1, 4, K), torch.rand(2, 1, 4), torch.tensor([2, 1])
     found = rewritten(
-        step, q, v, g, beta, torch.randn(3, 4, 4, K), slots, torch.randn(4), written=(4,)
+        step, q, v, g, beta, torch.randn(3, 4, 4, K), state_indices, torch.randn(4), written=(4,)
     )
     assert found.operators == ["recurrent_kda"]
 
@@ -480,8 +486,10 @@ def test_it_stays_without_norms() -> None:
 
 
 def test_other_slots_stay() -> None:
-    def other(self, x, conv, weight, slots, cu):
-        return kda_ops.short_conv_update(x, conv, weight, slots=slots.flip(0), cu_seqlens=cu)
+    def other(self, x, conv, weight, state_indices, cu):
+        return kda_ops.short_conv_update(
+            x, conv, weight, state_indices=state_indices.flip(0), cu_seqlens=cu
+        )
 
     found = compiled(variant(convolve=other))
     assert "kda_decode" not in found.operators
@@ -493,10 +501,10 @@ def test_both_states_may_lie_in_the_same_pages(dynamic: bool) -> None:
     """Each written view is one of the same base, and the second write follows the first."""
     conv_size = (W - 1) * D
 
-    def step(x, f, beta, z, pages, _, slots, cu, *weights):
+    def step(x, f, beta, z, pages, _, state_indices, cu, *weights):
         conv = pages[:, :conv_size].unflatten(1, (W - 1, D))
         state = pages[:, conv_size : conv_size + HV * V * K].unflatten(1, (HV, V, K))
-        return Step()(x, f, beta, z, conv, state, slots, cu, *weights)
+        return Step()(x, f, beta, z, conv, state, state_indices, cu, *weights)
 
     pages = torch.randn(SLOTS, conv_size + HV * V * K + 3)
     found = compiled(step, dynamic=dynamic, conv=pages)

@@ -11,8 +11,8 @@ from torch.testing import FileCheck
 
 import kda_ops
 from kda_ops._numerics import RCP_LN2
-from kda_ops.tuning import forcing
-from kda_ops.varlen import chunk_table
+from kda_ops.tuning import override
+from kda_ops.varlen import prepare_chunk_indices
 from tests.support import generated
 from tests.support.fake_cuda import REINDEXES, cuda_code, summary
 from tests.support.oracle import assert_close, tensors
@@ -78,15 +78,17 @@ def projected(x: Tensor, A_log: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
     return scaled_after((x.flatten(2) @ weight).view(x.shape), A_log, bias)
 
 
-def varlen(x: Tensor, A_log: Tensor, bias: Tensor, cu_seqlens: Tensor, chunks: Tensor) -> Tensor:
+def varlen(
+    x: Tensor, A_log: Tensor, bias: Tensor, cu_seqlens: Tensor, chunk_indices: Tensor
+) -> Tensor:
     g = kda_ops.gate(x, A_log, bias)
-    return kda_ops.chunk_cumsum(g, cu_seqlens=cu_seqlens, chunks=chunks) * RCP_LN2
+    return kda_ops.chunk_cumsum(g, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices) * RCP_LN2
 
 
 def varlen_produced(
-    x: Tensor, A_log: Tensor, bias: Tensor, cu_seqlens: Tensor, chunks: Tensor
+    x: Tensor, A_log: Tensor, bias: Tensor, cu_seqlens: Tensor, chunk_indices: Tensor
 ) -> Tensor:
-    return varlen(x * 0.5, A_log, bias, cu_seqlens, chunks)
+    return varlen(x * 0.5, A_log, bias, cu_seqlens, chunk_indices)
 
 
 @every_length
@@ -103,7 +105,7 @@ def test_gate_cumsum_and_scale_are_one_kernel(
 def test_varlen_gate_cumsum_and_scale_are_one_kernel(
     function: Callable[..., Tensor], lengths: str
 ) -> None:
-    inputs = (*gate_inputs(256), CU, chunk_table(CU, 256))
+    inputs = (*gate_inputs(256), CU, prepare_chunk_indices(CU, 256))
     assert len(launches(function, *inputs, lengths=lengths)) == 1
 
 
@@ -112,7 +114,7 @@ def test_in_log2_the_hand_written_kernel_is_taken(lengths: str) -> None:
     inputs = gate_inputs(200)
     for function in (scaled_after, scaled_after_views, bounded):
         assert launches(function, *inputs, lengths=lengths) == ["gate_cumsum_kernel"]
-    tables = (CU, chunk_table(CU, 200))
+    tables = (CU, prepare_chunk_indices(CU, 200))
     assert launches(varlen, *inputs, *tables, lengths=lengths) == ["gate_cumsum_kernel"]
     weight = torch.randn(H * K, H * K, dtype=torch.bfloat16)
     found = summary(code(projected, *inputs, weight, lengths=lengths))
@@ -260,10 +262,12 @@ def test_the_cumulative_gate_is_its_kernel(lengths: str) -> None:
         "gate_cumsum_kernel"
     ]
 
-    def ragged(x: Tensor, A: Tensor, bias: Tensor, cu_seqlens: Tensor, chunks: Tensor) -> Tensor:
-        return kda_ops.gate_cumsum(x, A, bias, cu_seqlens=cu_seqlens, chunks=chunks)
+    def ragged(
+        x: Tensor, A: Tensor, bias: Tensor, cu_seqlens: Tensor, chunk_indices: Tensor
+    ) -> Tensor:
+        return kda_ops.gate_cumsum(x, A, bias, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices)
 
-    inputs = (*gate_inputs(256), CU, chunk_table(CU, 256))
+    inputs = (*gate_inputs(256), CU, prepare_chunk_indices(CU, 256))
     assert launches(ragged, *inputs, lengths=lengths) == ["gate_cumsum_kernel"]
 
 
@@ -294,7 +298,7 @@ def gate_cumsum(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
 
 
 def varlen_gate_cumsum(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, table: Tensor) -> Tensor:
-    return kda_ops.gate_cumsum(x * 2, A_log, bias, cu_seqlens=cu, chunks=table)
+    return kda_ops.gate_cumsum(x * 2, A_log, bias, cu_seqlens=cu, chunk_indices=table)
 
 
 SCAN = {"gate_cumsum.form": {"form": "scan"}}
@@ -305,10 +309,10 @@ def test_a_scan_instead_of_the_kernel_where_that_is_chosen(lengths: str) -> None
     """It takes the producer of x along."""
     inputs = gate_inputs(200)
     assert len(launches(gate_cumsum, *inputs, lengths=lengths)) == 2
-    with forcing(SCAN):
+    with override(SCAN):
         (launch,) = launches(gate_cumsum, *inputs, lengths=lengths)
         assert launch.startswith("triton_")
-        tables = (CU, chunk_table(CU, 200))
+        tables = (CU, prepare_chunk_indices(CU, 200))
         assert len(launches(varlen_gate_cumsum, *inputs, *tables, lengths=lengths)) == 1
 
 
@@ -316,10 +320,10 @@ def test_a_scan_instead_of_the_kernel_where_that_is_chosen(lengths: str) -> None
 @every_length
 def test_the_chosen_scan_is_right(lengths: str) -> None:
     x, A_log, bias = gate_inputs(230)
-    with forcing(SCAN):
+    with override(SCAN):
         code(gate_cumsum, x, A_log, bias, lengths=lengths, load=generated.load)
         x[:, 200:] = torch.nan
-        inputs = (x, A_log, bias, CU, chunk_table(CU, 230))
+        inputs = (x, A_log, bias, CU, prepare_chunk_indices(CU, 230))
         code(varlen_gate_cumsum, *inputs, lengths=lengths, load=generated.load)
 
 
@@ -335,13 +339,13 @@ def test_the_generated_scan_is_right(T: int, batch: int, lengths: str) -> None:
 def test_the_generated_varlen_scan_is_right(lengths: str) -> None:
     x, A_log, bias = gate_inputs(230)
     x[:, 200:] = torch.nan
-    inputs = (x, A_log, bias, CU, chunk_table(CU, 230))
+    inputs = (x, A_log, bias, CU, prepare_chunk_indices(CU, 230))
     code(varlen_produced, *inputs, lengths=lengths, load=generated.load)
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("cu_seqlens", "chunks"),
+    ("cu_seqlens", "chunk_indices"),
     [
         ([0, -7, 1000], [[0, 5], [7, 0], [1, -1]]),
         ([-100, 50, 20], [[0, 0], [-3, 2], [0, 1]]),
@@ -350,12 +354,12 @@ def test_the_generated_varlen_scan_is_right(lengths: str) -> None:
     ],
 )
 def test_the_generated_varlen_scan_stays_in_bounds(
-    cu_seqlens: list[int], chunks: list[list[int]]
+    cu_seqlens: list[int], chunk_indices: list[list[int]]
 ) -> None:
     """A read beside x would bring an infinity; `tests.support.generated` sees a write beside the result."""
     memory = torch.full((3, 90, H, K), torch.inf)
     memory[1] = 1
-    tables = (torch.tensor(table, dtype=torch.int32) for table in (cu_seqlens, chunks))
+    tables = (torch.tensor(table, dtype=torch.int32) for table in (cu_seqlens, chunk_indices))
     inputs = (memory[1:2], torch.zeros(H), torch.zeros(H, K), *tables)
     result, _ = cuda_code(varlen_produced, *inputs, load=generated.load)
     assert not result.isinf().any()

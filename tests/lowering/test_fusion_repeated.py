@@ -59,18 +59,28 @@ def test_what_was_repeated_comes_from_the_convolution(
 
 
 def test_a_step_is_one_operator() -> None:
-    def step(x, f, beta, z, conv, state, slots, cu, weight):
-        y = kda_ops.short_conv_update(x, conv, weight, slots=slots, cu_seqlens=cu)[None]
+    def step(x, f, beta, z, conv, state, state_indices, cu, weight):
+        y = kda_ops.short_conv_update(x, conv, weight, state_indices=state_indices, cu_seqlens=cu)[
+            None
+        ]
         q, k, v = (y.unflatten(-1, (-1, K)) for y in y.split([KEY, KEY, VALUE], dim=-1))
         q, k = (kda_ops.l2norm(interleaved(y)) for y in (q, k))
         g, beta = kda_ops.gate(f, None, lower_bound=-5.0), torch.sigmoid(beta)
-        o = kda_ops.recurrent_kda(q, k, v, g, beta, state, slots, cu_seqlens=cu)
+        o = kda_ops.recurrent_kda(q, k, v, g, beta, state, state_indices, cu_seqlens=cu)
         return kda_ops.rms_norm_gated(o, z, z.new_ones(K))
 
     heads = [torch.randn(1, T, HV, K) for _ in range(2)]
     states = torch.randn(SLOTS, W - 1, D), torch.randn(SLOTS, HV, K, K)
-    slots, cu = torch.tensor([2, 1, 4]), torch.arange(T + 1, dtype=torch.int32)
-    inputs = torch.randn(T, D), heads[0], torch.randn(1, T, HV), heads[1], *states, slots, cu
+    state_indices, cu = torch.tensor([2, 1, 4]), torch.arange(T + 1, dtype=torch.int32)
+    inputs = (
+        torch.randn(T, D),
+        heads[0],
+        torch.randn(1, T, HV),
+        heads[1],
+        *states,
+        state_indices,
+        cu,
+    )
     found = rewritten(step, *inputs, torch.randn(D, W), written=(4, 5))
     assert found.operators == ["kda_decode"]
     assert (found.refused, found.copies) == ([], 0)

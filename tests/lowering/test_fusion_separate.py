@@ -11,7 +11,7 @@ from tests.support.rewritten import Rewritten, rewritten
 
 H, HV, K, V, W, T, SLOTS = 2, 4, 8, 16, 3, 3, 5
 WIDTHS = (H * K, H * K, HV * V)
-NAMES = ("x", "g", "beta", "z", "recurrent", "slots", "cu")
+NAMES = ("x", "g", "beta", "z", "recurrent", "state_indices", "cu")
 PER_PART = ("projection", "weight", "bias", "state")
 
 
@@ -45,10 +45,14 @@ class Prefill:
     ) -> Tensor:
         options: dict[str, Any] = {"activation": self.activations[i], "cu_seqlens": a["cu"]}
         if self.update:
-            options |= {"slots": a["slots"], "layout": self.layout or "SD"}
+            options |= {"state_indices": a["state_indices"], "layout": self.layout or "SD"}
             return kda_ops.short_conv_update(x[0], state, weight, bias, **options)[None]
         if self.layout is not None:
-            options |= {"conv_state": state, "slots": a["slots"], "layout": self.layout}
+            options |= {
+                "conv_state": state,
+                "state_indices": a["state_indices"],
+                "layout": self.layout,
+            }
         return kda_ops.short_conv(x, weight, bias, **options)
 
     def normalise(self, x: Tensor, eps: float) -> Tensor:
@@ -70,7 +74,9 @@ class Step(Prefill):
     def recur(self, q: Tensor, k: Tensor, v: Tensor, a: dict[str, Any]) -> Tensor:
         g = kda_ops.gate(a["g"], None, lower_bound=-5.0)
         beta = torch.sigmoid(a["beta"])
-        o = kda_ops.recurrent_kda(q, k, v, g, beta, a["recurrent"], a["slots"], cu_seqlens=a["cu"])
+        o = kda_ops.recurrent_kda(
+            q, k, v, g, beta, a["recurrent"], a["state_indices"], cu_seqlens=a["cu"]
+        )
         return kda_ops.rms_norm_gated(o, a["z"], a["z"].new_ones(V))
 
 
@@ -87,7 +93,7 @@ def inputs(layout: str = "SD", rows: int = W - 1, **changed: Any) -> dict[str, A
         "beta": torch.rand(1, T, HV, **bf16),
         "z": torch.randn(1, T, HV, V, **bf16),
         "recurrent": torch.randn(SLOTS, HV, V, K),
-        "slots": torch.tensor([3, 1, 2]),
+        "state_indices": torch.tensor([3, 1, 2]),
         "cu": torch.arange(T + 1, dtype=torch.int32),
         "projection": [torch.randn(sum(WIDTHS), n, **bf16) / 16 for n in WIDTHS],
         "weight": [torch.randn(n, W, **bf16) for n in WIDTHS],
@@ -200,8 +206,8 @@ def test_the_states_may_be_parts_of_one_tensor(
 
     model = variant(base, layout=layout)
     flat = [given[name] for name in NAMES] + [x for name in PER_PART for x in given[name]]
-    slots = {0: 0} if dynamic else False
-    found = rewritten(call, whole, *flat, dynamic=slots, written=(0, 5))
+    state_indices = {0: 0} if dynamic else False
+    found = rewritten(call, whole, *flat, dynamic=state_indices, written=(0, 5))
     assert found.refused == []
     assert found.operators == (["kda_decode"] if base is Step else ["short_conv_qkv", "chunk_kda"])
     assert found.copies == 0
@@ -294,8 +300,8 @@ def with_histories(
         weight,
         bias,
         conv_state=state,
-        slots=a["slots"],
-        has_initial_state=a["slots"] > 0,
+        state_indices=a["state_indices"],
+        has_initial_state=a["state_indices"] > 0,
         cu_seqlens=a["cu"],
         layout=self.layout,
     )
@@ -319,7 +325,7 @@ def returns(index: int) -> Any:
         ({"eps": (1e-6, 1e-5)}, {}, "different eps"),
         ({"extra": returns(0)}, {}, "q (", ),
         ({"convolve": other_convolution(bias=lambda a: None)}, {}, "different biases"),
-        ({"convolve": other_convolution(slots=lambda a: a["slots"].flip(0))}, {}, "other slots"),
+        ({"convolve": other_convolution(state_indices=lambda a: a["state_indices"].flip(0))}, {}, "other slots"),
         ({"convolve": other_convolution(cu=lambda a: a["cu"] * 1)}, {}, "other cu_seqlens"),
         ({"convolve": one_state}, {}, "have one state"),
         ({}, {"weight": [torch.randn(n, w) for n, w in zip(WIDTHS, (W, 2, W), strict=True)]},
@@ -328,7 +334,7 @@ def returns(index: int) -> Any:
                                                                       strict=True)]},
          "differ in slots"),
     ],
-    ids=["activation", "activation-v", "eps", "q-used", "bias", "slots", "offsets",
+    ids=["activation", "activation-v", "eps", "q-used", "bias", "state_indices", "offsets",
          "one-state", "taps", "rows"],
 )  # fmt: skip
 def test_it_stays_where_the_guard_says_so(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import kda_ops
 from kda_ops.cache.batch import KDABatch
 from kda_ops.nn.layer import KimiDeltaAttention
-from kda_ops.tuning import forcing
-from kda_ops.varlen import chunk_table
+from kda_ops.tuning import override
+from kda_ops.varlen import prepare_chunk_indices
 from tests.support.fake_cuda import Summary, cuda_code, summary
 from tests.support.launches import DECODE, PREFILL, expect, launches
 
@@ -106,7 +106,9 @@ def test_sizes_of_a_step_are_arguments_of_32_bits() -> None:
 def test_packed_sequences_are_four_launches(dynamic: bool) -> None:
     cu = torch.tensor([0, 50, 130], dtype=torch.int32)
     stack = Stack(KINDS[:2])  # without a state there is no layout
-    found = compiled(stack, 130, dynamic, cu_seqlens=cu, chunks=chunk_table(cu, 130))
+    found = compiled(
+        stack, 130, dynamic, cu_seqlens=cu, chunk_indices=prepare_chunk_indices(cu, 130)
+    )
     expect(found, 2 * PREFILL)
 
 
@@ -177,7 +179,7 @@ def test_a_length_that_is_a_difference_costs_no_copy() -> None:
 
 
 def test_the_gate_in_a_kernel_of_its_own_where_that_is_chosen() -> None:
-    with forcing({"chunk_kda_gated.form": {"form": "apart"}}):
+    with override({"chunk_kda_gated.form": {"form": "apart"}}):
         found = compiled(Stack(KINDS[:1]), 130, False)
     kernels = [name for name in found.launches if name.endswith("_kernel")]
     apart = ["gate_cumsum_kernel", "chunk_prepare_kernel", "chunk_scan_kernel"]

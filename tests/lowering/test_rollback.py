@@ -18,13 +18,15 @@ SNAPSHOTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def inputs() -> dict[str, Any]:
     q, k, v = (torch.randn(1, N, H, K) * K**-0.5 for _ in range(3))
-    tables = {"slots": torch.tensor([2, 1, 4]), "cu": torch.arange(N + 1)}
+    tables = {"state_indices": torch.tensor([2, 1, 4]), "cu": torch.arange(N + 1)}
     gates = {"g": -torch.rand(1, N, H, K), "beta": torch.rand(1, N, H)}
     return {"q": q, "k": k, "v": v, **gates, "state": torch.randn(5, H, V, K), **tables}
 
 
-def step(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, slots: Any, cu: Any) -> Tensor:
-    return kda_ops.recurrent_kda(q, k, v, g, beta, state, slots, cu_seqlens=cu)
+def step(
+    q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, state_indices: Any, cu: Any
+) -> Tensor:
+    return kda_ops.recurrent_kda(q, k, v, g, beta, state, state_indices, cu_seqlens=cu)
 
 
 def compare(function: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ from kda_ops._numerics import accumulation_dtype
 from kda_ops.cache.batch import KDABatch
 from kda_ops.lowering.rewrites.framework import recording
 from kda_ops.nn.layer import KimiDeltaAttention
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 from tests.lowering.styles import Cache, fla, in_bf16, transformers
 from tests.support.fake_cuda import Summary
 from tests.support.launches import DECODE, PREFILL, PREFILL_APART, expect, launches, mark_dynamic
@@ -41,9 +41,9 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(in_bf16(written(style, bound)) for _, bound in KINDS)
 
-    def caches(self, slots: Tensor) -> list[Cache]:
+    def caches(self, state_indices: Tensor) -> list[Cache]:
         pairs = zip(self.layers, KINDS, strict=True)
-        return [layer.cache(slots, PAGES, layout) for layer, (layout, _) in pairs]
+        return [layer.cache(state_indices, PAGES, layout) for layer, (layout, _) in pairs]
 
     def forward(self, x: Tensor, caches: list[Cache], *how: Any) -> Tensor:
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -79,15 +79,15 @@ def ours(theirs: nn.Module) -> KimiDeltaAttention:
 
 def prompts(T: int, caches: Any, dynamic: bool, B: int = 1, varlen: bool = True) -> Any:
     """Arguments of a prefill of a layer with its cache, or None, or of a stack with its caches."""
-    x, cu, chunks = torch.randn(B, T, HIDDEN, dtype=torch.bfloat16), None, None
+    x, cu, chunk_indices = torch.randn(B, T, HIDDEN, dtype=torch.bfloat16), None, None
     if varlen:
         cu = torch.tensor([0, 50, T], dtype=torch.int32)
-        chunks = chunk_table(cu, T)
+        chunk_indices = prepare_chunk_indices(cu, T)
     if dynamic:
         mark_dynamic(x, axis=1)
-        mark_dynamic(*([cu, chunks] if varlen else [x] if B > 1 else []))
+        mark_dynamic(*([cu, chunk_indices] if varlen else [x] if B > 1 else []))
         mark_sequences(caches)
-    return x, caches, cu, chunks
+    return x, caches, cu, chunk_indices
 
 
 def caches_of(caches: Any) -> list[Cache]:
@@ -96,12 +96,12 @@ def caches_of(caches: Any) -> list[Cache]:
 
 def mark_sequences(caches: Any) -> None:
     for cache in caches_of(caches):
-        mark_dynamic(cache.slots, cache.has_initial_state)
+        mark_dynamic(cache.state_indices, cache.has_initial_state)
 
 
 def tokens(caches: Any, dynamic: bool, varlen: bool) -> Any:
     """Arguments of a decode step, a token for each slot."""
-    N = len(caches_of(caches)[0].slots)
+    N = len(caches_of(caches)[0].state_indices)
     x = torch.randn(*((1, N) if varlen else (N, 1)), HIDDEN, dtype=torch.bfloat16)
     cu = torch.arange(N + 1, dtype=torch.int32) if varlen else None
     if dynamic:
@@ -155,7 +155,7 @@ def _two(cache: Cache) -> Cache:
     return Cache(
         cache.conv,
         cache.recurrent,
-        cache.slots[:2],
+        cache.state_indices[:2],
         cache.has_initial_state[:2],
         cache.layout,
     )
@@ -183,8 +183,8 @@ def test_the_numbers_are_those_of_our_layer(
     layer = ours(theirs)
     layer.conv_layout = layout
     theirs = theirs.to(device)
-    slots = torch.tensor([3, 1])
-    cache = theirs.cache(slots.to(device), PAGES, layout)
+    state_indices = torch.tensor([3, 1])
+    cache = theirs.cache(state_indices.to(device), PAGES, layout)
     first, step = torch.randn(1, 75, HIDDEN), torch.randn(1, 2, HIDDEN)
     cu = torch.tensor([0, 70, 75], dtype=torch.int32, device=device)
     one_each = torch.arange(3, dtype=torch.int32, device=device)
@@ -195,7 +195,10 @@ def test_the_numbers_are_those_of_our_layer(
             torch.zeros(packed.shape, dtype=dtype),
             torch.zeros(cache.recurrent.shape, dtype=accumulation_dtype(first.to(dtype))),
         )
-        batches = KDABatch.prefill([70, 5], slots.tolist()), KDABatch.decode(slots.tolist())
+        batches = (
+            KDABatch.prefill([70, 5], state_indices.tolist()),
+            KDABatch.decode(state_indices.tolist()),
+        )
         y, y2 = (
             model(x.bfloat16().to(dtype), state=state, batch=batch)
             for x, batch in zip((first, step), batches, strict=True)
@@ -206,7 +209,7 @@ def test_the_numbers_are_those_of_our_layer(
         torch._dynamo.reset()
         run = torch.compile(theirs, fullgraph=True)
         with torch._inductor.config.patch(force_disable_caches=True):
-            y = run(first.bfloat16().to(device), cache, cu, chunk_table(cu, 75))
+            y = run(first.bfloat16().to(device), cache, cu, prepare_chunk_indices(cu, 75))
             y2 = run(step.bfloat16().to(device), cache, one_each, None, True)
         packed = cache.conv
         if style == "fla":

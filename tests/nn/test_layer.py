@@ -639,7 +639,10 @@ def test_forward_errors_write_nothing() -> None:
         ({"hidden_states": x[..., :5]}, "hidden_states must have shape [1, 2, 64], got (1, 2, 5)"),
         ({"state": state}, "batch must be given with state, got None"),
         ({"batch": two}, "state must be given with batch, got None"),
-        ({"chunks": torch.zeros(1, 2, dtype=torch.int32)}, "chunks must come with cu_seqlens"),
+        (
+            {"chunk_indices": torch.zeros(1, 2, dtype=torch.int32)},
+            "chunk_indices must come with cu_seqlens",
+        ),
         (
             {"state": state, "batch": one},
             "hidden_states must have shape [1, 1, 64], got (1, 2, 64)",
@@ -682,7 +685,7 @@ def test_forward_errors_write_nothing() -> None:
         ),
         (
             {"state": short, "batch": KDABatch.decode([1, 5])},
-            "slots must be in [0, 5), got 5",
+            "state_indices must be in [0, 5), got 5",
         ),
     ]
     for arguments, message in wrong:
@@ -695,7 +698,7 @@ def test_forward_errors_write_nothing() -> None:
 def test_batch_errors() -> None:
     good = {
         "cu_seqlens": torch.tensor([0, 1, 5]),
-        "slots": torch.tensor([3, 4]),
+        "state_indices": torch.tensor([3, 4]),
         "has_initial_state": torch.tensor([True, False]),
         "num_decodes": 1,
         "num_decode_tokens": 1,
@@ -703,7 +706,7 @@ def test_batch_errors() -> None:
         "num_prefill_tokens": 4,
         "num_tokens": 6,
     }
-    assert KDABatch(**good).chunks.tolist() == [[0, 0]]
+    assert KDABatch(**good).chunk_indices.tolist() == [[0, 0]]
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"num_decodes": -1}, "num_decodes must not be negative, got -1"),
         (
@@ -724,13 +727,19 @@ def test_batch_errors() -> None:
         ),
         (
             {"cu_seqlens": torch.tensor([0, 2, 5]), "num_decode_tokens": 2},
-            "cu_seqlens must give each decode at most 1 tokens, one per column of slots, got 2",
+            "cu_seqlens must give each decode at most 1 tokens, one per column of state_indices, got 2",
         ),
-        ({"slots": torch.tensor([3])}, "slots must have shape [2] or [2, 1 + num_spec], got (1,)"),
-        ({"slots": torch.tensor([3.0, 4.0])}, "slots must have dtype int32, int64, got float32"),
         (
-            {"slots": torch.tensor([3, 3])},
-            "slots must not be shared between sequences, got 3 for sequences 0 and 1",
+            {"state_indices": torch.tensor([3])},
+            "state_indices must have shape [2] or [2, 1 + num_spec], got (1,)",
+        ),
+        (
+            {"state_indices": torch.tensor([3.0, 4.0])},
+            "state_indices must have dtype int32, int64, got float32",
+        ),
+        (
+            {"state_indices": torch.tensor([3, 3])},
+            "state_indices must not be shared between sequences, got 3 for sequences 0 and 1",
         ),
         (
             {"has_initial_state": torch.tensor([1, 0])},
@@ -743,10 +752,10 @@ def test_batch_errors() -> None:
         ({"num_accepted": torch.tensor([1, 1])}, "num_accepted must have shape [1], got (2,)"),
         (
             {"num_accepted": torch.tensor([1])},
-            "num_accepted must come with slots of shape [N, 1 + num_spec], got (2,)",
+            "num_accepted must come with state_indices of shape [N, 1 + num_spec], got (2,)",
         ),
         (
-            {"num_accepted": torch.tensor([2]), "slots": torch.tensor([[3], [4]])},
+            {"num_accepted": torch.tensor([2]), "state_indices": torch.tensor([[3], [4]])},
             "num_accepted must be in [1, 1], got 2",
         ),
         (
@@ -761,14 +770,17 @@ def test_batch_errors() -> None:
             {"prefill_cu_seqlens": torch.tensor([0, 3])},
             "prefill_cu_seqlens must be the prefills' part of cu_seqlens, [0, 4], got [0, 3]",
         ),
-        ({"chunks": torch.tensor([[0, 0]])}, "chunks must have dtype int32, got int64"),
         (
-            {"chunks": torch.zeros(2, 2, dtype=torch.int32)},
-            "chunks must have shape [1, 2], got (2, 2)",
+            {"chunk_indices": torch.tensor([[0, 0]])},
+            "chunk_indices must have dtype int32, got int64",
         ),
         (
-            {"chunks": torch.tensor([[0, 1]], dtype=torch.int32)},
-            "chunks must be the chunk table of cu_seqlens, expected row 0 to be [0, 0], got [0, 1]",
+            {"chunk_indices": torch.zeros(2, 2, dtype=torch.int32)},
+            "chunk_indices must have shape [1, 2], got (2, 2)",
+        ),
+        (
+            {"chunk_indices": torch.tensor([[0, 1]], dtype=torch.int32)},
+            "chunk_indices must be the chunk table of cu_seqlens, expected row 0 to be [0, 0], got [0, 1]",
         ),
     ]
     for change, message in wrong:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kda_ops
-from kda_ops._cases import taken_apart
+from kda_ops._cases import unpacked
 from kda_ops.conv.short_conv_qkv.cases import short_conv_qkv_inputs
 from kda_ops.delta_rule.kda_decode.cases import kda_decode_inputs
 from tests.support.operators import public_function, run_kernels
@@ -22,7 +22,16 @@ def together(name: str, layout: str) -> dict[str, Any]:
     if name == "kda_decode":
         return kda_decode_inputs(3, 2, 4, 16, 12, layout, bias=True, null=(1,), device=CPU)
     return short_conv_qkv_inputs(
-        3, 7, 2, 16, 48, layout=layout, slots=(2, 0, 5), initial=(1, 0, 0), bias=True, device=CPU
+        3,
+        7,
+        2,
+        16,
+        48,
+        layout=layout,
+        state_indices=(2, 0, 5),
+        initial=(1, 0, 0),
+        bias=True,
+        device=CPU,
     )
 
 
@@ -31,7 +40,7 @@ def together(name: str, layout: str) -> dict[str, Any]:
 def test_apart_is_together(layout: str) -> None:
     """Bit for bit: one kernel that finds its channels elsewhere."""
     inputs = together("short_conv_qkv", layout)
-    apart = taken_apart(inputs, WIDTHS)
+    apart = unpacked(inputs, WIDTHS)
     run = run_kernels(public_function("short_conv_qkv"))
     for x, y in zip(run(**inputs), run(**apart), strict=True):
         assert torch.equal(x, y)
@@ -43,7 +52,7 @@ def test_apart_is_together(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["SD", "DS"])
 def test_apart_is_together_in_a_step(layout: str) -> None:
     inputs = together("kda_decode", layout)
-    apart = taken_apart(inputs, WIDTHS) | {"state": inputs["state"].clone()}
+    apart = unpacked(inputs, WIDTHS) | {"state": inputs["state"].clone()}
     run = run_kernels(public_function("kda_decode"))
     assert torch.equal(run(**inputs), run(**apart))
     states = torch.cat(apart["conv_state"], dim=2 if layout == "SD" else 1)
@@ -75,14 +84,14 @@ ERRORS: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize("name", ["short_conv_qkv", "kda_decode"])
 @pytest.mark.parametrize(("argument", "change", "message"), ERRORS)
 def test_errors(name: str, argument: str, change: Any, message: str) -> None:
-    inputs = taken_apart(together(name, "SD"), WIDTHS)
+    inputs = unpacked(together(name, "SD"), WIDTHS)
     with pytest.raises(ValueError, match=re.escape(message)):
         public_function(name)(**inputs | {argument: change(inputs[argument])})
 
 
 @pytest.mark.parametrize("name", ["short_conv_qkv", "kda_decode"])
 def test_k_has_the_channels_of_q(name: str) -> None:
-    inputs = taken_apart(together(name, "SD"), (32, 48, 32))
+    inputs = unpacked(together(name, "SD"), (32, 48, 32))
     with pytest.raises(ValueError, match=r"x must have shape \[.*32\], got \(.*48\)"):
         public_function(name)(**inputs)
 
@@ -92,7 +101,7 @@ def test_gradients_of_each_part() -> None:
     inputs = short_conv_qkv_inputs(1, 5, 2, 4, 12, torch.float64, bias=True, device=CPU)
     names = ("x", "weight", "bias")
     packed = {name: inputs[name].requires_grad_() for name in names}
-    apart = taken_apart({n: x.detach() if n in names else x for n, x in inputs.items()}, (8, 8, 12))
+    apart = unpacked({n: x.detach() if n in names else x for n, x in inputs.items()}, (8, 8, 12))
     for name in names:
         apart[name] = tuple(part.requires_grad_() for part in apart[name])
     for call in (inputs, apart):

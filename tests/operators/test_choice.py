@@ -26,7 +26,7 @@ from kda_ops import config, lowering, tuning
 from kda_ops._numerics import RCP_LN2
 from kda_ops._registry import OPERATORS
 from kda_ops.gating.gate_cumsum.op import gate_cumsum_op
-from kda_ops.tuning import benchmark, choose, disk_cache, forcing
+from kda_ops.tuning import benchmark, choose, disk_cache, override
 from kda_ops.tuning.configs import CANDIDATES, DEFAULTS, SM90, TABLE, row_for
 from kda_ops.tuning.example_inputs import examples
 from tests.support.fake_cuda import cuda_code
@@ -86,9 +86,9 @@ class Gpu:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Nothing is remembered before a test, and nothing after it."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    tuning.forget()
+    tuning.clear_cache()
     yield tmp_path / "kda_ops"
-    tuning.forget()
+    tuning.clear_cache()
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_second_process_does_not_time(timer: Timer, folder: Path) -> None:
     (file,) = folder.iterdir()
     assert json.loads(file.read_text())["answer"] == timer.fastest
     timed = len(timer.timed)
-    tuning.forget()
+    tuning.clear_cache()
     assert timer.choose() == timer.fastest
     assert len(timer.timed) == timed
 
@@ -126,7 +126,7 @@ def test_another_gpu_or_version_measures_again(
 ) -> None:
     timer.choose()
     timed = len(timer.timed)
-    tuning.forget()
+    tuning.clear_cache()
     if other == "gpu":
         monkeypatch.setattr(benchmark, "gpu", Gpu(("sm_80", "A100 with more memory")))
     else:
@@ -153,7 +153,7 @@ def test_a_damaged_or_foreign_file_is_measured_again(
     timer.choose()
     (file,) = folder.iterdir()
     file.write_text(content)
-    tuning.forget()
+    tuning.clear_cache()
     timed = len(timer.timed)
     assert timer.choose() == timer.fastest
     assert len(timer.timed) == 2 * timed
@@ -166,7 +166,7 @@ def test_an_answer_that_is_no_candidate_is_not_taken(timer: Timer, folder: Path)
     content = json.loads(file.read_text())
     content["answer"]["TILE"] = 4000
     file.write_text(json.dumps(content))
-    tuning.forget()
+    tuning.clear_cache()
     assert timer.choose() == timer.fastest
 
 
@@ -185,7 +185,7 @@ def test_deterministic_choice_is_the_table_alone(
     timed = len(timer.timed)
     monkeypatch.setattr(config, "deterministic_choice", True)
     assert timer.choose() == DEFAULT
-    tuning.forget()
+    tuning.clear_cache()
     assert timer.choose() == DEFAULT
     assert len(timer.timed) == timed
     monkeypatch.setattr(config, "deterministic_choice", False)
@@ -269,7 +269,7 @@ def test_each_choice_is_one_line_of_the_log(
     with caplog.at_level(logging.INFO, logger="kda_ops.tuning"):
         timer.choose()
         timer.choose()
-        tuning.forget()
+        tuning.clear_cache()
         timer.choose()
         monkeypatch.setattr(benchmark, "gpu", Gpu(("sm_90", "H200")))
         timer.choose(K=64)
@@ -425,7 +425,7 @@ def test_deterministic_choice_is_part_of_the_cache_key(monkeypatch: pytest.Monke
         assert (misses(), misses()) == (1, 0)
         monkeypatch.setattr(config, "deterministic_choice", True)
         assert (misses(), misses()) == (1, 0)
-        with forcing({KERNEL: DEFAULT}):
+        with override({KERNEL: DEFAULT}):
             assert misses() == 1
 
 
@@ -483,7 +483,7 @@ def test_every_candidate_runs_and_is_right(name: str, monkeypatch: pytest.Monkey
     assert timed or name not in CANDIDATES
     for kernel, candidates in timed.items():
         for values in candidates:
-            with forcing({kernel: values}):
+            with override({kernel: values}):
                 assert_accurate(run_kernels(function), function, case)
 
 
@@ -526,7 +526,7 @@ def test_kernel_and_generated_code_are_timed(
 @pytest.mark.gpu
 def test_a_captured_call_takes_the_default(unknown_gpu: torch.device, folder: Path) -> None:
     x, A_log = torch.randn(3, 2, 64, device=unknown_gpu), torch.zeros(2, device=unknown_gpu)
-    with forcing({"gate": DEFAULTS["gate"][0][1]}):  # compiles it
+    with override({"gate": DEFAULTS["gate"][0][1]}):  # compiles it
         expected = kda_ops.gate(x, A_log)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -148,7 +148,7 @@ def test_what_needs_no_gradient_changes_no_other(case: KernelCase) -> None:
     given, needs = output_gradients(inputs), differentiable(inputs)
     everything = iter(launch(case.operator, inputs, given, needs))
     all_found = {n: next(everything) for n, need in zip(inputs, needs, strict=True) if need}
-    for chosen in (("k", "A_log"), ("v",), ("x", "beta")):
+    for chosen in (("k", "A_log"), ("v",), ("raw_gate", "raw_beta")):
         found = launch(case.operator, inputs, given, [n in chosen for n in inputs])
         assert len(found) == len(chosen)
         for name, x in zip([n for n in inputs if n in chosen], found, strict=True):
@@ -160,7 +160,7 @@ def test_a_sequence_in_pieces() -> None:
     """The gradient of the second piece's initial state is that of the first one's final state."""
     whole = arguments(plain(T=128, K=16, V=16, dtype=FP32), CPU)
     given, needs = output_gradients(whole), differentiable(whole)
-    tokens = ("q", "k", "v", "G", "beta")
+    tokens = ("q", "k", "v", "g_cumsum", "beta")
     first, second = (
         whole | {n: whole[n][:, part] for n in tokens} for part in (slice(64), slice(64, None))
     )

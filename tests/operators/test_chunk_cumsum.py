@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import kda_ops
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 from tests.support.operators import run_kernels
 from tests.support.oracle import assert_close
 
@@ -39,8 +39,8 @@ def test_sequences_are_separate(dtype: torch.dtype, table: bool) -> None:
     T = sum(LENGTHS)
     g, cu_seqlens = torch.randn(1, T, 3, dtype=torch.float64), offsets(LENGTHS, dtype)
     expected = torch.cat([one_sequence(part, 64, 1.0) for part in g[0].split(LENGTHS)])
-    chunks = chunk_table(cu_seqlens, T) if table else None
-    out = kda_ops.chunk_cumsum(g, cu_seqlens=cu_seqlens, chunks=chunks)
+    chunk_indices = prepare_chunk_indices(cu_seqlens, T) if table else None
+    out = kda_ops.chunk_cumsum(g, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices)
     assert_close(out, expected[None], expected[None])
 
 
@@ -115,18 +115,26 @@ CU = offsets((40, 60))
         (G[0, 0], {}, r"g must have shape \[B, T, \.\.\.\], got \(4,\)"),
         (G, {"chunk_size": 48}, r"chunk_size must be a power of two from 16 to 256, got 48"),
         (G, {"chunk_size": 512}, r"chunk_size must be a power of two from 16 to 256, got 512"),
-        (G, {"chunks": chunk_table(CU, 100)}, r"chunks must come with cu_seqlens"),
+        (
+            G,
+            {"chunk_indices": prepare_chunk_indices(CU, 100)},
+            r"chunk_indices must come with cu_seqlens",
+        ),
         (G.expand(2, -1, -1), {"cu_seqlens": CU}, r"g must have batch size 1 .*, got 2"),
         (G, {"cu_seqlens": CU.float()}, r"cu_seqlens must have dtype .*, got float32"),
         (G, {"cu_seqlens": CU[None]}, r"cu_seqlens must have shape \[N \+ 1\], got \(1, 3\)"),
-        (G, {"cu_seqlens": CU, "chunks": chunk_table(CU, 200)}, r"chunks must have shape \[3, 2\]"),
+        (
+            G,
+            {"cu_seqlens": CU, "chunk_indices": prepare_chunk_indices(CU, 200)},
+            r"chunk_indices must have shape \[3, 2\]",
+        ),
         (G, {"cu_seqlens": CU + 1}, r"cu_seqlens must start at 0, got 1"),
         (G, {"cu_seqlens": offsets((60, -20))}, r"cu_seqlens must not decrease, got 60 then 40"),
         (G, {"cu_seqlens": offsets((60, 41))}, r"cu_seqlens must end at or before 100 .*, got 101"),
         (
             G,
-            {"cu_seqlens": CU, "chunks": chunk_table(offsets((70, 30)), 100)},
-            r"chunks must be the chunk table of cu_seqlens, expected row 1 to be \[1, 0\]",
+            {"cu_seqlens": CU, "chunk_indices": prepare_chunk_indices(offsets((70, 30)), 100)},
+            r"chunk_indices must be the chunk table of cu_seqlens, expected row 1 to be \[1, 0\]",
         ),
     ],
 )

@@ -21,7 +21,7 @@ from kda_ops.delta_rule.chunk_kda.cases import (
     with_states,
 )
 from kda_ops.delta_rule.chunked import workspace
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 from tests.operators import test_cubin
 from tests.support.fake_cuda import cuda_code, summary
 from tests.support.operators import RunKernels, run_kernels
@@ -29,7 +29,7 @@ from tests.support.oracle import copy_inputs
 
 CPU = torch.device("cpu")
 FP64 = torch.float64
-TOKENS = ("q", "k", "v", "G", "beta")
+TOKENS = ("q", "k", "v", "g_cumsum", "beta")
 FROBENIUS = 0.005  # what the best peer has in bf16
 RAGGED = [0, 0, 1, 66, 66, 130, 150]
 
@@ -38,9 +38,9 @@ def exact_inputs(T: int, gate: str = "softplus", seed: int = 0, **sizes: Any) ->
     """fp64 inputs with states, and the gates per token that their G was made of."""
     torch.manual_seed(seed)
     inputs = chunk_kda_inputs(CPU, T=T, dtype=FP64, **sizes)
-    y = log2_gate(tuple(inputs["G"].shape), gate, CPU).double()
+    y = log2_gate(tuple(inputs["g_cumsum"].shape), gate, CPU).double()
     cu_seqlens = inputs.get("cu_seqlens")
-    inputs["G"] = cumulative(y, None if cu_seqlens is None else cu_seqlens.tolist())
+    inputs["g_cumsum"] = cumulative(y, None if cu_seqlens is None else cu_seqlens.tolist())
     inputs["beta"] = inputs["beta"].double()
     return with_states(inputs, FP64), y
 
@@ -110,7 +110,7 @@ def test_pieces_are_the_whole(cuts: list[int]) -> None:
     S, parts = inputs["initial_state"], []
     for start, end in zip([0, *cuts], [*cuts, 200], strict=True):
         piece = {name: inputs[name][:, start:end] for name in TOKENS}
-        piece["G"] = cumulative(y[:, start:end])
+        piece["g_cumsum"] = cumulative(y[:, start:end])
         o, S = kda_ops.chunk_kda(**piece, initial_state=S, output_final_state=True)
         parts.append(o)
     assert_same(torch.cat(parts, 1), whole)
@@ -223,7 +223,9 @@ def test_a_given_chunk_table_is_the_one_made() -> None:
     torch.manual_seed(0)
     inputs = chunk_kda_inputs(CPU, T=160, K=16, V=24, cu_seqlens=RAGGED)
     o, _ = kda_ops.chunk_kda(**inputs)
-    again, _ = kda_ops.chunk_kda(**inputs, chunks=chunk_table(inputs["cu_seqlens"], 160))
+    again, _ = kda_ops.chunk_kda(
+        **inputs, chunk_indices=prepare_chunk_indices(inputs["cu_seqlens"], 160)
+    )
     assert torch.equal(o, again)
 
 
@@ -259,13 +261,13 @@ def test_kernels_survive_any_offsets_slots_and_tables(sizes: dict[str, Any]) -> 
     inputs = with_pages(chunk_kda_inputs(CPU, T=100, cu_seqlens=[0, 60, 100], **sizes), [1, 2], [0])
     memory = inputs["state"]._base
     launch = run_kernels(kda_ops.chunk_kda)
-    table = chunk_table(inputs["cu_seqlens"], 100)
+    table = prepare_chunk_indices(inputs["cu_seqlens"], 100)
     wrong = [
         {"cu_seqlens": torch.tensor([-50, 2**31 - 1, -7], dtype=torch.int32)},
         {"cu_seqlens": torch.tensor([90, 10, 2**40])},
-        {"chunks": torch.full_like(table, 2**31 - 1)},
-        {"chunks": torch.full_like(table, -(2**31))},
-        {"chunks": table.flip(1)},
+        {"chunk_indices": torch.full_like(table, 2**31 - 1)},
+        {"chunk_indices": torch.full_like(table, -(2**31))},
+        {"chunk_indices": table.flip(1)},
     ]
     for change in wrong:
         launch(**inputs | change)
@@ -299,7 +301,7 @@ def test_kernel_reads_strided_inputs_where_they_are() -> None:
 def test_compiled_for_a_gpu_it_is_two_launches(dynamic: bool) -> None:
     torch.manual_seed(0)
     inputs = with_pages(chunk_kda_inputs(CPU, T=170, cu_seqlens=[0, 70, 160]), [1, 2], [0])
-    inputs["chunks"] = chunk_table(inputs["cu_seqlens"], 170)
+    inputs["chunk_indices"] = prepare_chunk_indices(inputs["cu_seqlens"], 170)
     _, (code,) = cuda_code(
         lambda **x: kda_ops.chunk_kda(**x)[0], **copy_inputs(inputs), dynamic=dynamic
     )
@@ -373,25 +375,34 @@ CU = torch.tensor([0, 30, 70])
             "v must have a head dimension in [1, 256], got 300",
             v=torch.zeros(1, 70, 4, 300, dtype=torch.bfloat16),
         ),
-        bad("G must have shape [1, 70, 4, 16], got (1, 70, 2, 16)", G=torch.zeros(1, 70, 2, 16)),
-        bad("G must have dtype float32", G=torch.zeros(1, 70, 4, 16, dtype=torch.bfloat16)),
+        bad(
+            "g_cumsum must have shape [1, 70, 4, 16], got (1, 70, 2, 16)",
+            g_cumsum=torch.zeros(1, 70, 2, 16),
+        ),
+        bad(
+            "g_cumsum must have dtype float32",
+            g_cumsum=torch.zeros(1, 70, 4, 16, dtype=torch.bfloat16),
+        ),
         bad("beta must have shape [1, 70, 4], got (1, 70, 2)", beta=torch.zeros(1, 70, 2)),
         bad("beta must have dtype", beta=torch.zeros(1, 70, 4, dtype=torch.int64)),
-        bad("G must be on meta", **{"q": None}),
+        bad("g_cumsum must be on meta", **{"q": None}),
         bad("cu_seqlens must have dtype int32, int64, got float32", cu_seqlens=torch.zeros(2)),
-        bad("chunks must come with cu_seqlens", chunks=torch.zeros(2, 2, dtype=torch.int32)),
         bad(
-            "chunks must have shape [3, 2], got (2, 2)",
+            "chunk_indices must come with cu_seqlens",
+            chunk_indices=torch.zeros(2, 2, dtype=torch.int32),
+        ),
+        bad(
+            "chunk_indices must have shape [3, 2], got (2, 2)",
             cu_seqlens=CU,
-            chunks=torch.zeros(2, 2, dtype=torch.int32),
+            chunk_indices=torch.zeros(2, 2, dtype=torch.int32),
         ),
         bad("cu_seqlens must start at 0, got 1", cu_seqlens=torch.tensor([1, 70])),
         bad("cu_seqlens must not decrease", cu_seqlens=torch.tensor([0, 50, 40])),
         bad("cu_seqlens must end at or before 70 tokens", cu_seqlens=torch.tensor([0, 71])),
         bad(
-            "chunks must be the chunk table of cu_seqlens",
+            "chunk_indices must be the chunk table of cu_seqlens",
             cu_seqlens=CU,
-            chunks=torch.zeros(3, 2, dtype=torch.int32),
+            chunk_indices=torch.zeros(3, 2, dtype=torch.int32),
         ),
         bad(
             "initial_state must have shape [1, 4, 24, 16], got (1, 4, 16, 24)",

@@ -16,7 +16,7 @@ from torch import Tensor
 import kda_ops
 from kda_ops._cases import with_pages, with_states
 from kda_ops.delta_rule.chunk_kda_gated.cases import chunk_kda_gated_inputs
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 from tests.operators import test_cubin
 from tests.support.fake_cuda import cuda_code, summary
 from tests.support.operators import RunKernels, run_kernels
@@ -24,7 +24,7 @@ from tests.support.oracle import copy_inputs
 
 CPU = torch.device("cpu")
 FP64 = torch.float64
-TOKENS = ("q", "k", "v", "x", "beta")
+TOKENS = ("q", "k", "v", "raw_gate", "raw_beta")
 FROBENIUS = 0.005  # what the best peer has in bf16
 RAGGED = [0, 0, 1, 66, 66, 130, 150]
 
@@ -68,7 +68,7 @@ def step_by_step(inputs: dict[str, Any], start: int, end: int, b: int, n: int) -
 def composed(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """The same through the small operators."""
     rest = dict(inputs)
-    q, k, x, beta = (rest.pop(name) for name in ("q", "k", "x", "beta"))
+    q, k, x, beta = (rest.pop(name) for name in ("q", "k", "raw_gate", "raw_beta"))
     gate = {name: rest.pop(name) for name in ("A_log", "dt_bias", "lower_bound")}
     beta_scale, eps = rest.pop("beta_scale"), rest.pop("qk_norm_eps")
     if eps is not None:
@@ -233,7 +233,7 @@ def test_a_token_that_forgets_everything() -> None:
     """An infinite gate input decays the state to zero and leaves the other tokens as they were."""
     torch.manual_seed(0)
     inputs = chunk_kda_gated_inputs(CPU, T=64, K=64, V=64)
-    inputs["x"][:, 20] = torch.inf
+    inputs["raw_gate"][:, 20] = torch.inf
     launch = run_kernels(kda_ops.chunk_kda_gated)
     o, _ = launch(**inputs)
     tail = {name: y[:, 20:] if name in TOKENS else y for name, y in inputs.items()}
@@ -253,13 +253,13 @@ def test_kernels_survive_any_offsets_slots_and_tables(sizes: dict[str, Any]) -> 
     gaps = [memory[:, :16], memory[:, 16 + inputs["state"][0].numel() :]]
     before = [gap.clone() for gap in gaps]
     launch = run_kernels(kda_ops.chunk_kda_gated)
-    table = chunk_table(inputs["cu_seqlens"], 100)
+    table = prepare_chunk_indices(inputs["cu_seqlens"], 100)
     wrong = [
         {"cu_seqlens": torch.tensor([-50, 2**31 - 1, -7], dtype=torch.int32)},
         {"cu_seqlens": torch.tensor([90, 10, 2**40])},
-        {"chunks": torch.full_like(table, 2**31 - 1)},
-        {"chunks": torch.full_like(table, -(2**31))},
-        {"chunks": table.flip(1)},
+        {"chunk_indices": torch.full_like(table, 2**31 - 1)},
+        {"chunk_indices": torch.full_like(table, -(2**31))},
+        {"chunk_indices": table.flip(1)},
     ]
     for change in wrong:
         launch(**inputs | change)
@@ -278,7 +278,7 @@ def test_kernel_reads_strided_inputs_where_they_are() -> None:
     dense = {name: y.contiguous() if isinstance(y, Tensor) else y for name, y in packed.items()}
     launch = run_kernels(kda_ops.chunk_kda_gated)
     expected, _ = launch(**dense)
-    assert not packed["x"].is_contiguous()
+    assert not packed["raw_gate"].is_contiguous()
     assert torch.equal(launch(**packed)[0], expected)
 
 
@@ -287,7 +287,7 @@ def test_compiled_for_a_gpu_it_is_two_launches(dynamic: bool) -> None:
     torch.manual_seed(0)
     inputs = chunk_kda_gated_inputs(CPU, T=170, norm=True, cu_seqlens=[0, 70, 160])
     inputs = with_pages(inputs, [1, 2], [0])
-    inputs["chunks"] = chunk_table(inputs["cu_seqlens"], 170)
+    inputs["chunk_indices"] = prepare_chunk_indices(inputs["cu_seqlens"], 170)
     tensors = {name: y for name, y in inputs.items() if isinstance(y, Tensor)}
     rest = {name: y for name, y in inputs.items() if not isinstance(y, Tensor)}
     _, (code,) = cuda_code(
@@ -334,24 +334,30 @@ CU = torch.tensor([0, 30, 70])
         bad("q must have 4 dimensions, got shape (70, 2, 16)", q=torch.zeros(70, 2, 16)),
         bad("k must have shape [1, 70, 2, 16], got (1, 70, 1, 16)", k=torch.zeros(1, 70, 1, 16)),
         bad("v must have dtype bfloat16, got float32", v=torch.zeros(1, 70, 4, 24)),
-        bad("x must have shape [1, 70, 4, 16], got (1, 69, 4, 16)", x=torch.zeros(1, 69, 4, 16)),
-        bad("x must have dtype", x=torch.zeros(1, 70, 4, 16, dtype=torch.int64)),
-        bad("beta must have shape [1, 70, 4], got (1, 70, 2)", beta=torch.zeros(1, 70, 2)),
-        bad("beta must have dtype", beta=torch.zeros(1, 70, 4, dtype=torch.int64)),
+        bad(
+            "raw_gate must have shape [1, 70, 4, 16], got (1, 69, 4, 16)",
+            raw_gate=torch.zeros(1, 69, 4, 16),
+        ),
+        bad("raw_gate must have dtype", raw_gate=torch.zeros(1, 70, 4, 16, dtype=torch.int64)),
+        bad("raw_beta must have shape [1, 70, 4], got (1, 70, 2)", raw_beta=torch.zeros(1, 70, 2)),
+        bad("raw_beta must have dtype", raw_beta=torch.zeros(1, 70, 4, dtype=torch.int64)),
         bad("A_log must have shape [4], got (2,)", A_log=torch.zeros(2)),
         bad("A_log must be given unless lower_bound is, got None", A_log=None),
         bad("dt_bias must have shape [4, 16] or [64], got (4,)", dt_bias=torch.zeros(4)),
         bad("lower_bound must be None or in [-5, 0), got 1.0", lower_bound=1.0),
         bad("beta_scale must be 1 or 2, got 3.0", beta_scale=3.0),
         bad("qk_norm_eps must not be negative, got -1.0", qk_norm_eps=-1.0),
-        bad("x must be on meta like q, got cpu", **{"q": None}),
+        bad("raw_gate must be on meta like q, got cpu", **{"q": None}),
         bad("cu_seqlens must have dtype int32, int64, got float32", cu_seqlens=torch.zeros(2)),
         bad("cu_seqlens must not decrease", cu_seqlens=torch.tensor([0, 50, 40])),
-        bad("chunks must come with cu_seqlens", chunks=torch.zeros(2, 2, dtype=torch.int32)),
         bad(
-            "chunks must be the chunk table of cu_seqlens",
+            "chunk_indices must come with cu_seqlens",
+            chunk_indices=torch.zeros(2, 2, dtype=torch.int32),
+        ),
+        bad(
+            "chunk_indices must be the chunk table of cu_seqlens",
             cu_seqlens=CU,
-            chunks=torch.zeros(3, 2, dtype=torch.int32),
+            chunk_indices=torch.zeros(3, 2, dtype=torch.int32),
         ),
         bad(
             "initial_state must have shape [1, 4, 24, 16], got (1, 4, 16, 24)",

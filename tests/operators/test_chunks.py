@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kda_ops.varlen import EMPTY, chunk_table
+from kda_ops.varlen import EMPTY, prepare_chunk_indices
 from tests.support.fake_cuda import cuda_code
 
 
@@ -29,7 +29,7 @@ def test_matches_the_definition(
     lengths: list[int], padding: int, chunk_size: int, dtype: torch.dtype
 ) -> None:
     total = sum(lengths) + padding
-    table = chunk_table(offsets(lengths, dtype), total, chunk_size)
+    table = prepare_chunk_indices(offsets(lengths, dtype), total, chunk_size)
     assert table.dtype == torch.int32
     assert table.tolist() == naive_table(lengths, total, chunk_size)
 
@@ -48,8 +48,10 @@ def test_workspace_rows_are_distinct_and_in_bounds(lengths: list[int], padding: 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_host_synchronisation(dynamic: bool) -> None:
     cu_seqlens = offsets([100, 0, 64, 200])
-    result, (source,) = cuda_code(lambda cu: chunk_table(cu, 400), cu_seqlens, dynamic=dynamic)
-    assert torch.equal(result, chunk_table(cu_seqlens, 400))
+    result, (source,) = cuda_code(
+        lambda cu: prepare_chunk_indices(cu, 400), cu_seqlens, dynamic=dynamic
+    )
+    assert torch.equal(result, prepare_chunk_indices(cu_seqlens, 400))
     assert ".item()" not in source
     assert ".tolist()" not in source
 
@@ -66,17 +68,17 @@ def test_compiles_without_host_synchronisation(dynamic: bool) -> None:
 )
 def test_errors(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        chunk_table(*arguments)
+        prepare_chunk_indices(*arguments)
 
 
 @pytest.mark.gpu
 def test_replays_in_a_cuda_graph_with_other_lengths() -> None:
     cu_seqlens = offsets([100, 0, 64, 200]).cuda()
-    chunk_table(cu_seqlens, 400)
+    prepare_chunk_indices(cu_seqlens, 400)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        table = chunk_table(cu_seqlens, 400)
+        table = prepare_chunk_indices(cu_seqlens, 400)
     for lengths in ([100, 0, 64, 200], [1, 1, 1, 1], [0, 0, 0, 400], [0, 0, 0, 0]):
         cu_seqlens.copy_(offsets(lengths))
         graph.replay()

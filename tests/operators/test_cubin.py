@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
+from kda_ops._cases import operator_packages
 from tests.support.operators import NAMES, RunKernels, cases, public_function
 
 
@@ -126,7 +127,7 @@ def launches_of(name: str) -> dict[str, list[Launch]]:
     """
     recorder = Recorder()
     with ExitStack() as patches:
-        for module in (f"kda_ops.{name}.kernel", *SHARED):
+        for module in (f"{operator_packages()[name]}.kernel", *SHARED):
             importlib.import_module(module)
             patches.enter_context(mock.patch.multiple(sys.modules[module], traceable=recorder))
         for case in [*cases(name, perf=True)[:1], *cases(name, kernels=True)]:

@@ -18,10 +18,10 @@ from kda_ops.delta_rule.chunk_kda_gated.cases import chunk_kda_gated_inputs
 from kda_ops.delta_rule.kda_decode.cases import kda_decode_inputs
 from kda_ops.delta_rule.recurrent_kda.cases import recurrent_inputs
 from kda_ops.gating.gate.reference import gate_reference
-from kda_ops.tuning import forcing
+from kda_ops.tuning import override
 from tests.support import generated
 from tests.support.fake_cuda import cuda_code, summary
-from tests.support.operators import run_kernels
+from tests.support.operators import public_function, run_kernels
 from tests.support.oracle import assert_close, copy_inputs, tensors
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def gate_inputs(
     x, A_log, bias = ends(SIZES, dtype), ends(RATES, parameters), ends(SIZES, parameters)
     shape = (len(A_log), len(bias))
     return {
-        "x": x[None, :, None, None].expand(1, len(x), *shape),
+        "raw_gate": x[None, :, None, None].expand(1, len(x), *shape),
         "A_log": A_log,
         "dt_bias": bias.expand(shape),
         "lower_bound": lower_bound,
@@ -72,7 +72,7 @@ def chunk_inputs(lower_bound: float | None, T: int = 20, **options: Any) -> dict
     """Every other token has gate inputs of every size."""
     torch.manual_seed(0)
     inputs = chunk_kda_gated_inputs(CPU, T=T, HV=5, norm=True, **options)
-    x = inputs["x"][:, 1::2]
+    x = inputs["raw_gate"][:, 1::2]
     x.copy_(some(ends(SIZES, x.dtype), *x.shape))
     return with_states(inputs | heads(x.shape[3]) | {"lower_bound": lower_bound})
 
@@ -153,7 +153,7 @@ def test_gate_of_any_numbers(
 ) -> None:
     largest = torch.finfo(dtype).max
     inputs = {
-        "x": torch.tensor(x, dtype=FP64).clamp(-largest, largest).to(dtype).view(1, 4, 1, 1),
+        "raw_gate": torch.tensor(x, dtype=FP64).clamp(-largest, largest).to(dtype).view(1, 4, 1, 1),
         "A_log": torch.tensor([A_log]),
         "dt_bias": torch.tensor([dt_bias]),
         "lower_bound": lower_bound,
@@ -218,7 +218,7 @@ def test_plain_gates_are_rewritten_to_ones_without_nan() -> None:
 @pytest.mark.parametrize("name", ["gate", "gate_cumsum"])
 def test_gate_in_kernels(name: str, dtype: torch.dtype, lower_bound: float | None) -> None:
     inputs = gate_inputs(dtype, FP32, lower_bound)
-    out = run_kernels(getattr(kda_ops, name))(**inputs)
+    out = run_kernels(public_function(name))(**inputs)
     assert_no_nan(out)
     if name == "gate_cumsum":
         assert_finite(out)
@@ -227,9 +227,12 @@ def test_gate_in_kernels(name: str, dtype: torch.dtype, lower_bound: float | Non
 @pytest.mark.interpreter
 def test_gate_in_a_generated_scan() -> None:
     inputs = gate_inputs(BF16, FP32, None)
-    fewer = {"x": inputs["x"][:, ::2, ::4], "A_log": inputs["A_log"][::4].contiguous()}
+    fewer = {
+        "raw_gate": inputs["raw_gate"][:, ::2, ::4],
+        "A_log": inputs["A_log"][::4].contiguous(),
+    }
     inputs |= fewer | {"dt_bias": inputs["dt_bias"][::4]}
-    with forcing({"gate_cumsum.form": {"form": "scan"}}):
+    with override({"gate_cumsum.form": {"form": "scan"}}):
         G, (source,) = cuda_code(kda_ops.gate_cumsum, **inputs, load=generated.load)
     assert summary(source).launches[0].startswith("triton_")
     assert_finite(G)
@@ -244,7 +247,7 @@ def test_gate_on_the_gpu(
     name: str, compile: bool, dtype: torch.dtype, lower_bound: float | None
 ) -> None:
     inputs = on_gpu(gate_inputs(dtype, FP32, lower_bound))
-    function = getattr(kda_ops, name)
+    function = public_function(name)
     out = (torch.compile(function, fullgraph=True) if compile else function)(**inputs)
     assert_no_nan(out)
     if name == "gate_cumsum":
@@ -253,24 +256,24 @@ def test_gate_on_the_gpu(
 
 @pytest.mark.parametrize("name", ["gate", "gate_cumsum", "chunk_kda_gated"])
 def test_nan_stays_nan(name: str) -> None:
-    assert_nan_stays(getattr(kda_ops, name), name)
+    assert_nan_stays(public_function(name), name)
 
 
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 @pytest.mark.parametrize("name", ["gate", "gate_cumsum", "chunk_kda_gated"])
 def test_nan_stays_nan_in_kernels(name: str) -> None:
-    assert_nan_stays(run_kernels(getattr(kda_ops, name)), name)
+    assert_nan_stays(run_kernels(public_function(name)), name)
 
 
 def assert_nan_stays(function: Any, name: str) -> None:
     """What keeps finite inputs finite hides no NaN, in an input or in a parameter."""
-    for spoiled in ("x", "A_log", "dt_bias"):
+    for spoiled in ("raw_gate", "A_log", "dt_bias"):
         for dtype in (BF16, FP32):
             inputs = chunk_kda_gated_inputs(CPU, T=8, K=64, V=64, dtype=dtype)
             inputs[spoiled][...] = torch.nan
             if name != "chunk_kda_gated":
-                inputs = {n: inputs[n] for n in ("x", "A_log", "dt_bias", "lower_bound")}
+                inputs = {n: inputs[n] for n in ("raw_gate", "A_log", "dt_bias", "lower_bound")}
             out = tensors(function(**inputs))[0]
             assert out.isnan().flatten(2).any(dim=2)[:, 1:].all(), spoiled
 
@@ -352,12 +355,12 @@ def assert_forgets(function: Any, sizes: dict[str, Any]) -> None:
     """A token with an infinite gate input starts anew; the gates beside it keep their digits."""
     torch.manual_seed(0)
     inputs = with_states(chunk_kda_gated_inputs(CPU, T=80, **sizes))
-    inputs["x"][:, 20] = torch.inf
+    inputs["raw_gate"][:, 20] = torch.inf
     o, final = function(**inputs)
-    names = ("q", "k", "v", "x", "beta")
+    names = ("q", "k", "v", "raw_gate", "raw_beta")
     tail = inputs | {name: inputs[name][:, 20:] for name in names} | {"initial_state": None}
     results = function(**tail)
-    tail["x"] = tail["x"].nan_to_num(posinf=0.0)  # there is nothing yet to forget
+    tail["raw_gate"] = tail["raw_gate"].nan_to_num(posinf=0.0)  # there is nothing yet to forget
     exact = kda_ops.chunk_kda_gated(**copy_inputs(tail, FP64))
     for out, expected, fp64 in zip((o[:, 20:], final), results, exact, strict=True):
         assert_close(out, expected, fp64, inputs["q"].dtype)

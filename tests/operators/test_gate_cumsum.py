@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kda_ops
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 from tests.support.operators import run_kernels
 from tests.support.oracle import assert_close
 
@@ -55,7 +55,7 @@ def test_ragged_is_separate_sequences() -> None:
 def with_padding() -> dict:
     x = torch.randn(1, 300, 2, 3)
     x[:, sum(LENGTHS) :] = torch.nan
-    return {"x": x, "A_log": torch.zeros(2), "cu_seqlens": offsets(LENGTHS)}
+    return {"raw_gate": x, "A_log": torch.zeros(2), "cu_seqlens": offsets(LENGTHS)}
 
 
 def assert_padding_is_zero(G: Tensor) -> None:
@@ -75,13 +75,13 @@ def test_padding_of_the_kernel() -> None:
 
 def test_padding_reaches_no_gradient() -> None:
     inputs = with_padding()
-    inputs["x"].requires_grad_()
+    inputs["raw_gate"].requires_grad_()
     inputs["A_log"].requires_grad_()
     kda_ops.gate_cumsum(**inputs).sum().backward()
     real = sum(LENGTHS)
     assert inputs["A_log"].grad.isfinite().all()
-    assert inputs["x"].grad[:, :real].ne(0).all()
-    assert torch.equal(inputs["x"].grad[:, real:], torch.zeros(1, 300 - real, 2, 3))
+    assert inputs["raw_gate"].grad[:, :real].ne(0).all()
+    assert torch.equal(inputs["raw_gate"].grad[:, real:], torch.zeros(1, 300 - real, 2, 3))
 
 
 def test_gradients() -> None:
@@ -99,15 +99,23 @@ CU = offsets((40, 60))
 @pytest.mark.parametrize(
     ("args", "options", "message"),
     [
-        ((X[0], A), {}, r"x must have 4 dimensions, got shape \(100, 2, 4\)"),
-        ((X.int(), A), {}, r"x must have dtype .*, got int32"),
+        ((X[0], A), {}, r"raw_gate must have 4 dimensions, got shape \(100, 2, 4\)"),
+        ((X.int(), A), {}, r"raw_gate must have dtype .*, got int32"),
         ((X, A[:1]), {}, r"A_log must have shape \[2\], got \(1,\)"),
         ((X, None), {}, r"A_log must be given unless lower_bound is, got None"),
         ((X, A, torch.zeros(9)), {}, r"dt_bias must have shape \[2, 4\] or \[8\], got \(9,\)"),
         ((X, A), {"lower_bound": 1.0}, r"lower_bound must be None or in \[-5, 0\), got 1.0"),
         ((X, A), {"chunk_size": 8}, r"chunk_size must be a power of two from 16 to 256, got 8"),
-        ((X, A), {"chunks": chunk_table(CU, 100)}, r"chunks must come with cu_seqlens"),
-        ((X.expand(3, -1, -1, -1), A), {"cu_seqlens": CU}, r"x must have batch size 1 .*, got 3"),
+        (
+            (X, A),
+            {"chunk_indices": prepare_chunk_indices(CU, 100)},
+            r"chunk_indices must come with cu_seqlens",
+        ),
+        (
+            (X.expand(3, -1, -1, -1), A),
+            {"cu_seqlens": CU},
+            r"raw_gate must have batch size 1 .*, got 3",
+        ),
         ((X, A), {"cu_seqlens": CU + 2}, r"cu_seqlens must start at 0, got 2"),
         ((X, A), {"cu_seqlens": CU * 2}, r"cu_seqlens must end at or before 100 .*, got 200"),
     ],

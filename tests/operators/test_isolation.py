@@ -69,12 +69,12 @@ def gate_cumsum_inputs(device: torch.device) -> Inputs:
     inputs = chunk_kda_gated_inputs(
         device, T=sum(PREFILL) + PADDING, H=2, cu_seqlens=offsets(device)
     )
-    return {name: inputs[name] for name in ("x", "A_log", "dt_bias", "cu_seqlens")}
+    return {name: inputs[name] for name in ("raw_gate", "A_log", "dt_bias", "cu_seqlens")}
 
 
 def chunk_cumsum_inputs(device: torch.device) -> Inputs:
     inputs = gate_cumsum_inputs(device)
-    return {"g": inputs["x"].float(), "cu_seqlens": inputs["cu_seqlens"]}
+    return {"g": inputs["raw_gate"].float(), "cu_seqlens": inputs["cu_seqlens"]}
 
 
 def chunk(make: Callable[..., Inputs], **options: Any) -> Callable[[torch.device], Inputs]:
@@ -92,7 +92,7 @@ def conv(layout: str, only: tuple[str, ...] = ()) -> Callable[[torch.device], In
             *(1, sum(PREFILL) + PADDING, 2, 128, 256),
             lengths=PREFILL,
             layout=layout,
-            slots=tuple(SLOTS),
+            state_indices=tuple(SLOTS),
             initial=(0, 1, 1, 1),
             device=device,
         )
@@ -116,7 +116,7 @@ def conv_update(layout: str) -> Callable[[torch.device], Inputs]:
     def make(device: torch.device) -> Inputs:
         inputs = decode(layout)(device)
         kept = {name: inputs[name] for name in ("x", "conv_state", "weight", "cu_seqlens")}
-        return kept | {"slots": inputs["state_indices"], "layout": layout}
+        return kept | {"state_indices": inputs["state_indices"], "layout": layout}
 
     return make
 
@@ -133,11 +133,11 @@ def recurrent(device: torch.device) -> Inputs:
     return inputs
 
 
-CONV = ("x", "weight", "conv_state", "slots", "has_initial_state", "cu_seqlens", "layout")
-QKV, RAW = ("q", "k", "v", "G", "beta"), ("q", "k", "v", "x", "beta")
+CONV = ("x", "weight", "conv_state", "state_indices", "has_initial_state", "cu_seqlens", "layout")
+QKV, RAW = ("q", "k", "v", "g_cumsum", "beta"), ("q", "k", "v", "raw_gate", "raw_beta")
 GENERAL = {"K": 48, "V": 80}
 SUBJECTS = [
-    Subject("gate_cumsum", gate_cumsum_inputs, ("x",), PREFILL),
+    Subject("gate_cumsum", gate_cumsum_inputs, ("raw_gate",), PREFILL),
     Subject("chunk_cumsum", chunk_cumsum_inputs, ("g",), PREFILL),
     Subject("chunk_kda", chunk(chunk_kda_inputs), QKV, PREFILL, ("state",)),
     Subject("chunk_kda", chunk(chunk_kda_inputs, **GENERAL), QKV, PREFILL, ("state",), "-general"),
@@ -172,7 +172,7 @@ SUBJECTS = [
             Subject(
                 "kda_decode",
                 decode(layout),
-                ("x", "f", "beta", "z"),
+                ("x", "raw_gate", "raw_beta", "output_gate"),
                 DECODE,
                 ("conv_state", "state"),
                 f"-{layout}",
@@ -198,7 +198,7 @@ def of_rows(y: Tensor, rows: slice) -> Tensor:
 
 
 def slot_of(inputs: Inputs, n: int) -> int:
-    return int(inputs["state_indices" if "state_indices" in inputs else "slots"][n])
+    return int(inputs["state_indices"][n])
 
 
 def assert_identical(a: Tensor, b: Tensor, what: str) -> None:
@@ -252,7 +252,7 @@ def test_padding_rows_are_not_read(subject: Subject) -> None:
 def test_a_sequence_without_tokens_changes_nothing(subject: Subject) -> None:
     inputs = copied(subject.make(DEVICE))
     without = copied(inputs)
-    for name in ("slots", "state_indices", "has_initial_state", "cu_seqlens"):
+    for name in ("state_indices", "has_initial_state", "cu_seqlens"):
         if name in without:
             kept = [i for i in range(len(without[name])) if i != EMPTY]
             without[name] = without[name][kept]

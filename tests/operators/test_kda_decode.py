@@ -54,8 +54,8 @@ def offsets_of(inputs: dict[str, Any]) -> list[int]:
 
 def defined(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Output and both states, token by token and head by head as the formulas have it."""
-    x, weight, f, z = (inputs[n] for n in ("x", "weight", "f", "z"))
-    f, z, beta = f.reshape(-1, *f.shape[-2:]), z.reshape(-1, *z.shape[-2:]), inputs["beta"][0]
+    x, weight, f, z = (inputs[n] for n in ("x", "weight", "raw_gate", "output_gate"))
+    f, z, beta = f.reshape(-1, *f.shape[-2:]), z.reshape(-1, *z.shape[-2:]), inputs["raw_beta"][0]
     (HV, K), V, W = f.shape[1:], z.shape[2], weight.shape[1]
     H = (x.shape[1] - HV * V) // (2 * K)
     indices = inputs["state_indices"]
@@ -129,22 +129,22 @@ def composed(inputs: dict[str, Any]) -> Tensor:
         inputs["weight"],
         inputs.get("bias"),
         activation=inputs["activation"],
-        slots=inputs["state_indices"],
+        state_indices=inputs["state_indices"],
         layout=inputs["layout"],
         **tables,
     )
-    T, (HV, K), V = len(x), inputs["f"].shape[-2:], inputs["z"].shape[-1]
+    T, (HV, K), V = len(x), inputs["raw_gate"].shape[-2:], inputs["output_gate"].shape[-1]
     key_dim = (x.shape[1] - HV * V) // 2
     lead = (1, T) if "cu_seqlens" in inputs else (T, 1)
     q, k, v = x.split([key_dim, key_dim, HV * V], dim=-1)
     q, k = (kda_ops.l2norm(part.reshape(*lead, -1, K)) for part in (q, k))
     g = kda_ops.gate(
-        inputs["f"].reshape(*lead, HV, K),
+        inputs["raw_gate"].reshape(*lead, HV, K),
         inputs["A_log"],
         inputs.get("dt_bias"),
         lower_bound=inputs.get("lower_bound"),
     )
-    beta = inputs["beta_scale"] * inputs["beta"].double().sigmoid().reshape(*lead, HV)
+    beta = inputs["beta_scale"] * inputs["raw_beta"].double().sigmoid().reshape(*lead, HV)
     o = kda_ops.recurrent_kda(
         q,
         k,
@@ -155,7 +155,7 @@ def composed(inputs: dict[str, Any]) -> Tensor:
         inputs["state_indices"],
         **tables,
     )
-    z = inputs["z"].reshape(*lead, HV, V)
+    z = inputs["output_gate"].reshape(*lead, HV, V)
     return kda_ops.rms_norm_gated(o, z, inputs["norm_weight"]).reshape(1, T, HV, V)
 
 
@@ -178,7 +178,9 @@ def test_ragged_is_separate_sequences() -> None:
     bounds = offsets_of(inputs)
     for n in range(len(bounds) - 1):
         rows = slice(bounds[n], bounds[n + 1])
-        one = apart | {name: apart[name][:, rows] for name in ("f", "beta", "z")}
+        one = apart | {
+            name: apart[name][:, rows] for name in ("raw_gate", "raw_beta", "output_gate")
+        }
         one |= {name: apart[name][n : n + 1] for name in ("state_indices", "num_accepted")}
         length = torch.tensor([0, bounds[n + 1] - bounds[n]])
         alone = kda_ops.kda_decode(**one | {"x": apart["x"][rows], "cu_seqlens": length})
@@ -196,12 +198,16 @@ def test_any_prefix_of_a_draft_can_be_accepted(layout: str) -> None:
     del plain["cu_seqlens"]
     plain["state_indices"] = draft["state_indices"][:, 0]
     o = kda_ops.kda_decode(**draft)
-    following = {n: torch.randn_like(draft[n]) for n in ("x", "f", "beta", "z")}
+    following = {
+        n: torch.randn_like(draft[n]) for n in ("x", "raw_gate", "raw_beta", "output_gate")
+    }
     for t in range(4):
-        token = {n: draft[n][:, t : t + 1] for n in ("f", "beta", "z")}
+        token = {n: draft[n][:, t : t + 1] for n in ("raw_gate", "raw_beta", "output_gate")}
         alone = kda_ops.kda_decode(**plain | token | {"x": draft["x"][t : t + 1]})
         assert_same(o[:, t : t + 1], alone)
-        token = {n: following[n][:, :1] for n in ("f", "beta", "z")} | {"x": following["x"][:1]}
+        token = {n: following[n][:, :1] for n in ("raw_gate", "raw_beta", "output_gate")} | {
+            "x": following["x"][:1]
+        }
         step = {"num_accepted": torch.tensor([t + 1]), "cu_seqlens": torch.tensor([0, 1])}
         continued = kda_ops.kda_decode(**copied(draft) | token | step)
         assert_same(continued, kda_ops.kda_decode(**copied(plain) | token))
@@ -214,7 +220,7 @@ def check_what_is_skipped(call: Any) -> None:
     table, bounds = inputs["state_indices"], offsets_of(inputs)
     null = slice(bounds[3], bounds[4])
     inputs["x"][null] = float("nan")
-    for name in ("f", "beta", "z"):
+    for name in ("raw_gate", "raw_beta", "output_gate"):
         inputs[name][:, null] = float("nan")
     for name in STATES:
         inputs[name][0] = float("nan")
@@ -307,21 +313,30 @@ def test_kernel_stays_in_bounds_whatever_the_values(
 
 ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"x": lambda x: x[None]}, "x must have 2 dimensions, got shape (1, 11, 192)"),
-    ({"x": lambda x: x[:10]}, "f must have 10 tokens like x, got shape (1, 11, 3, 48)"),
+    ({"x": lambda x: x[:10]}, "raw_gate must have 10 tokens like x, got shape (1, 11, 3, 48)"),
     ({"weight": lambda x: x[1:]}, "weight must have shape [192, 4], got (191, 4)"),
     ({"weight": lambda x: x[:, :1]}, "weight must have shape [D, W] with W at least 2"),
     ({"layout": lambda x: "ds"}, "layout must be one of SD, DS, auto, got 'ds'"),
     ({"layout": lambda x: "DS"}, "conv_state must have shape [slots, 192, L]"),
     ({"activation": lambda x: "relu"}, "activation must be 'silu', 'swish' or None, got 'relu'"),
-    ({"f": lambda x: x.int()}, "f must have dtype float16, bfloat16, float32, float64, got int32"),
     (
-        {"f": lambda x: x[..., :40]},
+        {"raw_gate": lambda x: x.int()},
+        "raw_gate must have dtype float16, bfloat16, float32, float64, got int32",
+    ),
+    (
+        {"raw_gate": lambda x: x[..., :40]},
         "dt_bias must have shape [3, 40] or [120], got (3, 48)",
     ),
-    ({"z": lambda x: x[..., :2, :]}, "z must have shape [..., 3, V], got (1, 11, 2, 32)"),
-    ({"z": lambda x: x[:, 1:]}, "z must have 11 tokens like x, got shape (1, 10, 3, 32)"),
-    ({"beta": lambda x: x[:, :2]}, "beta must have 11 tokens like x, got shape (1, 2, 3)"),
-    ({"beta": lambda x: x[..., :2]}, "beta must have shape [1, 11, 3], got (1, 11, 2)"),
+    (
+        {"output_gate": lambda x: x[..., :2, :]},
+        "output_gate must have shape [..., 3, V], got (1, 11, 2, 32)",
+    ),
+    (
+        {"output_gate": lambda x: x[:, 1:]},
+        "output_gate must have 11 tokens like x, got shape (1, 10, 3, 32)",
+    ),
+    ({"raw_beta": lambda x: x[:, :2]}, "raw_beta must have 11 tokens like x, got shape (1, 2, 3)"),
+    ({"raw_beta": lambda x: x[..., :2]}, "raw_beta must have shape [1, 11, 3], got (1, 11, 2)"),
     ({"A_log": lambda x: None}, "A_log must be given unless lower_bound is, got None"),
     ({"A_log": lambda x: x[1:]}, "A_log must have shape [3], got (2,)"),
     ({"dt_bias": lambda x: x[1:]}, "dt_bias must have shape [3, 48] or [144], got (2, 48)"),
@@ -338,7 +353,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"num_accepted": lambda x: x.float()}, "num_accepted must have dtype int32, int64"),
     ({"cu_seqlens": lambda x: None}, "state_indices must have shape [11, 3], got (5, 3)"),
     ({"conv_state": lambda x: torch.zeros(18, 11, 192)}, "conv_state must have L at most 10"),
-    ({"z": lambda x: x.to("meta")}, "z must be on cpu like x, got meta"),
+    ({"output_gate": lambda x: x.to("meta")}, "output_gate must be on cpu like x, got meta"),
 ]
 
 
@@ -360,7 +375,7 @@ def test_heads_must_fit() -> None:
     wide["weight"] = F.pad(inputs["weight"], (0, 0, 0, 1))
     with pytest.raises(ValueError, match=re.escape(message)):
         kda_ops.kda_decode(**inputs | wide)
-    inputs["f"] = inputs["f"].requires_grad_()
+    inputs["raw_gate"] = inputs["raw_gate"].requires_grad_()
     with pytest.raises(RuntimeError, match="argument f requires grad"):
         kda_ops.kda_decode(**inputs)
 
@@ -419,7 +434,7 @@ def paged_step(layout: str) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
     conv, state = spec.allocate(len(inputs["state"]), layers=2)
     for name, pages in (("conv_state", conv), ("state", state)):
         pages.copy_(inputs.pop(name)[None])
-    for name in ("x", "f", "beta", "z"):
+    for name in ("x", "raw_gate", "raw_beta", "output_gate"):
         inputs[name] = inputs[name].nan_to_num()
     return inputs, (conv, state)
 

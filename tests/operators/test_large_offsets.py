@@ -78,13 +78,15 @@ def assert_ends_are_as_alone(call: Callable[..., Tensor], **inputs: Any) -> None
 @needs(20)
 def test_gate() -> None:
     A_log, dt_bias = torch.randn(H, device=DEVICE), torch.randn(H, D, device=DEVICE)
-    assert_ends_are_as_alone(kda_ops.gate, x=sliding(H, D), A_log=A_log, dt_bias=dt_bias)
+    assert_ends_are_as_alone(kda_ops.gate, raw_gate=sliding(H, D), A_log=A_log, dt_bias=dt_bias)
 
 
 @needs(20)
 def test_gate_cumsum() -> None:
     A_log, dt_bias = torch.randn(H, device=DEVICE), torch.randn(H, D, device=DEVICE)
-    assert_ends_are_as_alone(kda_ops.gate_cumsum, x=sliding(H, D), A_log=A_log, dt_bias=dt_bias)
+    assert_ends_are_as_alone(
+        kda_ops.gate_cumsum, raw_gate=sliding(H, D), A_log=A_log, dt_bias=dt_bias
+    )
 
 
 @needs(20)
@@ -101,7 +103,7 @@ def test_l2norm() -> None:
 def test_rms_norm_gated() -> None:
     weight = torch.randn(D, device=DEVICE).bfloat16()
     o, gate = sliding(H, D), sliding(H, D)
-    assert_ends_are_as_alone(kda_ops.rms_norm_gated, o=o, gate=gate, weight=weight)
+    assert_ends_are_as_alone(kda_ops.rms_norm_gated, o=o, output_gate=gate, weight=weight)
 
 
 def conv_inputs() -> dict[str, Any]:
@@ -131,8 +133,8 @@ def test_short_conv_qkv() -> None:
 
 @needs(60)
 def test_chunk_kda_gated() -> None:
-    inputs: dict[str, Any] = {name: sliding(H, D) for name in ("q", "k", "v", "x")}
-    inputs["beta"] = sliding(H)
+    inputs: dict[str, Any] = {name: sliding(H, D) for name in ("q", "k", "v", "raw_gate")}
+    inputs["raw_beta"] = sliding(H)
     options: dict[str, Any] = {
         "A_log": torch.empty(H, device=DEVICE).uniform_(1, 16).log(),
         "dt_bias": torch.randn(H, D, device=DEVICE) - 4,
@@ -154,10 +156,10 @@ def test_chunk_kda() -> None:
     inputs = {name: sliding(H, D, size=D**-0.5) for name in ("q", "k", "v")}
     inputs["beta"] = sliding(H).sigmoid()
     A_log = torch.empty(H, device=DEVICE).uniform_(1, 16).log()
-    inputs["G"] = kda_ops.gate_cumsum(
+    inputs["g_cumsum"] = kda_ops.gate_cumsum(
         sliding(H, D, size=0.5), A_log, torch.full((H, D), -4.0).to(A_log)
     )
-    assert inputs["G"].numel() > EDGE
+    assert inputs["g_cumsum"].numel() > EDGE
     o, final = kda_ops.chunk_kda(**inputs, output_final_state=True, cu_seqlens=offsets())
     last = {name: y[:, T - TAIL :] for name, y in inputs.items()}
     expected_o, expected_final = kda_ops.chunk_kda(**last, output_final_state=True)
@@ -204,7 +206,7 @@ def twice(y: Tensor, axis: int) -> Tensor:
 @pytest.mark.parametrize("layout", ["SD", "DS"])
 def test_slots_of_kda_decode(layout: str) -> None:
     inputs = kda_decode_inputs(2, H, H, D, D, layout=layout, device=DEVICE)
-    for name in ("f", "beta", "z"):
+    for name in ("raw_gate", "raw_beta", "output_gate"):
         inputs[name] = twice(inputs[name], 1)
     inputs["x"] = twice(inputs["x"], 0)
     inputs["conv_state"] = far_pages(inputs["conv_state"].shape[1:], torch.bfloat16)
@@ -223,7 +225,7 @@ def test_slots_of_short_conv_update(layout: str) -> None:
             "x": twice(inputs["x"], 0),
             "weight": inputs["weight"],
             "conv_state": far_pages(inputs["conv_state"].shape[1:], torch.bfloat16),
-            "slots": torch.tensor([NEAR, FAR], dtype=torch.int32, device=DEVICE),
+            "state_indices": torch.tensor([NEAR, FAR], dtype=torch.int32, device=DEVICE),
             "layout": layout,
         },
         "conv_state",

@@ -178,7 +178,7 @@ def test_padding_is_not_read_by_the_kernel() -> None:
     ],
 )
 def test_kernel_stays_in_bounds_for_any_slots(name: str, values: Any) -> None:
-    """Bad slots are null, bad counts are clamped; nothing outside the states is touched."""
+    """Bad state_indices are null, bad counts are clamped; nothing outside the states is touched."""
     inputs = CASE["spec-accepted"].make(CPU)
     inputs[name] = torch.tensor(values, dtype=torch.int32)
     state = inputs["state"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kda_ops import config, short_conv, short_conv_update
 from kda_ops._cases import Case, paged_conv_state
-from kda_ops.tuning import forcing
+from kda_ops.tuning import override
 from kda_ops.tuning.configs import DEFAULTS
 from tests.support.fake_cuda import cuda_code, summary
 from tests.support.operators import cases, run_kernels
@@ -51,7 +51,7 @@ def arguments(W: int = 4, D: int = 12, layout: str = "SD", num_spec: int = 1) ->
         "weight": torch.randn(D, W, dtype=torch.float64),
         "bias": torch.randn(D, dtype=torch.float64),
         "conv_state": paged_conv_state(7, W - 1 + num_spec, D, layout, torch.float64, CPU),
-        "slots": SLOTS,
+        "state_indices": SLOTS,
         "has_initial_state": INITIAL,
         "cu_seqlens": OFFSETS,
         "layout": layout,
@@ -99,10 +99,10 @@ def test_dense_batch_equals_its_sequences() -> None:
 @layouts
 def test_pieces_and_decode_steps_equal_the_whole(layout: str) -> None:
     x, weight = torch.randn(2, 23, 8), torch.randn(8, 4)
-    slots = torch.tensor([2, 1])
+    state_indices = torch.tensor([2, 1])
     state = paged_conv_state(3, 3, 8, layout, torch.float32, CPU)
     whole_state = state.clone()
-    kw: dict[str, Any] = {"slots": slots, "layout": layout}
+    kw: dict[str, Any] = {"state_indices": state_indices, "layout": layout}
     whole = short_conv(x, weight, conv_state=whole_state, **kw)
     torch.testing.assert_close(whole, short_conv(x, weight))
     pieces, known = [], None
@@ -170,7 +170,7 @@ def test_kernel_stays_in_bounds_whatever_the_offsets(offsets: list[int]) -> None
     pool[T : 2 * T] = torch.randn(T, 8)
     inputs = {"weight": torch.randn(8, 4), "cu_seqlens": torch.tensor(offsets)}
     state = torch.zeros(9, 3, 8)
-    kw: dict[str, Any] = {"slots": torch.tensor([1, 2]), "layout": "SD"}
+    kw: dict[str, Any] = {"state_indices": torch.tensor([1, 2]), "layout": "SD"}
     kw["has_initial_state"] = torch.ones(2, dtype=torch.bool)
     run_kernels(short_conv)(x=pool[T : 2 * T], conv_state=state[3:6], **inputs, **kw)
     assert (state[:4] == 0).all()
@@ -180,7 +180,7 @@ def test_kernel_stays_in_bounds_whatever_the_offsets(offsets: list[int]) -> None
 @pytest.mark.interpreter
 @pytest.mark.parametrize("slot", [-1, 7, 2**31 - 1])
 def test_kernel_skips_slots_out_of_range(slot: int) -> None:
-    inputs = poisoned_arguments("SD") | {"slots": SLOTS.where(SLOTS != 1, slot)}
+    inputs = poisoned_arguments("SD") | {"state_indices": SLOTS.where(SLOTS != 1, slot)}
     before = inputs["conv_state"][[0, 1, 4]].clone()
     y = run_kernels(short_conv)(**inputs)
     assert (y[OFFSETS[2] : OFFSETS[3]] == 0).all()
@@ -193,7 +193,7 @@ def test_kernel_skips_slots_out_of_range(slot: int) -> None:
 def test_kernel_in_several_steps(case: Case) -> None:
     """As in the large sizes: programs that carry their window from step to step."""
     ((_, values),) = DEFAULTS["short_conv"]
-    with forcing({"short_conv": {**values, "PROGRAMS": 1, "MAX_STEPS": 3}}):
+    with override({"short_conv": {**values, "PROGRAMS": 1, "MAX_STEPS": 3}}):
         assert_accurate(run_kernels(short_conv), short_conv, case)
 
 
@@ -227,13 +227,22 @@ def test_gradients_of_padding_are_zero() -> None:
             r"with L at least 3 in layout SD, got \(7, 2, 12\)",
         ),
         ({"conv_state": torch.zeros(7, 3, 12).int()}, r"conv_state must have dtype .*, got int32"),
-        ({"conv_state": None}, r"slots must come with conv_state, got slots alone"),
-        ({"slots": None}, r"slots must be given with conv_state, got None"),
-        ({"slots": torch.zeros(6)}, r"slots must have dtype int32, int64, got float32"),
-        ({"slots": torch.zeros(5).int()}, r"slots must have shape \[6\], got \(5,\)"),
-        ({"slots": SLOTS + 1}, r"slots must be in \[0, 7\), got 7"),
-        ({"slots": SLOTS - 1}, r"slots must be in \[0, 7\), got -1"),
-        ({"slots": SLOTS.clamp(max=2)}, r"slots must not repeat, got 2 more than once"),
+        ({"conv_state": None}, r"state_indices must come with conv_state, got state_indices alone"),
+        ({"state_indices": None}, r"state_indices must be given with conv_state, got None"),
+        (
+            {"state_indices": torch.zeros(6)},
+            r"state_indices must have dtype int32, int64, got float32",
+        ),
+        (
+            {"state_indices": torch.zeros(5).int()},
+            r"state_indices must have shape \[6\], got \(5,\)",
+        ),
+        ({"state_indices": SLOTS + 1}, r"state_indices must be in \[0, 7\), got 7"),
+        ({"state_indices": SLOTS - 1}, r"state_indices must be in \[0, 7\), got -1"),
+        (
+            {"state_indices": SLOTS.clamp(max=2)},
+            r"state_indices must not repeat, got 2 more than once",
+        ),
         ({"has_initial_state": SLOTS}, r"has_initial_state must have dtype bool, got int64"),
         ({"has_initial_state": INITIAL[1:]}, r"has_initial_state must have shape \[6\], got"),
         ({"cu_seqlens": OFFSETS.float()}, r"cu_seqlens must have dtype int32, int64, got float32"),
@@ -248,8 +257,8 @@ def test_errors(change: dict[str, Any], match: str) -> None:
         short_conv(**arguments() | change)
 
 
-def step(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, known: Tensor) -> Tensor:
-    kw: dict[str, Any] = {"slots": slots, "has_initial_state": known}
+def step(x: Tensor, weight: Tensor, state: Tensor, state_indices: Tensor, known: Tensor) -> Tensor:
+    kw: dict[str, Any] = {"state_indices": state_indices, "has_initial_state": known}
     return short_conv(x * 2, weight, conv_state=state, **kw) + 1
 
 

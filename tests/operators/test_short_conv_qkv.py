@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kda_ops import config, l2norm, short_conv, short_conv_qkv
 from kda_ops._cases import Case, paged_conv_state
-from kda_ops.tuning import forcing
+from kda_ops.tuning import override
 from kda_ops.tuning.configs import DEFAULTS
 from tests.support.fake_cuda import cuda_code, summary
 from tests.support.operators import cases, run_kernels
@@ -42,7 +42,7 @@ def arguments(W: int = 4, layout: str = "SD", dtype: torch.dtype = torch.float64
         **SIZES,
         "norm_eps": 1e-3,
         "conv_state": paged_conv_state(7, W, D, layout, dtype, CPU),
-        "slots": SLOTS,
+        "state_indices": SLOTS,
         "has_initial_state": INITIAL,
         "cu_seqlens": OFFSETS,
         "layout": layout,
@@ -87,7 +87,7 @@ def test_equals_its_parts(layout: str) -> None:
         inputs["weight"],
         inputs["bias"],
         conv_state=state,
-        slots=SLOTS,
+        state_indices=SLOTS,
         has_initial_state=INITIAL,
         cu_seqlens=OFFSETS,
         layout=layout,
@@ -113,7 +113,7 @@ def test_pieces_equal_the_whole(layout: str) -> None:
     x, weight = torch.randn(2, 23, D), torch.randn(D, 4)
     state = paged_conv_state(3, 3, D, layout, torch.float32, CPU)
     whole_state = state.clone()
-    kw: dict[str, Any] = {"slots": torch.tensor([2, 1]), "layout": layout, **SIZES}
+    kw: dict[str, Any] = {"state_indices": torch.tensor([2, 1]), "layout": layout, **SIZES}
     whole = short_conv_qkv(x, weight, conv_state=whole_state, **kw)
     pieces, known = [], None
     for a, b in ((0, 9), (9, 11), (11, 11), (11, 12), (12, 23)):
@@ -201,7 +201,7 @@ def test_kernel_stays_in_bounds_whatever_the_offsets(offsets: list[int]) -> None
         weight=torch.randn(D, 4),
         **SIZES,
         conv_state=state[3:6],
-        slots=torch.tensor([1, 2]),
+        state_indices=torch.tensor([1, 2]),
         has_initial_state=torch.ones(2, dtype=torch.bool),
         cu_seqlens=torch.tensor(offsets),
         layout="SD",
@@ -213,7 +213,7 @@ def test_kernel_stays_in_bounds_whatever_the_offsets(offsets: list[int]) -> None
 @pytest.mark.interpreter
 @pytest.mark.parametrize("slot", [-1, 7, 2**31 - 1])
 def test_kernel_skips_slots_out_of_range(slot: int) -> None:
-    inputs = poisoned_arguments("SD") | {"slots": SLOTS.where(SLOTS != 1, slot)}
+    inputs = poisoned_arguments("SD") | {"state_indices": SLOTS.where(SLOTS != 1, slot)}
     before = inputs["conv_state"][[0, 1, 4]].clone()
     for part in run_kernels(short_conv_qkv)(**inputs):
         assert (part[:, OFFSETS[2] : OFFSETS[3]] == 0).all()
@@ -226,7 +226,7 @@ def test_kernel_skips_slots_out_of_range(slot: int) -> None:
 def test_kernel_in_several_steps(case: Case) -> None:
     """As in the large sizes: programs that carry their window from step to step."""
     ((_, values),) = DEFAULTS["short_conv_qkv"]
-    with forcing({"short_conv_qkv": {**values, "PROGRAMS": 1, "MAX_STEPS": 3}}):
+    with override({"short_conv_qkv": {**values, "PROGRAMS": 1, "MAX_STEPS": 3}}):
         assert_accurate(run_kernels(short_conv_qkv), short_conv_qkv, case)
 
 
@@ -247,10 +247,13 @@ def test_kernel_in_several_steps(case: Case) -> None:
         ({"norm_eps": 0.0}, r"norm_eps must be positive, got 0.0"),
         ({"layout": "LD"}, r"layout must be one of SD, DS, auto, got 'LD'"),
         ({"layout": "DS"}, r"conv_state must have shape \[slots, 33, L\] with L at least 3 in"),
-        ({"conv_state": None}, r"slots must come with conv_state, got slots alone"),
-        ({"slots": None}, r"slots must be given with conv_state, got None"),
-        ({"slots": SLOTS + 1}, r"slots must be in \[0, 7\), got 7"),
-        ({"slots": SLOTS.clamp(max=2)}, r"slots must not repeat, got 2 more than once"),
+        ({"conv_state": None}, r"state_indices must come with conv_state, got state_indices alone"),
+        ({"state_indices": None}, r"state_indices must be given with conv_state, got None"),
+        ({"state_indices": SLOTS + 1}, r"state_indices must be in \[0, 7\), got 7"),
+        (
+            {"state_indices": SLOTS.clamp(max=2)},
+            r"state_indices must not repeat, got 2 more than once",
+        ),
         ({"has_initial_state": SLOTS}, r"has_initial_state must have dtype bool, got int64"),
         ({"cu_seqlens": OFFSETS * 2}, r"cu_seqlens must end at or before 24 tokens, got 40"),
         ({"cu_seqlens": OFFSETS.to("meta")}, r"cu_seqlens must be on cpu like x, got meta"),
@@ -261,8 +264,8 @@ def test_errors(change: dict[str, Any], match: str) -> None:
         short_conv_qkv(**arguments() | change)
 
 
-def step(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, known: Tensor) -> Any:
-    kw: dict[str, Any] = {"slots": slots, "has_initial_state": known, **SIZES}
+def step(x: Tensor, weight: Tensor, state: Tensor, state_indices: Tensor, known: Tensor) -> Any:
+    kw: dict[str, Any] = {"state_indices": state_indices, "has_initial_state": known, **SIZES}
     return short_conv_qkv(x * 2, weight, conv_state=state, **kw)
 
 

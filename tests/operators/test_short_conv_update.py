@@ -25,7 +25,7 @@ def arguments(W: int = 4, D: int = 12, layout: str = "SD") -> dict[str, Any]:
         "conv_state": paged_conv_state(7, W + 1, D, layout, torch.float64, CPU),
         "weight": torch.randn(D, W, dtype=torch.float64),
         "bias": torch.randn(D, dtype=torch.float64),
-        "slots": SLOTS,
+        "state_indices": SLOTS,
         "num_accepted": ACCEPTED,
         "cu_seqlens": OFFSETS,
         "layout": layout,
@@ -61,10 +61,10 @@ def test_against_the_definition(W: int, activation: str | None, layout: str) -> 
 def test_any_accepted_prefix_continues_the_whole(layout: str) -> None:
     """Three tokens are proposed each step; however many are kept, the kept ones equal prefill."""
     x, weight = torch.randn(2, 20, 8), torch.randn(8, 4)
-    slots = torch.tensor([2, 1])
+    state_indices = torch.tensor([2, 1])
     state = paged_conv_state(3, 5, 8, layout, torch.float32, CPU)
     whole = short_conv(x, weight)
-    short_conv(x[:, :4], weight, conv_state=state, slots=slots, layout=layout)
+    short_conv(x[:, :4], weight, conv_state=state, state_indices=state_indices, layout=layout)
     position, accepted = [4, 4], [1, 1]
     for keep in ((1, 3), (2, 1), (3, 2), (1, 1), (3, 3)):
         proposal = torch.randn(2, 3, 8)
@@ -74,7 +74,7 @@ def test_any_accepted_prefix_continues_the_whole(layout: str) -> None:
             proposal,
             state,
             weight,
-            slots=slots,
+            state_indices=state_indices,
             num_accepted=torch.tensor(accepted),
             layout=layout,
         )
@@ -88,16 +88,20 @@ def test_any_accepted_prefix_continues_the_whole(layout: str) -> None:
 def test_forms_of_a_call_agree() -> None:
     """[N, q, D], ragged with equal lengths, and single steps; a slot table counts by column 0."""
     x, weight = torch.randn(3, 2, 8), torch.randn(8, 4)
-    slots = torch.tensor([4, 1, 2], dtype=torch.int32)
-    table = torch.stack([slots, slots + 10], 1)
+    state_indices = torch.tensor([4, 1, 2], dtype=torch.int32)
+    table = torch.stack([state_indices, state_indices + 10], 1)
     states = [torch.randn(5, 4, 8)]
     states += [states[0].clone() for _ in range(2)]
-    y = short_conv_update(x, states[0], weight, slots=slots)
+    y = short_conv_update(x, states[0], weight, state_indices=state_indices)
     offsets = torch.tensor([0, 2, 4, 6])
-    ragged = short_conv_update(x.reshape(6, 8), states[1], weight, slots=table, cu_seqlens=offsets)
+    ragged = short_conv_update(
+        x.reshape(6, 8), states[1], weight, state_indices=table, cu_seqlens=offsets
+    )
     torch.testing.assert_close(ragged, y.reshape(6, 8))
     assert torch.equal(states[0], states[1])
-    steps = [short_conv_update(x[:, i], states[2], weight, slots=slots) for i in range(2)]
+    steps = [
+        short_conv_update(x[:, i], states[2], weight, state_indices=state_indices) for i in range(2)
+    ]
     torch.testing.assert_close(torch.stack(steps, 1), y)
 
 
@@ -145,11 +149,11 @@ def test_what_is_skipped_is_not_read_by_the_kernel(layout: str) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("slots", [[-1, 3], [3, 2**31 - 1], [4, 3]])
+@pytest.mark.parametrize("state_indices", [[-1, 3], [3, 2**31 - 1], [4, 3]])
 @pytest.mark.parametrize("accepted", [[0, 9], [-(2**31), 2**31 - 1]])
 @pytest.mark.parametrize("offsets", [[0, 2, 4], [0, 900, 3], [5, -3, 7], [2**31, 0, -1]])
 def test_kernel_stays_in_bounds_whatever_the_values(
-    slots: list[int], accepted: list[int], offsets: list[int]
+    state_indices: list[int], accepted: list[int], offsets: list[int]
 ) -> None:
     pool, state = torch.zeros(15, 8), torch.zeros(10, 4, 8)
     pool[5:10] = torch.randn(5, 8)
@@ -157,7 +161,7 @@ def test_kernel_stays_in_bounds_whatever_the_values(
         x=pool[5:10],
         conv_state=state[3:7],
         weight=torch.randn(8, 4),
-        slots=torch.tensor(slots),
+        state_indices=torch.tensor(state_indices),
         num_accepted=torch.tensor(accepted),
         cu_seqlens=torch.tensor(offsets),
         layout="SD",
@@ -183,16 +187,25 @@ def test_kernel_stays_in_bounds_whatever_the_values(
             {"conv_state": torch.zeros(7, 2, 12)},
             r"with L at least 3 in layout SD, got \(7, 2, 12\)",
         ),
-        ({"slots": SLOTS.float()}, r"slots must have dtype int32, int64, got float32"),
-        ({"slots": SLOTS[1:]}, r"slots must have shape \[6\], got \(5,\)"),
-        ({"slots": SLOTS[:, None][:, :0]}, r"slots must have at least one column, got shape"),
-        ({"slots": SLOTS + 1}, r"slots must be in \[0, 7\), got 7"),
-        ({"slots": SLOTS.clamp(max=3)}, r"slots must not repeat, got 3 more than once"),
+        (
+            {"state_indices": SLOTS.float()},
+            r"state_indices must have dtype int32, int64, got float32",
+        ),
+        ({"state_indices": SLOTS[1:]}, r"state_indices must have shape \[6\], got \(5,\)"),
+        (
+            {"state_indices": SLOTS[:, None][:, :0]},
+            r"state_indices must have at least one column, got shape",
+        ),
+        ({"state_indices": SLOTS + 1}, r"state_indices must be in \[0, 7\), got 7"),
+        (
+            {"state_indices": SLOTS.clamp(max=3)},
+            r"state_indices must not repeat, got 3 more than once",
+        ),
         ({"num_accepted": ACCEPTED.float()}, r"num_accepted must have dtype int32, int64, got"),
         ({"num_accepted": ACCEPTED[1:]}, r"num_accepted must have shape \[6\], got \(5,\)"),
         ({"num_accepted": ACCEPTED - 1}, r"num_accepted must be in \[1, 3\], got 0"),
         ({"num_accepted": ACCEPTED + 1}, r"num_accepted must be in \[1, 3\], got 4"),
-        ({"cu_seqlens": OFFSETS[:-1]}, r"slots must have shape \[5\], got \(6,\)"),
+        ({"cu_seqlens": OFFSETS[:-1]}, r"state_indices must have shape \[5\], got \(6,\)"),
         (
             {"cu_seqlens": torch.tensor([0, 4, 4, 5, 6, 7, 8])},
             r"cu_seqlens must have at most 3 tokens in a sequence, got 4",
@@ -206,8 +219,13 @@ def test_errors(change: dict[str, Any], match: str) -> None:
         short_conv_update(**arguments() | change)
 
 
-def step(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, accepted: Tensor) -> Tensor:
-    return short_conv_update(x * 2, state, weight, slots=slots, num_accepted=accepted) + 1
+def step(
+    x: Tensor, weight: Tensor, state: Tensor, state_indices: Tensor, accepted: Tensor
+) -> Tensor:
+    return (
+        short_conv_update(x * 2, state, weight, state_indices=state_indices, num_accepted=accepted)
+        + 1
+    )
 
 
 def step_arguments(layout: str, D: int = 16) -> list[Tensor]:

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 import kda_ops
-from kda_ops import varlen
-from kda_ops._cases import Case
+from kda_ops._cases import Case, operator_packages
 from kda_ops._registry import OPERATORS as OPERATORS_DEFINED
 from kda_ops.delta_rule.chunk_kda.cases import chunk_kda_inputs, with_pages, with_states
 from kda_ops.delta_rule.chunked import workspace
 from kda_ops.delta_rule.chunked.kernels import scan
 from kda_ops.delta_rule.chunked.kernels.scan_segments import has_segments
 from kda_ops.delta_rule.chunked.workspace import WORKSPACE_BYTES, workspace_bytes
-from kda_ops.tuning import forcing
+from kda_ops.tuning import override
 from kda_ops.tuning.configs import DEFAULTS, SM90, row_for
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 from perf.analysis import sanitize
 from tests.operators import test_cubin
 from tests.support.bounds import within_tensors
@@ -79,7 +78,7 @@ def test_slabs_change_nothing_on_the_gpu(name: str, case: Case) -> None:
 def recording(name: str, traceable: Any) -> Iterator[None]:
     """An operator's launches go to `traceable`."""
     with contextlib.ExitStack() as patches:
-        for module in (f"kda_ops.{name}.kernel", *test_cubin.SHARED):
+        for module in (f"{operator_packages()[name]}.kernel", *test_cubin.SHARED):
             importlib.import_module(module)
             patches.enter_context(mock.patch.object(sys.modules[module], "traceable", traceable))
         yield
@@ -102,7 +101,7 @@ def launched(sizes: dict[str, Any], limit: int) -> tuple[int, int]:
     with (
         recording("chunk_kda", traceable),
         mock.patch.object(torch, "empty", counted),
-        mock.patch.object(varlen, "WORKSPACE_BYTES", limit),
+        mock.patch.object(workspace, "WORKSPACE_BYTES", limit),
         torch.no_grad(),
         RunKernels(),
     ):
@@ -126,7 +125,7 @@ def launched(sizes: dict[str, Any], limit: int) -> tuple[int, int]:
 def test_it_takes_what_it_says(sizes: dict[str, Any], limit: int) -> None:
     sizes = {"B": 1, "H": 1, "K": 128, "V": 128, "dtype": BF16, **sizes}
     sequences = len(sizes["cu_seqlens"]) - 1 if "cu_seqlens" in sizes else sizes["B"]
-    with mock.patch.object(varlen, "WORKSPACE_BYTES", limit):
+    with mock.patch.object(workspace, "WORKSPACE_BYTES", limit):
         said = workspace_bytes(
             sizes["B"] * sizes["T"],
             sizes.get("HV", sizes["H"]),
@@ -143,9 +142,9 @@ def test_it_takes_what_it_says(sizes: dict[str, Any], limit: int) -> None:
 def test_a_ragged_batch_needs_its_chunk_table() -> None:
     """Also where the operator is called past the public function: not as one long sequence."""
     inputs = chunk_kda_inputs(CPU, T=70, K=64, V=64, cu_seqlens=[0, 30, 70])
-    arguments = [inputs[name] for name in ("q", "k", "v", "G", "beta")]
+    arguments = [inputs[name] for name in ("q", "k", "v", "g_cumsum", "beta")]
     launch = OPERATORS_DEFINED[torch.ops.kda_ops.chunk_kda.default].launcher
-    with pytest.raises(ValueError, match="chunks must be given with cu_seqlens, got None"):
+    with pytest.raises(ValueError, match="chunk_indices must be given with cu_seqlens, got None"):
         launch(*arguments, 1.0, None, False, inputs["cu_seqlens"], None)
 
 
@@ -168,11 +167,11 @@ def test_compiled_a_slab_is_two_launches(pages: bool, dynamic: bool) -> None:
     inputs = chunk_kda_inputs(CPU, T=300, **sizes)
     if pages:
         inputs = with_pages(inputs, [1, 2], [0])
-        inputs["chunks"] = chunk_table(inputs["cu_seqlens"], 300)
+        inputs["chunk_indices"] = prepare_chunk_indices(inputs["cu_seqlens"], 300)
     else:
         inputs = with_states(inputs)
     row = workspace_bytes(0, 1, 64, 64)
-    with mock.patch.object(varlen, "WORKSPACE_BYTES", 2 * row):
+    with mock.patch.object(workspace, "WORKSPACE_BYTES", 2 * row):
         _, (code,) = cuda_code(
             lambda **x: kda_ops.chunk_kda(**x)[0], **copy_inputs(inputs), dynamic=dynamic
         )
@@ -280,7 +279,7 @@ def test_segments_compile(target: str, tmp_path: Path) -> None:
     table = SM90 if target == "sm_90a" else DEFAULTS
     with (
         recording("chunk_kda", recorder),
-        forcing({"chunk_segments": row_for(table["chunk_segments"], {})}),
+        override({"chunk_segments": row_for(table["chunk_segments"], {})}),
         in_segments(4),
         mock.patch.object(workspace, "shared_memory", return_value=shared),
         torch.no_grad(),

@@ -15,7 +15,7 @@ from kda_ops.cache.align import before_forward
 from kda_ops.cache.batch import KDABatch
 from kda_ops.cache.spec import KDAStateSpec
 from kda_ops.nn.layer import KimiDeltaAttention
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 from tests.support.operators import NAMES, cases, public_function
 from tests.support.oracle import copy_inputs
 
@@ -97,14 +97,20 @@ COUNTS = dict.fromkeys(("num_computed", "num_scheduled", "num_accepted"), torch.
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: chunk_table([0, 5], 5), "cu_seqlens must be a tensor, got list"),
+        (lambda: prepare_chunk_indices([0, 5], 5), "cu_seqlens must be a tensor, got list"),
         (
-            lambda: chunk_table(torch.tensor([0, 5]), 5.0),
+            lambda: prepare_chunk_indices(torch.tensor([0, 5]), 5.0),
             "total_tokens must be an integer, got 5.0",
         ),
         (lambda: KDABatch.prefill([2.5], [1]), "lengths must be an integer, got 2.5"),
-        (lambda: KDABatch.prefill([2], [1.5]), "slots must have dtype int32, int64, got float32"),
-        (lambda: KDABatch.prefill([2, 2], [[1], [2, 3]]), "slots must be lists of integers, got"),
+        (
+            lambda: KDABatch.prefill([2], [1.5]),
+            "state_indices must have dtype int32, int64, got float32",
+        ),
+        (
+            lambda: KDABatch.prefill([2, 2], [[1], [2, 3]]),
+            "state_indices must be lists of integers, got",
+        ),
         (lambda: KDABatch.decode([[1]], num_accepted=["1"]), "num_accepted must be lists of integ"),
         (lambda: KDABatch.decode([1], num_tokens=1.0), "num_tokens must be an integer, got 1.0"),
         (lambda: KimiDeltaAttention(64.0), "hidden_size must be an integer, got 64.0"),

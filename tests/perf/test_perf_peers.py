@@ -59,7 +59,7 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) ->
         past = state[:, :, 1:].transpose(1, 2)
         arguments |= {
             "conv_state": torch.cat([torch.zeros_like(past[:1]), past]),
-            "slots": torch.arange(1, len(past) + 1),
+            "state_indices": torch.arange(1, len(past) + 1),
             "has_initial_state": torch.ones(len(past), dtype=torch.bool),
             "layout": "SD",
         }
@@ -136,12 +136,14 @@ def test_transformers_core() -> None:
 
 CONVOLUTIONS = [
     conv_case("dense", 2, 19, 3, 128, 520),
-    conv_case("SD", 3, 8, 2, 64, 72, layout="SD", slots=(3, 1, 2), initial=(1, 0, 1), bias=True),
+    conv_case(
+        "SD", 3, 8, 2, 64, 72, layout="SD", state_indices=(3, 1, 2), initial=(1, 0, 1), bias=True
+    ),
     conv_case(
         *("DS", 1, 40, 2, 64, 96),
         lengths=(10, 20, 10),
         layout="DS",
-        slots=(3, 1, 2),
+        state_indices=(3, 1, 2),
         initial=(1, 0, 1),
     ),
 ]

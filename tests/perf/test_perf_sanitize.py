@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
+from kda_ops._cases import operator_packages
 from kda_ops.delta_rule.chunked.kernels import scan
 from kda_ops.gating.gate.cases import CASES
 from perf.analysis import sanitize
@@ -84,7 +85,7 @@ def test_a_missing_sanitizer_is_named() -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["chunk_kda", "chunk_kda_gated"])
 def test_chunked_kda_runs_in_segments_too(name: str) -> None:
-    module = f"kda_ops.{name}.cases"
+    module = f"{operator_packages()[name]}.cases"
     case = next(case for case in cases(name) if sanitize.takes_segments(name, case.make(CPU)))
     launched = mock.patch.object(scan, "launch_segments", wraps=scan.launch_segments)
     with mock.patch(f"{module}.CASES", [case]), launched as launch, RunKernels():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import kda_ops
+from kda_ops._cases import operator_packages
 from kda_ops._gradients import TABLES
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 from tests.support.oracle import assert_close, copy_inputs, poisoned
 
 
@@ -28,7 +29,7 @@ class KernelCase:
 
 def arguments(case: KernelCase, device: torch.device) -> dict[str, Any]:
     """The operator's arguments in its schema's order."""
-    cases = import_module(f"kda_ops.{case.operator}.cases")
+    cases = import_module(f"{operator_packages()[case.operator]}.cases")
     inputs = getattr(cases, f"{case.operator}_inputs")(device, **case.options)
     if case.change is not None:
         inputs = case.change(inputs)
@@ -36,7 +37,9 @@ def arguments(case: KernelCase, device: torch.device) -> dict[str, Any]:
     inputs |= {
         "scale": inputs.get("scale", inputs["q"].shape[3] ** -0.5),
         "output_final_state": case.final,
-        "chunks": None if offsets is None else chunk_table(offsets, inputs["q"].shape[1]),
+        "chunk_indices": None
+        if offsets is None
+        else prepare_chunk_indices(offsets, inputs["q"].shape[1]),
     }
     schema = getattr(torch.ops.kda_ops, case.operator).default._schema
     return {x.name: inputs.get(x.name) for x in schema.arguments}
@@ -65,7 +68,7 @@ def launch(
     operator: str, inputs: dict[str, Any], given: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor]:
     """The gradients by the kernels."""
-    module = import_module(f"kda_ops.{operator}.backward")
+    module = import_module(f"{operator_packages()[operator]}.backward")
     found: list[Tensor] = getattr(module, f"launch_{operator}_backward")(
         *inputs.values(), given, needs
     )

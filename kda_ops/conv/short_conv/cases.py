@@ -17,7 +17,7 @@ def short_conv_inputs(
     activation: str | None = "silu",
     lengths: tuple[int, ...] | None = None,
     layout: str | None = None,
-    slots: tuple[int, ...] = (),
+    state_indices: tuple[int, ...] = (),
     initial: tuple[int, ...] | None = None,
     num_spec: int = 0,
     num_slots: int = 7,
@@ -36,7 +36,7 @@ def short_conv_inputs(
         activation: As in `short_conv`.
         lengths: Tokens of each sequence; what is left of T is padding, which holds NaN.
         layout: Of the state; None for a call without one.
-        slots: Of each sequence.
+        state_indices: Of each sequence.
         initial: 0 or 1 for each sequence, or None for none.
         num_spec: Rows of the state beyond W - 1.
         num_slots: Slots of the state.
@@ -59,7 +59,7 @@ def short_conv_inputs(
         inputs["conv_state"] = paged_conv_state(
             num_slots, L, D, layout, state_dtype or dtype, device
         )
-        inputs["slots"] = torch.tensor(slots, dtype=index_dtype, device=device)
+        inputs["state_indices"] = torch.tensor(state_indices, dtype=index_dtype, device=device)
         inputs["layout"] = layout
         if initial is not None:
             inputs["has_initial_state"] = torch.tensor(initial, device=device).bool()
@@ -84,7 +84,7 @@ def _case(name: str, *sizes: Any, perf: bool = False, **options: Any) -> Case:
 RAGGED = (1, 0, 70, 2, 3, 5)
 RAGGED_STATE: dict[str, Any] = {
     "lengths": RAGGED,
-    "slots": (3, 5, 1, 0, 6, 2),
+    "state_indices": (3, 5, 1, 0, 6, 2),
     "initial": (1, 1, 1, 1, 0, 1),
 }
 
@@ -97,9 +97,9 @@ CASES = [
     _case("ragged-blocks", (200, 16), lengths=(64, 128), index_dtype=torch.int64),
     _case("empty", (1, 0, 64)),
     _case("no-sequences", (3, 16), lengths=()),
-    _case("SD", (3, 8, 120), layout="SD", slots=(2, 0, 5), initial=(1, 1, 0), bias=True),
-    _case("DS", (3, 8, 120), layout="DS", slots=(2, 0, 5), initial=(1, 1, 0), num_spec=2),
-    _case("SD-no-initial-short", (2, 2, 24), layout="SD", slots=(4, 1)),
+    _case("SD", (3, 8, 120), layout="SD", state_indices=(2, 0, 5), initial=(1, 1, 0), bias=True),
+    _case("DS", (3, 8, 120), layout="DS", state_indices=(2, 0, 5), initial=(1, 1, 0), num_spec=2),
+    _case("SD-no-initial-short", (2, 2, 24), layout="SD", state_indices=(4, 1)),
     _case("SD-ragged", (90, 40), **RAGGED_STATE, layout="SD", num_spec=3),
     _case("DS-ragged-fp16", (1, 90, 40), 4, torch.float16, **RAGGED_STATE, layout="DS"),
     _case(
@@ -114,14 +114,21 @@ CASES = [
     ),
     _case("SD-fp32-state", (90, 24), **RAGGED_STATE, layout="SD", state_dtype=torch.float32),
     _case("T8192-D12288", (1, 8192, 12288), perf=True),
-    _case("SD-T8192-D12288", (1, 8192, 12288), perf=True, layout="SD", slots=(3,), initial=(1,)),
+    _case(
+        "SD-T8192-D12288",
+        (1, 8192, 12288),
+        perf=True,
+        layout="SD",
+        state_indices=(3,),
+        initial=(1,),
+    ),
     _case(
         "DS-T8192-D12288-varlen",
         (8192, 12288),
         perf=True,
         layout="DS",
         lengths=(4096, 1000, 2096, 1000),
-        slots=(3, 1, 2, 4),
+        state_indices=(3, 1, 2, 4),
         initial=(1, 0, 1, 0),
     ),
 ]

@@ -102,16 +102,24 @@ def launch_short_conv(
 
 def launch_short_conv_state(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, conv_state: Tensor,
-    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> Tensor:  # fmt: skip
     return _launch(
-        x, weight, bias, activation, conv_state, slots, has_initial_state, cu_seqlens, layout
+        x,
+        weight,
+        bias,
+        activation,
+        conv_state,
+        state_indices,
+        has_initial_state,
+        cu_seqlens,
+        layout,
     )
 
 
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, conv_state: Tensor |
-    None, slots: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout:
+    None, state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout:
     str,
 ) -> Tensor:  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -132,7 +140,7 @@ def _launch(
         None if bias is None else bias.contiguous(),
         y,
         conv_state,
-        slots,
+        state_indices,
         None if has_initial_state is None else has_initial_state.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         T,
@@ -146,7 +154,7 @@ def _launch(
         stride_slot,
         stride_row,
         stride_dim,
-        0 if slots is None else slots.stride(0),
+        0 if state_indices is None else state_indices.stride(0),
         W=W,
         BLOCK_W=triton.next_power_of_2(W),
         SILU=activation == "silu",

@@ -27,7 +27,7 @@ def short_conv_state_fake(
     bias: Tensor | None,
     activation: str | None,
     conv_state: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
@@ -51,12 +51,12 @@ def check_short_conv_state_values(
     bias: Tensor | None,
     activation: str | None,
     conv_state: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> None:
-    check_conv_values(x, cu_seqlens, conv_state, slots)
+    check_conv_values(x, cu_seqlens, conv_state, state_indices)
 
 
 short_conv_op = define_op(
@@ -70,7 +70,7 @@ short_conv_op = define_op(
 
 short_conv_state_op = define_op(
     "short_conv.state(Tensor x, Tensor weight, Tensor? bias, str? activation, "
-    "Tensor(a!) conv_state, Tensor slots, Tensor? has_initial_state, "
+    "Tensor(a!) conv_state, Tensor state_indices, Tensor? has_initial_state, "
     "Tensor? cu_seqlens, str layout) -> Tensor",
     reference=short_conv_state_reference,
     fake=short_conv_state_fake,
@@ -88,7 +88,7 @@ def short_conv(
     *,
     activation: str | None = "silu",
     conv_state: Tensor | None = None,
-    slots: Tensor | None = None,
+    state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
@@ -116,7 +116,7 @@ def short_conv(
         activation: `"silu"` (also called `"swish"`) or None.
         conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 1`, any
             strides, written in place. Its dtype may differ from that of x.
-        slots: `[N]`, int32 or int64, the slot of each sequence. None twice, but for 0. Required
+        state_indices: `[N]`, int32 or int64, the slot of each sequence. None twice, but for 0. Required
             with `conv_state`.
         has_initial_state: `[N]`, bool. None means that no sequence has one.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
@@ -135,9 +135,19 @@ def short_conv(
     activation = resolve_activation(activation)
     check_rank("x", x, 2, 3)
     layout = resolve_layout(layout, conv_state, x.shape[-1])
-    check_conv_sequences(x, weight, bias, conv_state, slots, has_initial_state, cu_seqlens, layout)
+    check_conv_sequences(
+        x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, layout
+    )
     if conv_state is None:
         return short_conv_op(x, weight, bias, activation, cu_seqlens)
     return short_conv_state_op(
-        x, weight, bias, activation, conv_state, slots, has_initial_state, cu_seqlens, layout
+        x,
+        weight,
+        bias,
+        activation,
+        conv_state,
+        state_indices,
+        has_initial_state,
+        cu_seqlens,
+        layout,
     )

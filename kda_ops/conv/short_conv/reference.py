@@ -21,11 +21,19 @@ def short_conv_state_reference(
     bias: Tensor | None,
     activation: str | None,
     conv_state: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> Tensor:
     return conv_whole_state(
-        x, weight, bias, activation, conv_state, slots, has_initial_state, cu_seqlens, layout
+        x,
+        weight,
+        bias,
+        activation,
+        conv_state,
+        state_indices,
+        has_initial_state,
+        cu_seqlens,
+        layout,
     )

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kda_ops._cases import Case, paged_conv_state, taken_apart
+from kda_ops._cases import Case, paged_conv_state, unpacked
 
 
 def short_conv_qkv_inputs(
@@ -23,7 +23,7 @@ def short_conv_qkv_inputs(
     norm_eps: float = 1e-6,
     lengths: tuple[int, ...] | None = None,
     layout: str | None = None,
-    slots: tuple[int, ...] = (),
+    state_indices: tuple[int, ...] = (),
     initial: tuple[int, ...] | None = None,
     num_spec: int = 0,
     num_slots: int = 7,
@@ -49,7 +49,7 @@ def short_conv_qkv_inputs(
         norm_eps: As in `short_conv_qkv`.
         lengths: Tokens of each sequence; what is left of T is padding, which holds NaN.
         layout: Of the state; None for a call without one.
-        slots: Of each sequence.
+        state_indices: Of each sequence.
         initial: 0 or 1 for each sequence, or None for none.
         num_spec: Rows of the state beyond W - 1.
         num_slots: Slots of the state.
@@ -80,11 +80,11 @@ def short_conv_qkv_inputs(
         inputs["conv_state"] = paged_conv_state(
             num_slots, W - 1 + num_spec, D, layout, state_dtype or dtype, device
         )
-        inputs["slots"] = torch.tensor(slots, dtype=index_dtype, device=device)
+        inputs["state_indices"] = torch.tensor(state_indices, dtype=index_dtype, device=device)
         inputs["layout"] = layout
         if initial is not None:
             inputs["has_initial_state"] = torch.tensor(initial, device=device).bool()
-    return taken_apart(inputs, (H * K, H * K, value_dim)) if apart else inputs
+    return unpacked(inputs, (H * K, H * K, value_dim)) if apart else inputs
 
 
 def _case(name: str, *sizes: Any, perf: bool = False, **options: Any) -> Case:
@@ -102,10 +102,10 @@ def _case(name: str, *sizes: Any, perf: bool = False, **options: Any) -> Case:
 
 RAGGED: dict[str, Any] = {
     "lengths": (1, 0, 20, 2, 3, 5),
-    "slots": (3, 5, 1, 0, 6, 2),
+    "state_indices": (3, 5, 1, 0, 6, 2),
     "initial": (1, 1, 1, 1, 0, 1),
 }
-THREE: dict[str, Any] = {"slots": (2, 0, 5), "initial": (1, 1, 0)}
+THREE: dict[str, Any] = {"state_indices": (2, 0, 5), "initial": (1, 1, 0)}
 
 CASES = [
     _case("apart-SD-ragged-bias", 1, 40, 2, 64, 96, **RAGGED, layout="SD", bias=True, apart=True),
@@ -123,7 +123,7 @@ CASES = [
     _case("no-sequences", 1, 3, 2, 16, 16, lengths=()),
     _case("SD", 3, 8, 2, 64, 72, layout="SD", **THREE, bias=True),
     _case("DS", 3, 8, 2, 24, 72, layout="DS", **THREE, num_spec=2),
-    _case("SD-no-initial-short", 2, 2, 1, 12, 12, layout="SD", slots=(4, 1)),
+    _case("SD-no-initial-short", 2, 2, 1, 12, 12, layout="SD", state_indices=(4, 1)),
     _case("SD-ragged", 1, 40, 1, 128, 260, **RAGGED, layout="SD", num_spec=3),
     _case("DS-ragged-fp16-K96", 1, 40, 3, 96, 96, torch.float16, **RAGGED, layout="DS"),
     _case(
@@ -136,7 +136,9 @@ CASES = [
         strided=True,
     ),
     _case("SD-fp32-state", 1, 40, 2, 16, 40, **RAGGED, layout="SD", state_dtype=torch.float32),
-    _case("DS-fp64", 2, 5, 1, 6, 9, torch.float64, layout="DS", slots=(3, 0), initial=(1, 1)),
+    _case(
+        "DS-fp64", 2, 5, 1, 6, 9, torch.float64, layout="DS", state_indices=(3, 0), initial=(1, 1)
+    ),
     _case(
         "apart-fp32-K24-bias-strided",
         2,
@@ -160,19 +162,30 @@ CASES = [
         9,
         torch.float64,
         layout="DS",
-        slots=(3, 0),
+        state_indices=(3, 0),
         initial=(1, 1),
         apart=True,
     ),
     _case("T8192-H32", 1, 8192, 32, 128, 4096, perf=True),
-    _case("SD-T8192-H32", 1, 8192, 32, 128, 4096, perf=True, layout="SD", slots=(3,), initial=(1,)),
+    _case(
+        "SD-T8192-H32",
+        1,
+        8192,
+        32,
+        128,
+        4096,
+        perf=True,
+        layout="SD",
+        state_indices=(3,),
+        initial=(1,),
+    ),
     _case(
         "DS-T8192-H32-varlen",
         *(1, 8192, 32, 128, 4096),
         perf=True,
         layout="DS",
         lengths=(4096, 1000, 2096, 1000),
-        slots=(3, 1, 2, 4),
+        state_indices=(3, 1, 2, 4),
         initial=(1, 0, 1, 0),
     ),
     _case(
@@ -180,7 +193,7 @@ CASES = [
         *(1, 8192, 32, 128, 4096),
         perf=True,
         layout="SD",
-        slots=(3,),
+        state_indices=(3,),
         initial=(1,),
         apart=True,
     ),

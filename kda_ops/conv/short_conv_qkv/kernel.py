@@ -60,7 +60,7 @@ def short_conv_qkv_kernel(
     BLOCK_W: tl.constexpr,
     STEP_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    APART: tl.constexpr,
+    UNPACKED: tl.constexpr,
     SILU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr,
@@ -73,7 +73,7 @@ def short_conv_qkv_kernel(
     Grid: token blocks x D blocks, D fastest, those of q, k and v in order. A block of q or k is
     BLOCK_D // BLOCK_K whole heads, each padded from K to BLOCK_K channels.
 
-    With APART each of q, k and v has an input, weight, bias and state of its own; without, the
+    With UNPACKED each of q, k and v has an input, weight, bias and state of its own; without, the
     first pointers lead to tensors of all channels, q | k | v, and those of k and v are None.
     """
     HEADS: tl.constexpr = BLOCK_D // BLOCK_K
@@ -92,7 +92,7 @@ def short_conv_qkv_kernel(
         head_c = (block * HEADS + i // BLOCK_K) * K + i % BLOCK_K
         ok = tl.where(part == 2, ok, (i % BLOCK_K < K) & (head_c < KEY_DIM))
         c = tl.where(part == 2, c, head_c)
-    if APART:
+    if UNPACKED:
         x_ptr = of_part(part, x_ptr, x_k_ptr, x_v_ptr)
         stride_x_batch = of_part(part, stride_x_batch, stride_x_batch_k, stride_x_batch_v)
         stride_x_row = of_part(part, stride_x_row, stride_x_row_k, stride_x_row_v)
@@ -167,16 +167,16 @@ def launch_short_conv_qkv(
 
 def launch_short_conv_qkv_state(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
-    head_dim: int, norm_eps: float, conv_state: Tensor, slots: Tensor,
+    head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _launch(
-        (x,), (weight,), (bias,), activation, key_dim, head_dim, norm_eps, (conv_state,), slots,
+        (x,), (weight,), (bias,), activation, key_dim, head_dim, norm_eps, (conv_state,), state_indices,
         has_initial_state, cu_seqlens, layout,
     )  # fmt: skip
 
 
-def launch_short_conv_qkv_apart(
+def launch_short_conv_qkv_unpacked(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
@@ -187,15 +187,15 @@ def launch_short_conv_qkv_apart(
     )  # fmt: skip
 
 
-def launch_short_conv_qkv_apart_state(
+def launch_short_conv_qkv_unpacked_state(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _launch(
         (q, k, v), (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), activation,
-        int(q_weight.shape[0]), head_dim, norm_eps, (q_state, k_state, v_state), slots,
+        int(q_weight.shape[0]), head_dim, norm_eps, (q_state, k_state, v_state), state_indices,
         has_initial_state, cu_seqlens, layout,
     )  # fmt: skip
 
@@ -203,7 +203,7 @@ def launch_short_conv_qkv_apart_state(
 def _launch(
     xs: tuple[Tensor, ...], weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...],
     activation: str | None, key_dim: int, head_dim: int, norm_eps: float,
-    states: tuple[Tensor | None, ...], slots: Tensor | None, has_initial_state: Tensor | None,
+    states: tuple[Tensor | None, ...], state_indices: Tensor | None, has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One of each tensor, packed, or three, for q, k and v."""
@@ -235,7 +235,7 @@ def _launch(
         k,
         v,
         *three(states, None),
-        slots,
+        state_indices,
         None if has_initial_state is None else has_initial_state.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         T,
@@ -249,14 +249,14 @@ def _launch(
         *three([slot for slot, _, _ in strides], 0),
         *three([row for _, row, _ in strides], 0),
         strides[0][2],
-        0 if slots is None else slots.stride(0),
+        0 if state_indices is None else state_indices.stride(0),
         EPS=norm_eps,
         KEY_DIM=key_dim,
         K=head_dim,
         BLOCK_K=block_k,
         W=W,
         BLOCK_W=triton.next_power_of_2(W),
-        APART=len(xs) == 3,
+        UNPACKED=len(xs) == 3,
         SILU=activation == "silu",
         HAS_BIAS=biases[0] is not None,
         HAS_STATE=states[0] is not None,

@@ -16,10 +16,10 @@ from kda_ops.conv.checks import (
     state_channels,
 )
 from kda_ops.conv.short_conv_qkv.reference import (
-    short_conv_qkv_apart_reference,
-    short_conv_qkv_apart_state_reference,
     short_conv_qkv_reference,
     short_conv_qkv_state_reference,
+    short_conv_qkv_unpacked_reference,
+    short_conv_qkv_unpacked_state_reference,
 )
 from kda_ops.native import define_native
 
@@ -53,7 +53,7 @@ def short_conv_qkv_state_fake(
     head_dim: int,
     norm_eps: float,
     conv_state: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
@@ -61,7 +61,7 @@ def short_conv_qkv_state_fake(
     return short_conv_qkv_fake(x, weight, bias, activation, key_dim, head_dim, norm_eps, cu_seqlens)
 
 
-def short_conv_qkv_apart_fake(
+def short_conv_qkv_unpacked_fake(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
@@ -73,13 +73,13 @@ def short_conv_qkv_apart_fake(
     return new_q, new_k, new_v
 
 
-def short_conv_qkv_apart_state_fake(
+def short_conv_qkv_unpacked_state_fake(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return short_conv_qkv_apart_fake(
+    return short_conv_qkv_unpacked_fake(
         q, k, v, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, activation, head_dim,
         norm_eps, cu_seqlens,
     )  # fmt: skip
@@ -107,15 +107,15 @@ def check_short_conv_qkv_state_values(
     head_dim: int,
     norm_eps: float,
     conv_state: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> None:
-    check_conv_values(x, cu_seqlens, conv_state, slots)
+    check_conv_values(x, cu_seqlens, conv_state, state_indices)
 
 
-def check_short_conv_qkv_apart_values(
+def check_short_conv_qkv_unpacked_values(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
@@ -123,13 +123,13 @@ def check_short_conv_qkv_apart_values(
     check_conv_values(q, cu_seqlens, None, None)
 
 
-def check_short_conv_qkv_apart_state_values(
+def check_short_conv_qkv_unpacked_state_values(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> None:  # fmt: skip
-    check_conv_values(q, cu_seqlens, q_state, slots)
+    check_conv_values(q, cu_seqlens, q_state, state_indices)
 
 
 short_conv_qkv_op = define_op(
@@ -143,7 +143,7 @@ short_conv_qkv_op = define_op(
 
 short_conv_qkv_state_op = define_op(
     "short_conv_qkv.state(Tensor x, Tensor weight, Tensor? bias, str? activation, int key_dim, "
-    "int head_dim, float norm_eps, Tensor(a!) conv_state, Tensor slots, "
+    "int head_dim, float norm_eps, Tensor(a!) conv_state, Tensor state_indices, "
     "Tensor? has_initial_state, Tensor? cu_seqlens, str layout) -> (Tensor, Tensor, Tensor)",
     reference=short_conv_qkv_state_reference,
     fake=short_conv_qkv_state_fake,
@@ -156,27 +156,27 @@ _APART = (
     "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, str? activation, int head_dim, float norm_eps"
 )
 
-short_conv_qkv_apart_op = define_op(
-    f"short_conv_qkv.apart({_APART}, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
-    reference=short_conv_qkv_apart_reference,
-    fake=short_conv_qkv_apart_fake,
-    cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_apart",
-    check_values=check_short_conv_qkv_apart_values,
+short_conv_qkv_unpacked_op = define_op(
+    f"short_conv_qkv.unpacked({_APART}, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    reference=short_conv_qkv_unpacked_reference,
+    fake=short_conv_qkv_unpacked_fake,
+    cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_unpacked",
+    check_values=check_short_conv_qkv_unpacked_values,
 )
 
-short_conv_qkv_apart_state_op = define_op(
-    f"short_conv_qkv.apart_state({_APART}, Tensor(a!) q_state, Tensor(b!) k_state, "
-    "Tensor(c!) v_state, Tensor slots, Tensor? has_initial_state, Tensor? cu_seqlens, "
+short_conv_qkv_unpacked_state_op = define_op(
+    f"short_conv_qkv.unpacked_state({_APART}, Tensor(a!) q_state, Tensor(b!) k_state, "
+    "Tensor(c!) v_state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
     "str layout) -> (Tensor, Tensor, Tensor)",
-    reference=short_conv_qkv_apart_state_reference,
-    fake=short_conv_qkv_apart_state_fake,
-    cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_apart_state",
-    check_values=check_short_conv_qkv_apart_state_values,
+    reference=short_conv_qkv_unpacked_state_reference,
+    fake=short_conv_qkv_unpacked_state_fake,
+    cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_unpacked_state",
+    check_values=check_short_conv_qkv_unpacked_state_values,
 )
 define_native(short_conv_qkv_op, "kda_ops.conv.native:short_conv_qkv")
 define_native(short_conv_qkv_state_op, "kda_ops.conv.native:short_conv_qkv_state")
-define_native(short_conv_qkv_apart_op, "kda_ops.conv.native:short_conv_qkv_apart")
-define_native(short_conv_qkv_apart_state_op, "kda_ops.conv.native:short_conv_qkv_apart_state")
+define_native(short_conv_qkv_unpacked_op, "kda_ops.conv.native:short_conv_qkv_unpacked")
+define_native(short_conv_qkv_unpacked_state_op, "kda_ops.conv.native:short_conv_qkv_unpacked_state")
 
 
 def short_conv_qkv(
@@ -189,7 +189,7 @@ def short_conv_qkv(
     norm_eps: float = 1e-6,
     activation: str | None = "silu",
     conv_state: Tensor | Parts | None = None,
-    slots: Tensor | None = None,
+    state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
@@ -218,7 +218,7 @@ def short_conv_qkv(
         activation: `"silu"` (also called `"swish"`) or None.
         conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 1`, any
             strides, written in place. Its dtype may differ from that of x.
-        slots: `[N]`, int32 or int64, the slot of each sequence. None twice, but for 0. Required
+        state_indices: `[N]`, int32 or int64, the slot of each sequence. None twice, but for 0. Required
             with `conv_state`.
         has_initial_state: `[N]`, bool. None means that no sequence has one.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
@@ -239,7 +239,7 @@ def short_conv_qkv(
     parts = conv_parts(x, weight, bias, conv_state, layout)
     for part in parts:
         check_rank("x", part[0], 3)
-        check_conv_sequences(*part, slots, has_initial_state, cu_seqlens, layout)
+        check_conv_sequences(*part, state_indices, has_initial_state, cu_seqlens, layout)
     check_integer("head_dim", head_dim)
     check_integer("key_dim", key_dim)
     check_number("norm_eps", norm_eps)
@@ -255,9 +255,9 @@ def short_conv_qkv(
         xs, weights, biases, states = zip(*parts, strict=True)
         args = (*xs, *weights, *biases, activation, head_dim, norm_eps)
         if conv_state is None:
-            return short_conv_qkv_apart_op(*args, cu_seqlens)
-        return short_conv_qkv_apart_state_op(
-            *args, *states, slots, has_initial_state, cu_seqlens, layout
+            return short_conv_qkv_unpacked_op(*args, cu_seqlens)
+        return short_conv_qkv_unpacked_state_op(
+            *args, *states, state_indices, has_initial_state, cu_seqlens, layout
         )
     ((x, weight, bias, conv_state),) = parts
     if x.shape[-1] <= 2 * key_dim:
@@ -270,6 +270,6 @@ def short_conv_qkv(
             x, weight, bias, activation, key_dim, head_dim, norm_eps, cu_seqlens
         )
     return short_conv_qkv_state_op(
-        x, weight, bias, activation, key_dim, head_dim, norm_eps, conv_state, slots,
+        x, weight, bias, activation, key_dim, head_dim, norm_eps, conv_state, state_indices,
         has_initial_state, cu_seqlens, layout,
     )  # fmt: skip

@@ -32,19 +32,27 @@ def short_conv_qkv_state_reference(
     head_dim: int,
     norm_eps: float,
     conv_state: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.to(accumulation_dtype(x))
     y = conv_whole_state(
-        wide, weight, bias, activation, conv_state, slots, has_initial_state, cu_seqlens, layout
+        wide,
+        weight,
+        bias,
+        activation,
+        conv_state,
+        state_indices,
+        has_initial_state,
+        cu_seqlens,
+        layout,
     )
     return normed_parts(y, key_dim, head_dim, norm_eps, x.dtype)
 
 
-def short_conv_qkv_apart_reference(
+def short_conv_qkv_unpacked_reference(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
@@ -61,11 +69,11 @@ def short_conv_qkv_apart_reference(
     )
 
 
-def short_conv_qkv_apart_state_reference(
+def short_conv_qkv_unpacked_state_reference(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    slots: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with packed_state((q_state, k_state, v_state), layout) as conv_state:
         return short_conv_qkv_state_reference(
@@ -77,7 +85,7 @@ def short_conv_qkv_apart_state_reference(
             head_dim,
             norm_eps,
             conv_state,
-            slots,
+            state_indices,
             has_initial_state,
             cu_seqlens,
             layout,

@@ -10,7 +10,7 @@ from kda_ops._cases import Case, paged_conv_state
 def short_conv_update_inputs(
     shape: tuple[int, ...],
     layout: str,
-    slots: Any,
+    state_indices: Any,
     W: int = 4,
     dtype: torch.dtype = torch.bfloat16,
     *,
@@ -30,7 +30,7 @@ def short_conv_update_inputs(
     Args:
         shape: Shape of x.
         layout: Of the state.
-        slots: Of each sequence; nested for a table with a column per speculative token.
+        state_indices: Of each sequence; nested for a table with a column per speculative token.
         W: Taps.
         dtype: Of x, weight and bias.
         bias: Whether there is a bias.
@@ -53,7 +53,7 @@ def short_conv_update_inputs(
         ),
         "weight": torch.randn(D, W, device=device).to(dtype) * W**-0.5,
         "activation": activation,
-        "slots": torch.tensor(slots, dtype=index_dtype, device=device),
+        "state_indices": torch.tensor(state_indices, dtype=index_dtype, device=device),
         "layout": layout,
     }
     if bias:
@@ -85,14 +85,14 @@ def _case(name: str, *sizes: Any, perf: bool = False, **options: Any) -> Case:
 
 SPECULATIVE: dict[str, Any] = {
     "lengths": (3, 0, 1, 2, 3, 1),
-    "slots": (3, 5, 1, 0, 6, 2),
+    "state_indices": (3, 5, 1, 0, 6, 2),
     "accepted": (1, 2, 3, 1, 3, 2),
 }
 
 
 def _speculative(name: str, D: int, layout: str, *sizes: Any, **options: Any) -> Case:
     kw = {**SPECULATIVE, **options}
-    return _case(name, (12, D), layout, kw.pop("slots"), *sizes, num_spec=2, **kw)
+    return _case(name, (12, D), layout, kw.pop("state_indices"), *sizes, num_spec=2, **kw)
 
 
 CASES = [

@@ -99,7 +99,7 @@ def short_conv_update_kernel(
 
 def launch_short_conv_update(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
-    slots: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> Tensor:  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.stride(-1) != 1:
@@ -108,7 +108,7 @@ def launch_short_conv_update(
     stride_slot, *strides = conv_state.stride()
     stride_row, stride_dim = strides if layout == "SD" else strides[::-1]
     L = conv_state.shape[1 if layout == "SD" else 2]
-    N = slots.shape[0]
+    N = state_indices.shape[0]
     chosen = choose("short_conv_update", x.device, D=D, W=W, dtype=x.dtype, layout=layout)
     if cu_seqlens is not None:
         programs, max_tokens, stride_sequence = N + 1, int(L) - W + 2, 0
@@ -121,7 +121,7 @@ def launch_short_conv_update(
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         y,
-        slots,
+        state_indices,
         None if num_accepted is None else num_accepted.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         x.shape[0],
@@ -134,7 +134,7 @@ def launch_short_conv_update(
         stride_slot,
         stride_row,
         stride_dim,
-        slots.stride(0),
+        state_indices.stride(0),
         W=W,
         BLOCK_W=triton.next_power_of_2(W),
         MAX_TOKENS=max_tokens,

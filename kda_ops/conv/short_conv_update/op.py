@@ -26,7 +26,7 @@ def short_conv_update_fake(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    slots: Tensor,
+    state_indices: Tensor,
     num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
@@ -40,14 +40,14 @@ def check_short_conv_update_values(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    slots: Tensor,
+    state_indices: Tensor,
     num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> None:
-    slots = slots[:, 0] if slots.dim() == 2 else slots
-    check_slot_values("slots", slots, conv_state.shape[0])
-    check_distinct_slots("slots", slots)
+    state_indices = state_indices[:, 0] if state_indices.dim() == 2 else state_indices
+    check_slot_values("state_indices", state_indices, conv_state.shape[0])
+    check_distinct_slots("state_indices", state_indices)
     most = conv_state.shape[1 if layout == "SD" else 2] - weight.shape[1] + 2
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, x.shape[0])
@@ -57,7 +57,7 @@ def check_short_conv_update_values(
                 f"cu_seqlens must have at most {most} tokens in a sequence, got {longest}"
             )
     if num_accepted is not None:
-        bad = (((num_accepted < 1) | (num_accepted > most)) & (slots != 0)).nonzero()
+        bad = (((num_accepted < 1) | (num_accepted > most)) & (state_indices != 0)).nonzero()
         if len(bad):
             raise ValueError(
                 f"num_accepted must be in [1, {most}], got {int(num_accepted[bad[0]])}"
@@ -66,7 +66,7 @@ def check_short_conv_update_values(
 
 short_conv_update_op = define_op(
     "short_conv_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
-    "str? activation, Tensor slots, Tensor? num_accepted, Tensor? cu_seqlens, "
+    "str? activation, Tensor state_indices, Tensor? num_accepted, Tensor? cu_seqlens, "
     "str layout) -> Tensor",
     reference=short_conv_update_reference,
     fake=short_conv_update_fake,
@@ -82,7 +82,7 @@ def short_conv_update(
     bias: Tensor | None = None,
     *,
     activation: str | None = "silu",
-    slots: Tensor,
+    state_indices: Tensor,
     num_accepted: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
@@ -110,7 +110,7 @@ def short_conv_update(
         weight: `[D, W]`, W at least 2; the last tap meets the token itself.
         bias: `[D]` or None.
         activation: `"silu"` (also called `"swish"`) or None.
-        slots: `[N]`, int32 or int64, the slot of each sequence, or `[N, 1 + num_spec]`, whose
+        state_indices: `[N]`, int32 or int64, the slot of each sequence, or `[N, 1 + num_spec]`, whose
             column 0 is taken. None twice, but for 0.
         num_accepted: `[N]`, int32 or int64, in `[1, L - W + 2]`; of a sequence on slot 0 anything.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
@@ -143,11 +143,13 @@ def short_conv_update(
             f"x must have at most {most} tokens per sequence for a conv_state of shape "
             f"{tuple(conv_state.shape)}, got {x.shape[1]}"
         )
-    check_dtype("slots", slots, INTEGERS)
-    check_rank("slots", slots, 1, 2)
-    if slots.dim() == 2 and slots.shape[1] < 1:
-        raise ValueError(f"slots must have at least one column, got shape {tuple(slots.shape)}")
-    check_shape("slots", slots, (sequences, *slots.shape[1:]))
+    check_dtype("state_indices", state_indices, INTEGERS)
+    check_rank("state_indices", state_indices, 1, 2)
+    if state_indices.dim() == 2 and state_indices.shape[1] < 1:
+        raise ValueError(
+            f"state_indices must have at least one column, got shape {tuple(state_indices.shape)}"
+        )
+    check_shape("state_indices", state_indices, (sequences, *state_indices.shape[1:]))
     if num_accepted is not None:
         check_dtype("num_accepted", num_accepted, INTEGERS)
         check_shape("num_accepted", num_accepted, (sequences,))
@@ -156,10 +158,10 @@ def short_conv_update(
         conv_state=conv_state,
         weight=weight,
         bias=bias,
-        slots=slots,
+        state_indices=state_indices,
         num_accepted=num_accepted,
         cu_seqlens=cu_seqlens,
     )
     return short_conv_update_op(
-        x, conv_state, weight, bias, activation, slots, num_accepted, cu_seqlens, layout
+        x, conv_state, weight, bias, activation, state_indices, num_accepted, cu_seqlens, layout
     )

@@ -12,18 +12,18 @@ def short_conv_update_reference(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    slots: Tensor,
+    state_indices: Tensor,
     num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> Tensor:
     if cu_seqlens is None:
         tokens = x.shape[1] if x.dim() == 3 else 1
-        offsets = torch.arange(slots.shape[0] + 1, device=x.device) * tokens
+        offsets = torch.arange(state_indices.shape[0] + 1, device=x.device) * tokens
     else:
         offsets = cu_seqlens.long()
     flat = x.reshape(-1, x.shape[-1])
     y = conv_update(
-        flat, conv_state, weight, bias, activation, slots, num_accepted, offsets, layout
+        flat, conv_state, weight, bias, activation, state_indices, num_accepted, offsets, layout
     )
     return y.reshape(x.shape)

@@ -23,7 +23,7 @@ def launch_chunk_kda_backward(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
     output_gradients: Sequence[Tensor | None],
     needs_gradient: Sequence[bool],
 ) -> list[Tensor]:
@@ -40,7 +40,7 @@ def launch_chunk_kda_backward(
         scale=scale,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
-        chunks=chunks,
+        chunk_indices=chunk_indices,
         raw=False,
     )
     do, dfinal = output_gradients

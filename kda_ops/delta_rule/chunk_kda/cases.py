@@ -17,13 +17,13 @@ def cumulative(y: Tensor, cu_seqlens: list[int] | None = None) -> Tensor:
     start. Rows past the last sequence are NaN.
     """
     B, T, HV, K = y.shape
-    G = torch.full_like(y, torch.nan)
+    g_cumsum = torch.full_like(y, torch.nan)
     offsets = [0, T] if cu_seqlens is None else cu_seqlens
     for start, end in itertools.pairwise(offsets):
         padded = F.pad(y[:, start:end], (0, 0, 0, 0, 0, -(end - start) % CHUNK))
         sums = padded.reshape(B, -1, CHUNK, HV, K).cumsum(2).reshape(B, -1, HV, K)
-        G[:, start:end] = sums[:, : end - start]
-    return G
+        g_cumsum[:, start:end] = sums[:, : end - start]
+    return g_cumsum
 
 
 def log2_gate(shape: tuple[int, ...], gate: str, device: torch.device) -> Tensor:
@@ -79,7 +79,7 @@ def chunk_kda_inputs(
         "q": q.unflatten(-1, (H, K)),
         "k": k.unflatten(-1, (H, K)),
         "v": v.unflatten(-1, (HV, V)),
-        "G": cumulative(log2_gate((B, T, HV, K), gate, device), cu_seqlens),
+        "g_cumsum": cumulative(log2_gate((B, T, HV, K), gate, device), cu_seqlens),
         "beta": beta.to(dtype),
     }
     if not packed:

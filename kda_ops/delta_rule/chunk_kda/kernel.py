@@ -32,7 +32,7 @@ def chunk_prepare_kernel(
     u_ptr,
     decay_ptr,
     cu_ptr,
-    chunks_ptr,
+    chunk_indices_ptr,
     T,
     N,
     NC,
@@ -73,7 +73,7 @@ def chunk_prepare_kernel(
     h = p % HV
     p = p // HV
     p, b, first, count, row, inside = slab_rows(
-        p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+        p, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
     if not inside:
         if VARLEN and count == 0:
@@ -129,7 +129,7 @@ def _launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    G: Tensor,
+    g_cumsum: Tensor,
     beta: Tensor,
     scale: float,
     initial: Tensor | None,
@@ -137,13 +137,13 @@ def _launch(
     indices: Tensor | None,
     has_initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     """Returns the output and writes the final states to `final`; see `launch_scan`."""
     H, K = q.shape[2:]
     HV, V = v.shape[2:]
-    q, k, v, G, beta = dense_rows(q, k, v, G, beta)
-    batch = Batch.of(q, cu_seqlens, chunks)
+    q, k, v, g_cumsum, beta = dense_rows(q, k, v, g_cumsum, beta)
+    batch = Batch.of(q, cu_seqlens, chunk_indices)
     parts = batch.slabs(q, v)
     workspace = make_workspace(q, v, parts[0])
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -154,12 +154,12 @@ def _launch(
                 q,
                 k,
                 v,
-                G,
+                g_cumsum,
                 beta,
                 o,
                 *workspace.prepared,
                 *part.tables,
-                *(stride for x in (q, k, v, G, beta) for stride in x.stride()[:3]),
+                *(stride for x in (q, k, v, g_cumsum, beta) for stride in x.stride()[:3]),
                 SCALE=scale,
                 H=H,
                 HV=HV,
@@ -171,7 +171,7 @@ def _launch(
                 **choose("chunk_prepare", q.device, K=K, V=V, dtype=q.dtype),
             )
         else:
-            launch_general_prepare(q, k, v, G, beta, scale, o, workspace, part)
+            launch_general_prepare(q, k, v, g_cumsum, beta, scale, o, workspace, part)
         launch_scan(o, workspace, part, K, initial, final, indices, has_initial)
     return o
 
@@ -180,13 +180,13 @@ def launch_chunk_kda(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    G: Tensor,
+    g_cumsum: Tensor,
     beta: Tensor,
     scale: float,
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
@@ -196,7 +196,7 @@ def launch_chunk_kda(
         q,
         k,
         v,
-        G,
+        g_cumsum,
         beta,
         scale,
         initial_state,
@@ -204,7 +204,7 @@ def launch_chunk_kda(
         None,
         None,
         cu_seqlens,
-        chunks,
+        chunk_indices,
     )
     return o, final
 
@@ -213,15 +213,26 @@ def launch_chunk_kda_state(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    G: Tensor,
+    g_cumsum: Tensor,
     beta: Tensor,
     scale: float,
     state: Tensor,
     state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     return _launch(
-        q, k, v, G, beta, scale, None, state, state_indices, has_initial_state, cu_seqlens, chunks
+        q,
+        k,
+        v,
+        g_cumsum,
+        beta,
+        scale,
+        None,
+        state,
+        state_indices,
+        has_initial_state,
+        cu_seqlens,
+        chunk_indices,
     )

@@ -17,20 +17,20 @@ from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops._registry import define_op
 from kda_ops.delta_rule.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
 from kda_ops.native import define_native
-from kda_ops.varlen import check_varlen_values, chunk_table
+from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
 
 def chunk_kda_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    G: Tensor,
+    g_cumsum: Tensor,
     beta: Tensor,
     scale: float,
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -45,26 +45,26 @@ def chunk_kda_state_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    G: Tensor,
+    g_cumsum: Tensor,
     beta: Tensor,
     scale: float,
     state: Tensor,
     state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
-def _check_sums(G: Tensor, cu_seqlens: Tensor | None) -> None:
+def _check_sums(g_cumsum: Tensor, cu_seqlens: Tensor | None) -> None:
     """No sum is infinite: the gates behind it would be differences of infinities."""
-    real = G if cu_seqlens is None else G[:, : int(cu_seqlens[-1])]
+    real = g_cumsum if cu_seqlens is None else g_cumsum[:, : int(cu_seqlens[-1])]
     infinite = torch.isinf(real)
     if infinite.any():
         b, t, h, d = infinite.nonzero()[0].tolist()
         raise ValueError(
-            f"G must be finite, got {real[b, t, h, d].item()} at token {t}; a token that is to "
+            f"g_cumsum must be finite, got {real[b, t, h, d].item()} at token {t}; a token that is to "
             "forget everything takes a gate of -300, or begins a sequence"
         )
 
@@ -73,33 +73,33 @@ def check_chunk_kda_values(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    G: Tensor,
+    g_cumsum: Tensor,
     beta: Tensor,
     scale: float,
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> None:
-    check_varlen_values(q, cu_seqlens, chunks, CHUNK)
-    _check_sums(G, cu_seqlens)
+    check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
+    _check_sums(g_cumsum, cu_seqlens)
 
 
 def check_chunk_kda_state_values(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    G: Tensor,
+    g_cumsum: Tensor,
     beta: Tensor,
     scale: float,
     state: Tensor,
     state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> None:
-    check_varlen_values(q, cu_seqlens, chunks, CHUNK)
-    _check_sums(G, cu_seqlens)
+    check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
+    _check_sums(g_cumsum, cu_seqlens)
     check_slot_values("state_indices", state_indices, state.shape[0])
     slots, uses = state_indices[state_indices != 0].unique(return_counts=True)
     if (uses > 1).any():
@@ -108,8 +108,8 @@ def check_chunk_kda_state_values(
 
 
 chunk_kda_op = define_op(
-    "chunk_kda(Tensor q, Tensor k, Tensor v, Tensor G, Tensor beta, float scale, "
-    "Tensor? initial_state, bool output_final_state, Tensor? cu_seqlens, Tensor? chunks) "
+    "chunk_kda(Tensor q, Tensor k, Tensor v, Tensor g_cumsum, Tensor beta, float scale, "
+    "Tensor? initial_state, bool output_final_state, Tensor? cu_seqlens, Tensor? chunk_indices) "
     "-> (Tensor, Tensor)",
     reference=chunk_kda_reference,
     fake=chunk_kda_fake,
@@ -119,9 +119,9 @@ chunk_kda_op = define_op(
 )
 
 chunk_kda_state_op = define_op(
-    "chunk_kda.state(Tensor q, Tensor k, Tensor v, Tensor G, Tensor beta, float scale, "
+    "chunk_kda.state(Tensor q, Tensor k, Tensor v, Tensor g_cumsum, Tensor beta, float scale, "
     "Tensor(a!) state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
-    "Tensor? chunks) -> Tensor",
+    "Tensor? chunk_indices) -> Tensor",
     reference=chunk_kda_state_reference,
     fake=chunk_kda_state_fake,
     cuda="kda_ops.delta_rule.chunk_kda.kernel:launch_chunk_kda_state",
@@ -135,14 +135,14 @@ def chunk_kda(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    G: Tensor,
+    g_cumsum: Tensor,
     beta: Tensor,
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    chunks: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
     state: Tensor | None = None,
     state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
@@ -168,7 +168,7 @@ def chunk_kda(
             below 65504, as normalised ones are.
         k: `[B, T, H, K]`, dtype of q. `|k| <= 1` and `beta <= 2` keep the recurrence stable.
         v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
-        G: `[B, T, HV, K]` in **log2**, the cumulative gate as `gate_cumsum` returns it: it restarts
+        g_cumsum: `[B, T, HV, K]` in **log2**, the cumulative gate as `gate_cumsum` returns it: it restarts
             every 64 tokens and at every sequence start. Finite; on a GPU infinite sums give NaN.
             fp32 (fp64 with fp64 q).
         beta: `[B, T, HV]` after its sigmoid, any floating dtype.
@@ -177,7 +177,7 @@ def chunk_kda(
         output_final_state: Whether to return the states after the last token.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
             it every batch row is a sequence, `N = B`.
-        chunks: The batch's chunk table, `kda_ops.varlen.chunk_table(cu_seqlens, T)`; made here if
+        chunk_indices: The batch's chunk table, `kda_ops.varlen.prepare_chunk_indices(cu_seqlens, T)`; made here if
             None.
         state: `[slots, HV, V, K]`, bf16 or fp32, any strides (padded pages): paged states, read and
             **written in place**, instead of `initial_state`.
@@ -198,10 +198,10 @@ def chunk_kda(
         RuntimeError: `state` is given and an input requires grad.
     """
     check_attention_inputs(q, k, v, beta)
-    check_shape("G", G, (*v.shape[:3], q.shape[3]))
-    check_dtype("G", G, (accumulation_dtype(q),))
-    check_device(q=q, k=k, v=v, G=G, beta=beta)
-    check_varlen("q", q, cu_seqlens, chunks, CHUNK)
+    check_shape("g_cumsum", g_cumsum, (*v.shape[:3], q.shape[3]))
+    check_dtype("g_cumsum", g_cumsum, (accumulation_dtype(q),))
+    check_device(q=q, k=k, v=v, g_cumsum=g_cumsum, beta=beta)
+    check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)
     check_chunk_states(
         q,
         v,
@@ -215,14 +215,33 @@ def chunk_kda(
     if scale is None:
         scale = q.shape[3] ** -0.5
     check_number("scale", scale)
-    if cu_seqlens is not None and chunks is None:
-        chunks = chunk_table(cu_seqlens, q.shape[1])
+    if cu_seqlens is not None and chunk_indices is None:
+        chunk_indices = prepare_chunk_indices(cu_seqlens, q.shape[1])
     if state is None:
         o, final = chunk_kda_op(
-            q, k, v, G, beta, scale, initial_state, output_final_state, cu_seqlens, chunks
+            q,
+            k,
+            v,
+            g_cumsum,
+            beta,
+            scale,
+            initial_state,
+            output_final_state,
+            cu_seqlens,
+            chunk_indices,
         )
         return o, final if output_final_state else None
     o = chunk_kda_state_op(
-        q, k, v, G, beta, scale, state, state_indices, has_initial_state, cu_seqlens, chunks
+        q,
+        k,
+        v,
+        g_cumsum,
+        beta,
+        scale,
+        state,
+        state_indices,
+        has_initial_state,
+        cu_seqlens,
+        chunk_indices,
     )
     return o, None

@@ -11,30 +11,32 @@ def chunk_kda_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    G: Tensor,
+    g_cumsum: Tensor,
     beta: Tensor,
     scale: float,
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return chunked_kda(q, k, v, G, beta, scale, initial_state, output_final_state, cu_seqlens)
+    return chunked_kda(
+        q, k, v, g_cumsum, beta, scale, initial_state, output_final_state, cu_seqlens
+    )
 
 
 def chunk_kda_state_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    G: Tensor,
+    g_cumsum: Tensor,
     beta: Tensor,
     scale: float,
     state: Tensor,
     state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     return chunked_kda_state(
-        q, k, v, G, beta, scale, state, state_indices, has_initial_state, cu_seqlens
+        q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens
     )

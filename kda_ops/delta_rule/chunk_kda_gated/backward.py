@@ -39,7 +39,7 @@ def launch_chunk_kda_gated_backward(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
     output_gradients: Sequence[Tensor | None],
     needs_gradient: Sequence[bool],
 ) -> list[Tensor]:
@@ -58,7 +58,7 @@ def launch_chunk_kda_gated_backward(
         scale,
         initial_state,
         cu_seqlens,
-        chunks,
+        chunk_indices,
         raw=True,
     )
     do, dfinal = output_gradients
@@ -69,7 +69,7 @@ def launch_chunk_kda_gated_backward(
         found = launch_gradient(inputs, do, dfinal, frozenset(needed))
     else:
         sizes = gate_sizes(q, v, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps, cu_seqlens)
-        batch = Batch.of(q, cu_seqlens, chunks)
+        batch = Batch.of(q, cu_seqlens, chunk_indices)
         used = launch_inputs(dense_rows(q, k, x, beta), A_log, dt_bias, batch, sizes)
         found = launch_general_gradient(inputs, used, do, dfinal, frozenset(needed))
     return [found[name] for name in needed]

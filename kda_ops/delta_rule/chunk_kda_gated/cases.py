@@ -54,15 +54,17 @@ def chunk_kda_gated_inputs(
         scale: As in `chunk_kda_gated`.
         cu_seqlens: Offsets of the sequences.
         index_dtype: Of `cu_seqlens`.
-        packed: Whether q, k, v and x are slices of one projection.
+        packed: Whether q, k, v and raw_gate are slices of one projection.
     """
     HV = HV or H
     q, k = (torch.randn(B, T, H, K, device=device) for _ in range(2))
     q, k = (size * y if norm else F.normalize(y, dim=-1) for y in (q, k))
     v = torch.randn(B, T, HV, V, device=device)
-    x = torch.randn(B, T, HV, K, device=device) * (4.0 if gate in ("harsh", "bounded") else 1.0)
-    beta = torch.randn(B, T, HV, device=device)
-    parts = [y.flatten(2) for y in (q, k, v, x, beta)]
+    raw_gate = torch.randn(B, T, HV, K, device=device) * (
+        4.0 if gate in ("harsh", "bounded") else 1.0
+    )
+    raw_beta = torch.randn(B, T, HV, device=device)
+    parts = [y.flatten(2) for y in (q, k, v, raw_gate, raw_beta)]
     rows = torch.cat(parts, dim=-1)
     if cu_seqlens is not None:
         rows[:, cu_seqlens[-1] :] = torch.nan
@@ -76,8 +78,8 @@ def chunk_kda_gated_inputs(
         "q": parts[0].unflatten(-1, (H, K)),
         "k": parts[1].unflatten(-1, (H, K)),
         "v": parts[2].unflatten(-1, (HV, V)),
-        "x": parts[3].unflatten(-1, (HV, K)),
-        "beta": parts[4],
+        "raw_gate": parts[3].unflatten(-1, (HV, K)),
+        "raw_beta": parts[4],
         "A_log": A_log if rate else None,
         "dt_bias": torch.randn(HV, K, device=device) if dt_bias else None,
         "lower_bound": -5.0 if gate == "bounded" else None,

@@ -42,7 +42,7 @@ def chunk_gated_prepare_kernel(
     u_ptr,
     decay_ptr,
     cu_ptr,
-    chunks_ptr,
+    chunk_indices_ptr,
     T,
     N,
     NC,
@@ -92,7 +92,7 @@ def chunk_gated_prepare_kernel(
     h = p % HV
     p = p // HV
     p, b, first, count, row, inside = slab_rows(
-        p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+        p, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
     if not inside:
         if VARLEN and count == 0:
@@ -167,7 +167,7 @@ def chunk_inputs_kernel(
     G_ptr,
     sigmoid_ptr,
     cu_ptr,
-    chunks_ptr,
+    chunk_indices_ptr,
     T,
     N,
     NC,
@@ -204,7 +204,7 @@ def chunk_inputs_kernel(
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    b, first, count, _ = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
+    b, first, count, _ = chunk_rows(p, chunk_indices_ptr, cu_ptr, T, N, NC, VARLEN)
     if count == 0:
         return
     r = tl.arange(0, 64)
@@ -316,14 +316,14 @@ def _launch(
     indices: Tensor | None,
     has_initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     """Returns the output and writes the final states to `final`; see `launch_scan`."""
     K = q.shape[3]
     HV, V = v.shape[2:]
     q, k, v, x, beta = dense_rows(q, k, v, x, beta)
     A_log, dt_bias = (None if y is None else y.contiguous() for y in (A_log, dt_bias))
-    batch = Batch.of(q, cu_seqlens, chunks)
+    batch = Batch.of(q, cu_seqlens, chunk_indices)
     parts = batch.slabs(q, v)
     workspace = make_workspace(q, v, parts[0])
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -373,7 +373,7 @@ def launch_chunk_kda_gated(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -381,7 +381,7 @@ def launch_chunk_kda_gated(
     dtype = torch.float32 if initial_state is None else initial_state.dtype
     final = torch.empty(shape, dtype=dtype, device=q.device)
     states = (initial_state, final if output_final_state else None, None, None)
-    return _launch(q, k, v, *gate, scale, *states, cu_seqlens, chunks), final
+    return _launch(q, k, v, *gate, scale, *states, cu_seqlens, chunk_indices), final
 
 
 def launch_chunk_kda_gated_state(
@@ -400,8 +400,8 @@ def launch_chunk_kda_gated_state(
     state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
-    pages = (state, state_indices, has_initial_state, cu_seqlens, chunks)
+    pages = (state, state_indices, has_initial_state, cu_seqlens, chunk_indices)
     return _launch(q, k, v, *gate, scale, None, *pages)

@@ -22,15 +22,15 @@ from kda_ops.delta_rule.chunk_kda_gated.reference import (
     chunk_kda_gated_state_reference,
 )
 from kda_ops.native import define_native
-from kda_ops.varlen import check_varlen_values, chunk_table
+from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
 
 def chunk_kda_gated_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    x: Tensor,
-    beta: Tensor,
+    raw_gate: Tensor,
+    raw_beta: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
@@ -40,7 +40,7 @@ def chunk_kda_gated_fake(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -55,8 +55,8 @@ def chunk_kda_gated_state_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    x: Tensor,
-    beta: Tensor,
+    raw_gate: Tensor,
+    raw_beta: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
@@ -67,7 +67,7 @@ def chunk_kda_gated_state_fake(
     state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
@@ -76,8 +76,8 @@ def check_chunk_kda_gated_values(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    x: Tensor,
-    beta: Tensor,
+    raw_gate: Tensor,
+    raw_beta: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
@@ -87,17 +87,17 @@ def check_chunk_kda_gated_values(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> None:
-    check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+    check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
 
 
 def check_chunk_kda_gated_state_values(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    x: Tensor,
-    beta: Tensor,
+    raw_gate: Tensor,
+    raw_beta: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
@@ -108,17 +108,17 @@ def check_chunk_kda_gated_state_values(
     state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> None:
-    check_varlen_values(q, cu_seqlens, chunks, CHUNK)
+    check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
     check_slot_values("state_indices", state_indices, state.shape[0])
     check_distinct_slots("state_indices", state_indices)
 
 
 chunk_kda_gated_op = define_op(
-    "chunk_kda_gated(Tensor q, Tensor k, Tensor v, Tensor x, Tensor beta, Tensor? A_log, "
+    "chunk_kda_gated(Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, Tensor? A_log, "
     "Tensor? dt_bias, float? lower_bound, float beta_scale, float? qk_norm_eps, float scale, "
-    "Tensor? initial_state, bool output_final_state, Tensor? cu_seqlens, Tensor? chunks) "
+    "Tensor? initial_state, bool output_final_state, Tensor? cu_seqlens, Tensor? chunk_indices) "
     "-> (Tensor, Tensor)",
     reference=chunk_kda_gated_reference,
     fake=chunk_kda_gated_fake,
@@ -128,10 +128,10 @@ chunk_kda_gated_op = define_op(
 )
 
 chunk_kda_gated_state_op = define_op(
-    "chunk_kda_gated.state(Tensor q, Tensor k, Tensor v, Tensor x, Tensor beta, Tensor? A_log, "
+    "chunk_kda_gated.state(Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, Tensor? A_log, "
     "Tensor? dt_bias, float? lower_bound, float beta_scale, float? qk_norm_eps, float scale, "
     "Tensor(a!) state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
-    "Tensor? chunks) -> Tensor",
+    "Tensor? chunk_indices) -> Tensor",
     reference=chunk_kda_gated_state_reference,
     fake=chunk_kda_gated_state_fake,
     cuda="kda_ops.delta_rule.chunk_kda_gated.kernel:launch_chunk_kda_gated_state",
@@ -145,8 +145,8 @@ def chunk_kda_gated(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    x: Tensor,
-    beta: Tensor,
+    raw_gate: Tensor,
+    raw_beta: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None = None,
     *,
@@ -157,7 +157,7 @@ def chunk_kda_gated(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    chunks: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
     state: Tensor | None = None,
     state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
@@ -176,8 +176,8 @@ def chunk_kda_gated(
             are copied). As it is to be used, or before its norm with `qk_norm_eps`.
         k: `[B, T, H, K]`, dtype of q; likewise.
         v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
-        x: `[B, T, HV, K]`, any floating dtype, the gate's input (the gate itself is in nats).
-        beta: `[B, T, HV]` before its sigmoid, any floating dtype.
+        raw_gate: `[B, T, HV, K]`, any floating dtype, the gate's input (the gate itself is in nats).
+        raw_beta: `[B, T, HV]` before its sigmoid, any floating dtype.
         A_log: `[HV]`, natural log of the decay rate. None means a rate of 1 and needs
             `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to x.
@@ -190,7 +190,7 @@ def chunk_kda_gated(
         output_final_state: Whether to return the states after the last token.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
             it every batch row is a sequence, `N = B`.
-        chunks: The batch's chunk table, `kda_ops.varlen.chunk_table(cu_seqlens, T)`; made here if
+        chunk_indices: The batch's chunk table, `kda_ops.varlen.prepare_chunk_indices(cu_seqlens, T)`; made here if
             None.
         state: `[slots, HV, V, K]`, bf16 or fp32, any strides (padded pages): paged states, read and
             **written in place**, instead of `initial_state`.
@@ -210,15 +210,15 @@ def chunk_kda_gated(
             also offsets, chunks or slots with wrong values.
         RuntimeError: `state` is given and an input requires grad.
     """
-    check_attention_inputs(q, k, v, beta)
-    check_gate_parameters(x, A_log, dt_bias, lower_bound)
-    check_shape("x", x, (*v.shape[:3], q.shape[3]))
-    check_device(q=q, k=k, v=v, x=x, beta=beta)
+    check_attention_inputs(q, k, v, raw_beta)
+    check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
+    check_shape("raw_gate", raw_gate, (*v.shape[:3], q.shape[3]))
+    check_device(q=q, k=k, v=v, raw_gate=raw_gate, raw_beta=raw_beta)
     if beta_scale not in (1.0, 2.0):
         raise ValueError(f"beta_scale must be 1 or 2, got {beta_scale}")
     if qk_norm_eps is not None:
         check_not_negative("qk_norm_eps", qk_norm_eps)
-    check_varlen("q", q, cu_seqlens, chunks, CHUNK)
+    check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)
     check_chunk_states(
         q,
         v,
@@ -232,16 +232,26 @@ def chunk_kda_gated(
     if scale is None:
         scale = q.shape[3] ** -0.5
     check_number("scale", scale)
-    if cu_seqlens is not None and chunks is None:
-        chunks = chunk_table(cu_seqlens, q.shape[1])
+    if cu_seqlens is not None and chunk_indices is None:
+        chunk_indices = prepare_chunk_indices(cu_seqlens, q.shape[1])
     gate = (A_log, dt_bias, lower_bound)
     factors = (beta_scale, qk_norm_eps, scale)
     if state is None:
         o, final = chunk_kda_gated_op(
-            q, k, v, x, beta, *gate, *factors, initial_state, output_final_state, cu_seqlens, chunks
+            q,
+            k,
+            v,
+            raw_gate,
+            raw_beta,
+            *gate,
+            *factors,
+            initial_state,
+            output_final_state,
+            cu_seqlens,
+            chunk_indices,
         )
         return o, final if output_final_state else None
     pages = (state, state_indices, has_initial_state)
     return chunk_kda_gated_state_op(
-        q, k, v, x, beta, *gate, *factors, *pages, cu_seqlens, chunks
+        q, k, v, raw_gate, raw_beta, *gate, *factors, *pages, cu_seqlens, chunk_indices
     ), None

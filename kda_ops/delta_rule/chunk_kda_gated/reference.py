@@ -14,7 +14,7 @@ def chunk_kda_gated_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    x: Tensor,
+    raw_gate: Tensor,
     beta: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
@@ -25,20 +25,22 @@ def chunk_kda_gated_reference(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q, k = _keys(q, k, qk_norm_eps, cu_seqlens)
-    gate = (x, A_log, dt_bias, lower_bound, CHUNK, cu_seqlens, chunks)
-    G = cumulative_gate(*gate, to_be_seen=False)
+    gate = (raw_gate, A_log, dt_bias, lower_bound, CHUNK, cu_seqlens, chunk_indices)
+    g_cumsum = cumulative_gate(*gate, to_be_seen=False)
     beta = _beta(beta, beta_scale, cu_seqlens)
-    return chunked_kda(q, k, v, G, beta, scale, initial_state, output_final_state, cu_seqlens)
+    return chunked_kda(
+        q, k, v, g_cumsum, beta, scale, initial_state, output_final_state, cu_seqlens
+    )
 
 
 def chunk_kda_gated_state_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    x: Tensor,
+    raw_gate: Tensor,
     beta: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
@@ -50,14 +52,14 @@ def chunk_kda_gated_state_reference(
     state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     q, k = _keys(q, k, qk_norm_eps, cu_seqlens)
-    gate = (x, A_log, dt_bias, lower_bound, CHUNK, cu_seqlens, chunks)
-    G = cumulative_gate(*gate, to_be_seen=False)
+    gate = (raw_gate, A_log, dt_bias, lower_bound, CHUNK, cu_seqlens, chunk_indices)
+    g_cumsum = cumulative_gate(*gate, to_be_seen=False)
     beta = _beta(beta, beta_scale, cu_seqlens)
     return chunked_kda_state(
-        q, k, v, G, beta, scale, state, state_indices, has_initial_state, cu_seqlens
+        q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._numerics import CHUNK, accumulation_dtype
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 
 
 def chunked_kda(
@@ -90,7 +90,7 @@ def _forward(
     acc = accumulation_dtype(q)
     B, T, H, _ = q.shape
     HV, dtype = v.shape[2], v.dtype
-    table = chunk_table(offsets, B * T).long()
+    table = prepare_chunk_indices(offsets, B * T).long()
     sequence, chunk = table[table[:, 0] >= 0].unbind(1)
     lengths = offsets[1:] - offsets[:-1]
     counts = (lengths + (CHUNK - 1)) // CHUNK

@@ -42,7 +42,7 @@ def launch_general_gradient(
     q, k, G, beta, v, do = dense_rows(*used, x.v, do)
     raw_q, raw_k, gate = dense_rows(x.q, x.k, x.gate)
     A_log, dt_bias = (None if y is None else y.contiguous() for y in (x.A_log, x.dt_bias))
-    batch = Batch.of(q, x.cu_seqlens, x.chunks)
+    batch = Batch.of(q, x.cu_seqlens, x.chunk_indices)
     KP, VP = padded(K), padded(V)
     fp32 = torch.float32
     row: dict[str, Any] = {

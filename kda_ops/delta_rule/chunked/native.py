@@ -24,7 +24,7 @@ def chunk_kda(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     inputs = (q, k, v, G, beta)
     return _whole(inputs, None, scale, initial_state, output_final_state, cu_seqlens)
@@ -41,7 +41,7 @@ def chunk_kda_state(
     state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     inputs = (q, k, v, G, beta)
     return _paged(inputs, None, scale, state, state_indices, has_initial_state, cu_seqlens)
@@ -62,7 +62,7 @@ def chunk_kda_gated(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
     inputs = (q, k, v, x, beta)
@@ -85,7 +85,7 @@ def chunk_kda_gated_state(
     state_indices: Tensor,
     has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
     inputs = (q, k, v, x, beta)

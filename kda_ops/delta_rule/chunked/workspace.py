@@ -33,7 +33,7 @@ class Batch(NamedTuple):
         NC: Rows of the chunk table, or programs per batch row.
         programs: Of `prepare`.
         cu_seqlens: As given.
-        chunks: As given.
+        chunk_indices: As given.
         slab: First row and number of rows of the workspace's slab; None if it holds all.
     """
 
@@ -42,21 +42,26 @@ class Batch(NamedTuple):
     NC: int
     programs: int
     cu_seqlens: Tensor | None
-    chunks: Tensor | None
+    chunk_indices: Tensor | None
     slab: tuple[int, int] | None = None
 
     @staticmethod
-    def of(q: Tensor, cu_seqlens: Tensor | None, chunks: Tensor | None) -> "Batch":
+    def of(q: Tensor, cu_seqlens: Tensor | None, chunk_indices: Tensor | None) -> "Batch":
         B, T = q.shape[:2]
         if cu_seqlens is None:
             NC = T // CHUNK + 1
             return Batch(T, B, NC, B * NC, None, None)
-        if chunks is None:
-            raise ValueError("chunks must be given with cu_seqlens, got None")
-        NC = chunks.shape[0]
+        if chunk_indices is None:
+            raise ValueError("chunk_indices must be given with cu_seqlens, got None")
+        NC = chunk_indices.shape[0]
         # T // 64 + N + 1 blocks of 64 rows cover the padding too
         return Batch(
-            T, cu_seqlens.shape[0] - 1, NC, NC + 1, cu_seqlens.contiguous(), chunks.contiguous()
+            T,
+            cu_seqlens.shape[0] - 1,
+            NC,
+            NC + 1,
+            cu_seqlens.contiguous(),
+            chunk_indices.contiguous(),
         )
 
     def slabs(self, q: Tensor, v: Tensor) -> list["Batch"]:
@@ -84,7 +89,7 @@ class Batch(NamedTuple):
     @property
     def tables(self) -> tuple[Any, ...]:
         """What every `prepare` takes of it, in order."""
-        return self.cu_seqlens, self.chunks, self.T, self.N, self.NC, *(self.slab or (0, 0))
+        return self.cu_seqlens, self.chunk_indices, self.T, self.N, self.NC, *(self.slab or (0, 0))
 
 
 class Workspace(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kda_ops._cases import Case, paged_conv_state, taken_apart
+from kda_ops._cases import Case, paged_conv_state, unpacked
 
 
 def paged_states(
@@ -90,8 +90,8 @@ def kda_decode_inputs(
     parts = [torch.randn(rows, width, device=device) for width in widths]
     if strided:
         parts = list(torch.cat(parts, dim=1).to(dtype).split(widths, dim=1))
-    x, f, z, beta = (part.to(dtype) for part in parts)
-    for part in (x, f, z, beta):
+    x, raw_gate, output_gate, raw_beta = (part.to(dtype) for part in parts)
+    for part in (x, raw_gate, output_gate, raw_beta):
         part[tokens:] = float("nan")
     columns = 1 if num_spec is None else 1 + num_spec
     slots = N * columns + 3
@@ -107,9 +107,9 @@ def kda_decode_inputs(
         ),
         "weight": (torch.randn(D, W, device=device) * W**-0.5).to(dtype),
         "activation": activation,
-        "f": (f * 4 if harsh else f).unflatten(1, (HV, K))[None],
-        "beta": beta[None],
-        "z": z.unflatten(1, (HV, V))[None],
+        "raw_gate": (raw_gate * 4 if harsh else raw_gate).unflatten(1, (HV, K))[None],
+        "raw_beta": raw_beta[None],
+        "output_gate": output_gate.unflatten(1, (HV, V))[None],
         "A_log": torch.empty(HV, device=device).uniform_(1, 16).log() if rate else None,
         "beta_scale": beta_scale,
         "norm_weight": torch.randn(V, device=device).to(dtype),
@@ -130,7 +130,7 @@ def kda_decode_inputs(
     if lengths is not None:
         offsets = F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0))
         inputs["cu_seqlens"] = offsets.to(device=device, dtype=index_dtype)
-    return taken_apart(inputs, (H * K, H * K, HV * V)) if apart else inputs
+    return unpacked(inputs, (H * K, H * K, HV * V)) if apart else inputs
 
 
 def _case(name: str, *sizes: int, perf: bool = False, **options: Any) -> Case:

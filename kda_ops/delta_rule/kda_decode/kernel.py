@@ -142,7 +142,7 @@ def kda_decode_kernel(
     BLOCK_W: tl.constexpr,
     INNER_K: tl.constexpr,
     V_FIRST: tl.constexpr,
-    APART: tl.constexpr,
+    UNPACKED: tl.constexpr,
     SILU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_A: tl.constexpr,
@@ -164,11 +164,11 @@ def kda_decode_kernel(
     sum over K stays within a thread. Without V_FIRST it is [OUTER_K, BLOCK_V, INNER_K], see
     `tile_of`. Tiles of BLOCK_V rows follow one another.
 
-    With APART each of q, k and v has an input, weight, bias and convolution state of its own;
+    With UNPACKED each of q, k and v has an input, weight, bias and convolution state of its own;
     without, the first pointers lead to tensors of all channels, q | k | v, and those of k and v are
     None.
     """
-    if not APART:
+    if not UNPACKED:
         x_k_ptr = x_ptr + H * K
         x_v_ptr = x_k_ptr + H * K
         weight_k_ptr = weight_ptr + H * K * W
@@ -374,7 +374,7 @@ def launch_kda_decode(
     return _launch((x,), (conv_state,), (weight,), (bias,), *step)
 
 
-def launch_kda_decode_apart(*args: Any) -> Tensor:
+def launch_kda_decode_unpacked(*args: Any) -> Tensor:
     """Inputs, convolution states, weights and biases, each of q, k and v, then the step."""
     return _launch(args[0:3], args[3:6], args[6:9], args[9:12], *args[12:])
 
@@ -450,7 +450,7 @@ def _launch(
         TOKENS=tokens,
         BLOCK_K=triton.next_power_of_2(K),
         BLOCK_W=triton.next_power_of_2(W),
-        APART=len(xs) == 3,
+        UNPACKED=len(xs) == 3,
         SILU=activation == "silu",
         HAS_BIAS=biases[0] is not None,
         HAS_A=A_log is not None,

@@ -29,7 +29,10 @@ from kda_ops.conv.checks import (
     resolve_activation,
     state_channels,
 )
-from kda_ops.delta_rule.kda_decode.reference import kda_decode_apart_reference, kda_decode_reference
+from kda_ops.delta_rule.kda_decode.reference import (
+    kda_decode_reference,
+    kda_decode_unpacked_reference,
+)
 from kda_ops.native import define_native
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -43,9 +46,9 @@ def kda_decode_fake(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    f: Tensor,
-    beta: Tensor,
-    z: Tensor,
+    raw_gate: Tensor,
+    raw_beta: Tensor,
+    output_gate: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
@@ -60,15 +63,15 @@ def kda_decode_fake(
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> Tensor:
-    return torch.empty((1, x.shape[0], *z.shape[-2:]), dtype=x.dtype, device=x.device)
+    return torch.empty((1, x.shape[0], *output_gate.shape[-2:]), dtype=x.dtype, device=x.device)
 
 
 def _of_q(*args: Any) -> tuple[Any, ...]:
-    """The arguments of `kda_decode.apart` with those of q alone, as `kda_decode` takes them."""
+    """The arguments of `kda_decode.unpacked` with those of q alone, as `kda_decode` takes them."""
     return (*args[0:12:3], *args[12:])
 
 
-def kda_decode_apart_fake(*args: Any) -> Tensor:
+def kda_decode_unpacked_fake(*args: Any) -> Tensor:
     return kda_decode_fake(*_of_q(*args))
 
 
@@ -78,9 +81,9 @@ def check_kda_decode_values(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    f: Tensor,
-    beta: Tensor,
-    z: Tensor,
+    raw_gate: Tensor,
+    raw_beta: Tensor,
+    output_gate: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
@@ -115,7 +118,7 @@ def check_kda_decode_values(
             )
 
 
-def check_kda_decode_apart_values(*args: Any) -> None:
+def check_kda_decode_unpacked_values(*args: Any) -> None:
     check_kda_decode_values(*_of_q(*args))
 
 
@@ -125,7 +128,7 @@ def conv_tokens(conv_state: Tensor, weight: Tensor, layout: str) -> int:
 
 
 _STEP = (
-    "str? activation, Tensor f, Tensor beta, Tensor z, Tensor? A_log, Tensor? dt_bias, "
+    "str? activation, Tensor raw_gate, Tensor raw_beta, Tensor output_gate, Tensor? A_log, Tensor? dt_bias, "
     "float? lower_bound, float beta_scale, Tensor norm_weight, float norm_eps, float qk_norm_eps, "
     "float scale, Tensor(d!) state, Tensor state_indices, Tensor? num_accepted, "
     "Tensor? cu_seqlens, str layout"
@@ -139,18 +142,20 @@ kda_decode_op = define_op(
     check_values=check_kda_decode_values,
 )
 
-kda_decode_apart_op = define_op(
-    "kda_decode.apart(Tensor q, Tensor k, Tensor v, Tensor(a!) q_state, Tensor(b!) k_state, "
+kda_decode_unpacked_op = define_op(
+    "kda_decode.unpacked(Tensor q, Tensor k, Tensor v, Tensor(a!) q_state, Tensor(b!) k_state, "
     "Tensor(c!) v_state, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor? q_bias, "
     f"Tensor? k_bias, Tensor? v_bias, {_STEP}) -> Tensor",
-    reference=kda_decode_apart_reference,
-    fake=kda_decode_apart_fake,
-    cuda="kda_ops.delta_rule.kda_decode.kernel:launch_kda_decode_apart",
-    check_values=check_kda_decode_apart_values,
+    reference=kda_decode_unpacked_reference,
+    fake=kda_decode_unpacked_fake,
+    cuda="kda_ops.delta_rule.kda_decode.kernel:launch_kda_decode_unpacked",
+    check_values=check_kda_decode_unpacked_values,
 )
 define_native(kda_decode_op, "kda_ops.delta_rule.native_decode:kda_decode", looks_itself=True)
 define_native(
-    kda_decode_apart_op, "kda_ops.delta_rule.native_decode:kda_decode_apart", looks_itself=True
+    kda_decode_unpacked_op,
+    "kda_ops.delta_rule.native_decode:kda_decode_unpacked",
+    looks_itself=True,
 )
 
 
@@ -161,9 +166,9 @@ def kda_decode(
     bias: Tensor | Parts | None = None,
     *,
     activation: str | None = "silu",
-    f: Tensor,
-    beta: Tensor,
-    z: Tensor,
+    raw_gate: Tensor,
+    raw_beta: Tensor,
+    output_gate: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None = None,
     lower_bound: float | None = None,
@@ -201,9 +206,9 @@ def kda_decode(
         weight: `[D, W]`, W at least 2; the last tap meets the token itself.
         bias: `[D]` or None.
         activation: `"silu"` (also called `"swish"`) or None.
-        f: `[..., HV, K]` with T leading elements, the gate's input.
-        beta: `[..., HV]`, before its sigmoid.
-        z: `[..., HV, V]`, the output gate before its sigmoid.
+        raw_gate: `[..., HV, K]` with T leading elements, the gate's input.
+        raw_beta: `[..., HV]`, before its sigmoid.
+        output_gate: `[..., HV, V]`, the output gate before its sigmoid.
         A_log: `[HV]`, natural log of the decay rate; None means a rate of 1 and needs
             `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to f.
@@ -241,17 +246,19 @@ def kda_decode(
         check_conv(x_part, weight_part, bias_part)
         check_conv_state(conv_part, layout, x_part.shape[1], weight_part.shape[1])
     T, D = xs[0].shape[0], sum(x_part.shape[1] for x_part in xs)
-    check_gate_parameters(f, A_log, dt_bias, lower_bound, name="f")
-    HV, K = f.shape[-2:]
-    check_tensor("z", z)
-    if z.dim() < 2 or z.shape[-2] != HV:
-        raise ValueError(f"z must have shape [..., {HV}, V], got {tuple(z.shape)}")
-    V = z.shape[-1]
-    check_tokens("f", f, T, 2)
-    check_tokens("z", z, T, 2)
-    check_tokens("beta", beta, T, 1)
-    check_shape("beta", beta, (*beta.shape[:-1], HV))
-    for name, dim in (("f", K), ("z", V)):
+    check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound, name="raw_gate")
+    HV, K = raw_gate.shape[-2:]
+    check_tensor("output_gate", output_gate)
+    if output_gate.dim() < 2 or output_gate.shape[-2] != HV:
+        raise ValueError(
+            f"output_gate must have shape [..., {HV}, V], got {tuple(output_gate.shape)}"
+        )
+    V = output_gate.shape[-1]
+    check_tokens("raw_gate", raw_gate, T, 2)
+    check_tokens("output_gate", output_gate, T, 2)
+    check_tokens("raw_beta", raw_beta, T, 1)
+    check_shape("raw_beta", raw_beta, (*raw_beta.shape[:-1], HV))
+    for name, dim in (("raw_gate", K), ("output_gate", V)):
         if not 1 <= dim <= 256:
             raise ValueError(f"{name} must have a head dimension in [1, 256], got {dim}")
     H = (D - HV * V) // (2 * K)
@@ -264,7 +271,11 @@ def kda_decode(
         for x_part, width in zip(xs, (H * K, H * K, HV * V), strict=True):
             check_shape("x", x_part, (T, width))
     check_shape("norm_weight", norm_weight, (V,))
-    for name, tensor in (("beta", beta), ("z", z), ("norm_weight", norm_weight)):
+    for name, tensor in (
+        ("raw_beta", raw_beta),
+        ("output_gate", output_gate),
+        ("norm_weight", norm_weight),
+    ):
         check_dtype(name, tensor)
     for name, eps in (("norm_eps", norm_eps), ("qk_norm_eps", qk_norm_eps)):
         check_not_negative(name, eps)
@@ -301,9 +312,9 @@ def kda_decode(
     check_device(
         x=xs[0],
         x_v=xs[-1],
-        f=f,
-        beta=beta,
-        z=z,
+        raw_gate=raw_gate,
+        raw_beta=raw_beta,
+        output_gate=output_gate,
         norm_weight=norm_weight,
         state=state,
         state_indices=state_indices,
@@ -315,10 +326,10 @@ def kda_decode(
     if beta_scale not in (1.0, 2.0):
         raise ValueError(f"beta_scale must be 1 or 2, got {beta_scale}")
     step = (
-        activation, f, beta, z, A_log, dt_bias, lower_bound, beta_scale, norm_weight, norm_eps,
+        activation, raw_gate, raw_beta, output_gate, A_log, dt_bias, lower_bound, beta_scale, norm_weight, norm_eps,
         qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens, layout,
     )  # fmt: skip
-    op = kda_decode_op if len(parts) == 1 else kda_decode_apart_op
+    op = kda_decode_op if len(parts) == 1 else kda_decode_unpacked_op
     return op(*xs, *conv_states, *weights, *biases, *step)
 
 

@@ -19,9 +19,9 @@ def kda_decode_reference(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    f: Tensor,
-    beta: Tensor,
-    z: Tensor,
+    raw_gate: Tensor,
+    raw_beta: Tensor,
+    output_gate: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
@@ -37,7 +37,7 @@ def kda_decode_reference(
     layout: str,
 ) -> Tensor:
     """Nothing is rounded between the parts."""
-    T, (HV, K), V = x.shape[0], f.shape[-2:], z.shape[-1]
+    T, (HV, K), V = x.shape[0], raw_gate.shape[-2:], output_gate.shape[-1]
     acc = accumulation_dtype(x)
     offsets = torch.arange(T + 1, device=x.device) if cu_seqlens is None else cu_seqlens.long()
     key_dim = (x.shape[1] - HV * V) // 2
@@ -58,22 +58,22 @@ def kda_decode_reference(
         q,
         k,
         v.unflatten(-1, (HV, V)),
-        gate_nats(f.reshape(1, T, HV, K), A_log, dt_bias, lower_bound),
-        beta_scale * torch.sigmoid(beta.reshape(1, T, HV).to(acc)),
+        gate_nats(raw_gate.reshape(1, T, HV, K), A_log, dt_bias, lower_bound),
+        beta_scale * torch.sigmoid(raw_beta.reshape(1, T, HV).to(acc)),
         state,
         state_indices,
         num_accepted,
         scale,
         offsets,
     )
-    normed = gated_rms_norm(o, z.reshape(1, T, HV, V), norm_weight, norm_eps)
+    normed = gated_rms_norm(o, output_gate.reshape(1, T, HV, V), norm_weight, norm_eps)
     source = source_slots(state_indices, num_accepted)
     sequence = torch.searchsorted(offsets, torch.arange(T, device=x.device), right=True) - 1
     live = F.pad((source > 0) & (source < len(state)), (0, 1))[sequence]
     return torch.where(live[:, None, None], normed, 0.0).to(x.dtype)
 
 
-def kda_decode_apart_reference(*args: Any) -> Tensor:
+def kda_decode_unpacked_reference(*args: Any) -> Tensor:
     """Inputs, convolution states, weights and biases, each of q, k and v, then the step, which ends
     with the layout.
     """

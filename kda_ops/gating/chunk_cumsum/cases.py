@@ -8,7 +8,7 @@ import torch
 
 from kda_ops._cases import Case
 from kda_ops._numerics import RCP_LN2
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 
 
 def chunk_cumsum_inputs(
@@ -36,7 +36,7 @@ def chunk_cumsum_inputs(
         g[:, sum(lengths) :] = torch.nan
         inputs["cu_seqlens"] = offsets
         if table:
-            inputs["chunks"] = chunk_table(offsets, shape[1], chunk_size)
+            inputs["chunk_indices"] = prepare_chunk_indices(offsets, shape[1], chunk_size)
     return inputs
 
 

@@ -14,7 +14,7 @@ from kda_ops.tuning import choose
 def chunk_cumsum_kernel(
     g_ptr,
     cu_seqlens_ptr,
-    chunks_ptr,
+    chunk_indices_ptr,
     out_ptr,
     T,
     D,
@@ -45,7 +45,7 @@ def chunk_cumsum_kernel(
     batch = (row // rows).to(tl.int64)
     row = (row % rows).to(tl.int64)
     if VARLEN:
-        start, end = chunk_span(cu_seqlens_ptr, chunks_ptr, row, sequences, T, C)
+        start, end = chunk_span(cu_seqlens_ptr, chunk_indices_ptr, row, sequences, T, C)
     else:
         start = row * C
         end = tl.minimum(start + C, T)
@@ -71,7 +71,11 @@ def chunk_cumsum_kernel(
 
 
 def launch_chunk_cumsum(
-    g: Tensor, chunk_size: int, scale: float, cu_seqlens: Tensor | None, chunks: Tensor | None
+    g: Tensor,
+    chunk_size: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     B, T = g.shape[:2]
     out = torch.empty(g.shape, dtype=torch.float32, device=g.device)
@@ -83,13 +87,13 @@ def launch_chunk_cumsum(
     flat = g.reshape(B, T, D)
     if flat.stride(2) != 1:
         flat = flat.contiguous()
-    rows = triton.cdiv(T, chunk_size) if chunks is None else chunks.shape[0]
+    rows = triton.cdiv(T, chunk_size) if chunk_indices is None else chunk_indices.shape[0]
     chosen = choose("chunk_cumsum", g.device, D=D, C=chunk_size, dtype=g.dtype)
     block = min(chosen["BLOCK"], triton.next_power_of_2(D))
     traceable(chunk_cumsum_kernel)[(B * rows * triton.cdiv(D, block),)](
         flat,
         None if cu_seqlens is None else cu_seqlens.contiguous(),
-        None if chunks is None else chunks.contiguous(),
+        None if chunk_indices is None else chunk_indices.contiguous(),
         out,
         T,
         D,

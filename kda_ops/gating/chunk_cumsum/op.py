@@ -7,23 +7,31 @@ from kda_ops._checks import check_chunk_size, check_dtype, check_number, check_v
 from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops._registry import define_op
 from kda_ops.gating.chunk_cumsum.reference import chunk_cumsum_reference
-from kda_ops.varlen import check_varlen_values, chunk_table
+from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
 
 def chunk_cumsum_fake(
-    g: Tensor, chunk_size: int, scale: float, cu_seqlens: Tensor | None, chunks: Tensor | None
+    g: Tensor,
+    chunk_size: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     return torch.empty(g.shape, dtype=accumulation_dtype(g), device=g.device)
 
 
 def _check_values(
-    g: Tensor, chunk_size: int, scale: float, cu_seqlens: Tensor | None, chunks: Tensor | None
+    g: Tensor,
+    chunk_size: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> None:
-    check_varlen_values(g, cu_seqlens, chunks, chunk_size)
+    check_varlen_values(g, cu_seqlens, chunk_indices, chunk_size)
 
 
 chunk_cumsum_op = define_op(
-    "chunk_cumsum(Tensor g, int chunk_size, float scale, Tensor? cu_seqlens, Tensor? chunks)"
+    "chunk_cumsum(Tensor g, int chunk_size, float scale, Tensor? cu_seqlens, Tensor? chunk_indices)"
     " -> Tensor",
     reference=chunk_cumsum_reference,
     fake=chunk_cumsum_fake,
@@ -38,7 +46,7 @@ def chunk_cumsum(
     chunk_size: int = CHUNK,
     scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
-    chunks: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
 ) -> Tensor:
     """Inclusive prefix sum along T that restarts every `chunk_size` tokens and at every sequence
     start.
@@ -55,7 +63,7 @@ def chunk_cumsum(
         scale: Factor of the result; `RCP_LN2` turns nats into log2.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0, non-decreasing,
             last at most T. Needs `B = 1`. None means that every batch entry is one sequence.
-        chunks: `chunk_table(cu_seqlens, T, chunk_size)`, if the caller has it already.
+        chunk_indices: `prepare_chunk_indices(cu_seqlens, T, chunk_size)`, if the caller has it already.
 
     Returns:
         `[B, T, ...]` in the **unit of g times scale**, fp32 (fp64 for fp64 inputs), contiguous.
@@ -70,7 +78,7 @@ def chunk_cumsum(
         raise ValueError(f"g must have shape [B, T, ...], got {tuple(g.shape)}")
     check_chunk_size(chunk_size)
     check_number("scale", scale)
-    check_varlen("g", g, cu_seqlens, chunks, chunk_size)
-    if cu_seqlens is not None and chunks is None:
-        chunks = chunk_table(cu_seqlens, g.shape[1], chunk_size)
-    return chunk_cumsum_op(g, chunk_size, scale, cu_seqlens, chunks)
+    check_varlen("g", g, cu_seqlens, chunk_indices, chunk_size)
+    if cu_seqlens is not None and chunk_indices is None:
+        chunk_indices = prepare_chunk_indices(cu_seqlens, g.shape[1], chunk_size)
+    return chunk_cumsum_op(g, chunk_size, scale, cu_seqlens, chunk_indices)

@@ -7,6 +7,13 @@ from kda_ops.gating.formulas import chunk_local_cumsum
 
 
 def chunk_cumsum_reference(
-    g: Tensor, chunk_size: int, scale: float, cu_seqlens: Tensor | None, chunks: Tensor | None
+    g: Tensor,
+    chunk_size: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
-    return chunk_local_cumsum(g.to(accumulation_dtype(g)), chunk_size, cu_seqlens, chunks) * scale
+    return (
+        chunk_local_cumsum(g.to(accumulation_dtype(g)), chunk_size, cu_seqlens, chunk_indices)
+        * scale
+    )

@@ -23,7 +23,10 @@ def gate_inputs(
     HV, K = shape[-2:]
     wide = torch.randn(*shape[:-1], 2 * K if strided else K, device=device)
     A_log = torch.empty(HV, device=device).uniform_(1, 16).log()
-    inputs: dict[str, Any] = {"x": (wide * (4 if harsh else 1)).to(dtype)[..., :K], "A_log": A_log}
+    inputs: dict[str, Any] = {
+        "raw_gate": (wide * (4 if harsh else 1)).to(dtype)[..., :K],
+        "A_log": A_log,
+    }
     if harsh:
         inputs["A_log"] = torch.full((HV,), 16.0, device=device).log()
     if bias:

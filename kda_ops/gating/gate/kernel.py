@@ -50,19 +50,19 @@ def gate_kernel(
 
 
 def launch_gate(
-    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
+    raw_gate: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
 ) -> Tensor:
-    HV, K = x.shape[-2:]
-    g = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
+    HV, K = raw_gate.shape[-2:]
+    g = torch.empty(raw_gate.shape, dtype=torch.float32, device=raw_gate.device)
+    if raw_gate.numel() == 0:
         return g
-    rows = x.numel() // (HV * K)
-    flat = x.reshape(rows, HV, K)
+    rows = raw_gate.numel() // (HV * K)
+    flat = raw_gate.reshape(rows, HV, K)
     if flat.stride(2) != 1:
         flat = flat.contiguous()
     bias = None if dt_bias is None else dt_bias.contiguous()
     block_k = triton.next_power_of_2(K)
-    chosen = choose("gate", x.device, K=K, dtype=x.dtype)
+    chosen = choose("gate", raw_gate.device, K=K, dtype=raw_gate.dtype)
     block_rows = max(1, chosen["TILE"] // block_k)
     traceable(gate_kernel)[(triton.cdiv(rows, block_rows) * HV,)](
         flat,

@@ -10,13 +10,13 @@ from kda_ops.gating.gate.reference import gate_reference
 
 
 def gate_fake(
-    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
+    raw_gate: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
 ) -> Tensor:
-    return torch.empty(x.shape, dtype=accumulation_dtype(x), device=x.device)
+    return torch.empty(raw_gate.shape, dtype=accumulation_dtype(raw_gate), device=raw_gate.device)
 
 
 gate_op = define_op(
-    "gate(Tensor x, Tensor? A_log, Tensor? dt_bias, float? lower_bound) -> Tensor",
+    "gate(Tensor raw_gate, Tensor? A_log, Tensor? dt_bias, float? lower_bound) -> Tensor",
     reference=gate_reference,
     fake=gate_fake,
     cuda="kda_ops.gating.gate.kernel:launch_gate",
@@ -24,7 +24,7 @@ gate_op = define_op(
 
 
 def gate(
-    x: Tensor,
+    raw_gate: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None = None,
     *,
@@ -45,7 +45,7 @@ def gate(
     GLM-5-Next.
 
     Args:
-        x: `[..., HV, K]`, fp16, bf16, fp32, on a CPU fp64, any strides.
+        raw_gate: `[..., HV, K]`, fp16, bf16, fp32, on a CPU fp64, any strides.
         A_log: `[HV]`, natural log of the decay rate. None means `a = 1` and needs `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to x.
         lower_bound: None, or a bound in `[-5, 0)` in nats.
@@ -56,5 +56,5 @@ def gate(
     Raises:
         ValueError: A shape, dtype, device or `lower_bound` that does not fit.
     """
-    check_gate_parameters(x, A_log, dt_bias, lower_bound)
-    return gate_op(x, A_log, dt_bias, lower_bound)
+    check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
+    return gate_op(raw_gate, A_log, dt_bias, lower_bound)

@@ -6,6 +6,6 @@ from kda_ops.gating.formulas import gate_nats
 
 
 def gate_reference(
-    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
+    raw_gate: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
 ) -> Tensor:
-    return gate_nats(x, A_log, dt_bias, lower_bound).contiguous()
+    return gate_nats(raw_gate, A_log, dt_bias, lower_bound).contiguous()

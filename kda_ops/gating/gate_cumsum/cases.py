@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kda_ops._cases import Case
-from kda_ops.varlen import chunk_table
+from kda_ops.varlen import prepare_chunk_indices
 
 
 def gate_cumsum_inputs(
@@ -31,21 +31,25 @@ def gate_cumsum_inputs(
     """
     HV, K = shape[-2:]
     wide = torch.randn(*shape[:-1], K * (2 if strided else 1), device=device)
-    x = (wide * (4 if harsh else 1)).to(dtype)[..., :K]
+    raw_gate = (wide * (4 if harsh else 1)).to(dtype)[..., :K]
     A_log = torch.empty(HV, device=device).uniform_(1, 16).log()
     if harsh:
         A_log = torch.full((HV,), 16.0, device=device).log()
-    inputs: dict[str, Any] = {"x": x, "A_log": A_log if rates else None, "chunk_size": chunk_size}
+    inputs: dict[str, Any] = {
+        "raw_gate": raw_gate,
+        "A_log": A_log if rates else None,
+        "chunk_size": chunk_size,
+    }
     if bias:
         inputs["dt_bias"] = torch.randn(HV * K, device=device)
     if bounded:
         inputs["lower_bound"] = -5.0
     if lengths is not None:
         offsets = torch.tensor([0, *lengths]).cumsum(0).to(device, offsets_dtype)
-        x[:, sum(lengths) :] = torch.nan
+        raw_gate[:, sum(lengths) :] = torch.nan
         inputs["cu_seqlens"] = offsets
         if table:
-            inputs["chunks"] = chunk_table(offsets, shape[1], chunk_size)
+            inputs["chunk_indices"] = prepare_chunk_indices(offsets, shape[1], chunk_size)
     return inputs
 
 

@@ -1,4 +1,4 @@
-"""The cumulative gate as one Triton kernel: x is read once, G is written once."""
+"""The cumulative gate as one Triton kernel: raw_gate is read once, g_cumsum is written once."""
 
 import torch
 import triton
@@ -17,7 +17,7 @@ def gate_cumsum_kernel(
     A_log_ptr,
     dt_bias_ptr,
     cu_seqlens_ptr,
-    chunks_ptr,
+    chunk_indices_ptr,
     G_ptr,
     T,
     rows,
@@ -56,7 +56,7 @@ def gate_cumsum_kernel(
     batch = (row // rows).to(tl.int64)
     row = (row % rows).to(tl.int64)
     if VARLEN:
-        start, end = chunk_span(cu_seqlens_ptr, chunks_ptr, row, sequences, T, C)
+        start, end = chunk_span(cu_seqlens_ptr, chunk_indices_ptr, row, sequences, T, C)
     else:
         start = row * C
         end = tl.minimum(start + C, T)
@@ -85,10 +85,12 @@ def gate_cumsum_kernel(
                 sums += tl.sigmoid(a * z)
             else:
                 sums += softplus(z)
-            G = sums * factor + before
+            g_cumsum = sums * factor + before
             if not BOUNDED:
-                G = tl.maximum(G, -3.4028234663852886e38, propagate_nan=tl.PropagateNan.ALL)
-            tl.store(G_ptr + t * D, G, mask=(d < D) & (t < end))
+                g_cumsum = tl.maximum(
+                    g_cumsum, -3.4028234663852886e38, propagate_nan=tl.PropagateNan.ALL
+                )
+            tl.store(G_ptr + t * D, g_cumsum, mask=(d < D) & (t < end))
         before += sums * factor
     if VARLEN:
         padding = padding_start(cu_seqlens_ptr, sequences, T) + row * C
@@ -97,39 +99,39 @@ def gate_cumsum_kernel(
 
 
 def launch_gate_cumsum(
-    x: Tensor,
+    raw_gate: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
     chunk_size: int,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
-    B, T, HV, K = x.shape
-    G = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
-        return G
+    B, T, HV, K = raw_gate.shape
+    g_cumsum = torch.empty(raw_gate.shape, dtype=torch.float32, device=raw_gate.device)
+    if raw_gate.numel() == 0:
+        return g_cumsum
     if cu_seqlens is not None and cu_seqlens.shape[0] == 1:
-        return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    if x.stride(3) != 1:
-        x = x.contiguous()
+        return torch.zeros(raw_gate.shape, dtype=torch.float32, device=raw_gate.device)
+    if raw_gate.stride(3) != 1:
+        raw_gate = raw_gate.contiguous()
     bias = None if dt_bias is None else dt_bias.contiguous()
-    rows = triton.cdiv(T, chunk_size) if chunks is None else chunks.shape[0]
-    chosen = choose("gate_cumsum", x.device, D=HV * K, C=chunk_size, dtype=x.dtype)
+    rows = triton.cdiv(T, chunk_size) if chunk_indices is None else chunk_indices.shape[0]
+    chosen = choose("gate_cumsum", raw_gate.device, D=HV * K, C=chunk_size, dtype=raw_gate.dtype)
     block = min(chosen["BLOCK"], triton.next_power_of_2(HV * K))
     traceable(gate_cumsum_kernel)[(B * rows * triton.cdiv(HV * K, block),)](
-        x,
+        raw_gate,
         None if A_log is None else A_log.contiguous(),
         bias,
         None if cu_seqlens is None else cu_seqlens.contiguous(),
-        None if chunks is None else chunks.contiguous(),
-        G,
+        None if chunk_indices is None else chunk_indices.contiguous(),
+        g_cumsum,
         T,
         rows,
         0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        x.stride(0),
-        x.stride(1),
-        x.stride(2),
+        raw_gate.stride(0),
+        raw_gate.stride(1),
+        raw_gate.stride(2),
         LOWER_BOUND=0.0 if lower_bound is None else lower_bound,
         SCALE=RCP_LN2,
         C=chunk_size,
@@ -143,4 +145,4 @@ def launch_gate_cumsum(
         VARLEN=cu_seqlens is not None,
         num_warps=chosen["num_warps"],
     )
-    return G
+    return g_cumsum

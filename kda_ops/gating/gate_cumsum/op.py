@@ -7,36 +7,36 @@ from kda_ops._checks import check_chunk_size, check_gate_parameters, check_rank,
 from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops._registry import define_op
 from kda_ops.gating.gate_cumsum.reference import gate_cumsum_reference
-from kda_ops.varlen import check_varlen_values, chunk_table
+from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
 
 def gate_cumsum_fake(
-    x: Tensor,
+    raw_gate: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
     chunk_size: int,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
-    return torch.empty(x.shape, dtype=accumulation_dtype(x), device=x.device)
+    return torch.empty(raw_gate.shape, dtype=accumulation_dtype(raw_gate), device=raw_gate.device)
 
 
 def _check_values(
-    x: Tensor,
+    raw_gate: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
     chunk_size: int,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> None:
-    check_varlen_values(x, cu_seqlens, chunks, chunk_size)
+    check_varlen_values(raw_gate, cu_seqlens, chunk_indices, chunk_size)
 
 
 gate_cumsum_op = define_op(
-    "gate_cumsum(Tensor x, Tensor? A_log, Tensor? dt_bias, float? lower_bound, int chunk_size, "
-    "Tensor? cu_seqlens, Tensor? chunks) -> Tensor",
+    "gate_cumsum(Tensor raw_gate, Tensor? A_log, Tensor? dt_bias, float? lower_bound, int chunk_size, "
+    "Tensor? cu_seqlens, Tensor? chunk_indices) -> Tensor",
     reference=gate_cumsum_reference,
     fake=gate_cumsum_fake,
     cuda="kda_ops.gating.gate_cumsum.kernel:launch_gate_cumsum",
@@ -45,14 +45,14 @@ gate_cumsum_op = define_op(
 
 
 def gate_cumsum(
-    x: Tensor,
+    raw_gate: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None = None,
     *,
     lower_bound: float | None = None,
     chunk_size: int = CHUNK,
     cu_seqlens: Tensor | None = None,
-    chunks: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
 ) -> Tensor:
     """The cumulative log2 decay of every token since the start of its chunk, in one pass over
     memory.
@@ -63,28 +63,30 @@ def gate_cumsum(
     Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
 
     Args:
-        x: `[B, T, HV, K]`, fp16, bf16, fp32, on a CPU fp64, any strides.
+        raw_gate: `[B, T, HV, K]`, fp16, bf16, fp32, on a CPU fp64, any strides.
         A_log: `[HV]`, natural log of the decay rate. None means `a = 1` and needs `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to x.
         lower_bound: None, or a bound in `[-5, 0)` in nats.
         chunk_size: Tokens per chunk, a power of two from 16 to 256.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0, non-decreasing,
             last at most T. Needs `B = 1`. None means that every batch entry is one sequence.
-        chunks: `chunk_table(cu_seqlens, T, chunk_size)`, if the caller has it already.
+        chunk_indices: `prepare_chunk_indices(cu_seqlens, T, chunk_size)`, if the caller has it already.
 
     Returns:
         G, `[B, T, HV, K]` in **log2**, fp32 (fp64 for fp64 inputs), contiguous. Sums that overflow
-        are the least finite number. Rows past the last sequence are zero, and what `x` holds there
+        are the least finite number. Rows past the last sequence are zero, and what `raw_gate` holds there
         has no influence.
 
     Raises:
         ValueError: A shape, dtype, device, `lower_bound` or `chunk_size` that does not fit; offsets
             or a chunk table that are wrong.
     """
-    check_rank("x", x, 4)
-    check_gate_parameters(x, A_log, dt_bias, lower_bound)
+    check_rank("raw_gate", raw_gate, 4)
+    check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
     check_chunk_size(chunk_size)
-    check_varlen("x", x, cu_seqlens, chunks, chunk_size)
-    if cu_seqlens is not None and chunks is None:
-        chunks = chunk_table(cu_seqlens, x.shape[1], chunk_size)
-    return gate_cumsum_op(x, A_log, dt_bias, lower_bound, chunk_size, cu_seqlens, chunks)
+    check_varlen("raw_gate", raw_gate, cu_seqlens, chunk_indices, chunk_size)
+    if cu_seqlens is not None and chunk_indices is None:
+        chunk_indices = prepare_chunk_indices(cu_seqlens, raw_gate.shape[1], chunk_size)
+    return gate_cumsum_op(
+        raw_gate, A_log, dt_bias, lower_bound, chunk_size, cu_seqlens, chunk_indices
+    )

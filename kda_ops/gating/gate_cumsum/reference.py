@@ -6,14 +6,21 @@ from kda_ops.gating.formulas import cumulative_gate
 
 
 def gate_cumsum_reference(
-    x: Tensor,
+    raw_gate: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
     chunk_size: int,
     cu_seqlens: Tensor | None,
-    chunks: Tensor | None,
+    chunk_indices: Tensor | None,
 ) -> Tensor:
     return cumulative_gate(
-        x, A_log, dt_bias, lower_bound, chunk_size, cu_seqlens, chunks, to_be_seen=True
+        raw_gate,
+        A_log,
+        dt_bias,
+        lower_bound,
+        chunk_size,
+        cu_seqlens,
+        chunk_indices,
+        to_be_seen=True,
     )

@@ -26,12 +26,12 @@ def rms_norm_gated_inputs(
     if strided:
         B, T, HV, V = shape
         o = torch.randn(B, HV, T, V, device=device).to(dtype).transpose(1, 2)
-        gate = torch.randn(B, T, 2 * HV, V, device=device).to(gate_dtype)[:, :, HV:]
+        output_gate = torch.randn(B, T, 2 * HV, V, device=device).to(gate_dtype)[:, :, HV:]
     else:
         o = torch.randn(shape, device=device).to(dtype)
-        gate = torch.randn(shape, device=device).to(gate_dtype)
+        output_gate = torch.randn(shape, device=device).to(gate_dtype)
     weight = (1 + 0.1 * torch.randn(shape[-1], device=device)).to(weight_dtype)
-    return {"o": o * size, "gate": gate * 3, "weight": weight}
+    return {"o": o * size, "output_gate": output_gate * 3, "weight": weight}
 
 
 def _case(

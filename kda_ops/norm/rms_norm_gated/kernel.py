@@ -48,21 +48,23 @@ def rms_norm_gated_kernel(
     o = tl.load(o_ptr + o_row[:, None] + v[None, :], mask=ok, other=0.0).to(
         tl.float32
     )  # [BLOCK_ROWS, BLOCK_V]
-    gate = tl.load(gate_ptr + gate_row[:, None] + v[None, :], mask=ok, other=0.0).to(tl.float32)
+    output_gate = tl.load(gate_ptr + gate_row[:, None] + v[None, :], mask=ok, other=0.0).to(
+        tl.float32
+    )
     weight = tl.load(weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
     y = o * tl.rsqrt(tl.sum(o * o, axis=1) / V + EPS)[:, None]
-    y = y * weight[None, :] * tl.sigmoid(gate)
+    y = y * weight[None, :] * tl.sigmoid(output_gate)
     tl.store(y_ptr + row[:, None] * V + v[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-def launch_rms_norm_gated(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def launch_rms_norm_gated(o: Tensor, output_gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     V = o.shape[-1]
     y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     if o.numel() == 0:
         return y
     o4, gate4 = (
         x.reshape(-1, *x.shape[-3:]) if x.dim() > 3 else x[(None,) * (4 - x.dim())]
-        for x in (o, gate)
+        for x in (o, output_gate)
     )
     o4, gate4 = (x if x.stride(3) == 1 else x.contiguous() for x in (o4, gate4))
     rows = o.numel() // V

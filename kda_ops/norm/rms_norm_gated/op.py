@@ -8,19 +8,19 @@ from kda_ops._registry import define_op
 from kda_ops.norm.rms_norm_gated.reference import rms_norm_gated_reference
 
 
-def rms_norm_gated_fake(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_gated_fake(o: Tensor, output_gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty(o.shape, dtype=o.dtype, device=o.device)
 
 
 rms_norm_gated_op = define_op(
-    "rms_norm_gated(Tensor o, Tensor gate, Tensor weight, float eps) -> Tensor",
+    "rms_norm_gated(Tensor o, Tensor output_gate, Tensor weight, float eps) -> Tensor",
     reference=rms_norm_gated_reference,
     fake=rms_norm_gated_fake,
     cuda="kda_ops.norm.rms_norm_gated.kernel:launch_rms_norm_gated",
 )
 
 
-def rms_norm_gated(o: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+def rms_norm_gated(o: Tensor, output_gate: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     """`o / sqrt(mean(o^2) + eps) * weight * sigmoid(gate)` over the last axis: the output norm of a
     KDA head.
 
@@ -29,7 +29,7 @@ def rms_norm_gated(o: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-5
     Args:
         o: `[..., V]`, fp16, bf16, fp32, on a CPU fp64, any strides. Up to three leading axes of any
             strides are read in place.
-        gate: Shape of `o`, any of these dtypes, before its sigmoid.
+        output_gate: Shape of `o`, any of these dtypes, before its sigmoid.
         weight: `[V]`, any of these dtypes.
         eps: Added to the mean of squares, not negative.
 
@@ -39,12 +39,12 @@ def rms_norm_gated(o: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-5
     Raises:
         ValueError: A shape, dtype, device or `eps` that does not fit.
     """
-    for name, x in (("o", o), ("gate", gate), ("weight", weight)):
+    for name, x in (("o", o), ("output_gate", output_gate), ("weight", weight)):
         check_dtype(name, x)
     if o.dim() < 1:
         raise ValueError(f"o must have shape [..., V], got {tuple(o.shape)}")
-    check_shape("gate", gate, o.shape)
+    check_shape("output_gate", output_gate, o.shape)
     check_shape("weight", weight, (o.shape[-1],))
-    check_device(o=o, gate=gate, weight=weight)
+    check_device(o=o, output_gate=output_gate, weight=weight)
     check_not_negative("eps", eps)
-    return rms_norm_gated_op(o, gate, weight, eps)
+    return rms_norm_gated_op(o, output_gate, weight, eps)

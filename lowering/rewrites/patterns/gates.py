@@ -51,7 +51,7 @@ def gate_under(g: fx.Node) -> Gate | None:
     return Gate([node, *path], args, reason)
 
 
-def cumulative_gate_under(G: fx.Node, cu_seqlens: Any, chunks: Any) -> Gate | None:
+def cumulative_gate_under(G: fx.Node, cu_seqlens: Any, chunk_indices: Any) -> Gate | None:
     """The cumulative gate in log2 that an argument is, as one operator or as two."""
     node, path = origin(G)
     call = Call.of(node)
@@ -69,7 +69,7 @@ def cumulative_gate_under(G: fx.Node, cu_seqlens: Any, chunks: Any) -> Gate | No
         reason = gate.reason or other_scale(call)
     if call.args["chunk_size"] != CHUNK:
         reason = f"the chunk size of {node.name} is {call.args['chunk_size']}, not {CHUNK}"
-    for name, expected in (("cu_seqlens", cu_seqlens), ("chunks", chunks)):
+    for name, expected in (("cu_seqlens", cu_seqlens), ("chunk_indices", chunk_indices)):
         if not same(call.args[name], expected):
             reason = f"{node.name} has other {name}"
     if not same_shape(value(node).shape, value(G).shape):
@@ -86,7 +86,7 @@ def other_scale(cumsum: Call) -> str | None:
 
 
 def gate_args(call: Call) -> dict[str, Any]:
-    return {name: call.args[name] for name in ("x", "A_log", "dt_bias", "lower_bound")}
+    return {name: call.args[name] for name in ("raw_gate", "A_log", "dt_bias", "lower_bound")}
 
 
 def beta_under(beta: fx.Node) -> tuple[fx.Node, float, list[fx.Node]] | None:

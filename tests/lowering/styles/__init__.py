@@ -17,14 +17,14 @@ class Cache:
     Attributes:
         conv: Of the convolution: one tensor, or one each of q, k and v; layout SD or DS.
         recurrent: `[slots, HV, V, K]`.
-        slots: `[N]`, of each sequence.
+        state_indices: `[N]`, of each sequence.
         has_initial_state: `[N]`, bool; only looked at in a prefill.
         layout: Of `conv`.
     """
 
     conv: Any
     recurrent: Tensor
-    slots: Tensor
+    state_indices: Tensor
     has_initial_state: Tensor
     layout: str = "SD"
 

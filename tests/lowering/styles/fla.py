@@ -30,7 +30,11 @@ class ShortConvolution(nn.Conv1d):
         weight = self.weight.squeeze(1)
         if state is None or cache is None:
             return kda_ops.short_conv(x, weight, self.bias, cu_seqlens=cu_seqlens)
-        paged = {"slots": cache.slots, "cu_seqlens": cu_seqlens, "layout": cache.layout}
+        paged = {
+            "state_indices": cache.state_indices,
+            "cu_seqlens": cu_seqlens,
+            "layout": cache.layout,
+        }
         if decode:
             x = x if cu_seqlens is None else x[0]
             y = kda_ops.short_conv_update(x, state, weight, self.bias, **paged)
@@ -105,7 +109,7 @@ class KimiDeltaAttention(nn.Module):
         self.o_norm = GatedRMSNorm(head_dim, norm_eps)
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
 
-    def cache(self, slots: Tensor, pages: int, layout: str) -> Cache:
+    def cache(self, state_indices: Tensor, pages: int, layout: str) -> Cache:
         """Three convolution states and the recurrent one, all of zeros."""
         like, K = self.q_proj.weight, self.head_dim
         return Cache(
@@ -114,8 +118,8 @@ class KimiDeltaAttention(nn.Module):
                 for conv, width in zip(self.convolutions(), self.widths, strict=True)
             ),
             like.new_zeros(pages, self.num_v_heads, K, K, dtype=torch.float32),
-            slots,
-            torch.zeros_like(slots, dtype=torch.bool),
+            state_indices,
+            torch.zeros_like(state_indices, dtype=torch.bool),
             layout,
         )
 
@@ -135,7 +139,7 @@ class KimiDeltaAttention(nn.Module):
         hidden_states: Tensor,
         cache: Cache | None = None,
         cu_seqlens: Tensor | None = None,
-        chunks: Tensor | None = None,
+        chunk_indices: Tensor | None = None,
         decode: bool = False,
     ) -> Tensor:
         states = (None, None, None) if cache is None else cache.conv
@@ -150,19 +154,21 @@ class KimiDeltaAttention(nn.Module):
         q, k, g = l2_normalized(q), l2_normalized(k), self.decay(g)
         if decode and cache is not None:
             o = kda_ops.recurrent_kda(
-                q, k, v, g, beta, cache.recurrent, cache.slots, cu_seqlens=cu_seqlens
+                q, k, v, g, beta, cache.recurrent, cache.state_indices, cu_seqlens=cu_seqlens
             )
         else:
-            G = kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu_seqlens, chunks=chunks)
+            G = kda_ops.chunk_cumsum(
+                g, scale=RCP_LN2, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices
+            )
             paged = {}
             if cache is not None:
                 paged = {
                     "state": cache.recurrent,
-                    "state_indices": cache.slots,
+                    "state_indices": cache.state_indices,
                     "has_initial_state": cache.has_initial_state,
                 }
             o, _ = kda_ops.chunk_kda(
-                q, k, v, G, beta, cu_seqlens=cu_seqlens, chunks=chunks, **paged
+                q, k, v, G, beta, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices, **paged
             )
         gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         return self.o_proj(self.o_norm(o, gate).flatten(-2))

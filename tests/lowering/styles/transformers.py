@@ -79,14 +79,14 @@ class KimiLinearDeltaAttention(nn.Module):
         self.o_norm = RMSNormGated(head_dim, norm_eps)
         self.o_proj = nn.Linear(qkv_dim, hidden_size, bias=False)
 
-    def cache(self, slots: Tensor, pages: int, layout: str) -> Cache:
+    def cache(self, state_indices: Tensor, pages: int, layout: str) -> Cache:
         """One convolution state and the recurrent one, both of zeros."""
         rows, like, K = self.conv1d.kernel_size[0] - 1, self.q_proj.weight, self.head_dim
         return Cache(
             conv_state(pages, rows, 3 * self.qkv_dim, layout, like),
             like.new_zeros(pages, self.num_heads, K, K, dtype=torch.float32),
-            slots,
-            torch.zeros_like(slots, dtype=torch.bool),
+            state_indices,
+            torch.zeros_like(state_indices, dtype=torch.bool),
             layout,
         )
 
@@ -96,7 +96,11 @@ class KimiLinearDeltaAttention(nn.Module):
         weight = self.conv1d.weight.squeeze(1)
         if cache is None:
             return kda_ops.short_conv(mixed_qkv, weight, cu_seqlens=cu_seqlens)
-        paged = {"slots": cache.slots, "cu_seqlens": cu_seqlens, "layout": cache.layout}
+        paged = {
+            "state_indices": cache.state_indices,
+            "cu_seqlens": cu_seqlens,
+            "layout": cache.layout,
+        }
         if decode:
             x = mixed_qkv if cu_seqlens is None else mixed_qkv.squeeze(0)
             y = kda_ops.short_conv_update(x, cache.conv, weight, **paged)
@@ -114,7 +118,7 @@ class KimiLinearDeltaAttention(nn.Module):
         hidden_states: Tensor,
         cache: Cache | None = None,
         cu_seqlens: Tensor | None = None,
-        chunks: Tensor | None = None,
+        chunk_indices: Tensor | None = None,
         decode: bool = False,
     ) -> Tensor:
         batch_size, seq_len = hidden_states.shape[:2]
@@ -132,19 +136,35 @@ class KimiLinearDeltaAttention(nn.Module):
         beta = torch.sigmoid(self.b_proj(hidden_states))
         if decode and cache is not None:
             o = kda_ops.recurrent_kda(
-                query, key, value, g, beta, cache.recurrent, cache.slots, cu_seqlens=cu_seqlens
+                query,
+                key,
+                value,
+                g,
+                beta,
+                cache.recurrent,
+                cache.state_indices,
+                cu_seqlens=cu_seqlens,
             )
         else:
-            G = kda_ops.chunk_cumsum(g, scale=RCP_LN2, cu_seqlens=cu_seqlens, chunks=chunks)
+            G = kda_ops.chunk_cumsum(
+                g, scale=RCP_LN2, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices
+            )
             paged = {}
             if cache is not None:
                 paged = {
                     "state": cache.recurrent,
-                    "state_indices": cache.slots,
+                    "state_indices": cache.state_indices,
                     "has_initial_state": cache.has_initial_state,
                 }
             o, _ = kda_ops.chunk_kda(
-                query, key, value, G, beta, cu_seqlens=cu_seqlens, chunks=chunks, **paged
+                query,
+                key,
+                value,
+                G,
+                beta,
+                cu_seqlens=cu_seqlens,
+                chunk_indices=chunk_indices,
+                **paged,
             )
         gate = self.g_b_proj(self.g_a_proj(hidden_states)).view(hidden_shape)
         return self.o_proj(self.o_norm(o, gate).reshape(batch_size, seq_len, -1))

@@ -58,7 +58,7 @@ class Inputs(NamedTuple):
     scale: float
     initial_state: Tensor | None
     cu_seqlens: Tensor | None
-    chunks: Tensor | None
+    chunk_indices: Tensor | None
     raw: bool
 
     def make_gradients(self, needs: frozenset[str]) -> dict[str, Tensor | None]:
@@ -171,7 +171,7 @@ def launch_gradient(
     HV, V = x.v.shape[2:]
     q, k, v, gate, beta, do = dense_rows(x.q, x.k, x.v, x.gate, x.beta, do)
     A_log, dt_bias = (None if y is None else y.contiguous() for y in (x.A_log, x.dt_bias))
-    batch = Batch.of(q, x.cu_seqlens, x.chunks)
+    batch = Batch.of(q, x.cu_seqlens, x.chunk_indices)
     row = gradient_row(K, V, q.dtype)
     parts = gradient_slabs(batch, q, v, row)
     workspace = make_gradient_workspace(q, v, parts, row)

@@ -186,7 +186,7 @@ def chunk_gradient_kernel(
     dgate_ptr,
     sums_ptr,
     cu_ptr,
-    chunks_ptr,
+    chunk_indices_ptr,
     T,
     N,
     NC,
@@ -232,7 +232,7 @@ def chunk_gradient_kernel(
     p = p // (K // BK)
     h = p % HV
     p, b, first, count, row, inside = slab_rows(
-        p // HV, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+        p // HV, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
     if not inside:
         if VARLEN and count == 0 and n == 0:

@@ -63,7 +63,7 @@ def _gates(G_ptr, G_t, count, cols, K: tl.constexpr):
 @triton.jit
 def general_prepare_kernel(
     q_ptr, k_ptr, v_ptr, G_ptr, beta_ptr, tiles_ptr, decay_ptr,
-    cu_ptr, chunks_ptr, T, N, NC, first_row, rows,
+    cu_ptr, chunk_indices_ptr, T, N, NC, first_row, rows,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, G_b, G_t, G_h, beta_b, beta_t, beta_h,
     SCALE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
@@ -73,7 +73,7 @@ def general_prepare_kernel(
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     _, b, first, count, row, inside = slab_rows(
-        p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+        p, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
     if not inside:
         return
@@ -264,7 +264,7 @@ def general_backward_kernel(
 @triton.jit
 def general_chunk_kernel(
     q_ptr, k_ptr, v_ptr, G_ptr, beta_ptr, do_ptr, tiles_ptr, states_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dG_ptr, dbeta_ptr, cu_ptr, chunks_ptr, T, N, NC, first_row, rows,
+    dq_ptr, dk_ptr, dv_ptr, dG_ptr, dbeta_ptr, cu_ptr, chunk_indices_ptr, T, N, NC, first_row, rows,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, G_b, G_t, G_h, beta_b, beta_t, beta_h,
     do_b, do_t, do_h,
     SCALE: tl.constexpr, GATED: tl.constexpr, BETA_SCALE: tl.constexpr, H: tl.constexpr,
@@ -278,7 +278,7 @@ def general_chunk_kernel(
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     p, b, first, count, row, inside = slab_rows(
-        p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+        p, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
     if not inside:
         if VARLEN and count == 0:
@@ -374,7 +374,7 @@ def general_chunk_kernel(
 
 @triton.jit
 def general_gate_kernel(
-    x_ptr, A_log_ptr, bias_ptr, dG_ptr, dx_ptr, sums_ptr, cu_ptr, chunks_ptr, T, N, NC,
+    x_ptr, A_log_ptr, bias_ptr, dG_ptr, dx_ptr, sums_ptr, cu_ptr, chunk_indices_ptr, T, N, NC,
     x_b, x_t, x_h, BOUND: tl.constexpr, HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
     VARLEN: tl.constexpr,
@@ -385,7 +385,7 @@ def general_gate_kernel(
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    b, first, count, row = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
+    b, first, count, row = chunk_rows(p, chunk_indices_ptr, cu_ptr, T, N, NC, VARLEN)
     if count == 0:
         if VARLEN:
             clear_padding(dx_ptr, cu_ptr, p, h, T, N, NC, HV, K, KP)

@@ -17,7 +17,7 @@ def backward_keys_kernel(
     dq_ptr,
     dk_ptr,
     cu_ptr,
-    chunks_ptr,
+    chunk_indices_ptr,
     T,
     N,
     NC,
@@ -42,7 +42,7 @@ def backward_keys_kernel(
     p = tl.program_id(0).to(tl.int64)
     h = p % H
     p = p // H
-    b, first, count, _ = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
+    b, first, count, _ = chunk_rows(p, chunk_indices_ptr, cu_ptr, T, N, NC, VARLEN)
     if count == 0:
         if VARLEN:
             if dq_ptr is not None:

@@ -115,7 +115,7 @@ def backward_prepare_kernel(
     tiles_ptr,
     rows_ptr,
     cu_ptr,
-    chunks_ptr,
+    chunk_indices_ptr,
     T,
     N,
     NC,
@@ -161,7 +161,7 @@ def backward_prepare_kernel(
     p = tl.program_id(0).to(tl.int64)
     h = p % HV
     p, b, first, count, row, inside = slab_rows(
-        p // HV, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+        p // HV, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
     if not inside:
         return

@@ -53,7 +53,7 @@ def backward_tiles_kernel(
     pairs_ptr,
     rows_ptr,
     cu_ptr,
-    chunks_ptr,
+    chunk_indices_ptr,
     T,
     N,
     NC,
@@ -83,7 +83,7 @@ def backward_tiles_kernel(
     p = tl.program_id(0).to(tl.int64)
     h = p % HV
     p, b, first, count, row, inside = slab_rows(
-        p // HV, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+        p // HV, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
     if not inside:
         return
@@ -125,7 +125,7 @@ def backward_beta_kernel(
     rows_ptr,
     dbeta_ptr,
     cu_ptr,
-    chunks_ptr,
+    chunk_indices_ptr,
     T,
     N,
     NC,
@@ -145,7 +145,7 @@ def backward_beta_kernel(
     p = tl.program_id(0).to(tl.int64)
     h = p % HV
     p, b, first, count, row, inside = slab_rows(
-        p // HV, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+        p // HV, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
     if not inside:
         if VARLEN and count == 0:

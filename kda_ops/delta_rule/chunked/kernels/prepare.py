@@ -209,7 +209,7 @@ def prepare_chunk(
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    APART: tl.constexpr,
+    UNPACKED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """All of a chunk's workspace row but the decay, from tiles q, k [64, K], the tokens' gates y
@@ -217,7 +217,7 @@ def prepare_chunk(
     of v, v_t its stride of tokens.
 
     In the rows from `count` on, q and k may hold any finite values of the sequence; y and beta are
-    zero. APART tells whether to use `opaque`: what spills less differs between the kernels.
+    zero. UNPACKED tells whether to use `opaque`: what spills less differs between the kernels.
 
     Exponents come as 0/1 matrices times y, also G and G_last - G, so that no sum over tokens stays
     in registers.
@@ -225,7 +225,7 @@ def prepare_chunk(
     A, X, M, q, k = chunk_levels(q, k, y, beta, beta_before, PACKED)
     w_ptr, kg_ptr, qg_ptr, A_ptr = tiles_of(tiles_ptr, work, K)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
-    if APART:
+    if UNPACKED:
         count = opaque(count, PACKED)
     r = tl.arange(0, 64)
     i = r[:, None]

@@ -31,7 +31,7 @@ def chunk_prepare_general_kernel(
     u_ptr,
     decay_ptr,
     cu_ptr,
-    chunks_ptr,
+    chunk_indices_ptr,
     T,
     N,
     NC,
@@ -73,7 +73,7 @@ def chunk_prepare_general_kernel(
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     p, b, first, count, row, inside = slab_rows(
-        p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+        p, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
     if not inside:
         if VARLEN and count == 0:

@@ -33,7 +33,7 @@ def sequence_rows(cu_ptr, n, T, N, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN: tl.constexpr):
+def chunk_rows(p, chunk_indices_ptr, cu_ptr, T, N, NC, VARLEN: tl.constexpr):
     """Batch row, first token, token count (0: nothing to do) and workspace row of program p's
     chunk.
 
@@ -42,8 +42,8 @@ def chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN: tl.constexpr):
     """
     if VARLEN:
         listed = p < NC
-        n = tl.load(chunks_ptr + 2 * p, mask=listed, other=-1).to(tl.int64)
-        c = tl.load(chunks_ptr + 2 * p + 1, mask=listed, other=-1).to(tl.int64)
+        n = tl.load(chunk_indices_ptr + 2 * p, mask=listed, other=-1).to(tl.int64)
+        c = tl.load(chunk_indices_ptr + 2 * p + 1, mask=listed, other=-1).to(tl.int64)
         real = (n >= 0) & (n < N) & (c >= 0)
         n = tl.where(real, n, 0)
         c = tl.where(real, c, T // 64 + 1)
@@ -58,7 +58,16 @@ def chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN: tl.constexpr):
 
 @triton.jit
 def slab_rows(
-    p, chunks_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN: tl.constexpr, SLABS: tl.constexpr
+    p,
+    chunk_indices_ptr,
+    cu_ptr,
+    T,
+    N,
+    NC,
+    first_row,
+    rows,
+    VARLEN: tl.constexpr,
+    SLABS: tl.constexpr,
 ):
     """`chunk_rows` in a slab of the workspace, with p, and whether the chunk is in the slab.
 
@@ -73,7 +82,7 @@ def slab_rows(
         return p, p * 0, first, count, c.to(tl.int64), (count > 0) & (c < rows)
     if SLABS:
         p += tl.maximum(first_row - N, 0)
-    b, first, count, row = chunk_rows(p, chunks_ptr, cu_ptr, T, N, NC, VARLEN)
+    b, first, count, row = chunk_rows(p, chunk_indices_ptr, cu_ptr, T, N, NC, VARLEN)
     inside = count > 0
     if SLABS:
         if not VARLEN:
