@@ -1,0 +1,11 @@
+"""Fused operators: what graph rewrites reach, and experts may call by hand.
+
+They take raw projections (`raw_gate`, `raw_beta`) where the operators of `kda_ops` take what their
+names say.
+"""
+
+from kda_ops.conv.short_conv_qkv import short_conv_qkv
+from kda_ops.delta_rule.chunk_kda_gated import chunk_kda_gated
+from kda_ops.delta_rule.kda_decode import kda_decode
+
+__all__ = ["chunk_kda_gated", "kda_decode", "short_conv_qkv"]
