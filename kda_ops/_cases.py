@@ -1,5 +1,6 @@
 """What a case is: one input of one operator, shared by the tests and the benchmarks."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,12 @@ def operator_packages() -> dict[str, str]:
     root = Path(__file__).parent
     folders = [path.parent for path in sorted(root.glob("*/*/cases.py"))]
     return {x.name: ".".join((root.name, *x.relative_to(root).parts)) for x in folders}
+
+
+def public_function(name: str) -> Callable[..., Any]:
+    """An operator's public function by its name."""
+    found: Callable[..., Any] = getattr(importlib.import_module(operator_packages()[name]), name)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

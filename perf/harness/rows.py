@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kda_ops
-from kda_ops._cases import Case, operator_packages
+from kda_ops._cases import Case, operator_packages, public_function
 from kda_ops._registry import OPERATORS
 from perf.harness import timing
 from perf.harness.machine import Ceilings, ceilings
@@ -155,7 +154,7 @@ def operator_rows(
         peers: Who else computes it: from the case, how to prepare a call (None: it cannot).
         compile_too: Also measure the operator compiled (what its lowering generates).
     """
-    function = getattr(kda_ops, name)
+    function = public_function(name)
     cases = importlib.import_module(f"{operator_packages()[name]}.cases").CASES
     return [
         row

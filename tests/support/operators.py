@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kda_ops
-from kda_ops._cases import Case, operator_packages
+from kda_ops._cases import Case, operator_packages, public_function
 from kda_ops._registry import OPERATORS
+
+__all__ = ["NAMES", "RunKernels", "all_cases", "cases", "public_function", "run_kernels"]
 
 PACKAGES = operator_packages()
 NAMES = sorted(PACKAGES)
-
-
-def public_function(name: str) -> Callable[..., Any]:
-    return getattr(kda_ops, name)
 
 
 def cases(name: str, *, perf: bool = False, kernels: bool = False) -> list[Case]:
