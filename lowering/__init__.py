@@ -4,9 +4,7 @@ Importing this package costs nothing; `install()` imports `torch._inductor`. `kd
 itself on the first trace.
 """
 
-import hashlib
 import importlib
-from pathlib import Path
 
 OPERATORS = (
     "chunk_cumsum",
@@ -66,14 +64,3 @@ def install() -> None:
     order_reads()
     install_rewrites()
     install_cache_key()
-
-
-def source_hash() -> str:
-    """SHA-256 of all sources: lowerings, rewrites, references and kernels."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for root in (here.parent, here):  # in a checkout `here` is a link, which is not followed
-        for path in sorted(root.rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()

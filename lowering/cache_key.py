@@ -2,10 +2,24 @@
 belongs to the user.
 """
 
+import hashlib
+from pathlib import Path
+
 from torch._inductor.codegen.common import custom_backend_passes
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
 
-from kda_ops import lowering, tuning
+from kda_ops import tuning
+
+
+def source_hash() -> str:
+    """SHA-256 of all sources: lowerings, rewrites, references and kernels."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for root in (here.parent, here):  # in a checkout `here` is a link, which is not followed
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 class SourceHash(CustomGraphModulePass):
@@ -15,7 +29,7 @@ class SourceHash(CustomGraphModulePass):
     """
 
     def __init__(self) -> None:
-        self._hash = lowering.source_hash()
+        self._hash = source_hash()
 
     def __call__(self, gm: object) -> None:
         pass

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import kda_ops
-from kda_ops import lowering
+from kda_ops.lowering import cache_key
 
 REPOSITORY = Path(kda_ops.__file__).parent.parent
 
@@ -196,13 +196,11 @@ def test_every_source_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         folder = tmp_path / file
         path = changed_copy(folder, file, "\n", "\n\n") / file
         with monkeypatch.context() as patch:
-            before = lowering.source_hash()
-            patch.setattr(
-                lowering, "__file__", str(folder / "kda_ops" / "lowering" / "__init__.py")
-            )
-            assert lowering.source_hash() != before, file
+            before = cache_key.source_hash()
+            patch.setattr(cache_key, "__file__", str(folder / "kda_ops/lowering/cache_key.py"))
+            assert cache_key.source_hash() != before, file
             path.write_text((REPOSITORY / file).read_text())
-            assert lowering.source_hash() == before
+            assert cache_key.source_hash() == before
 
 
 def test_changed_configuration_with_a_warm_cache(tmp_path: Path) -> None:
