@@ -7,21 +7,22 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 CHECKED := kda_ops lowering tests perf
 HISTORY := perf/history
+OVERVIEW := $(HISTORY)/h200/2026-11-27-must.json  # the newest run with all rows of the picture
 
-.PHONY: help demo test check format format-check lint types wheel-check nixl test-nixl test-gpu perf perf-compare perf-report clean
+.PHONY: help demo test check docs format format-check lint types wheel-check nixl test-nixl test-gpu perf perf-compare perf-report clean
 
 help:
 	@echo 'make demo           compile a Kimi Linear layer, prefill a text and decode, checked against fp64'
 	@echo 'make test           all tests that need no GPU (ARGS="-k gate" for some of them)'
-	@echo 'make check          format, lint, types, tests; after make nixl wheel-check, all that continuous integration runs'
-	@echo 'make wheel-check    build the wheel and run everything that the command line offers from it'
+	@echo 'make docs           the documentation, into build/site'
+	@echo 'make check          format, lint, types, docs, tests; after make nixl wheel-check, all that continuous integration runs'
 	@echo 'make format         rewrite the sources in the one format'
 	@echo 'make nixl           install NIXL (Linux, 70 MB): make test then also runs the transfers over it'
 	@echo 'make test-nixl      the transfers over NIXL alone'
 	@echo 'make test-gpu       the same cases on a CUDA device'
 	@echo 'make perf           benchmarks on a CUDA device against flash-linear-attention'
 	@echo 'make perf-compare   fails where the newest run is 5 % worse than the committed ones (FILE=one.json)'
-	@echo 'make perf-report    README table and picture from the newest runs in perf/history/h200'
+	@echo 'make perf-report    tables and pictures of the documentation from the runs in perf/history/h200'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; name it with PYTHON=...))
@@ -31,6 +32,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.perf-installed: $(VENV)/.installed
 	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[perf]'
+	@touch $@
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -48,7 +53,10 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(RUN) -m mypy
 
-check: format-check lint types
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+
+check: format-check lint types docs
 	$(RUN) -m tests
 
 format: $(VENV)/.installed
@@ -87,7 +95,8 @@ perf-compare: $(VENV)/.perf-installed
 	$(RUN) -m perf.analysis.compare $(FILE)
 
 perf-report: $(VENV)/.perf-installed
-	$(RUN) -m perf.analysis.report $(wildcard $(HISTORY)/h200/*.json) --readme README.md --picture perf/report.png
+	$(RUN) -m perf.analysis.report $(wildcard $(HISTORY)/h200/*.json) --page docs/performance.md --picture docs/assets/report.png
+	$(RUN) -m perf.analysis.overview $(OVERVIEW) --svg docs/assets/overview.svg
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache

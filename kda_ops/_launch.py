@@ -13,9 +13,9 @@ def traceable(kernel: Any) -> Any:
     launch in the graph.
 
     A launcher writes `traceable(x_kernel)[grid](...)`. Run eagerly it launches. Traced
-    (`kda_ops.lowering.inline`), the launch becomes an Inductor node of its own: the generated code launches
-    the kernel directly, by name, and allocates its outputs and workspace from the graph's memory
-    plan.
+    (`kda_ops.lowering.inline`), the launch becomes an Inductor node of its own: the generated code
+    launches the kernel directly, by name, and allocates its outputs and workspace from the graph's
+    memory plan.
     """
     if get_proxy_mode() is None:
         return kernel

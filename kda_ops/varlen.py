@@ -15,8 +15,8 @@ def prepare_chunk_indices(cu_seqlens: Tensor, total_tokens: int, chunk_size: int
     """Maps chunk programs to sequences, on the device of `cu_seqlens` and without synchronising
     with it.
 
-    Compute it once per batch and hand it to every operator and layer that takes `chunk_indices`. It is
-    made of ordinary tensor operations: it compiles, and it can be captured in a CUDA graph and
+    Compute it once per batch and hand it to every operator and layer that takes `chunk_indices`. It
+    is made of ordinary tensor operations: it compiles, and it can be captured in a CUDA graph and
     replayed with other `cu_seqlens` of the same length.
 
     Args:

@@ -67,15 +67,15 @@ class KDABatch:
     Attributes:
         cu_seqlens: `[N + 1]`, int32 or int64, first row of each sequence; empty sequences are
             allowed. Rows past the last one are padding.
-        state_indices: `[N]` or `[N, 1 + num_spec]`, int32 or int64, pages of the state. With the second
-            form, speculative token j of a decode leaves the recurrent state after it in page j of
-            its row, and the convolution state and prefills use page 0. Slot 0 is the null block:
-            nothing is read or written there and the sequence's output is zero.
+        state_indices: `[N]` or `[N, 1 + num_spec]`, int32 or int64, pages of the state. With the
+            second form, speculative token j of a decode leaves the recurrent state after it in page
+            j of its row, and the convolution state and prefills use page 0. Slot 0 is the null
+            block: nothing is read or written there and the sequence's output is zero.
         has_initial_state: `[N]`, bool, whether a prefill continues from its slot instead of
             starting from zeros. Decodes always continue.
         num_accepted: `[num_decodes]`, int32 or int64: how many tokens of the decode's last step
-            were kept, from 1. Needs the second form of `state_indices`, for which None means 1 (and is
-            replaced by ones).
+            were kept, from 1. Needs the second form of `state_indices`, for which None means 1 (and
+            is replaced by ones).
         prefill_num_accepted: `[num_prefills]`, likewise, for prefills that may come after a
             speculative step: their state is moved to page 0 and row 0 first, by a launch of
             `kda_ops.state_copy` per layer. After the step the count is 1, as after every prefill.
@@ -235,15 +235,15 @@ class KDABatch:
         Args:
             decode_lengths: Tokens of each decode.
             prefill_lengths: Tokens of each prefill.
-            state_indices: Pages of the sequences, decodes first, as a tensor or nested lists: `[N]` or `[N,
-                1 + num_spec]`.
+            state_indices: Pages of the sequences, decodes first, as a tensor or nested lists: `[N]`
+                or `[N, 1 + num_spec]`.
             has_initial_state: `[num_prefills]`, which prefills continue from their slot. None means
                 that all start from zeros.
             num_accepted: `[num_decodes]`, see the class.
             prefill_num_accepted: `[num_prefills]`, see the class.
             num_tokens: Rows of `hidden_states`, padding included. None means no padding.
-            device: Where the description lives. None means the device of `state_indices`, the CPU for
-                lists.
+            device: Where the description lives. None means the device of `state_indices`, the CPU
+                for lists.
 
         Raises:
             ValueError: As the class.

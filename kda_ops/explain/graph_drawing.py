@@ -4,14 +4,35 @@ A node stands one row below the lowest node that it reads. Within a row the node
 where their neighbours stand, a few sweeps down and up.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html import escape
-
-from kda_ops.explain.result import GraphNode
 
 CHARACTER, LINE = 6.2, 13  # of 11 px monospace text
 PADDING, GAP, BETWEEN_ROWS, MARGIN = 8, 14, 30, 10
 SWEEPS = 4
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """One node of the graph that the rewrites see or leave.
+
+    Attributes:
+        name: Its name in the graph.
+        operator: What it calls, `input` for an input of the graph.
+        inputs: Names of the nodes that it reads.
+        value: Dtype and shape of its result, empty if it is not one tensor.
+        source: The model's line of source, empty if unknown.
+        rewrite: Before: the rewrite that takes it away. After: the rewrite that made it. Else None.
+    """
+
+    name: str
+    operator: str
+    inputs: tuple[str, ...]
+    value: str = ""
+    source: str = ""
+    rewrite: str | None = None
+
+
 Rows = list[list[GraphNode]]
 Place = tuple[float, float, float, float]  # x, y, width, height
 

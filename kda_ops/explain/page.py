@@ -1,13 +1,13 @@
 """An explanation as one HTML page that loads nothing."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from html import escape
+from typing import TYPE_CHECKING
 
 from kda_ops.explain.graph_drawing import drawing
-from kda_ops.explain.result import (
-    Explanation,
-    Layer,
-    Side,
+from kda_ops.explain.text import (
     blame,
     bytes_moved,
     called,
@@ -17,6 +17,9 @@ from kda_ops.explain.result import (
     replaces,
     saved,
 )
+
+if TYPE_CHECKING:
+    from kda_ops.explain.result import Explanation, Layer, Side
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8a94a6; --box: #eef1f5; --text: #1c2430; --page: #fff;

@@ -106,8 +106,8 @@ def chunk_local_cumsum(
     """Inclusive prefix sum of `g [B, T, ...]` along T that restarts with every chunk, in g's dtype.
 
     Each chunk is summed by itself: a difference of sums over the whole length would lose the small
-    terms. With `cu_seqlens` the chunk_indices are those of the chunk table, and rows that belong to no
-    sequence are zero.
+    terms. With `cu_seqlens` the chunk_indices are those of the chunk table, and rows that belong to
+    no sequence are zero.
     """
     B, T = g.shape[:2]
     if cu_seqlens is None:

@@ -363,8 +363,8 @@ def fused_kda_gate_chunk_cumsum(
         A_log: HV numbers in any shape, as checkpoints have them.
         g_bias: `[HV, K]` or `[HV * K]`.
         cu_seqlens: `[N + 1]`, offsets of sequences.
-        chunk_indices: vLLM's `chunk_indices`, but of `kda_ops.varlen.prepare_chunk_indices`, which has a static
-            shape; made here if None.
+        chunk_indices: vLLM's `chunk_indices`, but of `kda_ops.varlen.prepare_chunk_indices`, which
+            has a static shape; made here if None.
         chunk_size: Tokens.
         safe_gate: Whether the gate is bounded; None means that it is if `lower_bound` is given.
         lower_bound: In nats; -5 for a safe gate without one. Ignored if `safe_gate` is False.

@@ -2,8 +2,8 @@
 
 Dynamo and AOTAutograd trace the model once. The ATen graph that Inductor would get is copied and
 compiled twice, up to the generated source, which is read and not run. For a model without a tensor
-on a GPU the copies are moved to a CUDA device that is described (`kda_ops.lowering.explain.virtual_gpu`). Nothing of
-the model is computed and no state is written.
+on a GPU the copies are moved to a CUDA device that is described
+(`kda_ops.lowering.explain.virtual_gpu`). Nothing of the model is computed and no state is written.
 """
 
 import contextlib

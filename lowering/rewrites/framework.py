@@ -5,7 +5,8 @@ there, so a write of a state between two operators is an edge like any other.
 
 A rewrite is three functions:
 
-* pattern: the nodes that one call and its surroundings are made of, or None (`kda_ops.lowering.graph.matching`);
+* pattern: the nodes that one call and its surroundings are made of, or None
+  (`kda_ops.lowering.graph.matching`);
 * guard: why they can not be replaced (a sentence), or None;
 * replacement: new nodes in the place of the old outputs (`kda_ops.lowering.graph.emitting`).
 

@@ -1,4 +1,5 @@
-"""Whether a run is worse than the last committed ones of the same GPU: `python -m perf.analysis.compare`.
+"""Whether a run is worse than the last committed ones of the same GPU: `python -m
+perf.analysis.compare`.
 
 Machines differ, so a row's time is first divided by what the same run measured of its machine: the
 time of a copy, and where matrix products make the floor also theirs. A row is worse when every such

@@ -1,12 +1,14 @@
-"""Turns runs into a report: `python -m perf.analysis.report RUN.json ... [--readme FILE] [--picture PNG]`.
+"""Turns runs into a report: `python -m perf.analysis.report RUN.json ... [--page FILE]
+[--picture PNG]`.
 
 Prints the targets, each from the newest run with ours and a peer's row of it, and the table of all
-rows, each from the newest run that has it. `--readme` puts them between that file's markers,
+rows, each from the newest run that has it. `--page` puts them between that file's markers,
 `--picture` draws stacked bars (needs matplotlib).
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -117,9 +119,7 @@ def measured_together(runs: Iterable[dict[str, Any]]) -> list[Result]:
     return [row for found in cases.values() for row in max(enumerate(found), key=rank)[1]]
 
 
-def write_readme(
-    path: Path, rows: Sequence[Result], goals: str, picture: Path | None = None
-) -> None:
+def write_page(path: Path, rows: Sequence[Result], goals: str, picture: Path | None = None) -> None:
     """Replaces what is between the markers of a Markdown file by the picture, the table of targets
     (`goals`) and the folded table of all rows.
 
@@ -135,7 +135,8 @@ def write_readme(
     _, tail = rest.split(END)
     parts = [machine_line(rows)]
     if picture is not None:
-        parts.append(f"![Time of each stage, ours beside the peer's]({picture.as_posix()})")
+        link = os.path.relpath(picture, path.parent)
+        parts.append(f"![Time of each stage, ours beside the peer's]({link})")
     parts += [goals, "<details>\n<summary>All rows</summary>", table(rows), "</details>"]
     path.write_text(f"{head}{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}{tail}")
 
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="perf.analysis.report", description=__doc__.splitlines()[0]
     )
     parser.add_argument("runs", nargs="+", type=Path, help="JSON files")
-    parser.add_argument("--readme", type=Path, help="put the report between this file's markers")
+    parser.add_argument("--page", type=Path, help="put the report between this file's markers")
     parser.add_argument("--picture", type=Path, help="draw stacked bars into this PNG")
     options = parser.parse_args(arguments)
     runs = [json.loads(path.read_text()) for path in options.runs]
@@ -171,8 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from perf.analysis.picture import draw
 
         draw(options.picture, rows)
-    if options.readme:
-        write_readme(options.readme, rows, goals, options.picture)
+    if options.page:
+        write_page(options.page, rows, goals, options.picture)
     return 0
 
 

@@ -1,4 +1,5 @@
-"""What other GPUs and tensor-parallel sizes should take: `python -m perf.analysis.roofline`. Predictions.
+"""What other GPUs and tensor-parallel sizes should take: `python -m perf.analysis.roofline`.
+Predictions.
 
 Bytes and operations come from the operators' `cases.py`, the time of each kernel on the H200 from
 the newest committed run that has it. Each is carried to another GPU by what limits it:

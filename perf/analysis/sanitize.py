@@ -1,4 +1,5 @@
-"""Our kernels under NVIDIA's compute-sanitizer: `python -m perf.analysis.sanitize [--tools memcheck ...]`.
+"""Our kernels under NVIDIA's compute-sanitizer: `python -m perf.analysis.sanitize [--tools memcheck
+...]`.
 
 Runs the small cases of every operator, first alone, so that compiled kernels are found on disk,
 then once under each tool. Every allocation is one of CUDA's own, so that a read past a tensor's end

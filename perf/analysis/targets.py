@@ -1,4 +1,5 @@
-"""What the kernels are to reach on an H200; `python -m perf.analysis.targets RUN.json` tells what they do.
+"""What the kernels are to reach on an H200; `python -m perf.analysis.targets RUN.json` tells what
+they do.
 
 Every target is held against rows of one run, our best way of computing a case against the fastest
 peer's: a ratio is of replayed CUDA graphs, `wall` of eager calls with their launches, `kernels` of

@@ -78,11 +78,11 @@ def captured(inputs: dict[str, Any]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        kda_ops.kda_decode(**inputs)
+        kda_ops.fused.kda_decode(**inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = kda_ops.kda_decode(**inputs)
+        out = kda_ops.fused.kda_decode(**inputs)
     return graph, out
 
 
@@ -108,7 +108,7 @@ def test_ten_thousand_replays_are_ten_thousand_steps(num_spec: int | None) -> No
             steps.write(i, inputs)
             graph.replay()
             steps.write(i, eager)
-            wrong += (out != kda_ops.kda_decode(**eager)).any()
+            wrong += (out != kda_ops.fused.kda_decode(**eager)).any()
     assert wrong.item() == 0, f"{wrong.item()} of {REPLAYS} steps differ"
     for name in states:
         assert torch.equal(inputs[name], eager[name]), f"{name} differs after {REPLAYS} steps"

@@ -241,7 +241,7 @@ def test_a_fused_decode(name: str) -> None:
         x.nan_to_num_()
 
     def refuse(error: type[Exception], match: str, **other: Any) -> None:
-        refused(error, match, lambda: kda_ops.kda_decode(**(inputs | other)), *states)
+        refused(error, match, lambda: kda_ops.fused.kda_decode(**(inputs | other)), *states)
 
     for argument in ("f", "beta", "z", "A_log", "dt_bias", "norm_weight", "state"):
         x = inputs[argument]

@@ -356,7 +356,9 @@ def test_the_generated_varlen_scan_is_right(lengths: str) -> None:
 def test_the_generated_varlen_scan_stays_in_bounds(
     cu_seqlens: list[int], chunk_indices: list[list[int]]
 ) -> None:
-    """A read beside x would bring an infinity; `tests.support.generated` sees a write beside the result."""
+    """A read beside x would bring an infinity; `tests.support.generated` sees a write beside the
+    result.
+    """
     memory = torch.full((3, 90, H, K), torch.inf)
     memory[1] = 1
     tables = (torch.tensor(table, dtype=torch.int32) for table in (cu_seqlens, chunk_indices))

@@ -105,7 +105,7 @@ def test_gradients_of_each_part() -> None:
     for name in names:
         apart[name] = tuple(part.requires_grad_() for part in apart[name])
     for call in (inputs, apart):
-        sum((y * y).sum() for y in kda_ops.short_conv_qkv(**call)).backward()
+        sum((y * y).sum() for y in kda_ops.fused.short_conv_qkv(**call)).backward()
     for name, x in packed.items():
         got = torch.cat([part.grad for part in apart[name]], dim=-1 if name == "x" else 0)
         torch.testing.assert_close(got, x.grad)

@@ -36,7 +36,7 @@ def exact_inputs(T: int, seed: int = 0, **options: Any) -> dict[str, Any]:
 
 
 def kernel_module() -> Any:
-    """Looked up by name: `kda_ops.chunk_kda_gated` is the function."""
+    """Looked up by name: `kda_ops.fused.chunk_kda_gated` is the function."""
     return importlib.import_module("kda_ops.delta_rule.chunk_kda_gated.kernel")
 
 
@@ -98,7 +98,7 @@ def test_reference_is_the_definition(gate: str, norm: bool) -> None:
     inputs = exact_inputs(
         100, B=2, H=2, HV=4, K=24, V=40, gate=gate, norm=norm, beta_scale=1.0 + norm
     )
-    o, final = kda_ops.chunk_kda_gated(**inputs)
+    o, final = kda_ops.fused.chunk_kda_gated(**inputs)
     for b in range(2):
         expected_o, expected_final = step_by_step(inputs, 0, 100, b, b)
         assert_same(o[b], expected_o)
@@ -107,7 +107,7 @@ def test_reference_is_the_definition(gate: str, norm: bool) -> None:
 
 def test_reference_is_the_definition_of_a_ragged_batch() -> None:
     inputs = exact_inputs(160, H=2, K=16, V=24, norm=True, cu_seqlens=RAGGED)
-    o, final = kda_ops.chunk_kda_gated(**inputs)
+    o, final = kda_ops.fused.chunk_kda_gated(**inputs)
     for n, (start, end) in enumerate(itertools.pairwise(RAGGED)):
         expected_o, expected_final = step_by_step(inputs, start, end, 0, n)
         if end > start:
@@ -120,7 +120,7 @@ def test_reference_is_the_definition_of_a_ragged_batch() -> None:
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_it_is_the_composition(gate: str, norm: bool) -> None:
     inputs = exact_inputs(160, K=16, V=24, gate=gate, norm=norm, beta_scale=2.0, cu_seqlens=RAGGED)
-    o, final = kda_ops.chunk_kda_gated(**inputs)
+    o, final = kda_ops.fused.chunk_kda_gated(**inputs)
     expected_o, expected_final = composed(inputs)
     assert_same(o, expected_o)
     assert_same(final, expected_final)
@@ -134,10 +134,10 @@ def test_pages_are_the_functional_form() -> None:
     before = inputs["state"].clone()
     initial = before[slots]
     initial[[*fresh, 2]] = 0
-    expected_o, expected_final = kda_ops.chunk_kda_gated(
+    expected_o, expected_final = kda_ops.fused.chunk_kda_gated(
         **plain, initial_state=initial, output_final_state=True
     )
-    o, final = kda_ops.chunk_kda_gated(**inputs)
+    o, final = kda_ops.fused.chunk_kda_gated(**inputs)
     assert final is None
     expected_o[:, RAGGED[2] : RAGGED[3]] = 0  # the null block's sequence
     assert torch.equal(o, expected_o)
@@ -155,7 +155,7 @@ def test_gradients_against_finite_differences(norm: bool) -> None:
     values = [inputs.pop(name).contiguous().requires_grad_() for name in names]
 
     def call(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return kda_ops.chunk_kda_gated(**dict(zip(names, values, strict=True)), **inputs)
+        return kda_ops.fused.chunk_kda_gated(**dict(zip(names, values, strict=True)), **inputs)
 
     assert torch.autograd.gradcheck(call, values, fast_mode=True)
 
@@ -164,7 +164,7 @@ def test_gradients_against_finite_differences(norm: bool) -> None:
 def test_gradients_are_finite_and_leave_padding_alone(gate: str) -> None:
     inputs = exact_inputs(130, K=16, V=16, gate=gate, norm=True, cu_seqlens=[0, 70, 120])
     values = {name: inputs[name].requires_grad_() for name in (*TOKENS, "A_log", "dt_bias")}
-    o, _ = kda_ops.chunk_kda_gated(**inputs)
+    o, _ = kda_ops.fused.chunk_kda_gated(**inputs)
     o.sum().backward()
     for name in TOKENS:
         gradient = values[name].grad
@@ -192,7 +192,7 @@ def assert_sequences_are_separate(function: Any, bad: float, **sizes: Any) -> No
 
 
 def test_sequences_are_separate() -> None:
-    assert_sequences_are_separate(kda_ops.chunk_kda_gated, torch.nan, K=16, V=16)
+    assert_sequences_are_separate(kda_ops.fused.chunk_kda_gated, torch.nan, K=16, V=16)
 
 
 @pytest.mark.interpreter
@@ -201,7 +201,7 @@ def test_sequences_are_separate() -> None:
 @pytest.mark.parametrize("sizes", [{}, {"K": 48, "V": 16}, {"dtype": torch.float32}], ids=str)
 def test_sequences_are_separate_in_kernels(sizes: dict[str, Any], bad: float) -> None:
     sizes = {"K": 64, "V": 64, **sizes}
-    assert_sequences_are_separate(run_kernels(kda_ops.chunk_kda_gated), bad, **sizes)
+    assert_sequences_are_separate(run_kernels(kda_ops.fused.chunk_kda_gated), bad, **sizes)
 
 
 @pytest.mark.interpreter
@@ -212,7 +212,9 @@ def test_kernel_error_is_below_the_peers(gate: str, sizes: dict[str, int], norm:
     torch.manual_seed(0)
     inputs = with_states(chunk_kda_gated_inputs(CPU, T=150, gate=gate, norm=norm, **sizes))
     expected = composed(copy_inputs(inputs, FP64))
-    for out, exact in zip(run_kernels(kda_ops.chunk_kda_gated)(**inputs), expected, strict=True):
+    for out, exact in zip(
+        run_kernels(kda_ops.fused.chunk_kda_gated)(**inputs), expected, strict=True
+    ):
         assert relative_error(out, exact) <= FROBENIUS
 
 
@@ -223,8 +225,10 @@ def test_norms_come_before_the_fp16_of_the_levels(size: float) -> None:
     torch.manual_seed(0)
     inputs = with_states(chunk_kda_gated_inputs(CPU, T=130, norm=True))
     inputs |= {name: inputs[name] * size for name in ("q", "k")}
-    expected = kda_ops.chunk_kda_gated(**copy_inputs(inputs, FP64))
-    for out, exact in zip(run_kernels(kda_ops.chunk_kda_gated)(**inputs), expected, strict=True):
+    expected = kda_ops.fused.chunk_kda_gated(**copy_inputs(inputs, FP64))
+    for out, exact in zip(
+        run_kernels(kda_ops.fused.chunk_kda_gated)(**inputs), expected, strict=True
+    ):
         assert relative_error(out, exact) <= FROBENIUS
 
 
@@ -234,7 +238,7 @@ def test_a_token_that_forgets_everything() -> None:
     torch.manual_seed(0)
     inputs = chunk_kda_gated_inputs(CPU, T=64, K=64, V=64)
     inputs["raw_gate"][:, 20] = torch.inf
-    launch = run_kernels(kda_ops.chunk_kda_gated)
+    launch = run_kernels(kda_ops.fused.chunk_kda_gated)
     o, _ = launch(**inputs)
     tail = {name: y[:, 20:] if name in TOKENS else y for name, y in inputs.items()}
     expected, _ = launch(**tail)
@@ -252,7 +256,7 @@ def test_kernels_survive_any_offsets_slots_and_tables(sizes: dict[str, Any]) -> 
     memory = inputs["state"]._base
     gaps = [memory[:, :16], memory[:, 16 + inputs["state"][0].numel() :]]
     before = [gap.clone() for gap in gaps]
-    launch = run_kernels(kda_ops.chunk_kda_gated)
+    launch = run_kernels(kda_ops.fused.chunk_kda_gated)
     table = prepare_chunk_indices(inputs["cu_seqlens"], 100)
     wrong = [
         {"cu_seqlens": torch.tensor([-50, 2**31 - 1, -7], dtype=torch.int32)},
@@ -276,7 +280,7 @@ def test_kernel_reads_strided_inputs_where_they_are() -> None:
     torch.manual_seed(0)
     packed = chunk_kda_gated_inputs(CPU, B=2, T=70, H=2, K=64, V=64, packed=True, norm=True)
     dense = {name: y.contiguous() if isinstance(y, Tensor) else y for name, y in packed.items()}
-    launch = run_kernels(kda_ops.chunk_kda_gated)
+    launch = run_kernels(kda_ops.fused.chunk_kda_gated)
     expected, _ = launch(**dense)
     assert not packed["raw_gate"].is_contiguous()
     assert torch.equal(launch(**packed)[0], expected)
@@ -291,7 +295,7 @@ def test_compiled_for_a_gpu_it_is_two_launches(dynamic: bool) -> None:
     tensors = {name: y for name, y in inputs.items() if isinstance(y, Tensor)}
     rest = {name: y for name, y in inputs.items() if not isinstance(y, Tensor)}
     _, (code,) = cuda_code(
-        lambda **x: kda_ops.chunk_kda_gated(**x, **rest)[0],
+        lambda **x: kda_ops.fused.chunk_kda_gated(**x, **rest)[0],
         **copy_inputs(tensors),
         dynamic=dynamic,
     )
@@ -313,7 +317,7 @@ def test_nvidia_launch_compiles(dtype: torch.dtype, target: str, tmp_path: Path)
         torch.no_grad(),
         RunKernels(),
     ):
-        kda_ops.chunk_kda_gated(**inputs)
+        kda_ops.fused.chunk_kda_gated(**inputs)
     (launch,) = recorder.launches.values()
     assert launch.constants["PACKED"]
     test_cubin.assert_fits(launch, target, tmp_path)
@@ -391,10 +395,10 @@ def test_errors(change: dict[str, Any], message: str) -> None:
     if change == {"q": None}:
         change = {name: inputs[name].to("meta") for name in ("q", "k", "v")}
     with pytest.raises(ValueError, match=re.escape(message)):
-        kda_ops.chunk_kda_gated(**inputs | change)
+        kda_ops.fused.chunk_kda_gated(**inputs | change)
 
 
 def test_with_offsets_the_batch_is_one_row() -> None:
     inputs = chunk_kda_gated_inputs(CPU, B=2, T=10, K=16, V=16)
     with pytest.raises(ValueError, match="q must have batch size 1 with cu_seqlens, got 2"):
-        kda_ops.chunk_kda_gated(**inputs, cu_seqlens=torch.tensor([0, 10]))
+        kda_ops.fused.chunk_kda_gated(**inputs, cu_seqlens=torch.tensor([0, 10]))

@@ -285,9 +285,9 @@ def assert_nan_stays(function: Any, name: str) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
 def test_chunks(dtype: torch.dtype, lower_bound: float | None) -> None:
     inputs = chunk_inputs(lower_bound, T=130, K=30, V=8, dtype=dtype)
-    assert_finite(kda_ops.chunk_kda_gated(**inputs))
+    assert_finite(kda_ops.fused.chunk_kda_gated(**inputs))
     assert_finite(of_parts(**inputs))
-    assert_gradients_are_finite(kda_ops.chunk_kda_gated, inputs)
+    assert_gradients_are_finite(kda_ops.fused.chunk_kda_gated, inputs)
     assert_gradients_are_finite(of_parts, inputs)
 
 
@@ -312,7 +312,7 @@ every_kernel = pytest.mark.parametrize("options", KERNELS.values(), ids=KERNELS.
 @every_kernel
 def test_chunks_in_kernels(options: dict[str, Any], lower_bound: float | None) -> None:
     inputs = chunk_inputs(lower_bound, **{"K": 24, "V": 16, **options})
-    assert_finite(run_kernels(kda_ops.chunk_kda_gated)(**inputs))
+    assert_finite(run_kernels(kda_ops.fused.chunk_kda_gated)(**inputs))
     assert_finite(run_kernels(of_parts)(**inputs))
 
 
@@ -324,28 +324,28 @@ def test_chunks_on_the_gpu(
     compile: bool, options: dict[str, Any], lower_bound: float | None
 ) -> None:
     inputs = on_gpu(chunk_inputs(lower_bound, T=130, **{"K": 24, "V": 16, **options}))
-    for function in (kda_ops.chunk_kda_gated, of_parts):
+    for function in (kda_ops.fused.chunk_kda_gated, of_parts):
         assert_finite((torch.compile(function, fullgraph=True) if compile else function)(**inputs))
 
 
 @every_bound
 def test_decode(lower_bound: float | None) -> None:
     inputs = decode_inputs(lower_bound)
-    assert_finite([kda_ops.kda_decode(**inputs), inputs["state"]])
+    assert_finite([kda_ops.fused.kda_decode(**inputs), inputs["state"]])
 
 
 @pytest.mark.interpreter
 @every_bound
 def test_decode_in_the_kernel(lower_bound: float | None) -> None:
     inputs = decode_inputs(lower_bound)
-    assert_finite([run_kernels(kda_ops.kda_decode)(**inputs), inputs["state"]])
+    assert_finite([run_kernels(kda_ops.fused.kda_decode)(**inputs), inputs["state"]])
 
 
 @pytest.mark.gpu
 @every_bound
 def test_decode_on_the_gpu(lower_bound: float | None) -> None:
     inputs = on_gpu(decode_inputs(lower_bound))
-    assert_finite([kda_ops.kda_decode(**inputs), inputs["state"]])
+    assert_finite([kda_ops.fused.kda_decode(**inputs), inputs["state"]])
 
 
 # -------------------------------------------------------------------- forgetting everything at once
@@ -361,19 +361,19 @@ def assert_forgets(function: Any, sizes: dict[str, Any]) -> None:
     tail = inputs | {name: inputs[name][:, 20:] for name in names} | {"initial_state": None}
     results = function(**tail)
     tail["raw_gate"] = tail["raw_gate"].nan_to_num(posinf=0.0)  # there is nothing yet to forget
-    exact = kda_ops.chunk_kda_gated(**copy_inputs(tail, FP64))
+    exact = kda_ops.fused.chunk_kda_gated(**copy_inputs(tail, FP64))
     for out, expected, fp64 in zip((o[:, 20:], final), results, exact, strict=True):
         assert_close(out, expected, fp64, inputs["q"].dtype)
 
 
 def test_a_gate_that_forgets_in_chunks() -> None:
-    assert_forgets(kda_ops.chunk_kda_gated, {"K": 24, "V": 16, "dtype": FP32})
+    assert_forgets(kda_ops.fused.chunk_kda_gated, {"K": 24, "V": 16, "dtype": FP32})
 
 
 @pytest.mark.interpreter
 @every_kernel
 def test_a_gate_that_forgets_in_kernels(options: dict[str, Any]) -> None:
-    assert_forgets(run_kernels(kda_ops.chunk_kda_gated), {"K": 24, "V": 16, **options})
+    assert_forgets(run_kernels(kda_ops.fused.chunk_kda_gated), {"K": 24, "V": 16, **options})
 
 
 def assert_steps_forget(function: Any) -> None:

@@ -115,7 +115,7 @@ def test_reference_is_the_definition(name: str) -> None:
     if inputs["A_log"] is not None:
         inputs["A_log"] = inputs["A_log"].clamp(max=0.5)  # slower decays: more of the state is seen
     expected = defined(inputs)
-    o = kda_ops.kda_decode(**inputs)
+    o = kda_ops.fused.kda_decode(**inputs)
     for got, want in zip((o, inputs["conv_state"], inputs["state"]), expected, strict=True):
         assert_same(got, want)
 
@@ -163,7 +163,7 @@ def composed(inputs: dict[str, Any]) -> Tensor:
 def test_reference_is_the_composition(name: str) -> None:
     inputs = in_fp64(CASE[name].make(CPU))
     apart = copied(inputs)
-    o, expected = kda_ops.kda_decode(**inputs), composed(apart)
+    o, expected = kda_ops.fused.kda_decode(**inputs), composed(apart)
     rows = offsets_of(inputs)[-1]
     assert_same(o[:, :rows], expected[:, :rows])
     assert (o[:, rows:] == 0).all()
@@ -174,7 +174,7 @@ def test_reference_is_the_composition(name: str) -> None:
 def test_ragged_is_separate_sequences() -> None:
     inputs = in_fp64(CASE["SD-speculative"].make(CPU))
     apart = copied(inputs)
-    o = kda_ops.kda_decode(**inputs)
+    o = kda_ops.fused.kda_decode(**inputs)
     bounds = offsets_of(inputs)
     for n in range(len(bounds) - 1):
         rows = slice(bounds[n], bounds[n + 1])
@@ -183,7 +183,7 @@ def test_ragged_is_separate_sequences() -> None:
         }
         one |= {name: apart[name][n : n + 1] for name in ("state_indices", "num_accepted")}
         length = torch.tensor([0, bounds[n + 1] - bounds[n]])
-        alone = kda_ops.kda_decode(**one | {"x": apart["x"][rows], "cu_seqlens": length})
+        alone = kda_ops.fused.kda_decode(**one | {"x": apart["x"][rows], "cu_seqlens": length})
         assert_same(o[:, rows], alone)
     for state in STATES:
         assert_same(inputs[state], apart[state])
@@ -197,20 +197,20 @@ def test_any_prefix_of_a_draft_can_be_accepted(layout: str) -> None:
     plain = copied(draft)
     del plain["cu_seqlens"]
     plain["state_indices"] = draft["state_indices"][:, 0]
-    o = kda_ops.kda_decode(**draft)
+    o = kda_ops.fused.kda_decode(**draft)
     following = {
         n: torch.randn_like(draft[n]) for n in ("x", "raw_gate", "raw_beta", "output_gate")
     }
     for t in range(4):
         token = {n: draft[n][:, t : t + 1] for n in ("raw_gate", "raw_beta", "output_gate")}
-        alone = kda_ops.kda_decode(**plain | token | {"x": draft["x"][t : t + 1]})
+        alone = kda_ops.fused.kda_decode(**plain | token | {"x": draft["x"][t : t + 1]})
         assert_same(o[:, t : t + 1], alone)
         token = {n: following[n][:, :1] for n in ("raw_gate", "raw_beta", "output_gate")} | {
             "x": following["x"][:1]
         }
         step = {"num_accepted": torch.tensor([t + 1]), "cu_seqlens": torch.tensor([0, 1])}
-        continued = kda_ops.kda_decode(**copied(draft) | token | step)
-        assert_same(continued, kda_ops.kda_decode(**copied(plain) | token))
+        continued = kda_ops.fused.kda_decode(**copied(draft) | token | step)
+        assert_same(continued, kda_ops.fused.kda_decode(**copied(plain) | token))
 
 
 def check_what_is_skipped(call: Any) -> None:
@@ -240,12 +240,12 @@ def check_what_is_skipped(call: Any) -> None:
 
 
 def test_what_is_skipped() -> None:
-    check_what_is_skipped(kda_ops.kda_decode)
+    check_what_is_skipped(kda_ops.fused.kda_decode)
 
 
 @pytest.mark.interpreter
 def test_what_is_skipped_by_the_kernel() -> None:
-    check_what_is_skipped(run_kernels(kda_ops.kda_decode))
+    check_what_is_skipped(run_kernels(kda_ops.fused.kda_decode))
 
 
 @pytest.mark.interpreter
@@ -255,7 +255,7 @@ def test_tiles_as_every_triton_lays_them_out(name: str, version: tuple[int, int]
     case = next(case for case in CASES if case.name == name)
     kernels = importlib.import_module("kda_ops.delta_rule.kda_decode.kernel")
     with mock.patch.object(kernels, "TRITON", version):
-        assert_accurate(run_kernels(kda_ops.kda_decode), kda_ops.kda_decode, case)
+        assert_accurate(run_kernels(kda_ops.fused.kda_decode), kda_ops.fused.kda_decode, case)
 
 
 @pytest.mark.parametrize(("sequences", "elements"), [(1, 16), (4, 16), (5, 64)])
@@ -272,7 +272,7 @@ def test_nan_of_a_sequence_stays_in_it() -> None:
     clean = copied(inputs)
     poisoned = copied(inputs) | {"x": inputs["x"].clone()}
     poisoned["x"][1] = float("nan")  # of the first sequence
-    call = run_kernels(kda_ops.kda_decode)
+    call = run_kernels(kda_ops.fused.kda_decode)
     o, expected = call(**poisoned), call(**clean)
     assert o[:, 1].isnan().all()
     assert torch.equal(o[:, [0, 2, 3, 4, 5]], expected[:, [0, 2, 3, 4, 5]])
@@ -302,7 +302,7 @@ def test_kernel_stays_in_bounds_whatever_the_values(
     inputs["state_indices"] = torch.tensor(indices, dtype=torch.int32)
     inputs["num_accepted"] = torch.tensor(accepted, dtype=torch.int32)
     inputs["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32)
-    o = run_kernels(kda_ops.kda_decode)(**inputs)
+    o = run_kernels(kda_ops.fused.kda_decode)(**inputs)
     named = {slot for row in indices for slot in row if 0 < slot < 8}
     for s in range(16):
         if s - 4 not in named:
@@ -365,7 +365,7 @@ def test_errors(change: dict[str, Any], message: str) -> None:
     )  # fmt: skip
     changed = {name: f(inputs.get(name)) for name, f in change.items()}
     with pytest.raises(ValueError, match=re.escape(message)):
-        kda_ops.kda_decode(**inputs | changed)
+        kda_ops.fused.kda_decode(**inputs | changed)
 
 
 def test_heads_must_fit() -> None:
@@ -374,10 +374,10 @@ def test_heads_must_fit() -> None:
     wide = {n: F.pad(inputs[n], (0, 1)) for n in ("x", "conv_state")}
     wide["weight"] = F.pad(inputs["weight"], (0, 0, 0, 1))
     with pytest.raises(ValueError, match=re.escape(message)):
-        kda_ops.kda_decode(**inputs | wide)
+        kda_ops.fused.kda_decode(**inputs | wide)
     inputs["raw_gate"] = inputs["raw_gate"].requires_grad_()
     with pytest.raises(RuntimeError, match="argument f requires grad"):
-        kda_ops.kda_decode(**inputs)
+        kda_ops.fused.kda_decode(**inputs)
 
 
 VALUE_ERRORS: dict[str, Any] = {
@@ -420,7 +420,7 @@ def test_value_errors(name: str) -> None:
     change(inputs)
     before = copied(inputs)
     with pytest.raises(ValueError, match=re.escape(message)):
-        kda_ops.kda_decode(**inputs)
+        kda_ops.fused.kda_decode(**inputs)
     for state in STATES:
         assert torch.equal(inputs[state], before[state])
 
@@ -442,7 +442,7 @@ def paged_step(layout: str) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
 def second_layer(conv: Tensor, recurrent: Tensor, **inputs: Any) -> Tensor:
     """The operator between neighbours, on one layer of a cache."""
     inputs = inputs | {"x": inputs["x"] * 2}
-    return kda_ops.kda_decode(conv_state=conv[1], state=recurrent[1], **inputs) + 1
+    return kda_ops.fused.kda_decode(conv_state=conv[1], state=recurrent[1], **inputs) + 1
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

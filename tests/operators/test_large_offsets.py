@@ -124,9 +124,9 @@ def test_short_conv() -> None:
 @needs(24)
 def test_short_conv_qkv() -> None:
     inputs, sizes = conv_inputs(), {"key_dim": H * D, "head_dim": D}
-    results = kda_ops.short_conv_qkv(**inputs, **sizes, cu_seqlens=offsets())
+    results = kda_ops.fused.short_conv_qkv(**inputs, **sizes, cu_seqlens=offsets())
     for rows in (slice(0, TAIL), slice(T - TAIL, T)):
-        alone = kda_ops.short_conv_qkv(inputs["x"][:, rows], inputs["weight"], **sizes)
+        alone = kda_ops.fused.short_conv_qkv(inputs["x"][:, rows], inputs["weight"], **sizes)
         for y, expected in zip(results, alone, strict=True):
             assert_same(y[:, rows], expected)
 
@@ -141,14 +141,14 @@ def test_chunk_kda_gated() -> None:
         "qk_norm_eps": 1e-6,
         "output_final_state": True,
     }
-    o, final = kda_ops.chunk_kda_gated(**inputs, **options, cu_seqlens=offsets())
+    o, final = kda_ops.fused.chunk_kda_gated(**inputs, **options, cu_seqlens=offsets())
     assert o.numel() > EDGE
     last = {name: y[:, T - TAIL :] for name, y in inputs.items()}
-    expected_o, expected_final = kda_ops.chunk_kda_gated(**last, **options)
+    expected_o, expected_final = kda_ops.fused.chunk_kda_gated(**last, **options)
     assert_same(o[:, T - TAIL :], expected_o)
     assert_same(final[1:], expected_final)
     first = {name: y[:, :TAIL] for name, y in inputs.items()}
-    assert_same(o[:, :TAIL], kda_ops.chunk_kda_gated(**first, **options)[0])
+    assert_same(o[:, :TAIL], kda_ops.fused.chunk_kda_gated(**first, **options)[0])
 
 
 @needs(60)
@@ -212,7 +212,7 @@ def test_slots_of_kda_decode(layout: str) -> None:
     inputs["conv_state"] = far_pages(inputs["conv_state"].shape[1:], torch.bfloat16)
     inputs["state"] = far_pages(inputs["state"].shape[1:], torch.float32)
     inputs["state_indices"] = torch.tensor([NEAR, FAR], dtype=torch.int32, device=DEVICE)
-    assert_far_is_near(kda_ops.kda_decode, inputs, "conv_state", "state")
+    assert_far_is_near(kda_ops.fused.kda_decode, inputs, "conv_state", "state")
 
 
 @needs(12)

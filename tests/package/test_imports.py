@@ -8,36 +8,63 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import kda_ops
-from tests.support.operators import NAMES
+from kda_ops._cases import operator_packages
 
 ROOT = Path(kda_ops.__file__).parent.parent
-ROOMS = ("kda_ops", "lowering", "tests", "perf")
-COMPOSERS = (
-    "kda_ops.nn.layer",
-    "kda_ops.integrations",
-    "kda_ops.demos.compiled_layer",
-    "kda_ops.__main__",
-)
-OPERATOR_MODULES = {"__init__", "op", "reference", "kernel", "cases"}
+TOP = ("kda_ops", "lowering", "tests", "perf")
 HEAVY = ("triton", "torch._inductor", "torch._dynamo", "sympy", "numpy.testing", "nixl", "fla")
+OPERATOR_FILES = {"__init__", "op", "reference", "kernel", "cases"}
+MAY_HAVE = {"backward"}
+
+# The rooms of `kda_ops` from the ground up. A room imports from rooms below it, and from those
+# beside it that are named here.
+FLOORS = (
+    {"_numerics", "_launch", "_progress", "_gradients", "_tracing", "config"},
+    {"_checks"},
+    {"varlen", "_cases"},
+    {"tuning"},
+    {"_registry"},
+    {"native"},
+    {"norm", "gating", "conv", "cache", "explain"},
+    {"delta_rule", "transfer"},
+    {"fused"},
+    {"nn"},
+    {"lowering"},
+    {"integrations", "demos"},
+    {"__main__"},
+)
+BESIDE = {
+    ("conv", "norm"),  # the convolution of q, k and v ends with the norms of q and k
+}
+SEAM = ("kda_ops._registry", "kda_ops.lowering")  # imported while something is traced
 
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(("kda_ops", *parts) if parts[0] == "lowering" else parts)
 
 
-def sources(*rooms: str) -> Iterator[tuple[str, ast.Module]]:
-    """Every module of the given rooms: its name and syntax tree."""
-    for room in rooms:
-        for path in sorted((ROOT / room).rglob("*.py")):
-            yield module_name(path), ast.parse(path.read_text(), str(path))
+def sources(*folders: str) -> Iterator[tuple[str, ast.Module]]:
+    """Every module of the given folders: its name and syntax tree."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if ROOT / "kda_ops" / "lowering" not in path.parents:  # the link
+                yield module_name(path), ast.parse(path.read_text(), str(path))
 
 
 def imports(tree: ast.Module) -> set[str]:
-    """Everything that a module imports, wherever in it: modules, and names imported from them."""
-    found = set()
+    """Everything that a module imports, wherever in it: modules, and names imported from them.
+
+    What is imported for annotations alone does not count.
+    """
+    found, annotations = set(), set()
     for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            annotations.update(child for x in node.body for child in ast.walk(x))
+    for node in ast.walk(tree):
+        if node in annotations:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -61,13 +88,35 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def offenders(package: str, *rooms: str) -> set[str]:
-    """Modules of the rooms that import a package."""
+def offenders(package: str, *folders: str) -> set[str]:
+    """Modules of the folders that import a package."""
     return {
         module
-        for module, tree in sources(*rooms)
+        for module, tree in sources(*folders)
         if any(within(name, package) for name in imports(tree))
     }
+
+
+def arrows() -> dict[str, set[str]]:
+    """The modules of `kda_ops` and `lowering` that each of them imports, without the seam."""
+    trees = dict(sources("kda_ops", "lowering"))
+    found: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        used = {name for name in imports(tree) if name in trees and name != module}
+        # `from a import b` names the package a as well
+        packages = {name for name in used if any(other.startswith(name + ".") for other in used)}
+        found[module] = {
+            name for name in used - packages if (module, name) != SEAM and name != "kda_ops"
+        }
+    return found
+
+
+def room(module: str) -> str:
+    return (module.split(".") + [""])[1]
+
+
+def floor(module: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if room(module) in rooms)
 
 
 def test_the_rules_see_every_kind_of_import() -> None:
@@ -79,24 +128,61 @@ def test_the_rules_see_every_kind_of_import() -> None:
         "    import importlib\n"
         "    importlib.import_module('i.j')\n"
         "    importlib.import_module(f'k.{f}')\n"
+        "if TYPE_CHECKING:\n"
+        "    import l\n"
     )
     assert imports(tree) == {
         "a.b", "c", "c.d", "e.g", "e.g.h", "importlib", "i.j", "k",
     }  # fmt: skip
 
 
+def test_every_room_stands_on_a_floor() -> None:
+    rooms = {room(module) for module, _ in sources("kda_ops", "lowering")} - {""}
+    assert rooms == set().union(*FLOORS)
+
+
+def test_nothing_imports_upwards() -> None:
+    wrong = set()
+    for module, used in arrows().items():
+        if module == "kda_ops":
+            continue
+        for name in used:
+            if room(name) == room(module) or (room(module), room(name)) in BESIDE:
+                continue
+            if floor(name) >= floor(module):
+                wrong.add(f"{module} imports {name}")
+    assert wrong == set()
+
+
+def test_no_circles() -> None:
+    """Beside the one seam, through which `_registry` reaches `lowering`."""
+    graph, done, circles = arrows(), set(), []
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            circles.append(" -> ".join([*path[path.index(module) :], module]))
+        elif module not in done:
+            for name in sorted(graph[module]):
+                visit(name, [*path, module])
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, [])
+    assert circles == []
+
+
 def test_only_kernels_import_triton() -> None:
     users = offenders("triton", "kda_ops")
     assert users, "no kernel found"
-    assert {name for name in users if not name.endswith(".kernel")} == set()
+    assert {x for x in users if not x.endswith(".kernel") and ".kernels." not in x} == set()
 
 
 def test_only_the_engine_imports_nixl() -> None:
-    assert offenders("nixl", *ROOMS[:2]) <= {"kda_ops.transfer.nixl"}
+    assert offenders("nixl", "kda_ops", "lowering") <= {"kda_ops.transfer.nixl"}
 
 
 def test_nobody_imports_vllm() -> None:
-    assert offenders("vllm", *ROOMS) == set()
+    assert offenders("vllm", *TOP) == set()
 
 
 def test_only_lowering_imports_inductor() -> None:
@@ -104,7 +190,11 @@ def test_only_lowering_imports_inductor() -> None:
 
 
 def test_kda_ops_reaches_lowering_through_one_seam() -> None:
-    assert offenders("lowering", "kda_ops") == {"kda_ops._registry"}
+    assert offenders("kda_ops.lowering", "kda_ops") == {SEAM[0]}
+
+
+def test_lowering_has_one_import_name() -> None:
+    assert offenders("lowering", *TOP) == set()
 
 
 def test_nobody_imports_tests_or_perf() -> None:
@@ -113,49 +203,33 @@ def test_nobody_imports_tests_or_perf() -> None:
 
 
 def test_operators_do_not_import_one_another() -> None:
-    """Only the layer, the integrations and the demo put operators together."""
+    """Operators of a family share its `formulas` and `kernel`, never one another's files."""
     wrong = set()
-    for module, tree in sources("kda_ops"):
-        if module == "kda_ops" or any(within(module, composer) for composer in COMPOSERS):
-            continue
-        own = module.split(".")[1]
-        for name in NAMES:
-            if name != own and any(within(used, f"kda_ops.{name}") for used in imports(tree)):
-                wrong.add(f"{module} imports {name}")
-    assert wrong == set()
-
-
-def test_operators_do_not_import_composers() -> None:
-    wrong = {
-        f"{module} imports {composer}"
-        for module, tree in sources("kda_ops")
-        if module.split(".")[-1] in OPERATOR_MODULES and module.split(".")[1:2] != ["integrations"]
-        for composer in COMPOSERS
-        if module != "kda_ops" and any(within(name, composer) for name in imports(tree))
-        if not any(within(module, other) for other in COMPOSERS)
-    }
+    packages = operator_packages().values()
+    for module, used in arrows().items():
+        own = next((package for package in packages if within(module, package)), None)
+        for package in packages:
+            if own is not None and package != own and any(within(x, package) for x in used):
+                wrong.add(f"{module} imports {package}")
     assert wrong == set()
 
 
 def test_lowering_takes_operators_by_their_modules() -> None:
     """A lowering uses an operator's `op` and `reference`, never the package's public names."""
-    wrong = set()
-    for module, tree in sources("lowering"):
-        for used in imports(tree):
-            if within(used, "kda_ops") and used.count(".") == 1 and used.split(".")[1] in NAMES:
-                wrong.add(f"{module} imports {used}")
-            if any(within(used, composer) for composer in COMPOSERS):
-                wrong.add(f"{module} imports {used}")
+    packages = operator_packages().values()
+    wrong = {
+        f"{module} imports {name}"
+        for module, used in arrows().items()
+        for name in used
+        if within(module, "kda_ops.lowering") and name in packages
+    }
     assert wrong == set()
 
 
 def test_every_operator_has_the_same_files() -> None:
-    """Five, and a sixth where the gradient has kernels of its own."""
-    for name in NAMES:
-        found = {path.stem for path in (ROOT / "kda_ops" / name).glob("*.py")}
-        assert found - {"backward"} == OPERATOR_MODULES, name
-        assert (ROOT / "lowering" / f"{name}.py").exists(), name
-        assert (ROOT / "perf" / f"bench_{name}.py").exists(), name
+    for package in operator_packages().values():
+        found = {path.stem for path in (ROOT / package.replace(".", "/")).glob("*.py")}
+        assert found - MAY_HAVE == OPERATOR_FILES, package
 
 
 def run(script: str, cache: Path) -> str:
@@ -182,7 +256,8 @@ def test_importing_loads_nothing_heavy(tmp_path: Path) -> None:
 import sys
 import torch
 before = set(sys.modules)
-import kda_ops, kda_ops.nn.layer, kda_ops.cache.spec, kda_ops.varlen, lowering
+import kda_ops, kda_ops.lowering
+from kda_ops import KDABatch, KDAStateSpec, KimiDeltaAttention, prepare_chunk_indices
 for name in sorted(set(sys.modules) - before):
     if any(name == heavy or name.startswith(heavy + ".") for heavy in {HEAVY}):
         print(name)

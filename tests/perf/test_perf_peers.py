@@ -151,7 +151,7 @@ CONVOLUTIONS = [
 
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)
 def test_flas_convolutions_of_q_k_and_v(case: Any) -> None:
-    check(fla.fla_short_conv_qkv, case, "short_conv_qkv", kda_ops.short_conv_qkv)
+    check(fla.fla_short_conv_qkv, case, "short_conv_qkv", kda_ops.fused.short_conv_qkv)
 
 
 def test_only_what_is_installed_is_a_peer() -> None:

@@ -172,18 +172,18 @@ def test_a_row_that_a_peer_beats_is_said(
     assert "slower than FLA 0.6.0 (0.62): gate small, kda_ops\n" in capsys.readouterr().out
 
 
-def test_the_readme_gets_the_table_between_its_markers(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = [str(fabricated_run(tmp_path / "run.json")), "--readme", str(readme)]
+def test_the_page_gets_the_table_between_its_markers(tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = [str(fabricated_run(tmp_path / "run.json")), "--page", str(page)]
     assert report.main(arguments) == 0
-    first = readme.read_text()
+    first = page.read_text()
     assert first.startswith(f"before\n{report.BEGIN}\nNVIDIA H200")
     assert first.endswith(f"| 1.25 |\n\n</details>\n{report.END}\nafter\n")
     assert targets.table([]) in first
     assert "old" not in first
     assert report.main(arguments) == 0
-    assert readme.read_text() == first
+    assert page.read_text() == first
 
 
 def test_each_row_is_from_the_newest_run_that_has_it(tmp_path: Path) -> None:
@@ -223,12 +223,12 @@ def test_the_slowest_rows_to_measure_are_told() -> None:
     ]
 
 
-def test_a_readme_without_markers_is_left_alone(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing here\n")
+def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text("nothing here\n")
     with pytest.raises(ValueError, match="must hold <!-- perf:begin --> and then"):
-        report.main([str(fabricated_run(tmp_path / "run.json")), "--readme", str(readme)])
-    assert readme.read_text() == "nothing here\n"
+        report.main([str(fabricated_run(tmp_path / "run.json")), "--page", str(page)])
+    assert page.read_text() == "nothing here\n"
 
 
 def test_a_run_without_rows_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
-"""What one rank of `tests/nn/test_fsdp.py` runs: `python -m tests.support.fsdp_ranks RANK WORLD STORE`.
+"""What one rank of `tests/nn/test_fsdp.py` runs: `python -m tests.support.fsdp_ranks RANK WORLD
+STORE`.
 
 Every scenario shards a layer or a model over all ranks, trains it on other data in each of them and
 holds it against the same in one process. Prints the scenarios that failed and why, as JSON.

@@ -1,9 +1,9 @@
 """Runs the Triton code that Inductor generates for a GPU, on CPU tensors, in the interpreter.
 
-`tests.support.fake_cuda` makes the source; here its kernels are executed instead of compiled. The numbers
-are right to fp32 rounding; races, launch limits and speed are not seen. Buffers are allocated full
-of NaN and between guards, so that an element which is not written, or a write beside a buffer, is
-seen. Needs TRITON_INTERPRET=1.
+`tests.support.fake_cuda` makes the source; here its kernels are executed instead of compiled. The
+numbers are right to fp32 rounding; races, launch limits and speed are not seen. Buffers are
+allocated full of NaN and between guards, so that an element which is not written, or a write beside
+a buffer, is seen. Needs TRITON_INTERPRET=1.
 """
 
 import importlib.util

@@ -25,7 +25,8 @@ class Prefill:
     """A process with prefill engines.
 
     Args:
-        engines: Ranks of each, or a dictionary of `ranks` and what `tests.support.nixl_prefill.Host` takes.
+        engines: Ranks of each, or a dictionary of `ranks` and what
+            `tests.support.nixl_prefill.Host` takes.
         progress_thread: Whether NIXL answers reads while the process is not polling.
     """
 

@@ -1,4 +1,5 @@
-"""Everything that the command line offers, from an installed wheel: `python -m tests.support.wheel FOLDER`.
+"""Everything that the command line offers, from an installed wheel: `python -m tests.support.wheel
+FOLDER`.
 
 Takes the one wheel in a folder, installs it beside the packages of the running interpreter, in an
 environment of its own, and runs the commands there from an empty folder. Prints what it ran; fails

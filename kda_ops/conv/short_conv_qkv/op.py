@@ -218,8 +218,8 @@ def short_conv_qkv(
         activation: `"silu"` (also called `"swish"`) or None.
         conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 1`, any
             strides, written in place. Its dtype may differ from that of x.
-        state_indices: `[N]`, int32 or int64, the slot of each sequence. None twice, but for 0. Required
-            with `conv_state`.
+        state_indices: `[N]`, int32 or int64, the slot of each sequence. None twice, but for 0.
+            Required with `conv_state`.
         has_initial_state: `[N]`, bool. None means that no sequence has one.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.

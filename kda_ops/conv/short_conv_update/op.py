@@ -110,8 +110,8 @@ def short_conv_update(
         weight: `[D, W]`, W at least 2; the last tap meets the token itself.
         bias: `[D]` or None.
         activation: `"silu"` (also called `"swish"`) or None.
-        state_indices: `[N]`, int32 or int64, the slot of each sequence, or `[N, 1 + num_spec]`, whose
-            column 0 is taken. None twice, but for 0.
+        state_indices: `[N]`, int32 or int64, the slot of each sequence, or `[N, 1 + num_spec]`,
+            whose column 0 is taken. None twice, but for 0.
         num_accepted: `[N]`, int32 or int64, in `[1, L - W + 2]`; of a sequence on slot 0 anything.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.

@@ -168,17 +168,17 @@ def chunk_kda(
             below 65504, as normalised ones are.
         k: `[B, T, H, K]`, dtype of q. `|k| <= 1` and `beta <= 2` keep the recurrence stable.
         v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
-        g_cumsum: `[B, T, HV, K]` in **log2**, the cumulative gate as `gate_cumsum` returns it: it restarts
-            every 64 tokens and at every sequence start. Finite; on a GPU infinite sums give NaN.
-            fp32 (fp64 with fp64 q).
+        g_cumsum: `[B, T, HV, K]` in **log2**, the cumulative gate as `gate_cumsum` returns it: it
+            restarts every 64 tokens and at every sequence start. Finite; on a GPU infinite sums
+            give NaN. fp32 (fp64 with fp64 q).
         beta: `[B, T, HV]` after its sigmoid, any floating dtype.
         scale: Factor of the output, `K ** -0.5` if None.
         initial_state: `[N, HV, V, K]`, bf16, fp32, on a CPU fp64; zeros if None.
         output_final_state: Whether to return the states after the last token.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
             it every batch row is a sequence, `N = B`.
-        chunk_indices: The batch's chunk table, `kda_ops.varlen.prepare_chunk_indices(cu_seqlens, T)`; made here if
-            None.
+        chunk_indices: The batch's chunk table, `kda_ops.varlen.prepare_chunk_indices(cu_seqlens,
+            T)`; made here if None.
         state: `[slots, HV, V, K]`, bf16 or fp32, any strides (padded pages): paged states, read and
             **written in place**, instead of `initial_state`.
         state_indices: `[N]`, int32 or int64, with `state`: the slot of each sequence, no slot

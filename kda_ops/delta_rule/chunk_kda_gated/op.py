@@ -176,7 +176,8 @@ def chunk_kda_gated(
             are copied). As it is to be used, or before its norm with `qk_norm_eps`.
         k: `[B, T, H, K]`, dtype of q; likewise.
         v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
-        raw_gate: `[B, T, HV, K]`, any floating dtype, the gate's input (the gate itself is in nats).
+        raw_gate: `[B, T, HV, K]`, any floating dtype, the gate's input (the gate itself is in
+            nats).
         raw_beta: `[B, T, HV]` before its sigmoid, any floating dtype.
         A_log: `[HV]`, natural log of the decay rate. None means a rate of 1 and needs
             `lower_bound`.
@@ -190,8 +191,8 @@ def chunk_kda_gated(
         output_final_state: Whether to return the states after the last token.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
             it every batch row is a sequence, `N = B`.
-        chunk_indices: The batch's chunk table, `kda_ops.varlen.prepare_chunk_indices(cu_seqlens, T)`; made here if
-            None.
+        chunk_indices: The batch's chunk table, `kda_ops.varlen.prepare_chunk_indices(cu_seqlens,
+            T)`; made here if None.
         state: `[slots, HV, V, K]`, bf16 or fp32, any strides (padded pages): paged states, read and
             **written in place**, instead of `initial_state`.
         state_indices: `[N]`, int32 or int64, with `state`: the slot of each sequence, no slot

@@ -33,8 +33,8 @@ def launch_general_gradient(
     dfinal: Tensor | None,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
-    """As `kda_ops.delta_rule.chunked.kernels.gradient.launch_gradient`; `used`: q, k, the cumulative gate and
-    beta as `chunk_kda` takes them.
+    """As `kda_ops.delta_rule.chunked.kernels.gradient.launch_gradient`; `used`: q, k, the
+    cumulative gate and beta as `chunk_kda` takes them.
     """
     x = inputs
     B, T, H, K = x.q.shape

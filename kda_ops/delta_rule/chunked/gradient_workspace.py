@@ -1,9 +1,10 @@
 """The memory of the gradient of chunked KDA, between its kernels.
 
-One row per (chunk, value head), as in `kda_ops.delta_rule.chunked.workspace`: tiles w, kg, qg [64, K], Aqk and
-T [64, 64], u and then vn [64, V]; vectors in fp32 (`gradient_rows_of`); and two states [K, V], S
-before the chunk and its gradient after it. 150,528 bytes with 128 x 128 in bf16, 621 MB at T = 8192
-and 32 heads. What the scans have read makes room for the tiles of `kda_ops.device.backward_tiles`.
+One row per (chunk, value head), as in `kda_ops.delta_rule.chunked.workspace`: tiles w, kg, qg [64,
+K], Aqk and T [64, 64], u and then vn [64, V]; vectors in fp32 (`gradient_rows_of`); and two states
+[K, V], S before the chunk and its gradient after it. 150,528 bytes with 128 x 128 in bf16, 621 MB
+at T = 8192 and 32 heads. What the scans have read makes room for the tiles of
+`kda_ops.device.backward_tiles`.
 
 What would take more than `GRADIENT_BYTES` is worked off in slabs, from the last to the first, after
 the forward recurrence has run through all but the last: a slab begins with the state that this

@@ -9,7 +9,8 @@ behind the other, `u [64, V]` and the chunk's decay `[K]`. The row of chunk c of
 One tensor holds all tiles: an allocation takes the host a few microseconds, which shows where
 tokens are few.
 
-A workspace that would be too large (`kda_ops.delta_rule.chunked.workspace.workspace_slabs`) holds a slab of the rows at a
+A workspace that would be too large (`kda_ops.delta_rule.chunked.workspace.workspace_slabs`) holds a
+slab of the rows at a
 time: all kernels run once per slab, and fp32 states `S [N, HV, K, V]` are carried from one to the
 next.
 """

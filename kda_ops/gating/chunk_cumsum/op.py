@@ -63,7 +63,8 @@ def chunk_cumsum(
         scale: Factor of the result; `RCP_LN2` turns nats into log2.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0, non-decreasing,
             last at most T. Needs `B = 1`. None means that every batch entry is one sequence.
-        chunk_indices: `prepare_chunk_indices(cu_seqlens, T, chunk_size)`, if the caller has it already.
+        chunk_indices: `prepare_chunk_indices(cu_seqlens, T, chunk_size)`, if the caller has it
+            already.
 
     Returns:
         `[B, T, ...]` in the **unit of g times scale**, fp32 (fp64 for fp64 inputs), contiguous.

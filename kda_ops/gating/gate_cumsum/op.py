@@ -70,12 +70,13 @@ def gate_cumsum(
         chunk_size: Tokens per chunk, a power of two from 16 to 256.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0, non-decreasing,
             last at most T. Needs `B = 1`. None means that every batch entry is one sequence.
-        chunk_indices: `prepare_chunk_indices(cu_seqlens, T, chunk_size)`, if the caller has it already.
+        chunk_indices: `prepare_chunk_indices(cu_seqlens, T, chunk_size)`, if the caller has it
+            already.
 
     Returns:
         G, `[B, T, HV, K]` in **log2**, fp32 (fp64 for fp64 inputs), contiguous. Sums that overflow
-        are the least finite number. Rows past the last sequence are zero, and what `raw_gate` holds there
-        has no influence.
+        are the least finite number. Rows past the last sequence are zero, and what `raw_gate` holds
+        there has no influence.
 
     Raises:
         ValueError: A shape, dtype, device, `lower_bound` or `chunk_size` that does not fit; offsets

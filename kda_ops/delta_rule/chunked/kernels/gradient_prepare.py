@@ -65,8 +65,8 @@ def token_gates(gate_at, gate_t, t, ok, a, bias, GATED: tl.constexpr, BOUND: tl.
 
 @triton.jit
 def unit_inverse(q, k, y, beta, PACKED: tl.constexpr):
-    """All levels of one chunk, as `kda_ops.delta_rule.chunked.kernels.prepare.chunk_levels`: q, k [64, K], the
-    tokens' gates y [64, K] in fp16 and beta [64].
+    """All levels of one chunk, as `kda_ops.delta_rule.chunked.kernels.prepare.chunk_levels`: q, k
+    [64, K], the tokens' gates y [64, K] in fp16 and beta [64].
 
     Returns q k^T with the decays and T, [64, 64], and q and k in fp16.
     """

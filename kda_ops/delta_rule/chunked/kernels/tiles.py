@@ -4,8 +4,8 @@ the raw one.
 Two kernels each: `prepare`, for tiles that a program holds whole (`kda_ops.device.prepare`) or in
 general form (`kda_ops.device.general`), and `scan` (`kda_ops.device.scan`), with few heads after a
 first pass of its own (`kda_ops.device.segments`). Between them lies a workspace
-(`kda_ops.delta_rule.chunked.workspace`). Here is how a program finds its chunk or sequence and its state, how
-it goes through a sequence's chunks, and what both forms of `prepare` do alike.
+(`kda_ops.delta_rule.chunked.workspace`). Here is how a program finds its chunk or sequence and its
+state, how it goes through a sequence's chunks, and what both forms of `prepare` do alike.
 """
 
 import triton
