@@ -55,7 +55,8 @@ def check_tensors(batch: "KDABatch") -> None:
         or batch.state_indices.numel() == 0
     ):
         raise ValueError(
-            f"state_indices must have shape [{N}] or [{N}, 1 + num_spec], got {tuple(batch.state_indices.shape)}"
+            f"state_indices must have shape [{N}] or [{N}, 1 + num_spec], "
+            f"got {tuple(batch.state_indices.shape)}"
         )
     check_dtype("has_initial_state", batch.has_initial_state, (torch.bool,))
     check_shape("has_initial_state", batch.has_initial_state, (N,))
@@ -108,7 +109,8 @@ def check_batch_values(batch: "KDABatch") -> None:
     lengths = batch.cu_seqlens[: batch.num_decodes + 1].diff()
     if (lengths > most).any():
         raise ValueError(
-            f"cu_seqlens must give each decode at most {most} tokens, one per column of state_indices, "
+            f"cu_seqlens must give each decode at most {most} tokens, "
+            "one per column of state_indices, "
             f"got {int(lengths.max())}"
         )
     for name, sequences in accepted_counts(batch).items():

@@ -144,14 +144,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prefill() -> tuple[KimiDeltaAttention, tuple[Tensor]]:
-    """The layer and a prompt, for `python -m kda_ops explain kda_ops.demos.compiled_layer:prefill`."""
+    """The layer and a prompt: `python -m kda_ops explain kda_ops.demos.compiled_layer:prefill`."""
     return KimiDeltaAttention(HIDDEN, HEAD_DIM, 32, dtype=DTYPE), (
         torch.randn(1, 1024, HIDDEN, dtype=DTYPE),
     )
 
 
 def decode() -> tuple[KimiDeltaAttention, tuple[Tensor], dict[str, object]]:
-    """The layer and a token of one sequence, for `... explain kda_ops.demos.compiled_layer:decode`."""
+    """The layer and one token: `python -m kda_ops explain kda_ops.demos.compiled_layer:decode`."""
     layer = KimiDeltaAttention(HIDDEN, HEAD_DIM, 32, dtype=DTYPE)
     how = {"state": layer.state_spec().allocate(SLOTS), "batch": KDABatch.decode([SLOT])}
     return layer, (torch.randn(1, 1, HIDDEN, dtype=DTYPE),), how

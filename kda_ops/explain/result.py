@@ -170,7 +170,8 @@ class Explanation:
         if any(self.failures):
             return "whole graph: " + "; ".join(self.without_code())
         before, after = self.launches
-        return f"whole graph: {before} -> {after} launches, {text.saved(self.bytes_saved)} through memory"
+        saved = text.saved(self.bytes_saved)
+        return f"whole graph: {before} -> {after} launches, {saved} through memory"
 
     def without_code(self) -> list[str]:
         """For what no code could be generated, and why."""

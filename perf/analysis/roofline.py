@@ -225,7 +225,8 @@ def report(rows: Sequence[Row]) -> str:
     pieces = prefill_pieces(rows)
     heads = [f"{gpu.name}{' (measured)' if gpu is measured else ''}" for gpu in found]
     lines = [
-        f"Predictions, us, by `python -m perf.analysis.roofline`; the column of the {MEASURED} is what they "
+        f"Predictions, us, by `python -m perf.analysis.roofline`; "
+        f"the column of the {MEASURED} is what they "
         "start from. In brackets the floor.",
         "",
         "| prefill, T = 8192, H = 32 | limit | " + " | ".join(heads) + " |",

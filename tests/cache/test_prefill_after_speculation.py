@@ -133,7 +133,8 @@ def test_one_copy_more() -> None:
         ({"num_accepted": [1, 1]}, "prefill_num_accepted must have shape [1], got (2,)"),
         (
             {"num_accepted": [1], "state_indices": [1]},
-            "prefill_num_accepted must come with state_indices of shape [N, 1 + num_spec], got (1,)",
+            "prefill_num_accepted must come with state_indices of shape [N, 1 + num_spec], "
+            "got (1,)",
         ),
     ],
 )

@@ -325,7 +325,11 @@ def returns(index: int) -> Any:
         ({"eps": (1e-6, 1e-5)}, {}, "different eps"),
         ({"extra": returns(0)}, {}, "q (", ),
         ({"convolve": other_convolution(bias=lambda a: None)}, {}, "different biases"),
-        ({"convolve": other_convolution(state_indices=lambda a: a["state_indices"].flip(0))}, {}, "other slots"),
+        (
+            {"convolve": other_convolution(state_indices=lambda a: a["state_indices"].flip(0))},
+            {},
+            "other slots",
+        ),
         ({"convolve": other_convolution(cu=lambda a: a["cu"] * 1)}, {}, "other cu_seqlens"),
         ({"convolve": one_state}, {}, "have one state"),
         ({}, {"weight": [torch.randn(n, w) for n, w in zip(WIDTHS, (W, 2, W), strict=True)]},

@@ -727,7 +727,8 @@ def test_batch_errors() -> None:
         ),
         (
             {"cu_seqlens": torch.tensor([0, 2, 5]), "num_decode_tokens": 2},
-            "cu_seqlens must give each decode at most 1 tokens, one per column of state_indices, got 2",
+            "cu_seqlens must give each decode at most 1 tokens, one per column of state_indices, "
+            "got 2",
         ),
         (
             {"state_indices": torch.tensor([3])},
@@ -780,7 +781,8 @@ def test_batch_errors() -> None:
         ),
         (
             {"chunk_indices": torch.tensor([[0, 1]], dtype=torch.int32)},
-            "chunk_indices must be the chunk table of cu_seqlens, expected row 0 to be [0, 0], got [0, 1]",
+            "chunk_indices must be the chunk table of cu_seqlens, expected row 0 to be [0, 0], "
+            "got [0, 1]",
         ),
     ]
     for change, message in wrong:

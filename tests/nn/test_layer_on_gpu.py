@@ -133,7 +133,7 @@ def test_chunk_after_a_speculative_step(layout: str) -> None:
 
 @pytest.mark.parametrize("entries", [1, 3])
 def test_padded_rows_of_a_projection(entries: int) -> None:
-    """The kernel reads rows as Inductor padded them; see `tests/lowering/test_launch_contract.py`."""
+    """Rows are read as Inductor padded them; see `tests/lowering/test_launch_contract.py`."""
     sliced = Sliced().to(DEVICE).requires_grad_(False)
     x = torch.randn(entries, 130, HIDDEN, dtype=BF16, device=DEVICE)
     with inductor_config.patch(padding_stride_threshold=0):

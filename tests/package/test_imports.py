@@ -112,7 +112,7 @@ def arrows() -> dict[str, set[str]]:
 
 
 def room(module: str) -> str:
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def floor(module: str) -> int:

@@ -118,9 +118,9 @@ def launch_short_conv_state(
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, conv_state: Tensor |
-    None, state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout:
-    str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+    conv_state: Tensor | None, state_indices: Tensor | None, has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, layout: str,
 ) -> Tensor:  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.stride(-1) != 1:

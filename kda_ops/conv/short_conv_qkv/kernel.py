@@ -171,8 +171,8 @@ def launch_short_conv_qkv_state(
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _launch(
-        (x,), (weight,), (bias,), activation, key_dim, head_dim, norm_eps, (conv_state,), state_indices,
-        has_initial_state, cu_seqlens, layout,
+        (x,), (weight,), (bias,), activation, key_dim, head_dim, norm_eps, (conv_state,),
+        state_indices, has_initial_state, cu_seqlens, layout,
     )  # fmt: skip
 
 
@@ -203,8 +203,8 @@ def launch_short_conv_qkv_unpacked_state(
 def _launch(
     xs: tuple[Tensor, ...], weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...],
     activation: str | None, key_dim: int, head_dim: int, norm_eps: float,
-    states: tuple[Tensor | None, ...], state_indices: Tensor | None, has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, layout: str,
+    states: tuple[Tensor | None, ...], state_indices: Tensor | None,
+    has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One of each tensor, packed, or three, for q, k and v."""
     xs = tuple(x if x.stride(2) == 1 else x.contiguous() for x in xs)

@@ -64,7 +64,8 @@ def _check_sums(g_cumsum: Tensor, cu_seqlens: Tensor | None) -> None:
     if infinite.any():
         b, t, h, d = infinite.nonzero()[0].tolist()
         raise ValueError(
-            f"g_cumsum must be finite, got {real[b, t, h, d].item()} at token {t}; a token that is to "
+            f"g_cumsum must be finite, got {real[b, t, h, d].item()} at token {t}; "
+            "a token that is to "
             "forget everything takes a gate of -300, or begins a sequence"
         )
 

@@ -116,7 +116,8 @@ def check_chunk_kda_gated_state_values(
 
 
 chunk_kda_gated_op = define_op(
-    "chunk_kda_gated(Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, Tensor? A_log, "
+    "chunk_kda_gated(Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, "
+    "Tensor? A_log, "
     "Tensor? dt_bias, float? lower_bound, float beta_scale, float? qk_norm_eps, float scale, "
     "Tensor? initial_state, bool output_final_state, Tensor? cu_seqlens, Tensor? chunk_indices) "
     "-> (Tensor, Tensor)",
@@ -128,7 +129,8 @@ chunk_kda_gated_op = define_op(
 )
 
 chunk_kda_gated_state_op = define_op(
-    "chunk_kda_gated.state(Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, Tensor? A_log, "
+    "chunk_kda_gated.state(Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, "
+    "Tensor? A_log, "
     "Tensor? dt_bias, float? lower_bound, float beta_scale, float? qk_norm_eps, float scale, "
     "Tensor(a!) state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
     "Tensor? chunk_indices) -> Tensor",

@@ -128,7 +128,8 @@ def conv_tokens(conv_state: Tensor, weight: Tensor, layout: str) -> int:
 
 
 _STEP = (
-    "str? activation, Tensor raw_gate, Tensor raw_beta, Tensor output_gate, Tensor? A_log, Tensor? dt_bias, "
+    "str? activation, Tensor raw_gate, Tensor raw_beta, Tensor output_gate, "
+    "Tensor? A_log, Tensor? dt_bias, "
     "float? lower_bound, float beta_scale, Tensor norm_weight, float norm_eps, float qk_norm_eps, "
     "float scale, Tensor(d!) state, Tensor state_indices, Tensor? num_accepted, "
     "Tensor? cu_seqlens, str layout"
@@ -326,8 +327,9 @@ def kda_decode(
     if beta_scale not in (1.0, 2.0):
         raise ValueError(f"beta_scale must be 1 or 2, got {beta_scale}")
     step = (
-        activation, raw_gate, raw_beta, output_gate, A_log, dt_bias, lower_bound, beta_scale, norm_weight, norm_eps,
-        qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens, layout,
+        activation, raw_gate, raw_beta, output_gate, A_log, dt_bias, lower_bound, beta_scale,
+        norm_weight, norm_eps, qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens,
+        layout,
     )  # fmt: skip
     op = kda_decode_op if len(parts) == 1 else kda_decode_unpacked_op
     return op(*xs, *conv_states, *weights, *biases, *step)

@@ -35,7 +35,8 @@ def _check_values(
 
 
 gate_cumsum_op = define_op(
-    "gate_cumsum(Tensor raw_gate, Tensor? A_log, Tensor? dt_bias, float? lower_bound, int chunk_size, "
+    "gate_cumsum(Tensor raw_gate, Tensor? A_log, Tensor? dt_bias, float? lower_bound, "
+    "int chunk_size, "
     "Tensor? cu_seqlens, Tensor? chunk_indices) -> Tensor",
     reference=gate_cumsum_reference,
     fake=gate_cumsum_fake,
