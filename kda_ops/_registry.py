@@ -17,9 +17,11 @@
 microseconds, a call through `torch.library.custom_op` 7-9.
 """
 
+import functools
 import importlib
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -103,17 +105,17 @@ def define_op(
         reference: The definition in eager PyTorch, called with the schema's arguments in order. It
             is the CPU implementation and the source of gradients. It never returns an input or a
             view of one.
-        fake: Shapes, dtypes and strides of the result.
-        cuda: `"module:function"` of the kernel launcher, same arguments.
+        fake: Shapes, dtypes and strides of the result. Like the launcher and `check_values` it
+            declares the parameters that it uses, named as in the schema, in any order.
+        cuda: `"module:function"` of the kernel launcher.
         cuda_backward: `"module:function"` of what launches the kernels of the gradient on CUDA, in
             the place of the vector-Jacobian product of the reference. It is called with the
             schema's arguments in order, the list of the results' gradients (None where there is
             none) and the list `needs_gradient` (a bool per argument), and returns the list of the
             needed gradients in the order of the arguments: dense, none of them an input or a view
             of one.
-        check_values: Raises `ValueError` for bad tensor *values*. Called with the same arguments
-            before the implementation, for CPU tensors always, for CUDA tensors when
-            `kda_ops.config.check_values`.
+        check_values: Raises `ValueError` for bad tensor *values*. Called before the implementation,
+            for CPU tensors always, for CUDA tensors when `kda_ops.config.check_values`.
         moves_only: Whether the kernel copies elements and computes nothing, so that fp64 is a dtype
             like any other. All other operators refuse fp64 on a GPU, also while they are traced.
         tags: Extra operator tags.
@@ -124,6 +126,9 @@ def define_op(
     written = [i for i, x in enumerate(op._schema.arguments) if x.is_write]
     changed = _tensors_at(op, written)
     load = _lazy(cuda, names)
+    fake = by_name(fake, names)
+    if check_values is not None:
+        check_values = by_name(check_values, names)
 
     def launcher(*args: Any) -> Any:
         if not moves_only:
@@ -225,6 +230,24 @@ def _tensors_at(op: Any, places: list[int]) -> Callable[[tuple[Any, ...]], Any]:
     return tensors
 
 
+def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """A function of all of an operator's arguments, in order, that passes on those that another one
+    declares. Raises `TypeError` for a parameter that is no argument of the operator.
+    """
+    declared = list(inspect.signature(function).parameters.values())
+    if any(x.kind is x.VAR_POSITIONAL for x in declared) or [x.name for x in declared] == names:
+        return function
+    unknown = [x.name for x in declared if x.name not in names]
+    if unknown:
+        raise TypeError(f"{function.__qualname__} declares {unknown}, the operator has {names}")
+    places = [names.index(x.name) for x in declared]
+    if len(places) == 1:
+        (place,) = places
+        return functools.wraps(function)(lambda *args: function(args[place]))
+    pick = itemgetter(*places) if places else lambda args: ()
+    return functools.wraps(function)(lambda *args: function(*pick(args)))
+
+
 def _lazy(target: str, names: list[str]) -> Callable[..., Any]:
     """A function that imports `module:function` on its first call.
 
@@ -235,9 +258,10 @@ def _lazy(target: str, names: list[str]) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         if not found:
-            found.append(getattr(importlib.import_module(module), attribute))
+            function = getattr(importlib.import_module(module), attribute)
+            found.extend((function, by_name(function, names)))
         with tuning.calling(found[0], names, args):
-            return found[0](*args)
+            return found[1](*args)
 
     return call
 

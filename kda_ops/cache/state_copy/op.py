@@ -8,15 +8,11 @@ from kda_ops.cache.state_copy.reference import INTEGER_OF_SIZE, state_copy_refer
 from kda_ops.config import resolve_layout
 
 
-def state_copy_fake(
-    conv: Tensor, recurrent: Tensor, plan: Tensor, layout: str, max_bias: int
-) -> None:
+def state_copy_fake() -> None:
     return None
 
 
-def check_state_copy_values(
-    conv: Tensor, recurrent: Tensor, plan: Tensor, layout: str, max_bias: int
-) -> None:
+def check_state_copy_values(conv: Tensor, plan: Tensor, max_bias: int) -> None:
     slots = conv.shape[-3]
     for r, (conv_src, recurrent_src, dst, bias) in enumerate(plan.tolist()):
         if conv_src < 0 and recurrent_src < 0:

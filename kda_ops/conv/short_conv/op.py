@@ -11,50 +11,16 @@ from kda_ops.conv.short_conv.reference import short_conv_reference, short_conv_s
 from kda_ops.native import define_native
 
 
-def short_conv_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+def short_conv_fake(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def short_conv_state_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    conv_state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def check_short_conv_values(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    cu_seqlens: Tensor | None,
-) -> None:
+def check_short_conv_values(x: Tensor, cu_seqlens: Tensor | None) -> None:
     check_conv_values(x, cu_seqlens, None, None)
 
 
 def check_short_conv_state_values(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    conv_state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
+    x: Tensor, conv_state: Tensor, state_indices: Tensor, cu_seqlens: Tensor | None
 ) -> None:
     check_conv_values(x, cu_seqlens, conv_state, state_indices)
 
@@ -73,7 +39,7 @@ short_conv_state_op = define_op(
     "Tensor(a!) conv_state, Tensor state_indices, Tensor? has_initial_state, "
     "Tensor? cu_seqlens, str layout) -> Tensor",
     reference=short_conv_state_reference,
-    fake=short_conv_state_fake,
+    fake=short_conv_fake,
     cuda="kda_ops.conv.short_conv.kernel:launch_short_conv_state",
     check_values=check_short_conv_state_values,
 )

@@ -27,16 +27,7 @@ MOST_HEAD_DIM = 256
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
-def short_conv_qkv_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    key_dim: int,
-    head_dim: int,
-    norm_eps: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def short_conv_qkv_fake(x: Tensor, key_dim: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     B, T, D = x.shape
     heads = (B, T, key_dim // head_dim, head_dim)
     shapes = (heads, heads, (B, T, D - 2 * key_dim))
@@ -44,28 +35,9 @@ def short_conv_qkv_fake(
     return q, k, v
 
 
-def short_conv_qkv_state_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    key_dim: int,
-    head_dim: int,
-    norm_eps: float,
-    conv_state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return short_conv_qkv_fake(x, weight, bias, activation, key_dim, head_dim, norm_eps, cu_seqlens)
-
-
 def short_conv_qkv_unpacked_fake(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
-    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
-    head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, v: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, key_dim = q.shape
     heads = (B, T, key_dim // head_dim, head_dim)
     shapes = (heads, heads, v.shape)
@@ -73,62 +45,23 @@ def short_conv_qkv_unpacked_fake(
     return new_q, new_k, new_v
 
 
-def short_conv_qkv_unpacked_state_fake(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
-    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
-    head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return short_conv_qkv_unpacked_fake(
-        q, k, v, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, activation, head_dim,
-        norm_eps, cu_seqlens,
-    )  # fmt: skip
-
-
-def check_short_conv_qkv_values(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    key_dim: int,
-    head_dim: int,
-    norm_eps: float,
-    cu_seqlens: Tensor | None,
-) -> None:
+def check_short_conv_qkv_values(x: Tensor, cu_seqlens: Tensor | None) -> None:
     check_conv_values(x, cu_seqlens, None, None)
 
 
 def check_short_conv_qkv_state_values(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    key_dim: int,
-    head_dim: int,
-    norm_eps: float,
-    conv_state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
+    x: Tensor, conv_state: Tensor, state_indices: Tensor, cu_seqlens: Tensor | None
 ) -> None:
     check_conv_values(x, cu_seqlens, conv_state, state_indices)
 
 
-def check_short_conv_qkv_unpacked_values(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
-    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
-    head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
-) -> None:  # fmt: skip
+def check_short_conv_qkv_unpacked_values(q: Tensor, cu_seqlens: Tensor | None) -> None:
     check_conv_values(q, cu_seqlens, None, None)
 
 
 def check_short_conv_qkv_unpacked_state_values(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
-    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
-    head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
-) -> None:  # fmt: skip
+    q: Tensor, q_state: Tensor, state_indices: Tensor, cu_seqlens: Tensor | None
+) -> None:
     check_conv_values(q, cu_seqlens, q_state, state_indices)
 
 
@@ -146,7 +79,7 @@ short_conv_qkv_state_op = define_op(
     "int head_dim, float norm_eps, Tensor(a!) conv_state, Tensor state_indices, "
     "Tensor? has_initial_state, Tensor? cu_seqlens, str layout) -> (Tensor, Tensor, Tensor)",
     reference=short_conv_qkv_state_reference,
-    fake=short_conv_qkv_state_fake,
+    fake=short_conv_qkv_fake,
     cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_state",
     check_values=check_short_conv_qkv_state_values,
 )
@@ -169,7 +102,7 @@ short_conv_qkv_unpacked_state_op = define_op(
     "Tensor(c!) v_state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
     "str layout) -> (Tensor, Tensor, Tensor)",
     reference=short_conv_qkv_unpacked_state_reference,
-    fake=short_conv_qkv_unpacked_state_fake,
+    fake=short_conv_qkv_unpacked_fake,
     cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_unpacked_state",
     check_values=check_short_conv_qkv_unpacked_state_values,
 )

@@ -20,17 +20,7 @@ from kda_ops.conv.checks import check_conv, check_conv_state, resolve_activation
 from kda_ops.conv.short_conv_update.reference import short_conv_update_reference
 
 
-def short_conv_update_fake(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> Tensor:
+def short_conv_update_fake(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -38,8 +28,6 @@ def check_short_conv_update_values(
     x: Tensor,
     conv_state: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
     state_indices: Tensor,
     num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,

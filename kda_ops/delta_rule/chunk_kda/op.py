@@ -22,15 +22,10 @@ from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
 def chunk_kda_fake(
     q: Tensor,
-    k: Tensor,
     v: Tensor,
-    g_cumsum: Tensor,
-    beta: Tensor,
-    scale: float,
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -41,19 +36,7 @@ def chunk_kda_fake(
     )
 
 
-def chunk_kda_state_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_cumsum: Tensor,
-    beta: Tensor,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
+def chunk_kda_state_fake(v: Tensor) -> Tensor:
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
@@ -71,16 +54,7 @@ def _check_sums(g_cumsum: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def check_chunk_kda_values(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_cumsum: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
+    q: Tensor, g_cumsum: Tensor, cu_seqlens: Tensor | None, chunk_indices: Tensor | None
 ) -> None:
     check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
     _check_sums(g_cumsum, cu_seqlens)
@@ -88,14 +62,9 @@ def check_chunk_kda_values(
 
 def check_chunk_kda_state_values(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
     g_cumsum: Tensor,
-    beta: Tensor,
-    scale: float,
     state: Tensor,
     state_indices: Tensor,
-    has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
 ) -> None:

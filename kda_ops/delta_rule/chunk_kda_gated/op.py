@@ -27,20 +27,10 @@ from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
 def chunk_kda_gated_fake(
     q: Tensor,
-    k: Tensor,
     v: Tensor,
-    raw_gate: Tensor,
-    raw_beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -51,62 +41,20 @@ def chunk_kda_gated_fake(
     )
 
 
-def chunk_kda_gated_state_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    raw_gate: Tensor,
-    raw_beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
+def chunk_kda_gated_state_fake(v: Tensor) -> Tensor:
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def check_chunk_kda_gated_values(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    raw_gate: Tensor,
-    raw_beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
+    q: Tensor, cu_seqlens: Tensor | None, chunk_indices: Tensor | None
 ) -> None:
     check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
 
 
 def check_chunk_kda_gated_state_values(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    raw_gate: Tensor,
-    raw_beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
     state: Tensor,
     state_indices: Tensor,
-    has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
 ) -> None:

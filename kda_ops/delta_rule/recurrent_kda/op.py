@@ -19,31 +19,15 @@ from kda_ops.delta_rule.recurrent_kda.reference import recurrent_kda_reference
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def recurrent_kda_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    scale: float,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+def recurrent_kda_fake(v: Tensor) -> Tensor:
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def check_recurrent_kda_values(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
     state: Tensor,
     state_indices: Tensor,
     num_accepted: Tensor | None,
-    scale: float,
     cu_seqlens: Tensor | None,
 ) -> None:
     check_step_values(state, state_indices, num_accepted, cu_seqlens, q.shape[1])

@@ -10,22 +10,12 @@ from kda_ops.gating.chunk_cumsum.reference import chunk_cumsum_reference
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
 
-def chunk_cumsum_fake(
-    g: Tensor,
-    chunk_size: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
+def chunk_cumsum_fake(g: Tensor) -> Tensor:
     return torch.empty(g.shape, dtype=accumulation_dtype(g), device=g.device)
 
 
 def _check_values(
-    g: Tensor,
-    chunk_size: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
+    g: Tensor, chunk_size: int, cu_seqlens: Tensor | None, chunk_indices: Tensor | None
 ) -> None:
     check_varlen_values(g, cu_seqlens, chunk_indices, chunk_size)
 

@@ -9,9 +9,7 @@ from kda_ops._registry import define_op
 from kda_ops.gating.gate.reference import gate_reference
 
 
-def gate_fake(
-    raw_gate: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
-) -> Tensor:
+def gate_fake(raw_gate: Tensor) -> Tensor:
     return torch.empty(raw_gate.shape, dtype=accumulation_dtype(raw_gate), device=raw_gate.device)
 
 

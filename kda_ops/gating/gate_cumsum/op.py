@@ -10,26 +10,12 @@ from kda_ops.gating.gate_cumsum.reference import gate_cumsum_reference
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
 
-def gate_cumsum_fake(
-    raw_gate: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    chunk_size: int,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
+def gate_cumsum_fake(raw_gate: Tensor) -> Tensor:
     return torch.empty(raw_gate.shape, dtype=accumulation_dtype(raw_gate), device=raw_gate.device)
 
 
 def _check_values(
-    raw_gate: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    chunk_size: int,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
+    raw_gate: Tensor, chunk_size: int, cu_seqlens: Tensor | None, chunk_indices: Tensor | None
 ) -> None:
     check_varlen_values(raw_gate, cu_seqlens, chunk_indices, chunk_size)
 
