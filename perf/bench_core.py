@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kda_ops import chunk_kda, chunk_kda_gated, gate_cumsum, l2norm
+from kda_ops import chunk_kda, gate_cumsum, l2norm
 from kda_ops._cases import Case
 from kda_ops._numerics import CHUNK
+from kda_ops.fused import chunk_kda_gated
 from kda_ops.varlen import prepare_chunk_indices
 from perf.baselines.fla import fla, fla_core
 from perf.baselines.others import more_peers

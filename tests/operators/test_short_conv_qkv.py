@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kda_ops import config, l2norm, short_conv, short_conv_qkv
+from kda_ops import config, l2norm, short_conv
 from kda_ops._cases import Case, paged_conv_state
+from kda_ops.fused import short_conv_qkv
 from kda_ops.tuning import override
 from kda_ops.tuning.configs import DEFAULTS
 from tests.support.fake_cuda import cuda_code, summary
