@@ -13,7 +13,7 @@ Values in capitals that a kernel takes as constants go there unchanged. The othe
   would not be PROGRAMS of them.
 * `STAGES`: chunks in shared memory at a time, fewer where they do not fit.
 
-`perf/NOTES.md` has the measurements behind the rows of SM90, at K = V = 128.
+`perf/notes/` has the measurements behind the rows of SM90, at K = V = 128.
 """
 
 from collections.abc import Mapping

@@ -260,7 +260,7 @@ def test_tiles_as_every_triton_lays_them_out(name: str, version: tuple[int, int]
 
 @pytest.mark.parametrize(("sequences", "elements"), [(1, 16), (4, 16), (5, 64)])
 def test_few_sequences_take_narrower_lines(sequences: int, elements: int) -> None:
-    """See `perf/NOTES.md`: 4 % of a step of one, where 64 sequences would lose 8 %."""
+    """See `perf/notes/decode.md`: 4 % of a step of one, where 64 sequences would lose 8 %."""
     kernel = importlib.import_module("kda_ops.delta_rule.kda_decode.kernel")
     state = torch.empty(1, 1, 128, 128)
     assert kernel.tile_of(128, 128, state, "SD", sequences, 1)["INNER_K"] == elements
