@@ -72,7 +72,7 @@ def test_backward_kernels_compile(target: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", [0, 1], ids=["raw", "ragged"])
 def test_products_of_warp_groups_take_nothing_from_registers(form: int) -> None:
-    """Of such products ptxas 12.8 took wrong descriptors in this kernel, see `perf/notes/backward.md`."""
+    """Of such products ptxas 12.8 took wrong descriptors here: `perf/notes/backward.md`."""
     launch = launches(TARGETS["sm_90a"].shared)["chunk_gradient_kernel"][form]
     ptx = compile_launch(launch, TARGETS["sm_90a"]).asm["ptx"]
     products = re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, (\S)", ptx)

@@ -14,7 +14,8 @@ loads to the last stores (row numbers, masks) is then spilled, comes back out of
 costs 3 to 20 % of the time. Hence rows past a sequence's end are read as its last row instead of
 under masks, and `opaque` keeps apart what is computed early and late. Levels 2 and 4 are a loop
 although they could be written out: its edges keep the compiler from mixing levels, which spilled
-more (`perf/notes/chunk_kda.md`), and within a level the decays of the next one are made beside its products.
+more (`perf/notes/chunk_kda.md`), and within a level the decays of the next one are made beside
+its products.
 """
 
 import torch
@@ -183,7 +184,7 @@ def chunk_levels(q, k, y, beta, beta_before, PACKED: tl.constexpr):
     X = join(X, M)
     A = block_diagonal(A)
     A, M = large_level(A, q, k, y, A, 16, PACKED)
-    # in fp16 it takes 16 registers less meanwhile; that rounds beta twice, see `perf/notes/chunk_kda.md`
+    # in fp16 it takes 16 registers less meanwhile; rounds beta twice (`perf/notes/chunk_kda.md`)
     X = join(block_diagonal(X), M).to(tl.float16)
     A, M = large_level(A, q, k, y, A, 32, PACKED)
     return A, X, M, tl.reshape(q, (64, K)), tl.reshape(k, (64, K))
