@@ -3,8 +3,8 @@
 
 Runs the small cases of every operator, first alone, so that compiled kernels are found on disk,
 then once under each tool. Every allocation is one of CUDA's own, so that a read past a tensor's end
-is seen (not one past a tile of chunked KDA's workspace). Prints a table for `perf/notes/sanitizer.md`
-and keeps the logs; exits 1 when a tool found something.
+is seen (not one past a tile of chunked KDA's workspace). Prints a table for
+`perf/notes/sanitizer.md` and keeps the logs; exits 1 when a tool found something.
 """
 
 import argparse
