@@ -97,11 +97,11 @@ def rows() -> list[Row]:
     for name, (lengths, H, lower_bound) in CASES.items():
         n = 2 * sum(lengths) * H * D  # bytes of one tensor
         for stage, forward in (("core backward", False), ("core training", True)):
-            for who, side in (("FLA 0.6", fla), (OURS, ours)):
+            for provider, side in (("FLA 0.6", fla), (OURS, ours)):
                 row = Row(
                     stage=stage,
                     case=name,
-                    who=who,
+                    provider=provider,
                     make=lambda device, sizes=(lengths, H, lower_bound): with_gradient(
                         core_inputs(device, *sizes)
                     ),
@@ -117,7 +117,7 @@ def rows() -> list[Row]:
 
 @pytest.mark.parametrize("row", rows(), ids=str)
 def bench_backward(row: Row, measure: Callable[[Row], None], benchmark: Any) -> None:
-    if row.who != OURS:
+    if row.provider != OURS:
         pytest.importorskip("fla")
     measure(row)
     call = row.prepare(row.make(torch.device("cuda")))

@@ -9,7 +9,7 @@ from perf.harness.rows import Row, operator_rows
 
 
 @pytest.mark.parametrize(
-    "row", operator_rows("chunk_cumsum", peers=fla(fla_chunk_cumsum), compile_too=True), ids=str
+    "row", operator_rows("chunk_cumsum", baselines=fla(fla_chunk_cumsum), compile_too=True), ids=str
 )
 def bench_chunk_cumsum(row: Row, measure: Callable[[Row], None]) -> None:
     measure(row)

@@ -28,7 +28,7 @@ def with_chunk_table(row: Row) -> Row:
     return dataclasses.replace(row, make=make)
 
 
-ROWS = [with_chunk_table(row) for row in operator_rows("chunk_kda", peers=fla(fla_chunk_kda))]
+ROWS = [with_chunk_table(row) for row in operator_rows("chunk_kda", baselines=fla(fla_chunk_kda))]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -1,4 +1,4 @@
-"""The chunk operator from the raw gate and beta; its peers are in the rows of `bench_core`."""
+"""The chunk operator from the raw gate and beta; its baselines are in the rows of `bench_core`."""
 
 from collections.abc import Callable
 

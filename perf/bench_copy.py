@@ -27,7 +27,7 @@ ROWS = [
     Row(
         stage="copy",
         case="1GiB",
-        who="torch",
+        provider="torch",
         make=copy_inputs,
         prepare=direct(lambda target, source: target.copy_(source)),
         expected=lambda inputs: inputs["source"].clone,
@@ -37,7 +37,7 @@ ROWS = [
     Row(
         stage="matmul",
         case="bf16-8192",
-        who="torch",
+        provider="torch",
         make=matmul_inputs,
         prepare=direct(lambda a, b: a @ b),
         expected=None,

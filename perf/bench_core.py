@@ -18,7 +18,7 @@ from kda_ops._numerics import CHUNK
 from kda_ops.fused import chunk_kda_gated
 from kda_ops.varlen import prepare_chunk_indices
 from perf.baselines.fla import fla, fla_core
-from perf.baselines.others import more_peers
+from perf.baselines.others import more_baselines
 from perf.harness.rows import OURS, Row, direct, function_rows
 
 D = 128
@@ -112,12 +112,12 @@ COMPILED_TOO = ("softplus-T8192-H32", "softplus-T1024-H32")
 
 
 def core_rows(case: Case) -> list[Row]:
-    """The peers, the small operators called one by one (and compiled), all in one operator."""
+    """The baselines, the small operators called one by one (and compiled), all in one operator."""
     compile_too = case.name in COMPILED_TOO
-    peers = fla(fla_core) | more_peers()
-    rows = function_rows("core", case, core, peers=peers, compile_too=compile_too)
-    (own,) = (row for row in rows if row.who == OURS)
-    return [*rows, dataclasses.replace(own, who=f"{OURS}, fused", prepare=direct(fused_core))]
+    baselines = fla(fla_core) | more_baselines()
+    rows = function_rows("core", case, core, baselines=baselines, compile_too=compile_too)
+    (own,) = (row for row in rows if row.provider == OURS)
+    return [*rows, dataclasses.replace(own, provider=f"{OURS}, fused", prepare=direct(fused_core))]
 
 
 @pytest.mark.parametrize("row", [row for case in CASES for row in core_rows(case)], ids=str)

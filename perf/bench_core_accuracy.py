@@ -68,14 +68,14 @@ def step_recurrence(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    x: Tensor,
-    beta: Tensor,
+    raw_gate: Tensor,
+    raw_beta: Tensor,
     A_log: Tensor,
     dt_bias: Tensor,
     lower_bound: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The definition in fp64: `[1, T, H, V]` outputs and `[1, H, V, K]` final states."""
-    q, k, v, x, beta = (y[0].double() for y in (q, k, v, x, beta))
+    q, k, v, x, beta = (y[0].double() for y in (q, k, v, raw_gate, raw_beta))
     q, k = (y / (y.square().sum(-1, keepdim=True) + NORM_EPS).sqrt() for y in (q, k))
     rate, z = A_log.double().exp()[:, None], x + dt_bias.double()
     if lower_bound is None:
@@ -93,10 +93,10 @@ def step_recurrence(
     return o[None], S[None]
 
 
-def who_computes() -> dict[str, Prepare]:
-    """Peers first, so that ours can be held against them."""
+def providers() -> dict[str, Prepare]:
+    """Baselines first, so that ours can be held against them."""
     return {
-        **{who: peer(None) for who, peer in fla(fla_core).items()},
+        **{provider: baseline(None) for provider, baseline in fla(fla_core).items()},
         OURS: direct(core),
         f"{OURS}, fused": direct(fused_core),
     }
@@ -109,17 +109,17 @@ def exact() -> dict[str, list[tuple[Tensor, Tensor]]]:
 
 
 @pytest.fixture(scope="module")
-def peer_errors() -> dict[str, dict[str, Any]]:
+def baseline_errors() -> dict[str, dict[str, Any]]:
     return {}
 
 
-@pytest.mark.parametrize("who", who_computes())
+@pytest.mark.parametrize("provider", providers())
 @pytest.mark.parametrize("name", CASES)
 def bench_core_accuracy(
     name: str,
-    who: str,
+    provider: str,
     exact: dict[str, list[tuple[Tensor, Tensor]]],
-    peer_errors: dict[str, dict[str, Any]],
+    baseline_errors: dict[str, dict[str, Any]],
     benchmark: Any,
 ) -> None:
     device = torch.device("cuda")
@@ -127,7 +127,7 @@ def bench_core_accuracy(
         samples = [make(name, sample, device) for sample in range(SAMPLES)]
         if name not in exact:
             exact[name] = [step_recurrence(**sample) for sample in samples]
-        calls = [who_computes()[who](sample) for sample in samples]
+        calls = [providers()[provider](sample) for sample in samples]
         results = [call() for call in calls]
         benchmark.pedantic(lambda: CLOCK.advance(event_seconds(calls[0])), rounds=1)
     errors = {
@@ -136,10 +136,19 @@ def bench_core_accuracy(
             ("o", "S"), zip(*results, strict=True), zip(*exact[name], strict=True), strict=True
         )
     }
-    if not who.startswith(OURS):
-        peer_errors[name] = {"peer": who} | {f"peer_{key}": x for key, x in errors.items()}
-    beside = peer_errors.get(name, {}) if who.startswith(OURS) else {}
+    if not provider.startswith(OURS):
+        baseline_errors[name] = {"baseline": provider} | {
+            f"baseline_{key}": x for key, x in errors.items()
+        }
+    beside = baseline_errors.get(name, {}) if provider.startswith(OURS) else {}
     versions = {key: software()[key] for key in ("torch", "triton", "fla")}
     benchmark.extra_info.update(
-        {"accuracy": name, "who": who, **errors, **beside, "gpu": gpu()["gpu"], **versions}
+        {
+            "accuracy": name,
+            "provider": provider,
+            **errors,
+            **beside,
+            "gpu": gpu()["gpu"],
+            **versions,
+        }
     )

@@ -9,7 +9,7 @@ from perf.harness.rows import Row, operator_rows
 
 
 @pytest.mark.parametrize(
-    "row", operator_rows("gate", peers=fla(fla_gate), compile_too=True), ids=str
+    "row", operator_rows("gate", baselines=fla(fla_gate), compile_too=True), ids=str
 )
 def bench_gate(row: Row, measure: Callable[[Row], None]) -> None:
     measure(row)

@@ -27,15 +27,15 @@ def small_operator_rows() -> list[Row]:
     """One row per case: gate, chunk_cumsum and a scale, compiled together."""
     return [
         dataclasses.replace(
-            function_rows("gate_cumsum", case, small_operators, peers={}, compile_too=True)[-1],
-            who=f"{COMPILED} from gate, chunk_cumsum, scale",
+            function_rows("gate_cumsum", case, small_operators, baselines={}, compile_too=True)[-1],
+            provider=f"{COMPILED} from gate, chunk_cumsum, scale",
         )
         for case in importlib.import_module("kda_ops.gating.gate_cumsum.cases").CASES
         if case.perf
     ]
 
 
-ROWS = operator_rows("gate_cumsum", peers=fla(fla_gate_cumsum)) + small_operator_rows()
+ROWS = operator_rows("gate_cumsum", baselines=fla(fla_gate_cumsum)) + small_operator_rows()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -9,7 +9,7 @@ from perf.harness.rows import Row, operator_rows
 
 
 @pytest.mark.parametrize(
-    "row", operator_rows("l2norm", peers=fla(fla_l2norm), compile_too=True), ids=str
+    "row", operator_rows("l2norm", baselines=fla(fla_l2norm), compile_too=True), ids=str
 )
 def bench_l2norm(row: Row, measure: Callable[[Row], None]) -> None:
     measure(row)

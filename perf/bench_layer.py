@@ -107,16 +107,22 @@ def theirs_compiled(inputs: Inputs) -> Call:
     return lambda: their_compiled_layer()(**inputs)[0]
 
 
-def layer_rows(case: str, peers: dict[str, Any], **common: Any) -> list[Row]:
+def layer_rows(case: str, baselines: dict[str, Any], **common: Any) -> list[Row]:
     common |= {"stage": "layer", "case": case, "expected": references}
     mutated = ("state",) if case.startswith("decode") else ()
     return [
         *(
-            Row(who=who, prepare=prepare, poison=False, graph="compiled" not in who, **common)
-            for who, prepare in peers.items()
+            Row(
+                provider=provider,
+                prepare=prepare,
+                poison=False,
+                graph="compiled" not in provider,
+                **common,
+            )
+            for provider, prepare in baselines.items()
         ),
-        Row(who=OURS, prepare=eager, mutated=mutated, **common),
-        Row(who=COMPILED, prepare=compiled, mutated=mutated, poison=False, **common),
+        Row(provider=OURS, prepare=eager, mutated=mutated, **common),
+        Row(provider=COMPILED, prepare=compiled, mutated=mutated, poison=False, **common),
     ]
 
 
@@ -134,8 +140,8 @@ def decode_rows(sequences: int) -> list[Row]:
 ROWS = [
     *layer_rows(
         f"prefill-T{TOKENS}-H{HEADS}",
-        {f"{who}, eager": theirs for who in fla(theirs)}
-        | {f"{who}, compiled": theirs_compiled for who in fla(theirs)},
+        {f"{provider}, eager": theirs for provider in fla(theirs)}
+        | {f"{provider}, compiled": theirs_compiled for provider in fla(theirs)},
         make=prefill_inputs,
         bytes_moved=2 * 2 * TOKENS * HIDDEN + 2 * WEIGHTS,
         flops=2 * TOKENS * WEIGHTS,

@@ -9,7 +9,7 @@ from perf.harness.rows import Row, operator_rows
 
 
 @pytest.mark.parametrize(
-    "row", operator_rows("recurrent_kda", peers=fla(fla_recurrent_kda)), ids=str
+    "row", operator_rows("recurrent_kda", baselines=fla(fla_recurrent_kda)), ids=str
 )
 def bench_recurrent_kda(row: Row, measure: Callable[[Row], None]) -> None:
     measure(row)

@@ -9,7 +9,7 @@ import pytest
 from perf.baselines.fla import fla, fla_short_conv_qkv
 from perf.harness.rows import Row, operator_rows
 
-ROWS = operator_rows("short_conv_qkv", peers=fla(fla_short_conv_qkv))
+ROWS = operator_rows("short_conv_qkv", baselines=fla(fla_short_conv_qkv))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -9,7 +9,7 @@ from perf.harness.rows import Row, operator_rows
 
 
 @pytest.mark.parametrize(
-    "row", operator_rows("short_conv_update", peers=fla(fla_short_conv_update)), ids=str
+    "row", operator_rows("short_conv_update", baselines=fla(fla_short_conv_update)), ids=str
 )
 def bench_short_conv_update(row: Row, measure: Callable[[Row], None]) -> None:
     measure(row)

@@ -1,5 +1,5 @@
-"""Moving states between blocks of one engine; no peer has this operator, so the copy ceiling is its
-measure.
+"""Moving states between blocks of one engine; no baseline has this operator, so the copy ceiling is
+its measure.
 """
 
 from collections.abc import Callable

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in ours:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK.read))
-        item.add_marker(pytest.mark.filterwarnings("ignore"))  # the peers' own
+        item.add_marker(pytest.mark.filterwarnings("ignore"))  # the baselines' own
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -56,7 +56,9 @@ def pytest_benchmark_update_json(
 
 @pytest.fixture(scope="session", autouse=True)
 def _quickly() -> Iterator[None]:
-    """Peers tune on every core; collecting after each row leaves what was imported before alone."""
+    """Baselines tune on every core; collecting after each row leaves what was imported before
+    alone.
+    """
     gc.collect()
     gc.freeze()
     with quick_tuning():

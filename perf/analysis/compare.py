@@ -2,14 +2,13 @@
 perf.analysis.compare`.
 
 Machines differ, so a row's time is first divided by what the same run measured of its machine: the
-time of a copy, and where matrix products make the floor also theirs. A row is worse when every such
-measure says so by more than `LIMIT`; then the exit status is 1. (Peers are no measure: what their
-tuning picks differs more from run to run than our times do.) Without a run named, the newest file
-in `perf/history/<gpu>/` that is not committed is taken.
+time of a copy, and where matrix products make the roofline also theirs. A row is worse when every
+such measure says so by more than `LIMIT`; then the exit status is 1. (Baselines are no measure:
+what their tuning picks differs more from run to run than our times do.) Without a run named, the
+newest file in `perf/history/<gpu>/` that is not committed is taken.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 from perf.analysis.report import newest
 from perf.harness.machine import HISTORY, folder_of
 from perf.harness.rows import OURS
+from perf.harness.runs import read_run
 
 LIMIT = 0.05
 Key = tuple[str, str, str]
@@ -41,14 +41,15 @@ class Change:
 
     def __str__(self) -> str:
         measures = ", ".join(f"{100 * x:+.1f} % to {name}" for name, x in self.by.items())
-        stage, case, who = self.key
-        return f"{stage} {case}, {who}: {self.before_us:.4g} to {self.after_us:.4g} us ({measures})"
+        stage, case, provider = self.key
+        times = f"{self.before_us:.4g} to {self.after_us:.4g} us"
+        return f"{stage} {case}, {provider}: {times} ({measures})"
 
 
 def rows_by_key(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
     """Each row from the newest of these runs that has it: a run may be of a part."""
-    rows = newest(json.loads(path.read_text()) for path in paths)
-    return {(row["stage"], row["case"], row["who"]): row for row in rows}
+    rows = newest(read_run(path) for path in paths)
+    return {(row["stage"], row["case"], row["provider"]): row for row in rows}
 
 
 def changes(before: dict[Key, dict[str, Any]], after: dict[Key, dict[str, Any]]) -> list[Change]:
@@ -71,8 +72,10 @@ def _worse(old: dict[str, Any], new: dict[str, Any], ceiling: str) -> float:
 
 
 def _bound_by_products(row: dict[str, Any]) -> bool:
-    """Whether the row's floor is that of its matrix products."""
-    return bool(row["TFLOP_per_s"] * row["us"] > 0.99 * row["floor_us"] * row["matmul_TFLOP_per_s"])
+    """Whether the row's roofline is that of its matrix products."""
+    return bool(
+        row["TFLOP_per_s"] * row["us"] > 0.99 * row["roofline_us"] * row["matmul_TFLOP_per_s"]
+    )
 
 
 def committed(folder: Path) -> list[Path]:

@@ -5,7 +5,6 @@ that launches and time are seen at once; time that no kernel accounts for is lef
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.analysis.report import results
+from perf.harness.runs import read_run
 
 CASE = ("layer", "prefill-T8192-H32")
 ROWS = (
@@ -77,11 +77,11 @@ def overview(rows: Sequence[Row]) -> str:
     Raises:
         ValueError: A row of the picture was not measured.
     """
-    found = {row["who"]: row for row in rows if (row["stage"], row["case"]) == CASE}
-    missing = [who for who, _, _ in ROWS if who not in found]
+    found = {row["provider"]: row for row in rows if (row["stage"], row["case"]) == CASE}
+    missing = [provider for provider, _, _ in ROWS if provider not in found]
     if missing:
         raise ValueError(f"the run must hold {', '.join(missing)} of {' '.join(CASE)}")
-    longest = max(found[who]["us"] for who, _, _ in ROWS)
+    longest = max(found[provider]["us"] for provider, _, _ in ROWS)
     scale = (WIDTH - LEFT - RIGHT) / longest
     height = TOP + STEP * len(ROWS) + 40
     gpu = found[ROWS[0][0]]["gpu"]
@@ -96,8 +96,8 @@ def overview(rows: Sequence[Row]) -> str:
         '<text x="20" y="53" class="dim">Every box is a kernel, as wide as the time it takes.'
         "</text>",
     ]
-    for i, (who, title, note) in enumerate(ROWS):
-        row, y = found[who], TOP + STEP * i
+    for i, (provider, title, note) in enumerate(ROWS):
+        row, y = found[provider], TOP + STEP * i
         launches = len(boxes(row))
         parts += [
             f'<text x="20" y="{y + 17}" class="who">{escape(title)}</text>',
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--svg", type=Path, required=True, help="where the picture goes")
     options = parser.parse_args(arguments)
     try:
-        picture = overview(results(json.loads(options.run.read_text())))
+        picture = overview(results(read_run(options.run)))
     except ValueError as error:
         print(f"perf.analysis.overview: {error}", file=sys.stderr)
         return 1

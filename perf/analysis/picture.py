@@ -1,5 +1,5 @@
 """The picture of a run: for each work that has a target, stacked bars of what takes the time, ours
-beside the peer's, and the floor as a line.
+beside the baseline's, and the roofline as a line.
 """
 
 import re
@@ -12,7 +12,8 @@ from perf.analysis.targets import TARGETS
 from perf.harness.rows import OURS
 
 Row = dict[str, Any]
-# Stages of a layer and the kernels that do them, ours and the peers'; the first that fits counts.
+# Stages of a layer and the kernels that do them, ours and the baselines'; the first that fits
+# counts.
 STAGES = {
     "projections": r"nvjet|gemm|cutlass|cublas|splitK|addmm|_mm_|Cijk",
     "convolution": r"conv",
@@ -55,14 +56,14 @@ def stacked(row: Row) -> dict[str, float]:
 
 
 def panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Per work with a target: the peers, the fastest first, then our fastest way."""
+    """Per work with a target: the baselines, the fastest first, then our fastest way."""
     found = []
     for stage, case in dict.fromkeys((target.stage, target.case) for target in TARGETS):
         own = [r for r in rows if (r["stage"], r["case"]) == (stage, case) and r.get("kernels")]
-        ours = [row for row in own if row["who"].startswith(OURS)]
-        peers = sorted((row for row in own if row not in ours), key=lambda row: row["us"])
+        ours = [row for row in own if row["provider"].startswith(OURS)]
+        baselines = sorted((row for row in own if row not in ours), key=lambda row: row["us"])
         if ours:
-            found.append((f"{stage}  {case}", [*peers, min(ours, key=lambda row: row["us"])]))
+            found.append((f"{stage}  {case}", [*baselines, min(ours, key=lambda row: row["us"])]))
     return found
 
 
@@ -95,16 +96,16 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
                 axis.barh(place, us, left=left, color=COLOURS[stage], height=0.7)
                 left += us
             axis.text(left, place, f" {short_number(row['us'])}", va="center", fontsize=8)
-        axis.axvline(members[-1]["floor_us"], color="black", linewidth=1.2)
+        axis.axvline(members[-1]["roofline_us"], color="black", linewidth=1.2)
         axis.set_title(title, fontsize=9, loc="left")
-        axis.set_yticks(range(len(members)), [row["who"] for row in members], fontsize=7)
+        axis.set_yticks(range(len(members)), [row["provider"] for row in members], fontsize=7)
         axis.tick_params(axis="x", labelsize=7)
         axis.set_ylim(len(members) - 0.4, -0.6)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     shown = [s for s in STAGES if any(s in stacked(row) for _, m in found for row in m)]
     handles: list[Any] = [Patch(color=COLOURS[stage], label=stage) for stage in shown]
-    handles.append(Line2D([], [], color="black", label="floor"))
+    handles.append(Line2D([], [], color="black", label="roofline"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     first = found[0][1][0]
     figure.suptitle(f"{first['gpu']}, median microseconds", fontsize=10)

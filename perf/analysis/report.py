@@ -1,13 +1,12 @@
 """Turns runs into a report: `python -m perf.analysis.report RUN.json ... [--page FILE]
 [--picture PNG]`.
 
-Prints the targets, each from the newest run with ours and a peer's row of it, and the table of all
-rows, each from the newest run that has it. `--page` puts them between that file's markers,
+Prints the targets, each from the newest run with ours and a baseline's row of it, and the table of
+all rows, each from the newest run that has it. `--page` puts them between that file's markers,
 `--picture` draws stacked bars (needs matplotlib).
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,11 +15,12 @@ from typing import Any
 
 from perf.analysis import targets
 from perf.harness.rows import OURS
+from perf.harness.runs import read_run
 
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 COLUMNS = (
-    *("stage", "case", "who", "us", "floor, us", "of floor"),
-    *("GB/s", "TFLOP/s", "launches", "peer / ours"),
+    *("stage", "case", "provider", "us", "roofline, us", "of roofline"),
+    *("GB/s", "TFLOP/s", "launches", "baseline / ours"),
 )
 Result = dict[str, Any]
 
@@ -51,17 +51,17 @@ def short_number(value: float) -> str:
 
 
 def table(rows: Iterable[Result]) -> str:
-    """A Markdown table. The last column is how much longer the fastest peer takes than we do."""
+    """A Markdown table. The last column is the time of the fastest baseline over ours."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 3 + " ---: |" * (len(COLUMNS) - 3)]
     for row in rows:
-        ratio = row.get("peer_ratio")
+        ratio = row.get("baseline_ratio")
         cells = (
             row["stage"],
             row["case"],
-            row["who"],
+            row["provider"],
             short_number(row["us"]),
-            short_number(row["floor_us"]),
-            f"{row['percent_of_floor']:.0f} %",
+            short_number(row["roofline_us"]),
+            f"{row['percent_of_roofline']:.0f} %",
             short_number(row["GB_per_s"]),
             short_number(row["TFLOP_per_s"]),
             str(row["launches"]),
@@ -74,17 +74,19 @@ def table(rows: Iterable[Result]) -> str:
 def machine_line(rows: Sequence[Result]) -> str:
     """One sentence on what the run was made with."""
     row = rows[0]
-    peer = f", FLA {row['fla']}" if row.get("fla") else ""
+    baseline = f", FLA {row['fla']}" if row.get("fla") else ""
     return (
         f"{row['gpu']}, driver {row['driver']}, torch {row['torch']}, triton {row['triton']}"
-        f"{peer}; copy {row['copy_TB_per_s']:.2f} TB/s, bf16 matrix product "
+        f"{baseline}; copy {row['copy_TB_per_s']:.2f} TB/s, bf16 matrix product "
         f"{row['matmul_TFLOP_per_s']:.0f} TFLOP/s in the same run."
     )
 
 
-def slower_than_peer(rows: Iterable[Result]) -> list[Result]:
-    """Rows of ours that a peer beats."""
-    return [row for row in rows if row.get("peer_ratio") is not None and row["peer_ratio"] < 1.0]
+def slower_than_baseline(rows: Iterable[Result]) -> list[Result]:
+    """Rows of ours that a baseline beats."""
+    return [
+        row for row in rows if row.get("baseline_ratio") is not None and row["baseline_ratio"] < 1.0
+    ]
 
 
 def slowest(rows: Iterable[Result], count: int = 10) -> list[tuple[Result, float]]:
@@ -97,12 +99,13 @@ def newest(runs: Iterable[dict[str, Any]]) -> list[Result]:
     """The rows of several runs, each from the newest one that has it."""
     ordered = sorted(runs, key=lambda run: str(run.get("datetime", "")))
     found = [row for run in ordered for row in results(run)]
-    return list({(row["stage"], row["case"], row["who"]): row for row in found}.values())
+    return list({(row["stage"], row["case"], row["provider"]): row for row in found}.values())
 
 
 def measured_together(runs: Iterable[dict[str, Any]]) -> list[Result]:
-    """The rows of several runs, those of a case from one: the newest that has ours and a peer's, or
-    the newest one where no run has both. A peer is compared with what was measured beside it.
+    """The rows of several runs, those of a case from one: the newest that has ours and a
+    baseline's, or the newest one where no run has both. A baseline is compared with what was
+    measured beside it.
     """
     cases: dict[Any, list[list[Result]]] = {}
     for run in sorted(runs, key=lambda run: str(run.get("datetime", ""))):
@@ -114,7 +117,7 @@ def measured_together(runs: Iterable[dict[str, Any]]) -> list[Result]:
 
     def rank(pair: tuple[int, list[Result]]) -> tuple[bool, int]:
         index, rows = pair
-        return len({row["who"].startswith(OURS) for row in rows}) == 2, index
+        return len({row["provider"].startswith(OURS) for row in rows}) == 2, index
 
     return [row for found in cases.values() for row in max(enumerate(found), key=rank)[1]]
 
@@ -136,7 +139,7 @@ def write_page(path: Path, rows: Sequence[Result], goals: str, picture: Path | N
     parts = [machine_line(rows)]
     if picture is not None:
         link = os.path.relpath(picture, path.parent)
-        parts.append(f"![Time of each stage, ours beside the peer's]({link})")
+        parts.append(f"![Time of each stage, ours beside the baseline's]({link})")
     parts += [goals, "<details>\n<summary>All rows</summary>", table(rows), "</details>"]
     path.write_text(f"{head}{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}{tail}")
 
@@ -149,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, help="put the report between this file's markers")
     parser.add_argument("--picture", type=Path, help="draw stacked bars into this PNG")
     options = parser.parse_args(arguments)
-    runs = [json.loads(path.read_text()) for path in options.runs]
+    runs = [read_run(path) for path in options.runs]
     rows = newest(runs)
     counted = list({(r["step"], r["case"]): r for run in runs for r in rates(run)}.values())
     if counted:
@@ -163,11 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     goals = targets.table(measured_together(runs))
     print(f"{machine_line(rows)}\n\n{table(rows)}\n\n{goals}\n")
-    for row in slower_than_peer(rows):
-        peer = f"{row['peer']} ({row['peer_ratio']:.2f})"
-        print(f"slower than {peer}: {row['stage']} {row['case']}, {row['who']}")
+    for row in slower_than_baseline(rows):
+        baseline = f"{row['baseline']} ({row['baseline_ratio']:.2f})"
+        print(f"slower than {baseline}: {row['stage']} {row['case']}, {row['provider']}")
     for row, seconds in slowest(rows):
-        print(f"{seconds:6.1f} s to measure {row['stage']} {row['case']}, {row['who']}")
+        print(f"{seconds:6.1f} s to measure {row['stage']} {row['case']}, {row['provider']}")
     if options.picture:
         from perf.analysis.picture import draw
 

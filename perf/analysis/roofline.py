@@ -10,13 +10,12 @@ the newest committed run that has it. Each is carried to another GPU by what lim
 * `chain`: one chunk, or one launch, after the other, by clock alone: more ranks do not shorten it,
   until 8 heads are left on each: then the chunks take what 8 heads were measured to, in segments.
 
-Never less than the kernel's own floor there. Other GPUs' ceilings are their data sheets', times the
-share of its data sheet that the H200 was measured to reach. None of the others was measured.
+Never less than the kernel's own roofline there. Other GPUs' ceilings are their data sheets', times
+the share of its data sheet that the H200 was measured to reach. None of the others was measured.
 """
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from perf.analysis.report import newest
 from perf.bench_layer import HIDDEN, TOKENS, WEIGHTS
 from perf.harness.machine import HISTORY
 from perf.harness.rows import OURS
+from perf.harness.runs import read_run
 
 BEGIN, END = "<!-- roofline:begin -->", "<!-- roofline:end -->"
 RANKS = (1, 2, 4, 8)
@@ -73,7 +73,7 @@ class Piece:
     limit: str
     shorter: tuple[int, float] | None = None
 
-    def floor(self, gpu: Gpu, ranks: int) -> float:
+    def roofline(self, gpu: Gpu, ranks: int) -> float:
         needed = self.bytes_moved / gpu.bytes_per_second, self.flops / gpu.flops_per_second
         return max(needed) / ranks
 
@@ -90,7 +90,7 @@ class Piece:
         seconds = self.seconds
         if self.shorter is not None and ranks >= self.shorter[0]:
             seconds = self.shorter[1]
-        return max(seconds * slower, self.floor(gpu, ranks))
+        return max(seconds * slower, self.roofline(gpu, ranks))
 
 
 def case_of(operator: str, name: str) -> Any:
@@ -108,7 +108,7 @@ def best(rows: Sequence[Row], stage: str, case: str) -> Row:
     found = [
         row
         for row in rows
-        if (row["stage"], row["case"]) == (stage, case) and row["who"].startswith(OURS)
+        if (row["stage"], row["case"]) == (stage, case) and row["provider"].startswith(OURS)
     ]
     if not found:
         raise ValueError(f"rows must hold {stage} {case}, got none")
@@ -227,14 +227,14 @@ def report(rows: Sequence[Row]) -> str:
     lines = [
         f"Predictions, us, by `python -m perf.analysis.roofline`; "
         f"the column of the {MEASURED} is what they "
-        "start from. In brackets the floor.",
+        "start from. In brackets the roofline.",
         "",
         "| prefill, T = 8192, H = 32 | limit | " + " | ".join(heads) + " |",
         "| --- | --- |" + " ---: |" * len(found),
     ]
     for piece in pieces:
         cells = [
-            f"{_us(piece.predicted(gpu, measured, 1))} ({_us(piece.floor(gpu, 1))})"
+            f"{_us(piece.predicted(gpu, measured, 1))} ({_us(piece.roofline(gpu, 1))})"
             for gpu in found
         ]
         lines.append(f"| {piece.name} | {piece.limit} | " + " | ".join(cells) + " |")
@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--notes", type=Path, help="put the tables between this file's markers")
     options = parser.parse_args(arguments)
     paths = options.runs or sorted((HISTORY / MEASURED.lower()).glob("*.json"))
-    text = report(newest(json.loads(path.read_text()) for path in paths))
+    text = report(newest(read_run(path) for path in paths))
     print(text)
     if options.notes:
         write_notes(options.notes, text)

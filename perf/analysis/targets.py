@@ -2,13 +2,12 @@
 they do.
 
 Every target is held against rows of one run, our best way of computing a case against the fastest
-peer's: a ratio is of replayed CUDA graphs, `wall` of eager calls with their launches, `kernels` of
-sums of kernel times. Errors are our worst against the peer's. Exits 1 when a "must" is missed or
-was not measured.
+baseline's: a ratio is of replayed CUDA graphs, `wall` of eager calls with their launches, `kernels`
+of sums of kernel times. Errors are our worst against the baseline's. Exits 1 when a "required" is
+missed or was not measured.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from perf.harness.rows import OURS
+from perf.harness.runs import read_run
 
 Rows = Sequence[dict[str, Any]]
-NAMES = ("work", "measure", "must", "reach", "measured", "")
+NAMES = ("work", "measure", "required", "stretch", "measured", "")
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,28 @@ class Target:
     Attributes:
         stage: Of the rows.
         case: Of the rows.
-        measure: What is compared: `ratio`, `wall` or `kernels` (at least), `floor` or `us` (at
-            most), or `error` (the peer's over ours, at least).
-        must: The figure to reach.
-        reach: The figure to hope for, None where there is none.
-        peer: How the peer's name ends, where there are several.
+        measure: What is compared: `ratio`, `wall` or `kernels` (at least), `roofline` or `us` (at
+            most), or `error` (the baseline's over ours, at least).
+        required: The figure to reach.
+        stretch: The figure to hope for, None where there is none.
+        baseline: How the baseline's name ends, where there are several.
     """
 
     stage: str
     case: str
     measure: str
-    must: float
-    reach: float | None = None
-    peer: str = ""
+    required: float
+    stretch: float | None = None
+    baseline: str = ""
 
     def __str__(self) -> str:
-        return f"{self.stage} {self.case}" + (f", against FLA {self.peer}" if self.peer else "")
+        return f"{self.stage} {self.case}" + (
+            f", against FLA {self.baseline}" if self.baseline else ""
+        )
 
     @property
     def at_most(self) -> bool:
-        return self.measure in ("floor", "us")
+        return self.measure in ("roofline", "us")
 
     def met(self, value: float, bound: float) -> bool:
         return value <= bound if self.at_most else value >= bound
@@ -55,12 +57,12 @@ class Target:
 
 FIELDS = {"ratio": "us", "wall": "eager_us", "kernels": "kernel_us"}
 WORK = {
-    "ratio": "peer / ours",
-    "wall": "peer / ours, eager calls",
-    "kernels": "peer / ours, sums of kernels",
-    "floor": "ours / floor",
+    "ratio": "baseline / ours",
+    "wall": "baseline / ours, eager calls",
+    "kernels": "baseline / ours, sums of kernels",
+    "roofline": "ours / roofline",
     "us": "us",
-    "error": "error, peer / ours",
+    "error": "error, baseline / ours",
 }
 TARGETS = [
     Target("core", "softplus-T8192-H32", "ratio", 2.0, 2.6),
@@ -72,15 +74,15 @@ TARGETS = [
     Target("core", "softplus-T1024-H32", "kernels", 2.0),
     Target("core", "softplus-8x1024-H32", "ratio", 2.0, 2.4),
     Target("core", "softplus-6ragged-T8192-H32", "ratio", 2.0, 2.4),
-    Target("short_conv_qkv", "T8192-H32", "floor", 1.35, 1.15),
-    Target("gate_cumsum", "softplus-T8192-H32", "floor", 1.2, 1.1),
-    Target("rms_norm_gated", "T8192-H32", "floor", 1.15, 1.05),
+    Target("short_conv_qkv", "T8192-H32", "roofline", 1.35, 1.15),
+    Target("gate_cumsum", "softplus-T8192-H32", "roofline", 1.2, 1.1),
+    Target("rms_norm_gated", "T8192-H32", "roofline", 1.15, 1.05),
     Target("kda_decode", "SD-batch1-H32", "us", 6, 4),
     Target("kda_decode", "SD-batch16-H32", "us", 20, 18),
     Target("kda_decode", "SD-batch64-H32", "us", 74, 68),
     Target("kda_decode", "SD-batch256-H32", "us", 285, 270),
-    Target("state_copy", "256x20-SD-bias2", "floor", 1.25),
-    Target("state_copy", "256x20-DS-bias2", "floor", 1.25),
+    Target("state_copy", "256x20-SD-bias2", "roofline", 1.25),
+    Target("state_copy", "256x20-DS-bias2", "roofline", 1.25),
     Target("layer", "prefill-T8192-H32", "ratio", 1.5, 1.7, "eager"),
     Target("layer", "prefill-T8192-H32", "wall", 2.2, 2.6, "compiled"),
     *(
@@ -103,24 +105,24 @@ def rows_of(run: dict[str, Any]) -> list[dict[str, Any]]:
 def value_of(target: Target, rows: Rows) -> float | None:
     """The measured figure of our best way of computing the case; None without the rows for it."""
     own_rows = [row for row in rows if (row["stage"], row["case"]) == (target.stage, target.case)]
-    ours = [row for row in own_rows if row["who"].startswith(OURS)]
-    peers = [r for r in own_rows if r not in ours and r["who"].endswith(target.peer)]
-    if not ours or (not peers and not target.at_most):
+    ours = [row for row in own_rows if row["provider"].startswith(OURS)]
+    baselines = [r for r in own_rows if r not in ours and r["provider"].endswith(target.baseline)]
+    if not ours or (not baselines and not target.at_most):
         return None
     if target.measure == "us":
         return float(min(row["us"] for row in ours))
-    if target.measure == "floor":
-        return float(min(row["us"] / row["floor_us"] for row in ours))
+    if target.measure == "roofline":
+        return float(min(row["us"] / row["roofline_us"] for row in ours))
     if target.measure == "error":
         return min(
-            min(row[key] for row in peers) / max(row[key] for row in ours)
+            min(row[key] for row in baselines) / max(row[key] for row in ours)
             for key in ("error_o", "error_S")
         )
-    return _ratio(peers, ours, FIELDS[target.measure])
+    return _ratio(baselines, ours, FIELDS[target.measure])
 
 
-def _ratio(peers: Rows, ours: Rows, key: str) -> float:
-    return float(min(_get(row, key) for row in peers) / min(_get(row, key) for row in ours))
+def _ratio(baselines: Rows, ours: Rows, key: str) -> float:
+    return float(min(_get(row, key) for row in baselines) / min(_get(row, key) for row in ours))
 
 
 def _get(row: dict[str, Any], key: str) -> float:
@@ -143,11 +145,18 @@ def table(rows: Rows, targets: Sequence[Target] = TARGETS) -> str:
             measured, verdict = "", "not measured"
         else:
             measured = _number(value)
-            verdict = "met" if target.met(value, target.must) else "**missed**"
-            if target.reach is not None and target.met(value, target.reach):
+            verdict = "met" if target.met(value, target.required) else "**missed**"
+            if target.stretch is not None and target.met(value, target.stretch):
                 verdict = "reached"
-        reach = "" if target.reach is None else _number(target.reach)
-        cells = (str(target), WORK[target.measure], _number(target.must), reach, measured, verdict)
+        stretch = "" if target.stretch is None else _number(target.stretch)
+        cells = (
+            str(target),
+            WORK[target.measure],
+            _number(target.required),
+            stretch,
+            measured,
+            verdict,
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -155,7 +164,7 @@ def table(rows: Rows, targets: Sequence[Target] = TARGETS) -> str:
 def missed(rows: Rows, targets: Sequence[Target] = TARGETS) -> list[Target]:
     """Targets that the rows do not show to be met."""
     values = ((target, value_of(target, rows)) for target in targets)
-    return [t for t, value in values if value is None or not t.met(value, t.must)]
+    return [t for t, value in values if value is None or not t.met(value, t.required)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="perf.analysis.targets", description=__doc__.splitlines()[0]
     )
     parser.add_argument("run", type=Path, help="JSON file")
-    rows = rows_of(json.loads(parser.parse_args(arguments).run.read_text()))
+    rows = rows_of(read_run(parser.parse_args(arguments).run))
     print(table(rows))
     return 1 if missed(rows) else 0
 

@@ -1,5 +1,5 @@
-"""The peers' autotuning, made quick: all configurations of a kernel compile at once, on every core,
-and each is timed for milliseconds.
+"""The baselines' autotuning, made quick: all configurations of a kernel compile at once, on every
+core, and each is timed for milliseconds.
 
 Which configuration wins is still measured, on the inputs of the row, as FLA itself would.
 """

@@ -2,8 +2,8 @@
 our own cases.
 
 Each function takes the case and returns how to prepare a call from the inputs: conversions to the
-peer's argument layout happen there and are not timed. Where FLA is not installed there are no peer
-rows.
+baseline's argument layout happen there and are not timed. Where FLA is not installed there are no
+baseline rows.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from kda_ops._cases import Case
 from perf.harness.machine import version
 from perf.harness.rows import Call, Inputs, Prepare
 
-Peer = Callable[[Case], Prepare]
+Baseline = Callable[[Case], Prepare]
 
 
-def fla(peer: Any) -> dict[str, Any]:
-    """A peer under the name that reports show, or nothing where FLA is not installed."""
+def fla(baseline: Any) -> dict[str, Any]:
+    """A baseline under the name that reports show, or nothing where FLA is not installed."""
     installed = version("fla-core")
-    return {} if installed is None else {f"FLA {installed}": peer}
+    return {} if installed is None else {f"FLA {installed}": baseline}
 
 
 def _gate_arguments(inputs: Inputs) -> dict[str, Any]:

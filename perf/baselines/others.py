@@ -1,5 +1,5 @@
-"""Peers beside FLA, where they are installed: attention-gym, and what transformers computes without
-kernels. Each function is as in `perf.baselines.fla`.
+"""Baselines beside FLA, where they are installed: attention-gym, and what transformers computes
+without kernels. Each function is as in `perf.baselines.fla`.
 """
 
 import inspect
@@ -16,8 +16,8 @@ from perf.harness.rows import Call, Inputs, Prepare
 LONGEST = 1024  # tokens: transformers' own path keeps [T / 64, H, 64, 64, K] tiles in fp32
 
 
-def more_peers() -> dict[str, Any]:
-    """The peers of the core that are installed, by the names that reports show."""
+def more_baselines() -> dict[str, Any]:
+    """The baselines of the core that are installed, by the names that reports show."""
     found: dict[str, Any] = {}
     gym, kernels = version("attn-gym"), version("nvidia-cutlass-dsl")
     if gym is not None and kernels is not None:

@@ -1,4 +1,4 @@
-"""What a run was measured on: the GPU, its software, and the ceilings that make the floors.
+"""What a run was measured on: the GPU, its software, and the ceilings that make the rooflines.
 
 `python -m perf.harness.machine` prints where a run made now is kept.
 """
@@ -18,7 +18,7 @@ from perf.harness.timing import gpu_seconds
 
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
-HISTORY = Path(__file__).parent / "history"
+HISTORY = Path(__file__).parent.parent / "history"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Ceilings:
     bytes_per_second: float
     flops_per_second: float
 
-    def floor_seconds(self, bytes_moved: int, flops: int) -> float:
+    def roofline_seconds(self, bytes_moved: int, flops: int) -> float:
         """The time under which no implementation goes: the slower of moving the bytes and doing the
         matrix products.
         """

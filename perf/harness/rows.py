@@ -40,7 +40,7 @@ class Row:
     Attributes:
         stage: What is computed; rows of one stage and case are compared with one another.
         case: Name of the input.
-        who: Whose code computes it.
+        provider: Whose code computes it.
         make: Draws the inputs on a device.
         prepare: From inputs, a call without arguments; what it does itself is not timed.
         expected: The same call through the eager references. None where there is nothing to check
@@ -49,13 +49,13 @@ class Row:
         bytes_moved: Bytes that any implementation reads and writes.
         flops: Floating-point operations in matrix products.
         poison: Fill uninitialised memory with NaN while checking. Not for compiled code, which it
-            would recompile, nor for peers, which may read what they then mask.
+            would recompile, nor for baselines, which may read what they then mask.
         graph: Time replays of a CUDA graph; otherwise the calls queued behind a busy GPU.
     """
 
     stage: str
     case: str
-    who: str
+    provider: str
     make: Callable[[torch.device], Inputs]
     prepare: Prepare
     expected: Prepare | None
@@ -66,7 +66,7 @@ class Row:
     graph: bool = True
 
     def __str__(self) -> str:
-        return f"{self.stage}-{self.case}-{self.who}".replace(" ", "")
+        return f"{self.stage}-{self.case}-{self.provider}".replace(" ", "")
 
 
 class RunReferences(TorchDispatchMode):
@@ -108,11 +108,11 @@ def function_rows(
     case: Case,
     function: Callable[..., Any],
     *,
-    peers: dict[str, Callable[[Case], Prepare | None]],
+    baselines: dict[str, Callable[[Case], Prepare | None]],
     compile_too: bool,
 ) -> list[Row]:
-    """Rows of one function on one case: the peers first, then ours, so that ours can be told as a
-    ratio.
+    """Rows of one function on one case: the baselines first, then ours, so that ours can be told as
+    a ratio.
     """
     common: dict[str, Any] = {
         "stage": stage,
@@ -123,15 +123,15 @@ def function_rows(
         "flops": case.flops,
     }
     rows = [
-        Row(who=who, prepare=prepare, poison=False, **common)
-        for who, peer in peers.items()
-        if (prepare := peer(case)) is not None
+        Row(provider=provider, prepare=prepare, poison=False, **common)
+        for provider, baseline in baselines.items()
+        if (prepare := baseline(case)) is not None
     ]
-    rows.append(Row(who=OURS, prepare=direct(function), mutated=case.mutated, **common))
+    rows.append(Row(provider=OURS, prepare=direct(function), mutated=case.mutated, **common))
     if compile_too:
         rows.append(
             Row(
-                who=COMPILED,
+                provider=COMPILED,
                 prepare=compiled(function),
                 mutated=case.mutated,
                 poison=False,
@@ -144,14 +144,14 @@ def function_rows(
 def operator_rows(
     name: str,
     *,
-    peers: dict[str, Callable[[Case], Prepare | None]] | None = None,
+    baselines: dict[str, Callable[[Case], Prepare | None]] | None = None,
     compile_too: bool = False,
 ) -> list[Row]:
     """Rows of an operator's benchmark cases.
 
     Args:
         name: The operator, found in its `cases.py`.
-        peers: Who else computes it: from the case, how to prepare a call (None: it cannot).
+        baselines: Who else computes it: from the case, how to prepare a call (None: it cannot).
         compile_too: Also measure the operator compiled (what its lowering generates).
     """
     function = public_function(name)
@@ -160,7 +160,9 @@ def operator_rows(
         row
         for case in cases
         if case.perf
-        for row in function_rows(name, case, function, peers=peers or {}, compile_too=compile_too)
+        for row in function_rows(
+            name, case, function, baselines=baselines or {}, compile_too=compile_too
+        )
     ]
 
 
@@ -212,8 +214,8 @@ def check(row: Row, device: torch.device, expected: list[Tensor] | None = None) 
     else:
         result = call()
     found = tensors(result) + tensors([inputs[name] for name in row.mutated])
-    if not row.who.startswith(OURS):
-        expected = expected[: len(found)]  # a peer may not return a state
+    if not row.provider.startswith(OURS):
+        expected = expected[: len(found)]  # a baseline may not return a state
     if len(found) != len(expected):
         raise ValueError(f"{row} gave {len(found)} tensors, expected {len(expected)}")
     worst = 0.0
@@ -247,14 +249,14 @@ class Stopwatch:
 
 @dataclass
 class Measurer:
-    """Checks and measures rows; remembers the peers, so that ours can be told as a ratio, and the
-    last case's expected results, which its next row shares.
+    """Checks and measures rows; remembers the baselines, so that ours can be told as a ratio, and
+    the last case's expected results, which its next row shares.
     """
 
     device: torch.device
     l2_bytes: int
     facts: dict[str, Any]
-    peer_seconds: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    baseline_seconds: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     remembered: tuple[Any, list[Tensor]] | None = None
 
     def __call__(self, row: Row, benchmark: Any) -> None:
@@ -302,7 +304,7 @@ class Measurer:
             eager = timing.eager_seconds(calls)
         workspace = timing.workspace_bytes(calls[0])
         benchmark.extra_info.update(
-            describe(row, seconds, ceilings(), self.peer_seconds.get((row.stage, row.case), {}))
+            describe(row, seconds, ceilings(), self.baseline_seconds.get((row.stage, row.case), {}))
             | {
                 "eager_us": round(eager * 1e6, 2),
                 "kernel_us": round(sum(us for _, us in launched.values()), 2),
@@ -315,8 +317,8 @@ class Measurer:
             }
             | self.facts
         )
-        if not row.who.startswith(OURS):
-            self.peer_seconds.setdefault((row.stage, row.case), {})[row.who] = seconds
+        if not row.provider.startswith(OURS):
+            self.baseline_seconds.setdefault((row.stage, row.case), {})[row.provider] = seconds
 
 
 def _measured_seconds(calls: list[Call], benchmark: Any, graph: bool) -> float:
@@ -346,29 +348,29 @@ def _input_bytes(inputs: Inputs) -> int:
 
 
 def describe(
-    row: Row, seconds: float, ceiling: Ceilings, peer_seconds: dict[str, float]
+    row: Row, seconds: float, ceiling: Ceilings, baseline_seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """What is derived from a row's time: rates, its share of the floor, and how much slower the
-    fastest peer is.
+    """What is derived from a row's time: rates, its share of the roofline, and how much slower the
+    fastest baseline is.
     """
-    floor = ceiling.floor_seconds(row.bytes_moved, row.flops)
+    roofline = ceiling.roofline_seconds(row.bytes_moved, row.flops)
     facts: dict[str, Any] = {
         "stage": row.stage,
         "case": row.case,
-        "who": row.who,
+        "provider": row.provider,
         "us": round(seconds * 1e6, 3),
-        "floor_us": round(floor * 1e6, 3),
-        "percent_of_floor": round(100 * floor / seconds, 1),
+        "roofline_us": round(roofline * 1e6, 3),
+        "percent_of_roofline": round(100 * roofline / seconds, 1),
         "GB_per_s": round(row.bytes_moved / seconds * 1e-9, 1),
         "TFLOP_per_s": round(row.flops / seconds * 1e-12, 2),
         "copy_TB_per_s": round(ceiling.bytes_per_second * 1e-12, 3),
         "matmul_TFLOP_per_s": round(ceiling.flops_per_second * 1e-12, 1),
     }
-    if row.who.startswith(OURS) and peer_seconds:
-        peer = min(peer_seconds, key=lambda who: peer_seconds[who])
+    if row.provider.startswith(OURS) and baseline_seconds:
+        baseline = min(baseline_seconds, key=lambda provider: baseline_seconds[provider])
         facts |= {
-            "peer": peer,
-            "peer_us": round(peer_seconds[peer] * 1e6, 3),
-            "peer_ratio": round(peer_seconds[peer] / seconds, 3),
+            "baseline": baseline,
+            "baseline_us": round(baseline_seconds[baseline] * 1e6, 3),
+            "baseline_ratio": round(baseline_seconds[baseline] / seconds, 3),
         }
     return facts

@@ -19,9 +19,9 @@ from kda_ops.transfer.schema import GeometryError
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def test_every_name_of_the_readme_is_here() -> None:
-    readme = (Path(kda_ops.__file__).parent.parent / "README.md").read_text()
-    table = readme[readme.index("## Coming from vLLM") :].split("\n## ")[0]
+def test_every_name_of_the_documents_is_here() -> None:
+    page = (Path(kda_ops.__file__).parent.parent / "docs" / "integrations.md").read_text()
+    table = page[page.index("## For vLLM users") :].split("\n## ")[0]
     names = [n for row in table.splitlines() for n in re.findall(r"`(\w+)`", row.split(" | ")[0])]
     assert len(names) == 11
     for name in names:

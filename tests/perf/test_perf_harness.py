@@ -1,4 +1,4 @@
-"""How rows are measured, without a GPU: what neighbouring rows share, and the peers' tuning."""
+"""How rows are measured, without a GPU: what neighbouring rows share, and the baselines' tuning."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ def gate_row(**changes: Any) -> Row:
     fields: dict[str, Any] = {
         "stage": "gate",
         "case": "small",
-        "who": OURS,
+        "provider": OURS,
         "make": CASES[0].make,
         "prepare": rows.direct(kda_ops.gate),
         "expected": rows.through_references(kda_ops.gate),
@@ -55,8 +55,8 @@ def test_a_case_is_computed_once_for_its_rows() -> None:
         return rows.through_references(kda_ops.gate)(inputs)
 
     measurer = rows.Measurer(CPU, 1 << 10, {})
-    for who in ("peer", OURS, rows.COMPILED):
-        measure(measurer, gate_row(who=who, expected=expected))
+    for provider in ("baseline", OURS, rows.COMPILED):
+        measure(measurer, gate_row(provider=provider, expected=expected))
     assert len(computed) == 1
     measure(measurer, gate_row(case="another", make=CASES[1].make, expected=expected))
     assert len(computed) == 2
@@ -146,7 +146,7 @@ def test_both_of_our_cores_compute_the_core(
     found = [
         row
         for row in core_rows(core_case("small", lengths, 2, lower_bound))
-        if row.who.startswith(OURS)
+        if row.provider.startswith(OURS)
     ]
     assert len(found) == 2
     for row in found:

@@ -14,18 +14,18 @@ from perf.analysis.targets import Target
 from perf.harness import machine
 from perf.harness.rows import OURS
 
-PEER = "FLA 0.6.0"
+BASELINE = "FLA 0.6.0"
 
 
-def row(who: str, us: float, **changes: Any) -> dict[str, Any]:
+def row(provider: str, us: float, **changes: Any) -> dict[str, Any]:
     return {
         "stage": "core",
         "case": "small",
-        "who": who,
+        "provider": provider,
         "us": us,
         "eager_us": 3 * us,
         "kernel_us": us / 2,
-        "floor_us": 2.0,
+        "roofline_us": 2.0,
         "copy_TB_per_s": 4.0,
         "matmul_TFLOP_per_s": 700.0,
         "TFLOP_per_s": 0.0,
@@ -34,34 +34,47 @@ def row(who: str, us: float, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def target(measure: str, must: float, reach: float | None = None, peer: str = "") -> Target:
-    return Target("core", "small", measure, must, reach, peer)
+def target(
+    measure: str, required: float, stretch: float | None = None, baseline: str = ""
+) -> Target:
+    return Target("core", "small", measure, required, stretch, baseline)
 
 
 @pytest.mark.parametrize(
     ("measure", "value"),
-    [("ratio", 2.5), ("wall", 5.0), ("kernels", 2.5), ("floor", 2.0), ("us", 4)],
+    [("ratio", 2.5), ("wall", 5.0), ("kernels", 2.5), ("roofline", 2.0), ("us", 4)],
 )
-def test_a_target_takes_our_best_way_and_the_fastest_peer(measure: str, value: float) -> None:
+def test_a_target_takes_our_best_way_and_the_fastest_baseline(measure: str, value: float) -> None:
     rows = [
-        row("slow peer", 40.0),
-        row(PEER, 10.0),
+        row("slow baseline", 40.0),
+        row(BASELINE, 10.0),
         row(OURS, 8.0, eager_us=6.0),
         row(f"{OURS}, fused", 4.0),
     ]
     assert targets.value_of(target(measure, 1.0), rows) == value
 
 
-def test_a_target_may_name_its_peer() -> None:
-    rows = [row(f"{PEER}, eager", 10.0), row(f"{PEER}, compiled", 20.0), row(OURS, 4.0)]
-    assert targets.value_of(target("ratio", 1.0, peer="compiled"), rows) == 5.0
+def test_a_target_may_name_its_baseline() -> None:
+    rows = [row(f"{BASELINE}, eager", 10.0), row(f"{BASELINE}, compiled", 20.0), row(OURS, 4.0)]
+    assert targets.value_of(target("ratio", 1.0, baseline="compiled"), rows) == 5.0
 
 
 def test_accuracy_is_that_of_our_worst_way() -> None:
     run = {
         "benchmarks": [
-            {"extra_info": {"accuracy": "softplus", "who": who, "error_o": o, "error_S": S}}
-            for who, o, S in ((PEER, 4.0, 6.0), (OURS, 2.0, 3.0), (f"{OURS}, fused", 1.0, 4.0))
+            {
+                "extra_info": {
+                    "accuracy": "softplus",
+                    "provider": provider,
+                    "error_o": o,
+                    "error_S": S,
+                }
+            }
+            for provider, o, S in (
+                (BASELINE, 4.0, 6.0),
+                (OURS, 2.0, 3.0),
+                (f"{OURS}, fused", 1.0, 4.0),
+            )
         ]
     }
     accuracy = Target("accuracy", "softplus", "error", 1.0)
@@ -76,11 +89,11 @@ def test_accuracy_is_that_of_our_worst_way() -> None:
         (target("ratio", 2.6), "**missed**"),
         (target("us", 4.0, 3.0), "met"),
         (target("us", 3.9), "**missed**"),
-        (target("ratio", 1.0, peer="compiled"), "not measured"),
+        (target("ratio", 1.0, baseline="compiled"), "not measured"),
     ],
 )
 def test_a_target_is_met_or_missed(goal: Target, verdict: str) -> None:
-    rows = [row(PEER, 10.0), row(OURS, 4.0)]
+    rows = [row(BASELINE, 10.0), row(OURS, 4.0)]
     assert targets.table(rows, [goal]).endswith(f"| {verdict} |")
     assert bool(targets.missed(rows, [goal])) == (verdict in ("**missed**", "not measured"))
 
@@ -99,7 +112,7 @@ def test_every_target_has_its_benchmark() -> None:
 
 
 def changed(old: dict[str, Any], new: dict[str, Any]) -> compare.Change:
-    key = (new["stage"], new["case"], new["who"])
+    key = (new["stage"], new["case"], new["provider"])
     (change,) = compare.changes({key: old}, {key: new})
     return change
 
@@ -114,13 +127,13 @@ def test_a_row_is_worse_in_what_its_own_run_could_do() -> None:
 def test_products_excuse_only_rows_that_are_bound_by_them() -> None:
     slow_products = {"matmul_TFLOP_per_s": 630.0}
     assert changed(row(OURS, 4.0), row(OURS, 4.4, **slow_products)).worse == pytest.approx(0.1)
-    bound = {"TFLOP_per_s": 315.0, "floor_us": 2.2, **slow_products}
+    bound = {"TFLOP_per_s": 315.0, "roofline_us": 2.2, **slow_products}
     old = row(OURS, 4.0, TFLOP_per_s=350.0)
     assert changed(old, row(OURS, 4.4, **bound)).worse == pytest.approx(-0.01)
 
 
 def test_only_our_own_rows_are_compared() -> None:
-    keys = {("core", "small", who): row(who, 4.0) for who in (PEER, OURS)}
+    keys = {("core", "small", provider): row(provider, 4.0) for provider in (BASELINE, OURS)}
     assert [change.key[2] for change in compare.changes(keys, keys)] == [OURS]
 
 
@@ -175,8 +188,8 @@ def test_stages_add_up_to_the_measured_time() -> None:
     assert set(picture.COLOURS) == set(picture.STAGES)
 
 
-def test_a_panel_has_the_peers_and_our_best() -> None:
-    rows = [row(PEER, 10.0), row(OURS, 8.0), row(f"{OURS}, fused", 4.0)]
+def test_a_panel_has_the_baselines_and_our_best() -> None:
+    rows = [row(BASELINE, 10.0), row(OURS, 8.0), row(f"{OURS}, fused", 4.0)]
     with mock.patch.object(picture, "TARGETS", [target("ratio", 1.0)] * 2):
         ((title, members),) = picture.panels(rows)
     assert title == "core  small"

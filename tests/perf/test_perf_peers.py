@@ -1,4 +1,4 @@
-"""How peers are called, with stand-ins for their packages that compute by our references."""
+"""How baselines are called, with stand-ins for their packages that compute by our references."""
 
 import sys
 from collections.abc import Iterator
@@ -108,8 +108,10 @@ def _stand_ins() -> Iterator[None]:
         yield
 
 
-def check(peer: Any, case: Any, stage: str, function: Any) -> None:
-    (row, _) = rows.function_rows(stage, case, function, peers={"peer": peer}, compile_too=False)
+def check(baseline: Any, case: Any, stage: str, function: Any) -> None:
+    (row, _) = rows.function_rows(
+        stage, case, function, baselines={"baseline": baseline}, compile_too=False
+    )
     assert rows.check(row, CPU) <= rows.AGREEMENT
 
 
@@ -154,9 +156,9 @@ def test_flas_convolutions_of_q_k_and_v(case: Any) -> None:
     check(fla.fla_short_conv_qkv, case, "short_conv_qkv", kda_ops.fused.short_conv_qkv)
 
 
-def test_only_what_is_installed_is_a_peer() -> None:
+def test_only_what_is_installed_is_a_baseline() -> None:
     versions: dict[str, str | None] = {"attn-gym": "0.0.17", "transformers": "5.17.0"}
     with mock.patch.object(others, "version", versions.get):
-        assert list(others.more_peers()) == ["transformers 5.17.0, no kernels"]
+        assert list(others.more_baselines()) == ["transformers 5.17.0, no kernels"]
     with mock.patch.object(others, "version", (versions | {"nvidia-cutlass-dsl": "1"}).get):
-        assert len(others.more_peers()) == 2
+        assert len(others.more_baselines()) == 2

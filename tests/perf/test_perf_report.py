@@ -1,4 +1,4 @@
-"""The benchmark harness without a GPU: floors, ratios, the check before measuring, the report."""
+"""The benchmark harness without a GPU: rooflines, ratios, checks, the report."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,10 @@ import torch
 import kda_ops
 from kda_ops.gating.gate.cases import CASES
 from perf.analysis import report, targets
-from perf.harness import rows, timing
+from perf.harness import machine, rows, timing
 from perf.harness.machine import Ceilings
 from perf.harness.rows import OURS, Row
+from perf.harness.runs import read_run
 
 CEILINGS = Ceilings(bytes_per_second=4.0e12, flops_per_second=8.0e14)
 FACTS = {"gpu": "NVIDIA H200", "driver": "1", "torch": "2.11.0", "triton": "3.6.0", "fla": "0.6.0"}
@@ -25,7 +26,7 @@ def make_row(**changes: Any) -> Row:
     fields: dict[str, Any] = {
         "stage": "gate",
         "case": "small",
-        "who": OURS,
+        "provider": OURS,
         "make": CASES[0].make,
         "prepare": rows.direct(kda_ops.gate),
         "expected": rows.through_references(kda_ops.gate),
@@ -35,32 +36,32 @@ def make_row(**changes: Any) -> Row:
     return Row(**(fields | changes))
 
 
-def make_result(who: str, us: float, **changes: Any) -> report.Result:
+def make_result(provider: str, us: float, **changes: Any) -> report.Result:
     """A result as a run holds it."""
-    peers = {"FLA 0.6.0": 5e-6} if who.startswith(OURS) else {}
-    described = rows.describe(make_row(who=who), us * 1e-6, CEILINGS, peers)
+    baselines = {"FLA 0.6.0": 5e-6} if provider.startswith(OURS) else {}
+    described = rows.describe(make_row(provider=provider), us * 1e-6, CEILINGS, baselines)
     return described | {"launches": 1} | FACTS | changes
 
 
-def test_the_floor_is_the_slower_of_bytes_and_flops() -> None:
-    assert CEILINGS.floor_seconds(4_000_000, 0) == 1e-6
-    assert CEILINGS.floor_seconds(4_000_000, 8_000_000_000) == 1e-5
+def test_the_roofline_is_the_slower_of_bytes_and_flops() -> None:
+    assert CEILINGS.roofline_seconds(4_000_000, 0) == 1e-6
+    assert CEILINGS.roofline_seconds(4_000_000, 8_000_000_000) == 1e-5
 
 
 def test_rates_and_ratio_of_a_row() -> None:
-    peers = {"slow": 9e-6, "fast": 5e-6}
-    facts = rows.describe(make_row(flops=4_000_000), 4e-6, CEILINGS, peers)
+    baselines = {"slow": 9e-6, "fast": 5e-6}
+    facts = rows.describe(make_row(flops=4_000_000), 4e-6, CEILINGS, baselines)
     assert facts["us"] == 4.0
-    assert facts["floor_us"] == 2.0
-    assert facts["percent_of_floor"] == 50.0
+    assert facts["roofline_us"] == 2.0
+    assert facts["percent_of_roofline"] == 50.0
     assert facts["GB_per_s"] == 2000.0
     assert facts["TFLOP_per_s"] == 1.0
-    assert (facts["peer"], facts["peer_us"], facts["peer_ratio"]) == ("fast", 5.0, 1.25)
+    assert (facts["baseline"], facts["baseline_us"], facts["baseline_ratio"]) == ("fast", 5.0, 1.25)
 
 
-def test_a_peer_has_no_ratio_to_itself() -> None:
-    facts = rows.describe(make_row(who="FLA 0.6.0"), 4e-6, CEILINGS, {"FLA 0.6.0": 4e-6})
-    assert "peer_ratio" not in facts
+def test_a_baseline_has_no_ratio_to_itself() -> None:
+    facts = rows.describe(make_row(provider="FLA 0.6.0"), 4e-6, CEILINGS, {"FLA 0.6.0": 4e-6})
+    assert "baseline_ratio" not in facts
 
 
 @pytest.mark.parametrize(
@@ -97,11 +98,11 @@ def test_a_row_of_another_shape_is_not_measured() -> None:
         rows.check(make_row(prepare=wrong), torch.device("cpu"))
 
 
-def test_measuring_records_the_peer_before_ours() -> None:
+def test_measuring_records_the_baseline_before_ours() -> None:
     """The measuring loop with its GPU parts replaced: replays take 2 us and 4 us a call."""
     written = {}
     measurer = rows.Measurer(torch.device("cpu"), 1 << 20, FACTS)
-    for who, seconds in (("FLA 0.6.0", 4e-6), (OURS, 2e-6)):
+    for provider, seconds in (("FLA 0.6.0", 4e-6), (OURS, 2e-6)):
         benchmark = SimpleNamespace(extra_info={}, group=None)
         with (
             mock.patch.object(rows, "_measured_seconds", return_value=seconds),
@@ -110,14 +111,14 @@ def test_measuring_records_the_peer_before_ours() -> None:
             mock.patch.object(timing, "eager_seconds", return_value=1e-5),
             mock.patch.object(timing, "workspace_bytes", return_value=0),
         ):
-            measurer(make_row(who=who), benchmark)
-        written[who] = benchmark.extra_info
-    assert written[OURS]["peer_ratio"] == 2.0
+            measurer(make_row(provider=provider), benchmark)
+        written[provider] = benchmark.extra_info
+    assert written[OURS]["baseline_ratio"] == 2.0
     assert written[OURS]["launches"] == 2
     assert written[OURS]["kernels"] == {"k": [2, 1.5]}
     assert written[OURS]["eager_us"] == 10.0
     assert written[OURS]["gpu"] == "NVIDIA H200"
-    assert "peer_ratio" not in written["FLA 0.6.0"]
+    assert "baseline_ratio" not in written["FLA 0.6.0"]
     json.dumps(written)
 
 
@@ -133,8 +134,8 @@ def test_the_table_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == (
         "NVIDIA H200, driver 1, torch 2.11.0, triton 3.6.0, FLA 0.6.0; copy 4.00 TB/s, "
         "bf16 matrix product 800 TFLOP/s in the same run.\n\n"
-        "| stage | case | who | us | floor, us | of floor | GB/s | TFLOP/s | launches "
-        "| peer / ours |\n"
+        "| stage | case | provider | us | roofline, us | of roofline | GB/s | TFLOP/s | launches "
+        "| baseline / ours |\n"
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         "| gate | small | FLA 0.6.0 | 5 | 2 | 40 % | 1,600 |  | 1 |  |\n"
         "| gate | small | kda_ops | 4 | 2 | 50 % | 2,000 |  | 1 | 1.25 |\n"
@@ -163,7 +164,7 @@ def test_errors_of_large_results_add_up(monkeypatch: pytest.MonkeyPatch) -> None
         whole = float((out - expected).double().norm() / expected.double().norm())
 
 
-def test_a_row_that_a_peer_beats_is_said(
+def test_a_row_that_a_baseline_beats_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run.json"
@@ -189,10 +190,10 @@ def test_the_page_gets_the_table_between_its_markers(tmp_path: Path) -> None:
 def test_each_row_is_from_the_newest_run_that_has_it(tmp_path: Path) -> None:
     old = {"datetime": "2026-01-01", "benchmarks": []}
     new = {"datetime": "2026-01-02", "benchmarks": []}
-    for run, us, whos in ((old, 6.0, ("FLA 0.6.0", OURS)), (new, 4.0, (OURS,))):
-        run["benchmarks"] = [{"extra_info": make_result(who, us)} for who in whos]
+    for run, us, providers in ((old, 6.0, ("FLA 0.6.0", OURS)), (new, 4.0, (OURS,))):
+        run["benchmarks"] = [{"extra_info": make_result(provider, us)} for provider in providers]
     for order in ((old, new), (new, old)):
-        found = {row["who"]: row["us"] for row in report.newest(order)}
+        found = {row["provider"]: row["us"] for row in report.newest(order)}
         assert found == {"FLA 0.6.0": 6.0, OURS: 4.0}
 
 
@@ -209,7 +210,7 @@ def test_a_case_is_judged_by_rows_of_one_run() -> None:
         )
     ]
     for order in (runs, runs[::-1]):
-        found = {row["who"]: row["us"] for row in report.measured_together(order)}
+        found = {row["provider"]: row["us"] for row in report.measured_together(order)}
         assert found == {"FLA 0.6.0": 8.0, OURS: 4.0}
     (alone,) = report.measured_together(runs[2:])
     assert alone["us"] == 9.0
@@ -239,7 +240,7 @@ def test_a_run_without_rows_is_an_error(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_committed_runs_make_a_table() -> None:
-    for path in Path(report.__file__).parent.glob("history/*/*.json"):
-        found = report.results(json.loads(path.read_text()))
+    for path in machine.HISTORY.glob("*/*.json"):
+        found = report.results(read_run(path))
         assert found, f"{path} holds no rows"
         assert len(report.table(found).splitlines()) == len(found) + 2

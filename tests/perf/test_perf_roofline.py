@@ -1,6 +1,5 @@
 """The predictions' arithmetic."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from perf.analysis import roofline
 from perf.analysis.report import newest
 from perf.analysis.roofline import Gpu, Piece
 from perf.harness import machine
+from perf.harness.runs import read_run
 
 HERE = Gpu("here", 4e12, 700e12, 100, 2e9, 400e9)
 THERE = Gpu("there", 2e12, 350e12, 50, 1e9, 200e9)
@@ -36,12 +36,12 @@ def test_a_chain_is_shorter_from_so_many_ranks_on() -> None:
     assert piece.predicted(THERE, HERE, 4) == pytest.approx(6e-6)
 
 
-def test_nothing_is_predicted_below_its_floor() -> None:
+def test_nothing_is_predicted_below_its_roofline() -> None:
     by_bytes = Piece("kernel", 400_000_000, 0, 1e-6, "chain")
-    assert by_bytes.floor(THERE, 1) == pytest.approx(200e-6)
+    assert by_bytes.roofline(THERE, 1) == pytest.approx(200e-6)
     assert by_bytes.predicted(THERE, HERE, 2) == pytest.approx(100e-6)
     by_flops = Piece("kernel", 4, 700_000_000_000, 1e-6, "work")
-    assert by_flops.floor(THERE, 1) == pytest.approx(2e-3)
+    assert by_flops.roofline(THERE, 1) == pytest.approx(2e-3)
 
 
 def test_ranks_add_up_their_outputs() -> None:
@@ -60,9 +60,7 @@ def test_other_gpus_reach_the_same_share_of_their_data_sheets() -> None:
 
 
 def committed() -> list[roofline.Row]:
-    return newest(
-        json.loads(path.read_text()) for path in (machine.HISTORY / "h200").glob("*.json")
-    )
+    return newest(read_run(path) for path in (machine.HISTORY / "h200").glob("*.json"))
 
 
 def test_the_model_gives_the_measured_layer_back() -> None:

@@ -36,7 +36,7 @@ class Prefill:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
             env=os.environ | {"NIXL_LOG_LEVEL": "FATAL", "OMP_NUM_THREADS": "1"},
         )
         options = {

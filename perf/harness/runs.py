@@ -1,0 +1,32 @@
+"""Reads the JSON of a run, also one from before rows had the names that they have now."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+OLD_NAMES = {
+    "who": "provider",
+    "peer": "baseline",
+    "floor_us": "roofline_us",
+    "percent_of_floor": "percent_of_roofline",
+}
+OLD_PREFIX, PREFIX = "peer_", "baseline_"
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """A run of pytest-benchmark, with the rows' names of today."""
+    run = json.loads(path.read_text())
+    for benchmark in run["benchmarks"]:
+        if "extra_info" in benchmark:
+            benchmark["extra_info"] = _renamed(benchmark["extra_info"])
+    return run
+
+
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    return {_name(key): value for key, value in row.items()}
+
+
+def _name(key: str) -> str:
+    if key.startswith(OLD_PREFIX):
+        return PREFIX + key.removeprefix(OLD_PREFIX)
+    return OLD_NAMES.get(key, key)
