@@ -58,11 +58,12 @@ def install() -> None:
     from lowering.cache_key import install_cache_key
     from lowering.compat import lower_storage_offset
     from lowering.rewrite import install_rewrites
-    from lowering.snapshots import keep_copies, order_reads
+    from lowering.snapshots import keep_copies, keep_reads_apart, order_reads
 
     lower_storage_offset()
     keep_copies()
     order_reads()
+    keep_reads_apart()
     install_rewrites()
     install_cache_key()
 

@@ -1,0 +1,189 @@
+"""Programs that copy states, step them and put them back: operators that write states in small
+sizes, and random programs of them.
+
+States are dense here: a copy of one in padded pages has other strides, and no compiler takes it for
+the state itself.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kda_ops.chunk_kda_gated.cases import chunk_kda_gated_inputs
+from kda_ops.kda_decode.cases import kda_decode_inputs
+from kda_ops.recurrent_kda.cases import recurrent_inputs
+from kda_ops.short_conv_qkv.cases import short_conv_qkv_inputs
+from kda_ops.short_conv_update.cases import short_conv_update_inputs
+from kda_ops.state_copy.cases import copy_inputs
+from tests.operators import public_function
+from tests.oracle import tensors
+
+Inputs = dict[str, Any]
+States = tuple[Tensor, ...]
+PAGES = 4
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """An operator that writes states, and how its other arguments are made.
+
+    Attributes:
+        name: The operator.
+        states: Names of the arguments that it writes.
+        make: Its arguments on a device.
+        layout: Of a convolution state, empty without one.
+    """
+
+    name: str
+    states: tuple[str, ...]
+    make: Callable[[torch.device], Inputs]
+    layout: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.layout}" if self.layout else self.name
+
+    def inputs(self, device: str) -> tuple[States, Inputs]:
+        """The states, `PAGES` or more dense pages each, and the other arguments."""
+        inputs = self.make(torch.device(device))
+        states = tuple(inputs.pop(name).clone() for name in self.states)
+        return states, inputs
+
+    def __call__(self, states: States, inputs: Inputs) -> list[Tensor]:
+        """One step; returns the results."""
+        written = dict(zip(self.states, states, strict=True))
+        return tensors(public_function(self.name)(**inputs, **written))
+
+
+def recurrent(device: torch.device) -> Inputs:
+    return recurrent_inputs(2, 1, 1, 1, 8, 8, torch.float32, device=device)
+
+
+def chunk(device: torch.device) -> Inputs:
+    inputs = chunk_kda_gated_inputs(
+        device, T=5, K=16, V=16, dtype=torch.float32, norm=True, cu_seqlens=[0, 3, 5]
+    )
+    state = torch.randn(PAGES, 1, 16, 16, device=device)
+    return inputs | {"state": state, "state_indices": torch.tensor([3, 1], device=device)}
+
+
+def decode(layout: str) -> Callable[[torch.device], Inputs]:
+    return lambda device: kda_decode_inputs(2, 1, 1, 16, 16, layout, torch.float32, device=device)
+
+
+def conv_update(layout: str) -> Callable[[torch.device], Inputs]:
+    return lambda device: short_conv_update_inputs(
+        (2, 48), layout, (3, 1), dtype=torch.float32, num_slots=PAGES, device=device
+    )
+
+
+def conv(layout: str) -> Callable[[torch.device], Inputs]:
+    return lambda device: short_conv_qkv_inputs(
+        *(1, 5, 1, 16, 16, torch.float32),
+        lengths=(3, 2),
+        layout=layout,
+        slots=(3, 1),
+        initial=(1, 0),
+        num_slots=PAGES,
+        device=device,
+    )
+
+
+def copy(layout: str) -> Callable[[torch.device], Inputs]:
+    plan = [(2, 2, 1, 0), (3, 3, 3, 1)]
+    return lambda device: copy_inputs(
+        plan,
+        PAGES,
+        4,
+        16,
+        (1, 8, 8),
+        layout=layout,
+        layers=None,
+        dtype=torch.float32,
+        device=device,
+    )
+
+
+RECURRENT = Stepper("recurrent_kda", ("state",), recurrent)
+DECODE = Stepper("kda_decode", ("conv_state", "state"), decode("SD"), "SD")
+STEPPERS = [
+    RECURRENT,
+    Stepper("chunk_kda_gated", ("state",), chunk),
+    *(
+        stepper
+        for layout in ("SD", "DS")
+        for stepper in (
+            Stepper("kda_decode", ("conv_state", "state"), decode(layout), layout),
+            Stepper("short_conv_update", ("conv_state",), conv_update(layout), layout),
+            Stepper("short_conv_qkv", ("conv_state",), conv(layout), layout),
+            Stepper("state_copy", ("conv", "recurrent"), copy(layout), layout),
+        )
+    ),
+]
+
+
+@dataclass
+class Program:
+    """A random program over two states: those of one operator, or two of an operator with one.
+
+    Attributes:
+        stepper: The operator.
+        lines: What it does in order: a name and the places of what it is done with.
+        families: For each argument that the operator writes, how many tensors a line finds there.
+    """
+
+    stepper: Stepper
+    lines: list[tuple[Any, ...]] = field(default_factory=list)
+    families: list[int] = field(default_factory=list)
+
+    def __call__(self, states: list[States], inputs: Inputs) -> list[Tensor]:
+        """Runs it on the states, one tuple for each argument that the operator writes."""
+        found = [list(family) for family in states]
+        results: list[Tensor] = []
+        for name, *places in self.lines:
+            if name == "step":
+                picked = tuple(family[i] for family, i in zip(found, places, strict=True))
+                results += self.stepper(picked, inputs)
+                continue
+            f, i, j = places
+            x, other = found[f][i], found[f][j]
+            if name in ("clone", "copy"):
+                found[f].append(x.clone() if name == "clone" else torch.empty_like(x).copy_(x))
+            elif name == "back":
+                x.copy_(other)
+            elif name == "page":
+                x[1] = other[1]
+            elif name == "where":
+                x.copy_(torch.where(other > 0, other, x))
+            elif name == "double":
+                x.mul_(2)
+            elif name == "shift":
+                x[1:] = x[:-1].clone()
+            elif name == "roll":
+                x[1:].copy_(x.roll(1, 0)[1:])
+            elif name == "scatter":
+                results.append(x.index_fill(0, torch.tensor([2], device=x.device), 0.5))
+            elif name == "read":
+                results.append(other * 3)
+        return results
+
+
+def random_program(seed: int, length: int = 7) -> Program:
+    draw = random.Random(seed)
+    stepper = draw.choice([RECURRENT, RECURRENT, DECODE])
+    program = Program(stepper)
+    sizes = [2] if stepper is RECURRENT else [1, 1]
+    names = ["clone", "copy", "step", "step", "back", "back", "page", "where", "read"]
+    names += ["double", "shift", "roll", "scatter"]
+    for n in range(length):
+        name = "clone" if n == 0 else "step" if n == length // 2 else draw.choice(names)
+        if name == "step":
+            program.lines.append((name, *(draw.randrange(size) for size in sizes)))
+            continue
+        f = draw.randrange(len(sizes))
+        program.lines.append((name, f, draw.randrange(sizes[f]), draw.randrange(sizes[f])))
+        sizes[f] += name in ("clone", "copy")
+    return program
