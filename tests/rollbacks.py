@@ -6,11 +6,12 @@ the state itself.
 """
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree
 from torch import Tensor
 
 from kda_ops.chunk_kda_gated.cases import chunk_kda_gated_inputs
@@ -108,15 +109,18 @@ def copy(layout: str) -> Callable[[torch.device], Inputs]:
 
 
 RECURRENT = Stepper("recurrent_kda", ("state",), recurrent)
-DECODE = Stepper("kda_decode", ("conv_state", "state"), decode("SD"), "SD")
+DECODES = [
+    Stepper("kda_decode", ("conv_state", "state"), decode(layout), layout)
+    for layout in ("SD", "DS")
+]
 STEPPERS = [
     RECURRENT,
+    *DECODES,
     Stepper("chunk_kda_gated", ("state",), chunk),
     *(
         stepper
         for layout in ("SD", "DS")
         for stepper in (
-            Stepper("kda_decode", ("conv_state", "state"), decode(layout), layout),
             Stepper("short_conv_update", ("conv_state",), conv_update(layout), layout),
             Stepper("short_conv_qkv", ("conv_state",), conv(layout), layout),
             Stepper("state_copy", ("conv", "recurrent"), copy(layout), layout),
@@ -125,22 +129,32 @@ STEPPERS = [
 ]
 
 
+def compare(
+    program: Callable[..., Any], states: Sequence[Any], *args: Any, dynamic: bool = False
+) -> None:
+    """Holds a program that writes its first argument, compiled, to itself in eager code."""
+    eager = torch.utils._pytree.tree_map(torch.clone, states)
+    with torch.no_grad():
+        expected = program(eager, *args)
+        found = torch.compile(program, fullgraph=True, dynamic=dynamic)(states, *args)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(states, eager, equal_nan=True)
+
+
 @dataclass
 class Program:
     """A random program over two states: those of one operator, or two of an operator with one.
 
     Attributes:
         stepper: The operator.
-        lines: What it does in order: a name and the places of what it is done with.
-        families: For each argument that the operator writes, how many tensors a line finds there.
+        lines: What it does in order: a name, and the places of what it does it with.
     """
 
     stepper: Stepper
-    lines: list[tuple[Any, ...]] = field(default_factory=list)
-    families: list[int] = field(default_factory=list)
+    lines: list[tuple[Any, ...]]
 
     def __call__(self, states: list[States], inputs: Inputs) -> list[Tensor]:
-        """Runs it on the states, one tuple for each argument that the operator writes."""
+        """Runs it on a tuple of states for each argument that the operator writes."""
         found = [list(family) for family in states]
         results: list[Tensor] = []
         for name, *places in self.lines:
@@ -148,42 +162,65 @@ class Program:
                 picked = tuple(family[i] for family, i in zip(found, places, strict=True))
                 results += self.stepper(picked, inputs)
                 continue
-            f, i, j = places
-            x, other = found[f][i], found[f][j]
-            if name in ("clone", "copy"):
-                found[f].append(x.clone() if name == "clone" else torch.empty_like(x).copy_(x))
-            elif name == "back":
-                x.copy_(other)
-            elif name == "page":
-                x[1] = other[1]
-            elif name == "where":
-                x.copy_(torch.where(other > 0, other, x))
-            elif name == "double":
-                x.mul_(2)
-            elif name == "shift":
-                x[1:] = x[:-1].clone()
-            elif name == "roll":
-                x[1:].copy_(x.roll(1, 0)[1:])
-            elif name == "scatter":
-                results.append(x.index_fill(0, torch.tensor([2], device=x.device), 0.5))
-            elif name == "read":
-                results.append(other * 3)
+            family = found[places[0]]
+            x, other = family[places[1]], family[places[2]]
+            if name in MAKES:
+                family.append(MAKES[name](x))
+            elif name in READS:
+                results.append(READS[name](x))
+            else:
+                WRITES[name](x, other)
         return results
 
 
+def page(x: Tensor, other: Tensor) -> None:
+    x[1] = other[1]
+
+
+def shift(x: Tensor, other: Tensor) -> None:
+    x[1:] = x[:-1].clone()
+
+
+MAKES: dict[str, Callable[[Tensor], Tensor]] = {
+    "clone": torch.clone,
+    "copy": lambda x: torch.empty_like(x).copy_(x),
+}
+READS: dict[str, Callable[[Tensor], Tensor]] = {
+    "read": lambda x: x * 3,
+    "scatter": lambda x: x.index_fill(0, torch.tensor([2], device=x.device), 0.5),
+}
+WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "back": lambda x, other: x.copy_(other),
+    "page": page,
+    "where": lambda x, other: x.copy_(torch.where(other > 0, other, x)),
+    "double": lambda x, other: x.mul_(2),
+    "flip": lambda x, other: x.copy_(other.flip(0)),
+    "roll": lambda x, other: x[1:].copy_(x.roll(1, 0)[1:]),
+    "shift": shift,
+}
+
+
 def random_program(seed: int, length: int = 7) -> Program:
+    """A program that begins with a copy and has a step in its middle."""
     draw = random.Random(seed)
-    stepper = draw.choice([RECURRENT, RECURRENT, DECODE])
-    program = Program(stepper)
+    stepper = draw.choice([RECURRENT, RECURRENT, *DECODES])
     sizes = [2] if stepper is RECURRENT else [1, 1]
-    names = ["clone", "copy", "step", "step", "back", "back", "page", "where", "read"]
-    names += ["double", "shift", "roll", "scatter"]
+    names = [*MAKES, *READS, *WRITES, "step", "step", "back", "back"]
+    lines: list[tuple[Any, ...]] = []
     for n in range(length):
         name = "clone" if n == 0 else "step" if n == length // 2 else draw.choice(names)
         if name == "step":
-            program.lines.append((name, *(draw.randrange(size) for size in sizes)))
+            lines.append((name, *(draw.randrange(size) for size in sizes)))
             continue
         f = draw.randrange(len(sizes))
-        program.lines.append((name, f, draw.randrange(sizes[f]), draw.randrange(sizes[f])))
-        sizes[f] += name in ("clone", "copy")
-    return program
+        lines.append((name, f, draw.randrange(sizes[f]), draw.randrange(sizes[f])))
+        sizes[f] += name in MAKES
+    return Program(stepper, lines)
+
+
+def random_inputs(program: Program, device: str) -> tuple[list[States], Inputs]:
+    """Two states for a program, and the other arguments of its operator."""
+    states, inputs = program.stepper.inputs(device)
+    if len(states) > 1:
+        return [(x,) for x in states], inputs
+    return [(states[0], torch.randn_like(states[0]))], inputs
