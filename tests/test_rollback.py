@@ -2,8 +2,12 @@
 code; a step that is not taken back copies no cache. See docs/inductor-rollback.md.
 """
 
+import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from lowering.generated import body
+from lowering.generated import body, summary
 from tests.fake_cuda import cuda_code
 from tests.rollbacks import (
     DECODES,
@@ -24,6 +28,7 @@ from tests.rollbacks import (
     random_program,
 )
 
+DOCUMENT = Path(__file__).parent.parent / "docs" / "inductor-rollback.md"
 Step = Callable[[Sequence[Tensor]], list[Tensor]]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -138,6 +143,20 @@ def a_scatter_apart(states: Sequence[Tensor], step: Step) -> list[Tensor]:
     return [*results, *marked]
 
 
+def stepped(states: Sequence[Tensor], step: Step) -> list[Tensor]:
+    return step(states)
+
+
+def stepped_twice(states: Sequence[Tensor], step: Step) -> list[Tensor]:
+    return [*step(states), *step(states)]
+
+
+def read_before_and_after(states: Sequence[Tensor], step: Step) -> list[Tensor]:
+    old = [2 * x.sum() for x in states]
+    results = step(states)
+    return [*results, *(x + 1 for x in old), *(x.mean() for x in states)]
+
+
 PROGRAMS = [
     put_back_from_copies,
     put_back_after_two_steps,
@@ -204,7 +223,100 @@ def test_a_layer_of_a_cache(whole: bool, device: str) -> None:
 
 
 @devices
+def test_states_that_are_swapped(device: str) -> None:
+    (state,), inputs = RECURRENT.inputs(device)
+
+    def program(states: list[Tensor], inputs: Inputs) -> list[Tensor]:
+        a, b = states
+        results = RECURRENT((a,), inputs)
+        before = a.clone()
+        a.copy_(b)
+        b.copy_(before)
+        return results + RECURRENT((a,), inputs)
+
+    compare(program, [state, 2 * state], inputs)
+
+
+@devices
 @pytest.mark.parametrize("seed", range(15))
 def test_random_programs(seed: int, device: str) -> None:
     program = random_program(seed)
     compare(lambda states, inputs: program(states, inputs), *random_inputs(program, device))
+
+
+def caches(code: str, states: Sequence[Tensor]) -> int:
+    """How many buffers of the size of a state a generated module allocates."""
+    shapes = re.findall(r" = empty_strided_\w+\(\((.*?)\), ", body(code)[0])
+    sizes = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes]
+    return sum(size in [x.numel() for x in states] for size in sizes)
+
+
+def code_for(device: str, program: Any, stepper: Stepper) -> tuple[str, Sequence[Tensor]]:
+    """What Inductor generates for a program, and the states that it is called with."""
+    function, (states, inputs) = with_inputs(program, stepper), stepper.inputs("cpu")
+    with torch.no_grad():
+        if device == "cuda":
+            _, (code,) = cuda_code(function, states, inputs)
+        else:
+            _, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), states, inputs)
+    return code, states
+
+
+generated = pytest.mark.parametrize("device", ["cpu", "cuda"])  # generated code needs no GPU
+stateful = pytest.mark.parametrize("stepper", [RECURRENT, DECODES[0]], ids=str)
+
+
+@generated
+@stateful
+@pytest.mark.parametrize(
+    "program", [stepped, stepped_twice, read_before_and_after], ids=lambda p: p.__name__
+)
+def test_an_ordinary_step_copies_no_cache(program: Any, stepper: Stepper, device: str) -> None:
+    code, states = code_for(device, program, stepper)
+    assert caches(code, states) == 0
+
+
+@stateful
+def test_one_copy_is_made_before_a_step_that_is_put_back(stepper: Stepper) -> None:
+    code, states = code_for("cuda", put_back, stepper)
+    *before, last = summary(code).launches
+    assert last == f"{stepper.name}_kernel"
+    assert [name[:6] for name in before] == ["triton"] * len(states)
+    assert caches(code, states) == len(states)
+
+
+@stateful
+def test_one_copy_is_made_for_a_page(stepper: Stepper) -> None:
+    code, states = code_for("cuda", a_page_put_back, stepper)
+    kernel = summary(code).launches.index(f"{stepper.name}_kernel")
+    assert kernel == len(states)
+    assert caches(code, states) == len(states)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """What eager and compiled code print for the functions of the document."""
+    script = "".join(re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.M | re.S))
+    path = tmp_path_factory.mktemp("rollback") / "script.py"  # Dynamo reads the source
+    path.write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"^(\w+): eager (.*) compiled (.*)$", done.stdout, re.M)
+    return {name: (eager, compiled) for name, eager, compiled in lines}
+
+
+@pytest.mark.parametrize(
+    "name", ["put_back", "scatter", "late_read", "other_positions", "view_of_computed"]
+)
+def test_the_document_is_about_this_torch(name: str, shown: dict[str, tuple[str, str]]) -> None:
+    eager, compiled = shown[name]
+    assert eager != compiled, (
+        f"torch {torch.__version__} compiles {name} as it should: "
+        "see the end of docs/inductor-rollback.md for what can be dropped"
+    )
