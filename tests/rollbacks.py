@@ -6,13 +6,13 @@ the state itself.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from kda_ops.chunk_kda_gated.cases import chunk_kda_gated_inputs
 from kda_ops.kda_decode.cases import kda_decode_inputs
@@ -21,7 +21,7 @@ from kda_ops.short_conv_qkv.cases import short_conv_qkv_inputs
 from kda_ops.short_conv_update.cases import short_conv_update_inputs
 from kda_ops.state_copy.cases import copy_inputs
 from tests.operators import public_function
-from tests.oracle import tensors
+from tests.oracle import assert_close, tensors
 
 Inputs = dict[str, Any]
 States = tuple[Tensor, ...]
@@ -130,15 +130,28 @@ STEPPERS = [
 
 
 def compare(
-    program: Callable[..., Any], states: Sequence[Any], *args: Any, dynamic: bool = False
+    program: Callable[..., list[Tensor]], states: Any, *args: Any, dynamic: bool = False
 ) -> None:
-    """Holds a program that writes its first argument, compiled, to itself in eager code."""
-    eager = torch.utils._pytree.tree_map(torch.clone, states)
+    """Holds a program, compiled, to eager fp64 as every operator is held: its results, and the
+    states that it writes, its first argument.
+    """
+
+    def run(function: Any, states: Any, args: Any) -> list[Tensor]:
+        return [*function(states, *args), *tree_leaves(states)]
+
     with torch.no_grad():
-        expected = program(eager, *args)
-        found = torch.compile(program, fullgraph=True, dynamic=dynamic)(states, *args)
-    torch.testing.assert_close(found, expected, equal_nan=True)
-    torch.testing.assert_close(states, eager, equal_nan=True)
+        expected = run(program, tree_map(torch.clone, states), args)
+        fp64 = run(program, *tree_map(double, (states, args)))
+        found = run(torch.compile(program, fullgraph=True, dynamic=dynamic), states, args)
+    for x, e, e64 in zip(found, expected, fp64, strict=True):
+        assert_close(x, e, e64)
+
+
+def double(x: Any) -> Any:
+    """A CPU copy of a tensor, in fp64 if it is floating-point."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.cpu().double() if x.is_floating_point() else x.cpu()
 
 
 @dataclass
@@ -201,20 +214,27 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 
 def random_program(seed: int, length: int = 7) -> Program:
-    """A program that begins with a copy and has a step in its middle."""
+    """Begins with a copy, steps its source in the middle and puts back some of it at the end."""
     draw = random.Random(seed)
     stepper = draw.choice([RECURRENT, RECURRENT, *DECODES])
     sizes = [2] if stepper is RECURRENT else [1, 1]
-    names = [*MAKES, *READS, *WRITES, "step", "step", "back", "back"]
-    lines: list[tuple[Any, ...]] = []
-    for n in range(length):
-        name = "clone" if n == 0 else "step" if n == length // 2 else draw.choice(names)
-        if name == "step":
-            lines.append((name, *(draw.randrange(size) for size in sizes)))
+    family = draw.randrange(len(sizes))
+    source, copied = draw.randrange(sizes[family]), sizes[family]
+    lines: list[tuple[Any, ...]] = [(draw.choice([*MAKES]), family, source, source)]
+    sizes[family] += 1
+    while len(lines) < length - 1:
+        name = draw.choice([*MAKES, *READS, *WRITES, "step", "step"])
+        middle = len(lines) == length // 2
+        if name == "step" or middle:
+            places = [draw.randrange(size) for size in sizes]
+            if middle:
+                places[family] = source
+            lines.append(("step", *places))
             continue
         f = draw.randrange(len(sizes))
         lines.append((name, f, draw.randrange(sizes[f]), draw.randrange(sizes[f])))
         sizes[f] += name in MAKES
+    lines.append((draw.choice(["back", "page", "where"]), family, source, copied))
     return Program(stepper, lines)
 
 
