@@ -131,15 +131,17 @@ def moved_by_a_page(states: Sequence[Tensor], step: Step) -> list[Tensor]:
 
 
 def a_view_of_what_is_computed(states: Sequence[Tensor], step: Step) -> list[Tensor]:
-    results = step(states)
+    results = step([x.clone() for x in states])
     for x in states:
         x[1:].copy_(x.roll(1, 0)[1:])
     return results
 
 
 def a_scatter_apart(states: Sequence[Tensor], step: Step) -> list[Tensor]:
+    results = step([x.clone() for x in states])
     marked = [x.index_fill(0, torch.tensor([1], device=x.device), 0.5) for x in states]
-    results = step(states)
+    for x in states:
+        x.zero_()
     return [*results, *marked]
 
 
