@@ -10,7 +10,8 @@ place, and what reads the copy after that sees the new state; see docs/inductor-
   of this package;
 * what they cost is kept down (`place_copies`): reads of a state go before the next write of it, so
   that the write is in place, and a state that is put back as it was is not written at all;
-* a copy is made before the write, whatever operator writes (`order_reads`).
+* a copy is made before the write, whatever operator writes (`order_reads`);
+* a kernel that writes what is read at other positions waits for all reads (`keep_reads_apart`).
 """
 
 import functools
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor import ir
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.fx_passes import post_grad
 from torch._inductor.fx_passes.post_grad import noop_registry
 from torch._inductor.fx_passes.reinplace import (
@@ -29,6 +31,7 @@ from torch._inductor.fx_passes.reinplace import (
     inplaceable_ops,
 )
 from torch._inductor.fx_utils import get_node_storage
+from torch._inductor.scheduler import Scheduler
 from torch._inductor.virtualized import V
 from torch._library.utils import zip_schema
 from torch.fx.passes.reinplace import _is_view_op
@@ -84,6 +87,33 @@ def order_reads() -> None:
         return create(cls, kernel, *args, **kwargs)
 
     ir.FallbackKernel.create = classmethod(create_after_reads)
+
+
+def keep_reads_apart() -> None:
+    """Fuses a write with reads of what it writes only where the reads are at the same positions.
+
+    Inductor looks for reads under the name that a buffer had before the first write, and finds none
+    after that: `step_(state);  state.copy_(state.flip(0))` becomes one kernel.
+    """
+    fusable = Scheduler.fusable_weak_dep
+
+    @functools.wraps(fusable)
+    def fusable_weak_dep(self: Scheduler, weak_dep: Any, node1: Any, node2: Any) -> bool:
+        if not fusable(self, weak_dep, node1, node2):
+            return False
+        real = self.mutation_real_name
+        writes = [x for x in node2.read_writes.writes if x.name == weak_dep.mutating_buf]
+        reads = [
+            x
+            for x in node1.read_writes.reads
+            if real.get(x.name, x.name) == real[weak_dep.mutating_buf]
+        ]
+        return all(
+            isinstance(x, MemoryDep) and (x.index, x.size) == (writes[0].index, writes[0].size)
+            for x in reads
+        )
+
+    Scheduler.fusable_weak_dep = fusable_weak_dep
 
 
 def _hidden(*args: Any) -> Any:
