@@ -13,6 +13,11 @@
 * `check_values` runs before the implementation, so it also runs in compiled graphs that fall back
   to the implementation.
 
+Beside it stands `torch.ops.kda_ops_reference.<name>`, the same operator with its reference on every
+device. Public functions call what `selected` returns: with `kda_ops.config.impl = "reference"` that
+one. It is an operator of its own since a graph must hold the decision, for its backward too: that
+is compiled and runs later, when the configuration may be another one.
+
 `torch.library.Library.define` / `impl` are used directly since a call through them costs 1-2
 microseconds, a call through `torch.library.custom_op` 7-9.
 """
@@ -44,26 +49,51 @@ from kda_ops._gradients import (
 )
 
 NAMESPACE = "kda_ops"
+REFERENCE_NAMESPACE = "kda_ops_reference"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_REFERENCE_LIBRARY = torch.library.Library(REFERENCE_NAMESPACE, "DEF")
 
 
 @dataclass(frozen=True)
 class Operator:
     """What stands behind one operator; see `define_op`.
 
-    `cuda` is the whole CUDA implementation, of which `launcher` is the part that a compiled graph
-    holds. `backward` is None for an operator that writes.
+    `cpu` is the reference behind its checks. `cuda` is the whole CUDA implementation, of which
+    `launcher` is the part that a compiled graph holds. `backward` is None for an operator that
+    writes.
     """
 
+    schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     launcher: Callable[..., Any]
+    cpu: Callable[..., Any]
     cuda: Callable[..., Any]
     check_values: Callable[..., None] | None
     backward: Backward | None
 
 
 OPERATORS: dict[Any, Operator] = {}
+REFERENCES: dict[Any, Any] = {}  # the operator of `kda_ops_reference` by that of `kda_ops`
+
+
+def selected(op: Any) -> Any:
+    """The operator that public functions call for `op`: itself, or with `config.impl =
+    "reference"` its definition on any device. Dynamo traces this and guards on the configuration.
+
+    Raises:
+        ValueError: `config.impl` is neither.
+    """
+    if config.impl == "auto":
+        return op
+    config.check_impl()
+    if torch.compiler.is_dynamo_compiling():
+        from torch._dynamo.comptime import comptime
+
+        comptime(_define_references)
+    else:
+        _define_references()
+    return REFERENCES[op]
 
 
 def activate_lowerings() -> None:
@@ -124,6 +154,7 @@ def define_op(
     op = _define(schema, tags)
     names = [x.name for x in op._schema.arguments]
     written = [i for i, x in enumerate(op._schema.arguments) if x.is_write]
+    tensors = [i for i, x in enumerate(op._schema.arguments) if "Tensor" in str(x.type)]
     changed = _tensors_at(op, written)
     load = _lazy(cuda, names)
     fake = by_name(fake, names)
@@ -132,11 +163,12 @@ def define_op(
 
     def launcher(*args: Any) -> Any:
         if not moves_only:
-            _refuse_fp64(op, args)
+            _refuse_fp64(names, tensors, args)
         return load(*args)
 
     def cpu_impl(*args: Any) -> Any:
-        check_writable(**{names[i]: args[i] for i in written})
+        if written:
+            check_writable(**{names[i]: args[i] for i in written})
         if check_values is not None:
             check_values(*args)
         return reference(*args)
@@ -152,56 +184,99 @@ def define_op(
     def fake_impl(*args: Any) -> Any:
         activate_lowerings()
         if not moves_only and any(isinstance(x, Tensor) and x.is_cuda for x in args):
-            _refuse_fp64(op, args)
+            _refuse_fp64(names, tensors, args)
         return fake(*args)
 
-    _implement(name, op, cpu_impl, cuda_impl, fake_impl)
+    _implement(_LIBRARY, op, cpu_impl, cuda_impl, fake_impl)
     if written:
         refuse_gradients(_LIBRARY, name, op)
         backward = None
     else:
-        backward = _define_backward(schema, name, op, reference, cuda_backward)
-    OPERATORS[op] = Operator(reference, fake, launcher, cuda_impl, check_values, backward)
+        backward = _define_backward(_LIBRARY, schema, op, reference, cuda_backward)
+    OPERATORS[op] = Operator(
+        schema, reference, fake, launcher, cpu_impl, cuda_impl, check_values, backward
+    )
     return op
 
 
+def _define_references(*_: Any) -> None:
+    """Registers what is missing of `torch.ops.kda_ops_reference`: on first use, as that takes as
+    long as the package may take to import. (Dynamo passes what it knows of the call.)
+    """
+    for op, operator in OPERATORS.items():
+        if op not in REFERENCES:
+            REFERENCES[op] = _define_reference(op, operator)
+
+
+def _define_reference(op: Any, operator: Operator) -> Any:
+    """The operator whose implementation is the reference of another one, on every device.
+
+    It takes fp64 on a GPU, and checks tensor values there too: a reference reads them anyway.
+    """
+
+    def fake_impl(*args: Any) -> Any:
+        activate_lowerings()
+        return operator.fake(*args)
+
+    twin = _define(operator.schema, tuple(op.tags), _REFERENCE_LIBRARY)
+    _implement(_REFERENCE_LIBRARY, twin, operator.cpu, operator.cpu, fake_impl)
+    if operator.backward is None:
+        refuse_gradients(_REFERENCE_LIBRARY, _name(twin), twin)
+    else:
+        _define_backward(_REFERENCE_LIBRARY, operator.schema, twin, operator.reference, None)
+    return twin
+
+
 def _define_backward(
-    schema: str, name: str, op: Any, reference: Callable[..., Any], cuda: str | None
+    library: torch.library.Library,
+    schema: str,
+    op: Any,
+    reference: Callable[..., Any],
+    cuda: str | None,
 ) -> Backward:
     """Registers `<name>_backward` and makes it the operator's gradient."""
     signature = Signature(op)
-    backward_name, backward_schema = signature.backward_schema(schema)
-    backward_op = _define(backward_schema)
+    backward_op = _define(signature.backward_schema(schema), library=library)
     product = vector_jacobian_product(reference, signature)
     launcher = None if cuda is None else _backward_launcher(cuda, backward_op, signature)
     fake = backward_fake(signature)
-    _implement(backward_name, backward_op, product, launcher or product, fake)
-    refuse_second_derivatives(_LIBRARY, backward_name, backward_op)
-    differentiate(_LIBRARY, name, op, signature, backward_op)
+    _implement(library, backward_op, product, launcher or product, fake)
+    refuse_second_derivatives(library, _name(backward_op), backward_op)
+    differentiate(library, _name(op), op, signature, backward_op)
     return Backward(backward_op, product, fake, launcher)
 
 
 def _backward_launcher(target: str, op: Any, signature: Signature) -> Callable[..., Any]:
     """What launches the kernels of a gradient, called like the backward operator."""
     load = _lazy(target, [*signature.arguments, "output_gradients", "needs_gradient"])
+    names = [x.name for x in op._schema.arguments]
+    tensors = [i for i, x in enumerate(op._schema.arguments) if "Tensor" in str(x.type)]
 
     def launcher(*args: Any) -> Any:
-        _refuse_fp64(op, args)
+        _refuse_fp64(names, tensors, args)
         inputs, output_gradients, needs = signature.split(args)
         return signature.gradients(args, load(*inputs, output_gradients, needs))
 
     return launcher
 
 
-def _define(schema: str, tags: tuple[torch.Tag, ...] = ()) -> Any:
+def _define(
+    schema: str, tags: tuple[torch.Tag, ...] = (), library: torch.library.Library = _LIBRARY
+) -> Any:
     """A new operator that has no implementation yet."""
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    library.define(schema, tags=tuple(dict.fromkeys((torch.Tag.pt2_compliant_tag, *tags))))
     packet, _, overload = schema[: schema.index("(")].partition(".")
-    return getattr(getattr(torch.ops.kda_ops, packet), overload or "default")
+    return getattr(getattr(getattr(torch.ops, library.ns), packet), overload or "default")
+
+
+def _name(op: Any) -> str:
+    """An operator's name in its library, such as `short_conv.state`."""
+    name = op._schema.name.partition("::")[2]
+    return ".".join(filter(None, (name, op._schema.overload_name)))
 
 
 def _implement(
-    name: str,
+    library: torch.library.Library,
     op: Any,
     cpu: Callable[..., Any],
     cuda: Callable[..., Any],
@@ -211,11 +286,12 @@ def _implement(
         with torch._C._DisableAutocast():
             return op(*args)
 
-    _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, cuda, "CUDA")
+    name = _name(op)
+    library.impl(name, cpu, "CPU")
+    library.impl(name, cuda, "CUDA")
     for key in ("AutocastCPU", "AutocastCUDA"):
-        _LIBRARY.impl(name, autocast_impl, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        library.impl(name, autocast_impl, key)
+    torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
 
 def _tensors_at(op: Any, places: list[int]) -> Callable[[tuple[Any, ...]], Any]:
@@ -266,7 +342,8 @@ def _lazy(target: str, names: list[str]) -> Callable[..., Any]:
     return call
 
 
-def _refuse_fp64(op: Any, args: tuple[Any, ...]) -> None:
-    for i, x in enumerate(args):
+def _refuse_fp64(names: Sequence[str], tensors: Sequence[int], args: tuple[Any, ...]) -> None:
+    for i in tensors:
+        x = args[i]
         if isinstance(x, Tensor) and x.dtype is torch.float64:
-            check_kernel_dtype(op._schema.arguments[i].name, x)
+            check_kernel_dtype(names[i], x)

@@ -665,7 +665,9 @@ class KimiDeltaAttention(nn.Module):
             recurrent=recurrent,
             state_indices=batch.state_indices,
         )
-        if recurrent.is_cuda:  # what the operators behind the first write would refuse
+        if (
+            recurrent.is_cuda and config.impl == "auto"
+        ):  # what the operators behind the first write would refuse
             for name, x in (
                 ("recurrent", recurrent),
                 ("A_log", self.A_log),

@@ -15,11 +15,13 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from kda_ops._checks import FLOATS
+from kda_ops._registry import NAMESPACE, REFERENCE_NAMESPACE
 from kda_ops.lowering.graph.sizes import is_size
 
 aten, prims = torch.ops.aten, torch.ops.prims
 functionalized = torch.ops.higher_order.auto_functionalized_v2
 
+NAMESPACES = (NAMESPACE, REFERENCE_NAMESPACE)
 VIEWS = (
     aten.view.default,
     aten.reshape.default,
@@ -58,13 +60,13 @@ class Call:
             return None
         if node.target is functionalized:
             op, args = node.args[0], dict(node.kwargs)
-            if getattr(op, "namespace", None) != "kda_ops":
+            if getattr(op, "namespace", None) not in NAMESPACES:
                 return None
             for name in written(op):
                 index = args[f"_{name}_base_index"]
                 args[name] = None if index is None else args["_all_bases"][index]
             return Call(node, op, args)
-        if getattr(node.target, "namespace", None) != "kda_ops":
+        if getattr(node.target, "namespace", None) not in NAMESPACES:
             return None
         names = [argument.name for argument in node.target._schema.arguments]
         args = dict(zip(names, node.args, strict=False))

@@ -26,6 +26,7 @@ from torch import fx
 from torch._inductor.fx_passes.post_grad import pass_patterns
 from torch._inductor.pattern_matcher import stable_topological_sort
 
+from kda_ops._registry import REFERENCE_NAMESPACE
 from kda_ops._tracing import hint
 from kda_ops.lowering.compat import refresh_users
 from kda_ops.lowering.graph.emitting import UnknownSizeError
@@ -271,13 +272,17 @@ def register(
 
 
 class Rewrites:
-    """All rewrites in sequence, in the shape of one of Inductor's own pattern passes."""
+    """All rewrites in sequence, in the shape of one of Inductor's own pattern passes.
+
+    A graph that calls the definition of an operator (`kda_ops.config.impl`) stays as it is.
+    """
 
     def apply(self, gm: fx.GraphModule | fx.Graph) -> int:
         graph = gm if isinstance(gm, fx.Graph) else gm.graph
-        if any(map(Call.of, graph.nodes)):
+        called = {call.op.namespace for call in map(Call.of, graph.nodes) if call is not None}
+        if called:
             share_sizes(graph)
-            for step in _steps:
+            for step in _steps if REFERENCE_NAMESPACE not in called else ():
                 step(graph)
             place_copies(graph)
         return 0

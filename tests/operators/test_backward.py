@@ -179,16 +179,20 @@ launched: list[Any] = []
 
 
 def launch_test_scale_backward(
-    x: Tensor, weight: Tensor | None, factor: float, gradients: list[Any], needs: list[bool]
+    x: Tensor,
+    weight: Tensor | None,
+    factor: float,
+    output_gradients: list[Any],
+    needs_gradient: list[bool],
 ) -> list[Tensor]:
     """The gradient of `x * weight * factor` and of x's sum, as a launcher for CUDA would be."""
-    launched.append((gradients, needs))
-    product, total = gradients
+    launched.append((output_gradients, needs_gradient))
+    product, total = output_gradients
     dx = torch.zeros_like(x) if total is None else total.expand_as(x).clone()
     found = []
-    if needs[0]:
+    if needs_gradient[0]:
         found.append(dx if product is None else dx + product * weight * factor)
-    if needs[1]:
+    if needs_gradient[1]:
         found.append((product * x * factor).sum(0))
     return found
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import check_rank
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.config import resolve_layout
 from kda_ops.conv.checks import check_conv_sequences, check_conv_values, resolve_activation
 from kda_ops.conv.short_conv.reference import short_conv_reference, short_conv_state_reference
@@ -105,8 +105,8 @@ def short_conv(
         x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, layout
     )
     if conv_state is None:
-        return short_conv_op(x, weight, bias, activation, cu_seqlens)
-    return short_conv_state_op(
+        return selected(short_conv_op)(x, weight, bias, activation, cu_seqlens)
+    return selected(short_conv_state_op)(
         x,
         weight,
         bias,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import check_integer, check_number, check_rank, check_shape
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.config import resolve_layout
 from kda_ops.conv.checks import (
     check_conv_sequences,
@@ -188,8 +188,8 @@ def short_conv_qkv(
         xs, weights, biases, states = zip(*parts, strict=True)
         args = (*xs, *weights, *biases, activation, head_dim, norm_eps)
         if conv_state is None:
-            return short_conv_qkv_unpacked_op(*args, cu_seqlens)
-        return short_conv_qkv_unpacked_state_op(
+            return selected(short_conv_qkv_unpacked_op)(*args, cu_seqlens)
+        return selected(short_conv_qkv_unpacked_state_op)(
             *args, *states, state_indices, has_initial_state, cu_seqlens, layout
         )
     ((x, weight, bias, conv_state),) = parts
@@ -199,10 +199,10 @@ def short_conv_qkv(
             f"got {tuple(x.shape)}"
         )
     if conv_state is None:
-        return short_conv_qkv_op(
+        return selected(short_conv_qkv_op)(
             x, weight, bias, activation, key_dim, head_dim, norm_eps, cu_seqlens
         )
-    return short_conv_qkv_state_op(
+    return selected(short_conv_qkv_state_op)(
         x, weight, bias, activation, key_dim, head_dim, norm_eps, conv_state, state_indices,
         has_initial_state, cu_seqlens, layout,
     )  # fmt: skip

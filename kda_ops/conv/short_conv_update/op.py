@@ -14,7 +14,7 @@ from kda_ops._checks import (
     check_shape,
     check_slot_values,
 )
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.config import resolve_layout
 from kda_ops.conv.checks import check_conv, check_conv_state, resolve_activation
 from kda_ops.conv.short_conv_update.reference import short_conv_update_reference
@@ -150,6 +150,6 @@ def short_conv_update(
         num_accepted=num_accepted,
         cu_seqlens=cu_seqlens,
     )
-    return short_conv_update_op(
+    return selected(short_conv_update_op)(
         x, conv_state, weight, bias, activation, state_indices, num_accepted, cu_seqlens, layout
     )

@@ -14,7 +14,7 @@ from kda_ops._checks import (
     check_varlen,
 )
 from kda_ops._numerics import CHUNK, accumulation_dtype
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.delta_rule.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
 from kda_ops.native import define_native
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
@@ -188,7 +188,7 @@ def chunk_kda(
     if cu_seqlens is not None and chunk_indices is None:
         chunk_indices = prepare_chunk_indices(cu_seqlens, q.shape[1])
     if state is None:
-        o, final = chunk_kda_op(
+        o, final = selected(chunk_kda_op)(
             q,
             k,
             v,
@@ -201,7 +201,7 @@ def chunk_kda(
             chunk_indices,
         )
         return o, final if output_final_state else None
-    o = chunk_kda_state_op(
+    o = selected(chunk_kda_state_op)(
         q,
         k,
         v,

@@ -16,7 +16,7 @@ from kda_ops._checks import (
     check_varlen,
 )
 from kda_ops._numerics import CHUNK, accumulation_dtype
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.delta_rule.chunk_kda_gated.reference import (
     chunk_kda_gated_reference,
     chunk_kda_gated_state_reference,
@@ -188,7 +188,7 @@ def chunk_kda_gated(
     gate = (A_log, dt_bias, lower_bound)
     factors = (beta_scale, qk_norm_eps, scale)
     if state is None:
-        o, final = chunk_kda_gated_op(
+        o, final = selected(chunk_kda_gated_op)(
             q,
             k,
             v,
@@ -203,6 +203,6 @@ def chunk_kda_gated(
         )
         return o, final if output_final_state else None
     pages = (state, state_indices, has_initial_state)
-    return chunk_kda_gated_state_op(
+    return selected(chunk_kda_gated_state_op)(
         q, k, v, raw_gate, raw_beta, *gate, *factors, *pages, cu_seqlens, chunk_indices
     ), None

@@ -20,7 +20,7 @@ from kda_ops._checks import (
     check_step_values,
     check_tensor,
 )
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.config import resolve_layout
 from kda_ops.conv.checks import (
     check_conv,
@@ -331,7 +331,7 @@ def kda_decode(
         norm_weight, norm_eps, qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens,
         layout,
     )  # fmt: skip
-    op = kda_decode_op if len(parts) == 1 else kda_decode_unpacked_op
+    op = selected(kda_decode_op if len(parts) == 1 else kda_decode_unpacked_op)
     return op(*xs, *conv_states, *weights, *biases, *step)
 
 

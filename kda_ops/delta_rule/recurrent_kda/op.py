@@ -13,7 +13,7 @@ from kda_ops._checks import (
     check_shape,
     check_step_values,
 )
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.delta_rule.recurrent_kda.reference import recurrent_kda_reference
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -154,4 +154,6 @@ def recurrent_kda(
     )
     scale = K**-0.5 if scale is None else scale
     check_number("scale", scale)
-    return recurrent_kda_op(q, k, v, g, beta, state, state_indices, num_accepted, scale, cu_seqlens)
+    return selected(recurrent_kda_op)(
+        q, k, v, g, beta, state, state_indices, num_accepted, scale, cu_seqlens
+    )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kda_ops._checks import check_chunk_size, check_dtype, check_number, check_varlen
 from kda_ops._numerics import CHUNK, accumulation_dtype
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.gating.chunk_cumsum.reference import chunk_cumsum_reference
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
@@ -72,4 +72,4 @@ def chunk_cumsum(
     check_varlen("g", g, cu_seqlens, chunk_indices, chunk_size)
     if cu_seqlens is not None and chunk_indices is None:
         chunk_indices = prepare_chunk_indices(cu_seqlens, g.shape[1], chunk_size)
-    return chunk_cumsum_op(g, chunk_size, scale, cu_seqlens, chunk_indices)
+    return selected(chunk_cumsum_op)(g, chunk_size, scale, cu_seqlens, chunk_indices)
