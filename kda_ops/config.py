@@ -17,7 +17,7 @@ Attributes:
     check_values: Also check tensor *values* (offsets, slots, counts) of CUDA tensors. Costs a
         synchronisation per operator, off by default. Values of CPU tensors are always checked.
         Without it every kernel stays memory-safe for any values.
-    deterministic_choice: Take kernel choices and the layout `"auto"` from the shipped table alone
+    deterministic_tuning: Take kernel choices and the layout `"auto"` from the shipped table alone
         (`kda_ops.tuning`), never from timing. It counts where something is chosen: eager calls and
         compilations from then on, with caches of their own. What is compiled already stays.
 """
@@ -37,7 +37,7 @@ AUTO = "auto"
 impl: str = "auto"
 conv_layout: str = os.environ.get("KDA_OPS_CONV_LAYOUT", "SD")
 check_values: bool = False
-deterministic_choice: bool = False
+deterministic_tuning: bool = False
 
 
 def check_impl() -> None:

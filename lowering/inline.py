@@ -102,11 +102,12 @@ def fake_arguments() -> tuple[Any, ...]:
     return torch.fx.node.map_arg(V.graph.current_node.args, lambda node: node.meta["val"])
 
 
-def compile_call(op: Any, args: list[Any], forced: Mapping[str, Any]) -> Callable[[], Any]:
+def compile_call(op: Any, args: list[Any], overrides: Mapping[str, Any]) -> Callable[[], Any]:
     """A call of an operator on given tensors, compiled while something else is being compiled.
 
-    `forced` is chosen for it (see `kda_ops.tuning.override`), to be timed against something else. A
-    thread of its own has none of the modes and contexts of the compilation that is going on.
+    `overrides` are chosen for it (see `kda_ops.tuning.override`), to be timed against something
+    else. A thread of its own has none of the modes and contexts of the compilation that is going
+    on.
 
     Raises:
         RuntimeError: It did not compile.
@@ -125,7 +126,7 @@ def compile_call(op: Any, args: list[Any], forced: Mapping[str, Any]) -> Callabl
 
     def work() -> None:
         try:
-            with override(forced), torch.no_grad():
+            with override(overrides), torch.no_grad():
                 found.append(torch._inductor.compile(make_fx(call)(*inputs), inputs))
         except Exception as error:
             errors.append(error)

@@ -178,17 +178,17 @@ def test_a_folder_that_cannot_be_written(
     assert "not remembered" in caplog.text
 
 
-def test_deterministic_choice_is_the_table_alone(
+def test_deterministic_tuning_is_the_table_alone(
     timer: Timer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timer.choose()  # also what was timed before does not count
     timed = len(timer.timed)
-    monkeypatch.setattr(config, "deterministic_choice", True)
+    monkeypatch.setattr(config, "deterministic_tuning", True)
     assert timer.choose() == DEFAULT
     tuning.clear_cache()
     assert timer.choose() == DEFAULT
     assert len(timer.timed) == timed
-    monkeypatch.setattr(config, "deterministic_choice", False)
+    monkeypatch.setattr(config, "deterministic_tuning", False)
     assert timer.choose() == timer.fastest
 
 
@@ -365,7 +365,7 @@ def test_generated_code_is_compiled_and_timed_while_something_else_is_compiled(
 
 
 @pytest.mark.parametrize("of_tokens", [False, True], ids=["cumulative", "of-tokens"])
-def test_the_gate_inside_the_recurrence_is_timed_against_the_gate_apart(
+def test_the_gate_inside_the_recurrence_is_timed_against_a_kernel_of_its_own(
     of_tokens: bool, timer: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also a gate of another shape than the recurrence's."""
@@ -413,7 +413,7 @@ class RecordOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_deterministic_choice_is_part_of_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_tuning_is_part_of_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     def misses() -> int:
         torch._dynamo.reset()
         counters.clear()
@@ -423,7 +423,7 @@ def test_deterministic_choice_is_part_of_the_cache_key(monkeypatch: pytest.Monke
 
     with fresh_cache():
         assert (misses(), misses()) == (1, 0)
-        monkeypatch.setattr(config, "deterministic_choice", True)
+        monkeypatch.setattr(config, "deterministic_tuning", True)
         assert (misses(), misses()) == (1, 0)
         with override({KERNEL: DEFAULT}):
             assert misses() == 1
