@@ -63,6 +63,7 @@ class Operator:
     writes.
     """
 
+    op: Any
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
@@ -139,11 +140,12 @@ def define_op(
             declares the parameters that it uses, named as in the schema, in any order.
         cuda: `"module:function"` of the kernel launcher.
         cuda_backward: `"module:function"` of what launches the kernels of the gradient on CUDA, in
-            the place of the vector-Jacobian product of the reference. It is called with the
-            schema's arguments in order, the list of the results' gradients (None where there is
-            none) and the list `needs_gradient` (a bool per argument), and returns the list of the
-            needed gradients in the order of the arguments: dense, none of them an input or a view
-            of one.
+            the place of the vector-Jacobian product of the reference. Like `cuda` it declares the
+            arguments that it uses, and of `output_gradients` (a list, one per result, None where
+            there is none) and `needs_gradient` (a bool per argument of the schema). It returns the
+            list of the needed gradients in the order of the arguments: dense, none of them an input
+            or a view of one. Its fake implementation follows from the schema, a gradient has the
+            shape of its argument; compiled graphs call it whole unless `lowering` has more.
         check_values: Raises `ValueError` for bad tensor *values*. Called before the implementation,
             for CPU tensors always, for CUDA tensors when `kda_ops.config.check_values`.
         moves_only: Whether the kernel copies elements and computes nothing, so that fp64 is a dtype
@@ -194,7 +196,7 @@ def define_op(
     else:
         backward = _define_backward(_LIBRARY, schema, op, reference, cuda_backward)
     OPERATORS[op] = Operator(
-        schema, reference, fake, launcher, cpu_impl, cuda_impl, check_values, backward
+        op, schema, reference, fake, launcher, cpu_impl, cuda_impl, check_values, backward
     )
     return op
 
