@@ -26,7 +26,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -47,11 +47,15 @@ from kda_ops._gradients import (
     refuse_second_derivatives,
     vector_jacobian_product,
 )
+from kda_ops._roles import Role
 
 NAMESPACE = "kda_ops"
 REFERENCE_NAMESPACE = "kda_ops_reference"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _REFERENCE_LIBRARY = torch.library.Library(REFERENCE_NAMESPACE, "DEF")
+
+
+Parameters = dict[str, Role | None]  # the arguments of an operator, in order, with their roles
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Operator:
 
     op: Any
     schema: str
+    parameters: Parameters
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     launcher: Callable[..., Any]
@@ -123,6 +128,7 @@ def define_op(
     fake: Callable[..., Any],
     cuda: str,
     cuda_backward: str | None = None,
+    roles: Mapping[str, Role] | None = None,
     check_values: Callable[..., None] | None = None,
     moves_only: bool = False,
     tags: tuple[torch.Tag, ...] = (),
@@ -146,6 +152,8 @@ def define_op(
             list of the needed gradients in the order of the arguments: dense, none of them an input
             or a view of one. Its fake implementation follows from the schema, a gradient has the
             shape of its argument; compiled graphs call it whole unless `lowering` has more.
+        roles: What arguments stand for, by name: pages, slots, offsets, chunk tables, copies. A
+            kernel is timed on arguments that are made by it; integers without a role are ones.
         check_values: Raises `ValueError` for bad tensor *values*. Called before the implementation,
             for CPU tensors always, for CUDA tensors when `kda_ops.config.check_values`.
         moves_only: Whether the kernel copies elements and computes nothing, so that fp64 is a dtype
@@ -158,7 +166,8 @@ def define_op(
     written = [i for i, x in enumerate(op._schema.arguments) if x.is_write]
     tensors = [i for i, x in enumerate(op._schema.arguments) if "Tensor" in str(x.type)]
     changed = _tensors_at(op, written)
-    load = _lazy(cuda, names)
+    parameters = _with_roles(op, roles or {})
+    load = _lazy(cuda, parameters)
     fake = by_name(fake, names)
     if check_values is not None:
         check_values = by_name(check_values, names)
@@ -194,9 +203,18 @@ def define_op(
         refuse_gradients(_LIBRARY, name, op)
         backward = None
     else:
-        backward = _define_backward(_LIBRARY, schema, op, reference, cuda_backward)
+        backward = _define_backward(_LIBRARY, schema, op, reference, cuda_backward, parameters)
     OPERATORS[op] = Operator(
-        op, schema, reference, fake, launcher, cpu_impl, cuda_impl, check_values, backward
+        op,
+        schema,
+        parameters,
+        reference,
+        fake,
+        launcher,
+        cpu_impl,
+        cuda_impl,
+        check_values,
+        backward,
     )
     return op
 
@@ -225,7 +243,7 @@ def _define_reference(op: Any, operator: Operator) -> Any:
     if operator.backward is None:
         refuse_gradients(_REFERENCE_LIBRARY, _name(twin), twin)
     else:
-        _define_backward(_REFERENCE_LIBRARY, operator.schema, twin, operator.reference, None)
+        _define_backward(_REFERENCE_LIBRARY, operator.schema, twin, operator.reference, None, {})
     return twin
 
 
@@ -235,12 +253,15 @@ def _define_backward(
     op: Any,
     reference: Callable[..., Any],
     cuda: str | None,
+    parameters: Parameters,
 ) -> Backward:
     """Registers `<name>_backward` and makes it the operator's gradient."""
     signature = Signature(op)
     backward_op = _define(signature.backward_schema(schema), library=library)
     product = vector_jacobian_product(reference, signature)
-    launcher = None if cuda is None else _backward_launcher(cuda, backward_op, signature)
+    launcher = (
+        None if cuda is None else _backward_launcher(cuda, backward_op, signature, parameters)
+    )
     fake = backward_fake(signature)
     _implement(library, backward_op, product, launcher or product, fake)
     refuse_second_derivatives(library, _name(backward_op), backward_op)
@@ -248,9 +269,11 @@ def _define_backward(
     return Backward(backward_op, product, fake, launcher)
 
 
-def _backward_launcher(target: str, op: Any, signature: Signature) -> Callable[..., Any]:
+def _backward_launcher(
+    target: str, op: Any, signature: Signature, parameters: Parameters
+) -> Callable[..., Any]:
     """What launches the kernels of a gradient, called like the backward operator."""
-    load = _lazy(target, [*signature.arguments, "output_gradients", "needs_gradient"])
+    load = _lazy(target, {**parameters, "output_gradients": None, "needs_gradient": None})
     names = [x.name for x in op._schema.arguments]
     tensors = [i for i, x in enumerate(op._schema.arguments) if "Tensor" in str(x.type)]
 
@@ -326,10 +349,18 @@ def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[...,
     return functools.wraps(function)(lambda *args: function(*pick(args)))
 
 
-def _lazy(target: str, names: list[str]) -> Callable[..., Any]:
+def _with_roles(op: Any, roles: Mapping[str, Role]) -> Parameters:
+    names = [x.name for x in op._schema.arguments]
+    unknown = [name for name in roles if name not in names]
+    if unknown:
+        raise TypeError(f"roles of {op.name()} name {unknown}, the operator has {names}")
+    return {name: roles.get(name) for name in names}
+
+
+def _lazy(target: str, parameters: Parameters) -> Callable[..., Any]:
     """A function that imports `module:function` on its first call.
 
-    While the function runs, kernels are chosen for it; `names` are those of its arguments.
+    While the function runs, kernels are chosen for it and its `parameters`.
     """
     module, _, attribute = target.partition(":")
     found: list[Callable[..., Any]] = []
@@ -337,8 +368,8 @@ def _lazy(target: str, names: list[str]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if not found:
             function = getattr(importlib.import_module(module), attribute)
-            found.extend((function, by_name(function, names)))
-        with tuning.calling(found[0], names, args):
+            found.extend((function, by_name(function, list(parameters))))
+        with tuning.calling(found[0], parameters, args):
             return found[1](*args)
 
     return call

@@ -48,7 +48,7 @@ class Choice(NamedTuple):
     final: bool = True
 
 
-# The operator call that is going on: its launcher, its arguments' names, the arguments.
+# The operator call that is going on: its launcher, its parameters with their roles, the arguments.
 _call: ContextVar[tuple[Any, ...] | None] = ContextVar("kda_ops_call", default=None)
 _overrides: ContextVar[Mapping[str, Values] | None] = ContextVar("kda_ops_overrides", default=None)
 _chosen: dict[Any, Values] = {}
@@ -170,8 +170,8 @@ def _bench_of_call(kernel: str, device: torch.device) -> Bench:
     call = _call.get()
     if call is None:
         raise NoHintError("no operator is being called")
-    launcher, names, arguments = call
-    arguments = examples(names, arguments, device)
+    launcher, parameters, arguments = call
+    arguments = examples(parameters, arguments, device)
 
     def bench(values: dict[str, Any]) -> Callable[[], Any]:
         def run() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from kda_ops._numerics import CHUNK
+from kda_ops._registry import OPERATORS
 from kda_ops.delta_rule.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op, chunk_kda_gated_state_op
 from kda_ops.gating.gate_cumsum.op import gate_cumsum_op
@@ -62,7 +63,7 @@ def gate_is_faster_alone(match: Match) -> Refusal | None:
     q, v = args["q"], args["v"]
 
     def bench(values: dict[str, Any]) -> Callable[[], Any]:
-        names = [argument.name for argument in FUSED[call.op]._schema.arguments]
+        names = OPERATORS[FUSED[call.op]].parameters
         inputs = examples(names, [args[name] for name in names], q.device)
         if values["form"] == "fused":
             return lambda: FUSED[call.op](*inputs)

@@ -58,7 +58,7 @@ def test_a_layer_shows_what_fired_and_what_it_launches(prefill: Explanation) -> 
         assert [fired.rewrite for fired in layer.fired] == ["chunk_kda_gated", "chunk_norms"]
         assert layer.fired[0].removed == ("gate_cumsum", "chunk_kda")
         assert layer.fired[1].removed == ("l2norm", "l2norm", "chunk_kda_gated")
-        assert "kda_ops/nn/layer.py" in layer.fired[0].source
+        assert "kda_ops/nn/mixing.py" in layer.fired[0].source
         assert layer.fired[0].source.endswith("in _prefill: o, _ = chunk_kda(...)")
         assert layer.near_misses == ()
         for name, part in zip(layer.after.launches, PREFILL, strict=True):

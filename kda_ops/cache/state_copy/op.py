@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kda_ops._checks import INTEGERS, check_device, check_dtype, check_integer, check_rank
 from kda_ops._registry import define_op, selected
+from kda_ops._roles import CONV_PAGES, COPIES, STATE_PAGES
 from kda_ops.cache.state_copy.reference import INTEGER_OF_SIZE, state_copy_reference
 from kda_ops.config import resolve_layout
 
@@ -32,6 +33,7 @@ state_copy_op = define_op(
     reference=state_copy_reference,
     fake=state_copy_fake,
     cuda="kda_ops.cache.state_copy.kernel:launch_state_copy",
+    roles={"conv": CONV_PAGES, "recurrent": STATE_PAGES, "plan": COPIES},
     check_values=check_state_copy_values,
     moves_only=True,
 )

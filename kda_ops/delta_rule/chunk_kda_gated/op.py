@@ -17,6 +17,7 @@ from kda_ops._checks import (
 )
 from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops._registry import define_op, selected
+from kda_ops._roles import CHUNKS, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops.delta_rule.chunk_kda_gated.reference import (
     chunk_kda_gated_reference,
     chunk_kda_gated_state_reference,
@@ -72,6 +73,7 @@ chunk_kda_gated_op = define_op(
     reference=chunk_kda_gated_reference,
     fake=chunk_kda_gated_fake,
     cuda="kda_ops.delta_rule.chunk_kda_gated.kernel:launch_chunk_kda_gated",
+    roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
     cuda_backward="kda_ops.delta_rule.chunk_kda_gated.backward:launch_chunk_kda_gated_backward",
     check_values=check_chunk_kda_gated_values,
 )
@@ -85,6 +87,12 @@ chunk_kda_gated_state_op = define_op(
     reference=chunk_kda_gated_state_reference,
     fake=chunk_kda_gated_state_fake,
     cuda="kda_ops.delta_rule.chunk_kda_gated.kernel:launch_chunk_kda_gated_state",
+    roles={
+        "state": STATE_PAGES,
+        "state_indices": SLOTS,
+        "cu_seqlens": OFFSETS,
+        "chunk_indices": CHUNKS,
+    },
     check_values=check_chunk_kda_gated_state_values,
 )
 define_native(chunk_kda_gated_op, "kda_ops.delta_rule.chunked.native:chunk_kda_gated")

@@ -6,6 +6,7 @@ from torch import Tensor
 from kda_ops._checks import check_chunk_size, check_dtype, check_number, check_varlen
 from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops._registry import define_op, selected
+from kda_ops._roles import CHUNKS, OFFSETS
 from kda_ops.gating.chunk_cumsum.reference import chunk_cumsum_reference
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
@@ -26,6 +27,7 @@ chunk_cumsum_op = define_op(
     reference=chunk_cumsum_reference,
     fake=chunk_cumsum_fake,
     cuda="kda_ops.gating.chunk_cumsum.kernel:launch_chunk_cumsum",
+    roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
     check_values=_check_values,
 )
 
