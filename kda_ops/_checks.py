@@ -231,7 +231,7 @@ def check_unshared_slots(table: Tensor) -> None:
                 )
 
 
-def check_accepted(name: str, counts: Tensor, most: int, ignored: Tensor) -> None:
+def check_accepted_values(name: str, counts: Tensor, most: int, ignored: Tensor) -> None:
     """Accepted tokens of each sequence, where the sequence is not `ignored`."""
     bad = ((counts < 1) | (counts > most)) & ~ignored
     if bad.any():
@@ -315,7 +315,7 @@ def check_step_values(
     check_unshared_slots(table)
     columns = table.shape[1]
     if num_accepted is not None:
-        check_accepted("num_accepted", num_accepted, columns, (table == 0).all(dim=1))
+        check_accepted_values("num_accepted", num_accepted, columns, (table == 0).all(dim=1))
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, total_tokens)
         longest = max(cu_seqlens.diff().tolist(), default=0)

@@ -6,7 +6,7 @@ import torch
 
 from kda_ops._checks import (
     INTEGERS,
-    check_accepted,
+    check_accepted_values,
     check_at_least,
     check_chunk_indices_shape,
     check_cu_seqlens_shape,
@@ -113,7 +113,7 @@ def check_batch_values(batch: "KDABatch") -> None:
         ignored = (table[sequences.start : sequences.stop] == 0).all(dim=1)
         if name == "prefill_num_accepted":
             ignored |= ~batch.has_initial_state[batch.num_decodes :]
-        check_accepted(name, count, most, ignored)
+        check_accepted_values(name, count, most, ignored)
 
 
 def accepted_counts(batch: "KDABatch") -> dict[str, range]:
