@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kda_ops import fused
 from kda_ops.cache.conv_split import conv_split
 from kda_ops.cache.state_copy import state_copy
+from kda_ops.config import reference
 from kda_ops.conv.short_conv import short_conv
 from kda_ops.conv.short_conv_update import short_conv_update
 from kda_ops.delta_rule.chunk_kda import chunk_kda
@@ -42,6 +43,7 @@ __all__ = [
     "l2norm",
     "prepare_chunk_indices",
     "recurrent_kda",
+    "reference",
     "rms_norm_gated",
     "short_conv",
     "short_conv_update",

@@ -37,6 +37,18 @@ def check_integer(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
+def check_at_least(name: str, value: Any, least: int) -> None:
+    check_integer(name, value)
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_multiple(name: str, value: int, of: str, unit: int) -> None:
+    """`value` is a multiple of `unit`, an argument by the name `of`."""
+    if value % unit:
+        raise ValueError(f"{name} must be a multiple of {of} = {unit}, got {value}")
+
+
 def check_number(name: str, value: Any) -> None:
     if not hasattr(type(value), "__float__"):
         raise ValueError(f"{name} must be a number, got {value!r}")
@@ -207,6 +219,25 @@ def check_distinct_slots(name: str, slots: Tensor) -> None:
         raise ValueError(f"{name} must not repeat, got {int(found[counts > 1][0])} more than once")
 
 
+def check_unshared_slots(table: Tensor) -> None:
+    """No slot of `state_indices [N, columns]` but the null block is that of two sequences."""
+    owners: dict[int, int] = {}
+    for n, slots in enumerate(table.tolist()):
+        for slot in set(slots) - {0}:
+            if owners.setdefault(slot, n) != n:
+                raise ValueError(
+                    f"state_indices must not share a slot between sequences, "
+                    f"got slot {slot} for sequences {owners[slot]} and {n}"
+                )
+
+
+def check_accepted_values(name: str, counts: Tensor, most: int, ignored: Tensor) -> None:
+    """Accepted tokens of each sequence, where the sequence is not `ignored`."""
+    bad = ((counts < 1) | (counts > most)) & ~ignored
+    if bad.any():
+        raise ValueError(f"{name} must be in [1, {most}], got {int(counts[bad][0])}")
+
+
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> None:
     """Shapes and dtypes of `q, k [B, T, H, K]`, `v [B, T, HV, V]` and `beta [B, T, HV]`."""
     check_rank("q", q, 4)
@@ -281,21 +312,10 @@ def check_step_values(
     """Contents of the tables of a step on paged states: slots, counts and offsets."""
     check_slot_values("state_indices", state_indices, state.shape[0])
     table = state_indices if state_indices.dim() == 2 else state_indices[:, None]
-    owners: dict[int, int] = {}
-    for n, slots in enumerate(table.tolist()):
-        for slot in set(slots) - {0}:
-            if owners.setdefault(slot, n) != n:
-                raise ValueError(
-                    f"state_indices must not share a slot between sequences, "
-                    f"got slot {slot} for sequences {owners[slot]} and {n}"
-                )
+    check_unshared_slots(table)
     columns = table.shape[1]
     if num_accepted is not None:
-        padding = (table == 0).all(dim=1)
-        bad = (((num_accepted < 1) | (num_accepted > columns)) & ~padding).nonzero()
-        if len(bad):
-            got = int(num_accepted[bad[0]])
-            raise ValueError(f"num_accepted must be in [1, {columns}], got {got}")
+        check_accepted_values("num_accepted", num_accepted, columns, (table == 0).all(dim=1))
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, total_tokens)
         longest = max(cu_seqlens.diff().tolist(), default=0)

@@ -62,8 +62,8 @@ class Signature:
         self.returns_list = results == ["List[Tensor]"]
         self.results = len(results)
 
-    def backward_schema(self, schema: str) -> tuple[str, str]:
-        """Name and schema of the backward of the operator with that schema."""
+    def backward_schema(self, schema: str) -> str:
+        """The schema of the backward of the operator with that schema."""
         name = schema[: schema.index("(")].replace(".", "_") + "_backward"
         inputs = schema[schema.index("(") + 1 : schema.rindex(") ->")]
         if self.returns_list:
@@ -71,7 +71,7 @@ class Signature:
         else:
             gradients = ", ".join(f"Tensor? output_gradient_{i}" for i in range(self.results))
         results = ", ".join(["Tensor"] * len(self.wanted))
-        return name, f"{name}({inputs}, {gradients}, bool[] needs_gradient) -> ({results})"
+        return f"{name}({inputs}, {gradients}, bool[] needs_gradient) -> ({results})"
 
     def split(self, args: Sequence[Any]) -> tuple[list[Any], list[Tensor | None], list[bool]]:
         """The forward's arguments, the gradients of its results, and which are needed."""

@@ -13,6 +13,11 @@
 * `check_values` runs before the implementation, so it also runs in compiled graphs that fall back
   to the implementation.
 
+Beside it stands `torch.ops.kda_ops_reference.<name>`, the same operator with its reference on every
+device. Public functions call what `selected` returns: with `kda_ops.config.impl = "reference"` that
+one. It is an operator of its own since a graph must hold the decision, for its backward too: that
+is compiled and runs later, when the configuration may be another one.
+
 `torch.library.Library.define` / `impl` are used directly since a call through them costs 1-2
 microseconds, a call through `torch.library.custom_op` 7-9.
 """
@@ -21,7 +26,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -42,28 +47,59 @@ from kda_ops._gradients import (
     refuse_second_derivatives,
     vector_jacobian_product,
 )
+from kda_ops._roles import Role
 
 NAMESPACE = "kda_ops"
+REFERENCE_NAMESPACE = "kda_ops_reference"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_REFERENCE_LIBRARY = torch.library.Library(REFERENCE_NAMESPACE, "DEF")
+
+
+Parameters = dict[str, Role | None]  # the arguments of an operator, in order, with their roles
 
 
 @dataclass(frozen=True)
 class Operator:
     """What stands behind one operator; see `define_op`.
 
-    `cuda` is the whole CUDA implementation, of which `launcher` is the part that a compiled graph
-    holds. `backward` is None for an operator that writes.
+    `cpu` is the reference behind its checks. `cuda` is the whole CUDA implementation, of which
+    `launcher` is the part that a compiled graph holds. `backward` is None for an operator that
+    writes.
     """
 
+    op: Any
+    schema: str
+    parameters: Parameters
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     launcher: Callable[..., Any]
+    cpu: Callable[..., Any]
     cuda: Callable[..., Any]
     check_values: Callable[..., None] | None
     backward: Backward | None
 
 
 OPERATORS: dict[Any, Operator] = {}
+REFERENCES: dict[Any, Any] = {}  # the operator of `kda_ops_reference` by that of `kda_ops`
+
+
+def selected(op: Any) -> Any:
+    """The operator that public functions call for `op`: itself, or with `config.impl =
+    "reference"` its definition on any device. Dynamo traces this and guards on the configuration.
+
+    Raises:
+        ValueError: `config.impl` is neither.
+    """
+    if config.impl == "auto":
+        return op
+    config.check_impl()
+    if torch.compiler.is_dynamo_compiling():
+        from torch._dynamo.comptime import comptime
+
+        comptime(_define_references)
+    else:
+        _define_references()
+    return REFERENCES[op]
 
 
 def activate_lowerings() -> None:
@@ -92,6 +128,7 @@ def define_op(
     fake: Callable[..., Any],
     cuda: str,
     cuda_backward: str | None = None,
+    roles: Mapping[str, Role] | None = None,
     check_values: Callable[..., None] | None = None,
     moves_only: bool = False,
     tags: tuple[torch.Tag, ...] = (),
@@ -109,11 +146,14 @@ def define_op(
             declares the parameters that it uses, named as in the schema, in any order.
         cuda: `"module:function"` of the kernel launcher.
         cuda_backward: `"module:function"` of what launches the kernels of the gradient on CUDA, in
-            the place of the vector-Jacobian product of the reference. It is called with the
-            schema's arguments in order, the list of the results' gradients (None where there is
-            none) and the list `needs_gradient` (a bool per argument), and returns the list of the
-            needed gradients in the order of the arguments: dense, none of them an input or a view
-            of one.
+            the place of the vector-Jacobian product of the reference. Like `cuda` it declares the
+            arguments that it uses, and of `output_gradients` (a list, one per result, None where
+            there is none) and `needs_gradient` (a bool per argument of the schema). It returns the
+            list of the needed gradients in the order of the arguments: dense, none of them an input
+            or a view of one. Its fake implementation follows from the schema, a gradient has the
+            shape of its argument; compiled graphs call it whole unless `lowering` has more.
+        roles: What arguments stand for, by name: pages, slots, offsets, chunk tables, copies. A
+            kernel is timed on arguments that are made by it; integers without a role are ones.
         check_values: Raises `ValueError` for bad tensor *values*. Called before the implementation,
             for CPU tensors always, for CUDA tensors when `kda_ops.config.check_values`.
         moves_only: Whether the kernel copies elements and computes nothing, so that fp64 is a dtype
@@ -124,19 +164,22 @@ def define_op(
     op = _define(schema, tags)
     names = [x.name for x in op._schema.arguments]
     written = [i for i, x in enumerate(op._schema.arguments) if x.is_write]
+    tensors = [i for i, x in enumerate(op._schema.arguments) if "Tensor" in str(x.type)]
     changed = _tensors_at(op, written)
-    load = _lazy(cuda, names)
+    parameters = _with_roles(op, roles or {})
+    load = _lazy(cuda, parameters)
     fake = by_name(fake, names)
     if check_values is not None:
         check_values = by_name(check_values, names)
 
     def launcher(*args: Any) -> Any:
         if not moves_only:
-            _refuse_fp64(op, args)
+            _refuse_fp64(names, tensors, args)
         return load(*args)
 
     def cpu_impl(*args: Any) -> Any:
-        check_writable(**{names[i]: args[i] for i in written})
+        if written:
+            check_writable(**{names[i]: args[i] for i in written})
         if check_values is not None:
             check_values(*args)
         return reference(*args)
@@ -152,56 +195,113 @@ def define_op(
     def fake_impl(*args: Any) -> Any:
         activate_lowerings()
         if not moves_only and any(isinstance(x, Tensor) and x.is_cuda for x in args):
-            _refuse_fp64(op, args)
+            _refuse_fp64(names, tensors, args)
         return fake(*args)
 
-    _implement(name, op, cpu_impl, cuda_impl, fake_impl)
+    _implement(_LIBRARY, op, cpu_impl, cuda_impl, fake_impl)
     if written:
         refuse_gradients(_LIBRARY, name, op)
         backward = None
     else:
-        backward = _define_backward(schema, name, op, reference, cuda_backward)
-    OPERATORS[op] = Operator(reference, fake, launcher, cuda_impl, check_values, backward)
+        backward = _define_backward(_LIBRARY, schema, op, reference, cuda_backward, parameters)
+    OPERATORS[op] = Operator(
+        op,
+        schema,
+        parameters,
+        reference,
+        fake,
+        launcher,
+        cpu_impl,
+        cuda_impl,
+        check_values,
+        backward,
+    )
     return op
 
 
+def _define_references(*_: Any) -> None:
+    """Registers what is missing of `torch.ops.kda_ops_reference`: on first use, as that takes as
+    long as the package may take to import. (Dynamo passes what it knows of the call.)
+    """
+    for op, operator in OPERATORS.items():
+        if op not in REFERENCES:
+            REFERENCES[op] = _define_reference(op, operator)
+
+
+def _define_reference(op: Any, operator: Operator) -> Any:
+    """The operator whose implementation is the reference of another one, on every device.
+
+    It takes fp64 on a GPU, and checks tensor values there too: a reference reads them anyway.
+    """
+
+    def fake_impl(*args: Any) -> Any:
+        activate_lowerings()
+        return operator.fake(*args)
+
+    twin = _define(operator.schema, tuple(op.tags), _REFERENCE_LIBRARY)
+    _implement(_REFERENCE_LIBRARY, twin, operator.cpu, operator.cpu, fake_impl)
+    if operator.backward is None:
+        refuse_gradients(_REFERENCE_LIBRARY, _name(twin), twin)
+    else:
+        _define_backward(_REFERENCE_LIBRARY, operator.schema, twin, operator.reference, None, {})
+    return twin
+
+
 def _define_backward(
-    schema: str, name: str, op: Any, reference: Callable[..., Any], cuda: str | None
+    library: torch.library.Library,
+    schema: str,
+    op: Any,
+    reference: Callable[..., Any],
+    cuda: str | None,
+    parameters: Parameters,
 ) -> Backward:
     """Registers `<name>_backward` and makes it the operator's gradient."""
     signature = Signature(op)
-    backward_name, backward_schema = signature.backward_schema(schema)
-    backward_op = _define(backward_schema)
+    backward_op = _define(signature.backward_schema(schema), library=library)
     product = vector_jacobian_product(reference, signature)
-    launcher = None if cuda is None else _backward_launcher(cuda, backward_op, signature)
+    launcher = (
+        None if cuda is None else _backward_launcher(cuda, backward_op, signature, parameters)
+    )
     fake = backward_fake(signature)
-    _implement(backward_name, backward_op, product, launcher or product, fake)
-    refuse_second_derivatives(_LIBRARY, backward_name, backward_op)
-    differentiate(_LIBRARY, name, op, signature, backward_op)
+    _implement(library, backward_op, product, launcher or product, fake)
+    refuse_second_derivatives(library, _name(backward_op), backward_op)
+    differentiate(library, _name(op), op, signature, backward_op)
     return Backward(backward_op, product, fake, launcher)
 
 
-def _backward_launcher(target: str, op: Any, signature: Signature) -> Callable[..., Any]:
+def _backward_launcher(
+    target: str, op: Any, signature: Signature, parameters: Parameters
+) -> Callable[..., Any]:
     """What launches the kernels of a gradient, called like the backward operator."""
-    load = _lazy(target, [*signature.arguments, "output_gradients", "needs_gradient"])
+    load = _lazy(target, {**parameters, "output_gradients": None, "needs_gradient": None})
+    names = [x.name for x in op._schema.arguments]
+    tensors = [i for i, x in enumerate(op._schema.arguments) if "Tensor" in str(x.type)]
 
     def launcher(*args: Any) -> Any:
-        _refuse_fp64(op, args)
+        _refuse_fp64(names, tensors, args)
         inputs, output_gradients, needs = signature.split(args)
         return signature.gradients(args, load(*inputs, output_gradients, needs))
 
     return launcher
 
 
-def _define(schema: str, tags: tuple[torch.Tag, ...] = ()) -> Any:
+def _define(
+    schema: str, tags: tuple[torch.Tag, ...] = (), library: torch.library.Library = _LIBRARY
+) -> Any:
     """A new operator that has no implementation yet."""
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    library.define(schema, tags=tuple(dict.fromkeys((torch.Tag.pt2_compliant_tag, *tags))))
     packet, _, overload = schema[: schema.index("(")].partition(".")
-    return getattr(getattr(torch.ops.kda_ops, packet), overload or "default")
+    return getattr(getattr(getattr(torch.ops, library.ns), packet), overload or "default")
+
+
+def _name(op: Any) -> str:
+    """An operator's name in its library, such as `short_conv.state`."""
+    name = op._schema.name.partition("::")[2]
+    return ".".join(filter(None, (name, op._schema.overload_name)))
 
 
 def _implement(
-    name: str,
+    library: torch.library.Library,
     op: Any,
     cpu: Callable[..., Any],
     cuda: Callable[..., Any],
@@ -211,11 +311,12 @@ def _implement(
         with torch._C._DisableAutocast():
             return op(*args)
 
-    _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, cuda, "CUDA")
+    name = _name(op)
+    library.impl(name, cpu, "CPU")
+    library.impl(name, cuda, "CUDA")
     for key in ("AutocastCPU", "AutocastCUDA"):
-        _LIBRARY.impl(name, autocast_impl, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        library.impl(name, autocast_impl, key)
+    torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
 
 def _tensors_at(op: Any, places: list[int]) -> Callable[[tuple[Any, ...]], Any]:
@@ -248,10 +349,18 @@ def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[...,
     return functools.wraps(function)(lambda *args: function(*pick(args)))
 
 
-def _lazy(target: str, names: list[str]) -> Callable[..., Any]:
+def _with_roles(op: Any, roles: Mapping[str, Role]) -> Parameters:
+    names = [x.name for x in op._schema.arguments]
+    unknown = [name for name in roles if name not in names]
+    if unknown:
+        raise TypeError(f"roles of {op.name()} name {unknown}, the operator has {names}")
+    return {name: roles.get(name) for name in names}
+
+
+def _lazy(target: str, parameters: Parameters) -> Callable[..., Any]:
     """A function that imports `module:function` on its first call.
 
-    While the function runs, kernels are chosen for it; `names` are those of its arguments.
+    While the function runs, kernels are chosen for it and its `parameters`.
     """
     module, _, attribute = target.partition(":")
     found: list[Callable[..., Any]] = []
@@ -259,14 +368,15 @@ def _lazy(target: str, names: list[str]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if not found:
             function = getattr(importlib.import_module(module), attribute)
-            found.extend((function, by_name(function, names)))
-        with tuning.calling(found[0], names, args):
+            found.extend((function, by_name(function, list(parameters))))
+        with tuning.calling(found[0], parameters, args):
             return found[1](*args)
 
     return call
 
 
-def _refuse_fp64(op: Any, args: tuple[Any, ...]) -> None:
-    for i, x in enumerate(args):
+def _refuse_fp64(names: Sequence[str], tensors: Sequence[int], args: tuple[Any, ...]) -> None:
+    for i in tensors:
+        x = args[i]
         if isinstance(x, Tensor) and x.dtype is torch.float64:
-            check_kernel_dtype(op._schema.arguments[i].name, x)
+            check_kernel_dtype(names[i], x)

@@ -1,10 +1,15 @@
 """Compile-time configuration, read in traced code.
 
-Each value is a plain attribute of this module. `torch.compile` guards on `conv_layout` and
+Each value is a plain attribute of this module. `torch.compile` guards on `impl`, `conv_layout` and
 `check_values`: assign to them and the next call of a compiled function recompiles once and gives
 the answer of the new value. Values are checked where they are used, not where they are set.
 
 Attributes:
+    impl: What stands behind every public operator. `"auto"` is the fastest there is: hand-written
+        kernels on a GPU, rewrites and lowerings in compiled code. `"reference"` is the definition
+        in eager PyTorch, on any device, as one opaque call in compiled code that no rewrite
+        touches; it takes fp64 on a GPU too, is slow there and checks tensor values always. See
+        `reference`.
     conv_layout: Layout of every short-convolution state whose call does not name one. `"SD"` is
         `(slots, L, D)`, `"DS"` is `(slots, D, L)`. `"auto"` is decided when a state is allocated
         (see `KDAStateSpec.decide_layout`); calls then go by the shape of the state that they get.
@@ -12,23 +17,49 @@ Attributes:
     check_values: Also check tensor *values* (offsets, slots, counts) of CUDA tensors. Costs a
         synchronisation per operator, off by default. Values of CPU tensors are always checked.
         Without it every kernel stays memory-safe for any values.
-    deterministic_choice: Take kernel choices and the layout `"auto"` from the shipped table alone
+    deterministic_tuning: Take kernel choices and the layout `"auto"` from the shipped table alone
         (`kda_ops.tuning`), never from timing. It counts where something is chosen: eager calls and
         compilations from then on, with caches of their own. What is compiled already stays.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+IMPLS = ("auto", "reference")
 LAYOUTS = ("SD", "DS")
 AUTO = "auto"
 
+impl: str = "auto"
 conv_layout: str = os.environ.get("KDA_OPS_CONV_LAYOUT", "SD")
 check_values: bool = False
-deterministic_choice: bool = False
+deterministic_tuning: bool = False
+
+
+def check_impl() -> None:
+    """Raises `ValueError` for a value of `impl` that is not one of `IMPLS`."""
+    if impl not in IMPLS:
+        raise ValueError(f"kda_ops.config.impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """While it is open, every operator is its definition in eager PyTorch, on any device: sets
+    `impl` and puts it back.
+
+    For the process, as all configuration is. A gradient is that of what ran forward, whenever it is
+    taken. Operators called past their public functions (`torch.ops.kda_ops`) do not obey.
+    """
+    global impl
+    before, impl = impl, "reference"
+    try:
+        yield
+    finally:
+        impl = before
 
 
 def configured_layout(layout: str | None) -> str:

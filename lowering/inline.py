@@ -27,7 +27,8 @@ from torch._inductor.lowering import (
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kda_ops._registry import OPERATORS
+from kda_ops._gradients import Backward
+from kda_ops._registry import Operator
 from kda_ops.lowering import compat
 from kda_ops.native import NATIVE
 from kda_ops.tuning import override
@@ -84,17 +85,28 @@ def inline_launcher(launcher: Callable[..., Any], *args: Any) -> Any:
     return _inline(launcher, args, exact_strides=True)
 
 
-def lower_to_kernel(op: Any) -> None:
-    """Registers the lowering of an operator with a hand-written kernel: its launches on a GPU, a
-    call of its own implementation elsewhere.
+def lower_to_kernel(operator: Operator | Backward) -> None:
+    """Registers the lowering of an operator with a hand-written kernel, or of its gradient: its
+    launches on a GPU, a call of its own implementation elsewhere.
     """
+    launcher = operator.launcher
+    assert launcher is not None, f"{operator.op} has no kernel"
 
     def lower(*args: Any) -> Any:
         if on_gpu(args[0]):
-            return inline_launcher(OPERATORS[op].launcher, *args)
+            return inline_launcher(launcher, *args)
         return call_operator(*args)
 
-    lowers(op)(lower)
+    lowers(operator.op)(lower)
+
+
+def lower_to_reference(operator: Operator) -> None:
+    """Registers the lowering of an operator that fuses with its neighbours."""
+
+    def lower(*args: Any) -> Any:
+        return inline_reference(operator.reference, *args)
+
+    lowers(operator.op)(lower)
 
 
 def fake_arguments() -> tuple[Any, ...]:
@@ -102,11 +114,12 @@ def fake_arguments() -> tuple[Any, ...]:
     return torch.fx.node.map_arg(V.graph.current_node.args, lambda node: node.meta["val"])
 
 
-def compile_call(op: Any, args: list[Any], forced: Mapping[str, Any]) -> Callable[[], Any]:
+def compile_call(op: Any, args: list[Any], overrides: Mapping[str, Any]) -> Callable[[], Any]:
     """A call of an operator on given tensors, compiled while something else is being compiled.
 
-    `forced` is chosen for it (see `kda_ops.tuning.override`), to be timed against something else. A
-    thread of its own has none of the modes and contexts of the compilation that is going on.
+    `overrides` are chosen for it (see `kda_ops.tuning.override`), to be timed against something
+    else. A thread of its own has none of the modes and contexts of the compilation that is going
+    on.
 
     Raises:
         RuntimeError: It did not compile.
@@ -125,7 +138,7 @@ def compile_call(op: Any, args: list[Any], forced: Mapping[str, Any]) -> Callabl
 
     def work() -> None:
         try:
-            with override(forced), torch.no_grad():
+            with override(overrides), torch.no_grad():
                 found.append(torch._inductor.compile(make_fx(call)(*inputs), inputs))
         except Exception as error:
             errors.append(error)

@@ -18,9 +18,9 @@ from torch import Tensor
 from kda_ops import config
 from kda_ops._checks import (
     INTEGERS,
+    check_at_least,
     check_device,
     check_dtype,
-    check_integer,
     check_rank,
     check_shape,
 )
@@ -175,9 +175,7 @@ def _reads_values(x: Tensor) -> bool:
 
 
 def _check(block_table: Tensor, counts: dict[str, Tensor], block_tokens: int) -> None:
-    check_integer("block_tokens", block_tokens)
-    if block_tokens < 1:
-        raise ValueError(f"block_tokens must be at least 1, got {block_tokens}")
+    check_at_least("block_tokens", block_tokens, 1)
     check_rank("block_table", block_table, 2)
     check_dtype("block_table", block_table, INTEGERS)
     if block_table.shape[1] < 1:

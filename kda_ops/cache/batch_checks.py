@@ -6,13 +6,17 @@ import torch
 
 from kda_ops._checks import (
     INTEGERS,
+    check_accepted_values,
+    check_at_least,
     check_chunk_indices_shape,
     check_cu_seqlens_shape,
     check_cu_seqlens_values,
     check_device,
     check_dtype,
     check_integer,
+    check_not_negative,
     check_shape,
+    check_unshared_slots,
 )
 from kda_ops._numerics import CHUNK
 from kda_ops.varlen import check_chunk_indices_values
@@ -26,13 +30,11 @@ def check_counts(batch: "KDABatch") -> None:
     for name in (*counts, "num_tokens"):
         check_integer(name, getattr(batch, name))
     for name in counts:
-        if getattr(batch, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(batch, name)}")
+        check_not_negative(name, getattr(batch, name))
     if batch.num_decodes + batch.num_prefills == 0:
         raise ValueError("num_decodes + num_prefills must be at least 1, got 0")
     rows = batch.num_decode_tokens + batch.num_prefill_tokens
-    if batch.num_tokens < rows:
-        raise ValueError(f"num_tokens must be at least {rows}, got {batch.num_tokens}")
+    check_at_least("num_tokens", batch.num_tokens, rows)
 
 
 def check_tensors(batch: "KDABatch") -> None:
@@ -97,14 +99,7 @@ def check_batch_values(batch: "KDABatch") -> None:
     if batch.num_prefills and batch.chunk_indices is not None:
         check_chunk_indices_values(batch.chunk_indices, offsets, batch.num_prefill_rows, CHUNK)
     table = batch.state_indices.reshape(len(batch.state_indices), -1)
-    owners: dict[int, int] = {}
-    for n, state_indices in enumerate(table.tolist()):
-        for slot in set(state_indices) - {0}:
-            if owners.setdefault(slot, n) != n:
-                raise ValueError(
-                    f"state_indices must not be shared between sequences, "
-                    f"got {slot} for sequences {owners[slot]} and {n}"
-                )
+    check_unshared_slots(table)
     most = table.shape[1]
     lengths = batch.cu_seqlens[: batch.num_decodes + 1].diff()
     if (lengths > most).any():
@@ -118,9 +113,7 @@ def check_batch_values(batch: "KDABatch") -> None:
         ignored = (table[sequences.start : sequences.stop] == 0).all(dim=1)
         if name == "prefill_num_accepted":
             ignored |= ~batch.has_initial_state[batch.num_decodes :]
-        bad = ((count < 1) | (count > most)) & ~ignored
-        if bad.any():
-            raise ValueError(f"{name} must be in [1, {most}], got {int(count[bad][0])}")
+        check_accepted_values(name, count, most, ignored)
 
 
 def accepted_counts(batch: "KDABatch") -> dict[str, range]:

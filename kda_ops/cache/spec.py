@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kda_ops._checks import check_integer
+from kda_ops._checks import check_at_least, check_integer, check_multiple
 from kda_ops._tracing import reads_values
 from kda_ops.config import AUTO, configured_layout
 
@@ -58,8 +58,7 @@ def units_held(units: int, tp_size: int, rank: int) -> range:
         ValueError: The rank does not exist, there are no units, or neither of units and tp_size
             divides the other.
     """
-    if units < 1:
-        raise ValueError(f"units must be at least 1, got {units}")
+    check_at_least("units", units, 1)
     if not 0 <= rank < tp_size:
         raise ValueError(f"rank must be in [0, {tp_size}), got {rank}")
     if units >= tp_size:
@@ -112,10 +111,8 @@ def mamba2_segments(
         ("conv_size", conv_size, 2),
         ("num_spec", num_spec, 0),
     ):
-        if size < least:
-            raise ValueError(f"{name} must be at least {least}, got {size}")
-    if num_heads % n_groups:
-        raise ValueError(f"num_heads must be a multiple of n_groups = {n_groups}, got {num_heads}")
+        check_at_least(name, size, least)
+    check_multiple("num_heads", num_heads, "n_groups", n_groups)
     row = (conv_size - 1 + num_spec) * conv_dtype.itemsize
     return (
         Segment("x", num_heads, head_dim * row),
@@ -176,15 +173,8 @@ class KDAStateSpec:
         minima = {"num_spec": 0} if self.conv_size is None else {"conv_size": 2, "num_spec": 0}
         sizes = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "tp_size")
         for name in (*sizes, *minima):
-            minimum = minima.get(name, 1)
-            check_integer(name, getattr(self, name))
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
-        if self.num_v_heads % self.num_k_heads:
-            raise ValueError(
-                f"num_v_heads must be a multiple of num_k_heads = {self.num_k_heads}, "
-                f"got {self.num_v_heads}"
-            )
+            check_at_least(name, getattr(self, name), minima.get(name, 1))
+        check_multiple("num_v_heads", self.num_v_heads, "num_k_heads", self.num_k_heads)
         if self.conv_dtype not in CONV_DTYPES:
             allowed = ", ".join(_dtype_name(d) for d in CONV_DTYPES)
             raise ValueError(f"conv_dtype must be {allowed}, got {_dtype_name(self.conv_dtype)}")
@@ -383,9 +373,7 @@ class KDAStateSpec:
         Raises:
             ValueError: `num_slots` or `layers` below 1.
         """
-        check_integer("num_slots", num_slots)
-        if num_slots < 1:
-            raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+        check_at_least("num_slots", num_slots, 1)
         if layers is not None:
             check_integer("layers", layers)
             if layers < 1:

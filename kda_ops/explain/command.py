@@ -1,8 +1,8 @@
-"""What the graph rewrites make of a model, layer by layer, before and after.
+"""Explaining fusions: what the rewrites change, layer by layer.
 
 Compiles the model as one graph, twice: without the rewrites and with them. Prints for each layer
-which rewrites fired; which nearly fired, what said no, and the line of source it is about; kernel
-launches and other calls (matrix products); and the bytes of intermediate results that no longer go
+which rewrites fired; which nearly fired, what rejected them, and the line of source it is about;
+kernel launches and other calls (GEMMs); and the bytes of intermediate results that no longer go
 through memory. The model is not run, and no GPU is needed: code is generated for an H200 unless
 `--device cuda` takes the one at hand.
 

@@ -22,7 +22,7 @@ class GraphNode:
         inputs: Names of the nodes that it reads.
         value: Dtype and shape of its result, empty if it is not one tensor.
         source: The model's line of source, empty if unknown.
-        rewrite: Before: the rewrite that takes it away. After: the rewrite that made it. Else None.
+        rewrite: Before: the rewrite that removes it. After: the rewrite that made it. Else None.
     """
 
     name: str
@@ -69,7 +69,7 @@ def drawing(graph: tuple[GraphNode, ...], label: str, marked: frozenset[str]) ->
 
 
 def joined(graph: tuple[GraphNode, ...]) -> list[GraphNode]:
-    """The nodes without those that only take a result apart, and with all that they read."""
+    """The nodes without getitem nodes, and with all that they read."""
     names: dict[str, str] = {}
     kept: dict[str, GraphNode] = {}
     for node in graph:

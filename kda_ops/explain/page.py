@@ -56,10 +56,10 @@ HEAD = """<!DOCTYPE html>
 </style>
 </head>
 <body>
-<h1>What the graph rewrites make of the model</h1>
+<h1>Explaining fusions</h1>
 <p>Compiled for {device}, {shapes} shapes. {summary}.</p>
 <p>In the graphs, inputs are above and results below; point at a node to see its line of source.
-<span class="key" style="background: var(--before)">taken away by a rewrite</span>
+<span class="key" style="background: var(--before)">removed by a rewrite</span>
 <span class="key" style="background: var(--after)">made by a rewrite</span>
 <span class="key" style="border: 2px solid var(--miss)">a rewrite did not fire because of it</span>
 </p>
@@ -76,7 +76,7 @@ def page(explanation: Explanation) -> str:
             summary=escape(explanation.summary().capitalize()),
         )
     ]
-    for layer, others in explanation.unlike_layers():
+    for layer, others in explanation.distinct_layers():
         parts.append(section(layer, [other.title for other in others]))
     return "\n".join([*parts, "</body>\n</html>\n"])
 

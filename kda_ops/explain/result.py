@@ -35,7 +35,7 @@ class NearMiss:
         operator: The operator at whose call it was found.
         node: That call.
         source: The model's line of source of that call, empty if unknown.
-        check: What said no, a key of `kda_ops.explain.text.CHECKS`.
+        rejected_by: The check that rejected it, a key of `kda_ops.explain.text.CHECKS`.
         reason: Why, in a sentence.
         blamed: The node that the reason is about; `node` if it names no other.
         blamed_source: That node's line of source.
@@ -45,7 +45,7 @@ class NearMiss:
     operator: str
     node: str
     source: str
-    check: str
+    rejected_by: str
     reason: str
     blamed: str
     blamed_source: str
@@ -111,7 +111,7 @@ class Layer:
         """Whether no code could be generated, without or with the rewrites."""
         return self.before.failed or self.after.failed
 
-    def alike(self, other: "Layer") -> bool:
+    def equal_but_for_names(self, other: "Layer") -> bool:
         """Whether the report of another layer is the same but for the names of nodes."""
 
         def content(layer: Layer) -> tuple[object, ...]:
@@ -119,7 +119,7 @@ class Layer:
             return (
                 layer.kind,
                 [(f.rewrite, f.removed, f.source) for f in layer.fired],
-                [(n.rewrite, n.check, n.source, n.blamed_source) for n in layer.near_misses],
+                [(n.rewrite, n.rejected_by, n.source, n.blamed_source) for n in layer.near_misses],
                 [replace(side, graph=()) for side in sides],
             )
 
@@ -153,12 +153,12 @@ class Explanation:
         """Bytes that no longer go through memory, in the whole graph."""
         return sum(layer.bytes_saved for layer in self.layers)
 
-    def unlike_layers(self) -> list[tuple[Layer, list[Layer]]]:
+    def distinct_layers(self) -> list[tuple[Layer, list[Layer]]]:
         """Each layer that differs from those before it, with the later ones that are like it."""
         groups: list[tuple[Layer, list[Layer]]] = []
         for layer in self.layers:
             for first, others in groups:
-                if first.alike(layer):
+                if first.equal_but_for_names(layer):
                     others.append(layer)
                     break
             else:
@@ -183,7 +183,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"compiled for {self.device}, {self.shapes} shapes"]
-        for layer, others in self.unlike_layers():
+        for layer, others in self.distinct_layers():
             lines += ["", layer.title, *(f"  {line}" for line in text.text_of(layer))]
             if others:
                 lines.append(f"  the same in {', '.join(other.path for other in others)}")

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from kda_ops.explain.result import Fired, Layer, NearMiss, Side
 
 CHECKS = {
-    "guard": "the guard says no",
-    "escapes": "still needed",
-    "depends_on_itself": "out of order",
+    "guard": "rejected by the guard",
+    "has_external_users": "still needed",
+    "creates_cycle": "would create a cycle",
     "replacement": "the replacement cannot be made",
 }
 UNKNOWN = "unknown"
@@ -72,7 +72,7 @@ def replaces(fired: Fired) -> str:
 
 
 def refusal(miss: NearMiss) -> str:
-    return f"{CHECKS[miss.check]}: {miss.reason}"
+    return f"{CHECKS[miss.rejected_by]}: {miss.reason}"
 
 
 def blame(miss: NearMiss) -> tuple[str, ...]:

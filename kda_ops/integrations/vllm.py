@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kda_ops._checks import check_at_least
 from kda_ops._numerics import CHUNK
 from kda_ops.cache.spec import CONV_DTYPES, KDAStateSpec
 from kda_ops.cache.state_copy import state_copy
@@ -184,8 +185,7 @@ def kda_state_copy_func(layout: str | None = None, *, num_spec: int | None = Non
         for blocks, cur, dst, accepted in zip(
             block_ids, cur_block_idx, dst_block_idx, num_accepted_tokens, strict=True
         ):
-            if accepted < 1:
-                raise ValueError(f"num_accepted_tokens must be at least 1, got {accepted}")
+            check_at_least("num_accepted_tokens", accepted, 1)
             bias = accepted - 1
             for position in (cur, cur + bias, dst):
                 if not 0 <= position < len(blocks):
@@ -253,8 +253,7 @@ def compute_mamba_phys_ratio(ssm_sizes: Sequence[int], block_len: int) -> int:
     Raises:
         ValueError: `block_len` below 1.
     """
-    if block_len < 1:
-        raise ValueError(f"block_len must be at least 1, got {block_len}")
+    check_at_least("block_len", block_len, 1)
     return -(-sum(ssm_sizes) // block_len)
 
 

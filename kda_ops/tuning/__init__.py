@@ -1,16 +1,16 @@
-"""One way to choose between forms of a kernel: block sizes and warps, one kernel or several, a
-layout.
+"""Autotuning: one way to choose between forms of a kernel: block sizes and warps, one kernel or
+several, a layout.
 
 A launcher asks `choose("gate", x.device, K=K)` and gets the values of its kernel as a dictionary:
 
-1. on a GPU of the shipped table, the row of the table (`table.py`);
+1. on a GPU of the shipped table, the row of the table (`configs.py`);
 2. elsewhere what was timed there before, remembered on disk (`disk_cache.py`);
 3. else the fastest of a few candidates, timed now. That happens where a launcher is traced while
    `torch.compile` compiles, or at the first eager call: never while a stream is captured, and never
    again for the same GPU, key and versions. Candidates are timed on arguments made after those of
-   the operator call that is going on (`examples.py`).
+   the operator call that is going on (`example_inputs.py`).
 
-With `kda_ops.config.deterministic_choice`, on the CPU, in a captured stream and where a size is not
+With `kda_ops.config.deterministic_tuning`, on the CPU, in a captured stream and where a size is not
 known, the default of the table stands in. What is chosen is static: one key, one answer, for the
 life of the process.
 
@@ -48,9 +48,9 @@ class Choice(NamedTuple):
     final: bool = True
 
 
-# The operator call that is going on: its launcher, its arguments' names, the arguments.
+# The operator call that is going on: its launcher, its parameters with their roles, the arguments.
 _call: ContextVar[tuple[Any, ...] | None] = ContextVar("kda_ops_call", default=None)
-_forced: ContextVar[Mapping[str, Values] | None] = ContextVar("kda_ops_forced", default=None)
+_overrides: ContextVar[Mapping[str, Values] | None] = ContextVar("kda_ops_overrides", default=None)
 _chosen: dict[Any, Values] = {}
 _lock = RLock()
 
@@ -68,19 +68,19 @@ def choose(kernel: str, device: torch.device, *, bench: Bench | None = None, **k
     Returns:
         The values, to read only.
     """
-    forced = _forced.get()
-    if forced and kernel in forced:
-        return forced[kernel]
+    overrides = _overrides.get()
+    if overrides and kernel in overrides:
+        return overrides[kernel]
     known = ["dynamic" if isinstance(x, torch.SymInt) else x for x in key.values()]
-    slot = (kernel, device, config.deterministic_choice, *known)
+    slot = (kernel, device, config.deterministic_tuning, *known)
     values = _chosen.get(slot)
     if values is not None:
         return values
     key = {
         name: x if isinstance(x, (int, str)) else str(x) for name, x in zip(key, known, strict=True)
     }
-    # nothing is timed while something is forced, which may be in a thread that the lock waits for
-    with _lock if forced is None else nullcontext():
+    # nothing is timed within an override, which may be in a thread that the lock waits for
+    with _lock if overrides is None else nullcontext():
         if slot in _chosen:
             return _chosen[slot]
         choice = _decide(kernel, device, key, bench)
@@ -109,17 +109,18 @@ class calling:
 @contextmanager
 def override(values: Mapping[str, Values]) -> Iterator[None]:
     """While it is open, the named kernels take these values, and nothing is timed."""
-    token = _forced.set(values)
+    token = _overrides.set(values)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _overrides.reset(token)
 
 
 def cache_key() -> str:
     """What of the configuration decides on choices, for the keys of caches of compiled code."""
-    forced = "".join(f", {name}: {_text(values)}" for name, values in (_forced.get() or {}).items())
-    return ("table" if config.deterministic_choice else "timed") + forced
+    given = _overrides.get() or {}
+    overrides = "".join(f", {name}: {_text(values)}" for name, values in given.items())
+    return ("table" if config.deterministic_tuning else "timed") + overrides
 
 
 def clear_cache() -> None:
@@ -138,9 +139,9 @@ def _decide(kernel: str, device: torch.device, key: Values, bench: Bench | None)
     default = row_for(DEFAULTS[kernel], key)
     candidates = [dict(default)]
     candidates += [values for values in CANDIDATES.get(kernel, []) if values != default]
-    if len(candidates) == 1 or config.deterministic_choice:
+    if len(candidates) == 1 or config.deterministic_tuning:
         return Choice(default, "default")
-    if _forced.get() is not None:
+    if _overrides.get() is not None:
         return Choice(default, "default, another kernel is being timed", final=False)
     question = {"kernel": kernel, "gpu": name, "key": dict(key), "candidates": candidates}
     remembered = disk_cache.load(question, candidates)
@@ -169,8 +170,8 @@ def _bench_of_call(kernel: str, device: torch.device) -> Bench:
     call = _call.get()
     if call is None:
         raise NoHintError("no operator is being called")
-    launcher, names, arguments = call
-    arguments = examples(names, arguments, device)
+    launcher, parameters, arguments = call
+    arguments = examples(parameters, arguments, device)
 
     def bench(values: dict[str, Any]) -> Callable[[], Any]:
         def run() -> None:

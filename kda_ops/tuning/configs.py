@@ -27,7 +27,7 @@ SM90: dict[str, Rows] = {
     "backward_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
     "backward_tiles": [({}, {"num_warps": 4, "num_stages": 1})],
     "chunk_cumsum": [({}, {"BLOCK": 512, "STEP": 16, "num_warps": 4})],
-    # "fused": the gate inside prepare; "apart": a kernel for the gate, its sums go through memory
+    # "fused": the gate inside prepare; "separate": a kernel for the gate alone, sums through memory
     "chunk_kda_gated.form": [({}, {"form": "fused"})],
     "chunk_gated_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
     "chunk_gradient": [({}, {"BK": 64, "num_warps": 4, "num_stages": 1})],
@@ -97,7 +97,7 @@ def _grid(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "chunk_cumsum": _grid(BLOCK=(128, 256, 512), STEP=(16, 32), num_warps=(4,)),
     "chunk_gated_prepare": _grid(num_warps=(4, 8), num_stages=(1,)),
-    "chunk_kda_gated.form": _grid(form=("fused", "apart")),
+    "chunk_kda_gated.form": _grid(form=("fused", "separate")),
     "chunk_prepare": _grid(num_warps=(4, 8), num_stages=(1,)),
     "conv_layout": _grid(layout=("SD", "DS")),
     "chunk_scan": _grid(BV=(16, 32, 64), STAGES=(2, 3), num_warps=(4,)),

@@ -1,4 +1,4 @@
-"""What the graph rewrites make of a model: compiled without and with them, side by side.
+"""Explaining fusions: a model compiled without and with the rewrites, side by side.
 
 Dynamo and AOTAutograd trace the model once. The ATen graph that Inductor would get is copied and
 compiled twice, up to the generated source, which is read and not run. For a model without a tensor
@@ -238,8 +238,8 @@ def layers_of(before: Compiled, after: Compiled, root: str) -> tuple[Layer, ...]
     """Both compilations, divided among the layers of a model of class `root`."""
     kinds = {"": root, **before.kinds}
     homes = homes_of(before.operators)
-    taken = taken_away(before, after)
-    before.graph = [(p, replace(n, rewrite=taken.get(n.name))) for p, n in before.graph]
+    removed = removed_by_rewrites(before, after)
+    before.graph = [(p, replace(n, rewrite=removed.get(n.name))) for p, n in before.graph]
     found = []
     for home in (*homes, None):
 
@@ -265,8 +265,8 @@ def layers_of(before: Compiled, after: Compiled, root: str) -> tuple[Layer, ...]
     return tuple(found)
 
 
-def taken_away(before: Compiled, after: Compiled) -> dict[str, str]:
-    """The rewrite that takes a node away, by the names of the nodes that are gone."""
+def removed_by_rewrites(before: Compiled, after: Compiled) -> dict[str, str]:
+    """The rewrite that removes a node, by the names of the nodes that are gone."""
     rewrites = {
         name: outcome.rewrite
         for outcome in reversed(after.outcomes)
@@ -326,11 +326,11 @@ def near_misses(outcomes: list[Outcome]) -> tuple[NearMiss, ...]:
             short(o.operator),
             o.node,
             o.source,
-            o.check,
+            o.rejected_by,
             o.reason,
             o.blamed,
             o.blamed_source,
         )
         for o in outcomes
-        if o.reason is not None and o.check is not None
+        if o.reason is not None and o.rejected_by is not None
     )

@@ -15,11 +15,13 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from kda_ops._checks import FLOATS
+from kda_ops._registry import NAMESPACE, REFERENCE_NAMESPACE
 from kda_ops.lowering.graph.sizes import is_size
 
 aten, prims = torch.ops.aten, torch.ops.prims
 functionalized = torch.ops.higher_order.auto_functionalized_v2
 
+NAMESPACES = (NAMESPACE, REFERENCE_NAMESPACE)
 VIEWS = (
     aten.view.default,
     aten.reshape.default,
@@ -31,6 +33,19 @@ VIEWS = (
     aten.alias.default,
     aten.clone.default,
 )
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a match is not replaced.
+
+    Attributes:
+        reason: In a sentence.
+        node: The node that it is about; None for the call at which the match was found.
+    """
+
+    reason: str
+    node: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +73,13 @@ class Call:
             return None
         if node.target is functionalized:
             op, args = node.args[0], dict(node.kwargs)
-            if getattr(op, "namespace", None) != "kda_ops":
+            if getattr(op, "namespace", None) not in NAMESPACES:
                 return None
             for name in written(op):
                 index = args[f"_{name}_base_index"]
                 args[name] = None if index is None else args["_all_bases"][index]
             return Call(node, op, args)
-        if getattr(node.target, "namespace", None) != "kda_ops":
+        if getattr(node.target, "namespace", None) not in NAMESPACES:
             return None
         names = [argument.name for argument in node.target._schema.arguments]
         args = dict(zip(names, node.args, strict=False))
@@ -112,7 +127,7 @@ class Call:
         return found
 
     def nodes(self) -> list[fx.Node]:
-        """The call and the nodes that take its results apart."""
+        """The call and its getitem users."""
         if self.node.target is not functionalized and self.results == 1:
             return [self.node]
         return [self.node, *self.node.users]
@@ -128,27 +143,29 @@ def written(op: Any) -> list[str]:
     return [argument.name for argument in op._schema.arguments if argument.is_write]
 
 
-def origin(node: Any) -> tuple[Any, list[fx.Node]]:
-    """Where a value comes from before anything that keeps its elements and their order, and the
-    nodes from there to `node`.
+def strip_views(node: Any) -> tuple[Any, list[fx.Node]]:
+    """What a value is a view (or a copy) of, elements in the same order, and the nodes from there
+    to `node`.
     """
     path: list[fx.Node] = []
-    while isinstance(node, fx.Node) and moves(node):
+    while isinstance(node, fx.Node) and is_view(node):
         path.insert(0, node)
         node = node.args[0]
     return node, path
 
 
-def wide_origin(node: Any) -> tuple[Any, list[fx.Node]]:
-    """Like `origin`, before casts that lose nothing and factors of 1, too."""
+def strip_views_and_casts(node: Any) -> tuple[Any, list[fx.Node]]:
+    """Like `strip_views`, before casts that lose nothing and factors of 1, too."""
     path: list[fx.Node] = []
-    while isinstance(node, fx.Node) and (moves(node) or widens(node) or times_one(node)):
+    while isinstance(node, fx.Node) and (
+        is_view(node) or is_lossless_cast(node) or times_one(node)
+    ):
         path.insert(0, node)
         node = node.args[0]
     return node, path
 
 
-def moves(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether a node keeps all elements in their (row-major) order."""
     if node.target in VIEWS:
         return True
@@ -161,7 +178,7 @@ def moves(node: fx.Node) -> bool:
     return False
 
 
-def widens(node: fx.Node) -> bool:
+def is_lossless_cast(node: fx.Node) -> bool:
     """Whether a node is a cast that loses nothing, between dtypes that the operators take."""
     if not between_floats(node):
         return False
@@ -182,17 +199,17 @@ def times_one(node: fx.Node) -> bool:
     return node.args[1] == 1 and value(node.args[0]).dtype == value(node).dtype
 
 
-def narrow(node: fx.Node) -> fx.Node:
+def strip_casts(node: fx.Node) -> fx.Node:
     """A value before the casts that lose nothing."""
-    while widens(node):
+    while is_lossless_cast(node):
         node = node.args[0]
     return node
 
 
-def moved(node: fx.Node) -> list[fx.Node]:
-    """A node and the moves after it, as long as each is the only user of the one before."""
+def follow_views(node: fx.Node) -> list[fx.Node]:
+    """A node and the views after it, as long as each is the only user of the one before."""
     path = [node]
-    while (user := only_user(path[-1])) is not None and moves(user):
+    while (user := only_user(path[-1])) is not None and is_view(user):
         path.append(user)
     return path
 
@@ -218,7 +235,7 @@ def same_shape(x: Iterable[Any], y: Iterable[Any]) -> bool:
 
 
 def same(x: Any, y: Any) -> bool:
-    """Whether two arguments are one value, in one shape, before anything that moves elements."""
+    """Whether two arguments are one value, in one shape, with views stripped."""
     if x is y:
         return True
     if not (isinstance(x, fx.Node) and isinstance(y, fx.Node)):
@@ -228,10 +245,10 @@ def same(x: Any, y: Any) -> bool:
         return False
     if not isinstance(a, torch.Tensor):
         return statically_known_true(a == b)
-    return alike(origin(x)[0], origin(y)[0]) and same_shape(a.shape, b.shape)
+    return structurally_equal(strip_views(x)[0], strip_views(y)[0]) and same_shape(a.shape, b.shape)
 
 
-def alike(x: Any, y: Any, proven: set[Any] | None = None) -> bool:
+def structurally_equal(x: Any, y: Any, proven: set[Any] | None = None) -> bool:
     """Whether two arguments are one node, or come out of the same calls with the same arguments:
     what a model writes twice, such as `x.float()`, is twice in the graph.
     """
@@ -241,14 +258,16 @@ def alike(x: Any, y: Any, proven: set[Any] | None = None) -> bool:
     if isinstance(x, fx.Node) and isinstance(y, fx.Node):
         if x.op != "call_function" or x.target is not y.target or not repeatable(x.target):
             return False
-        if not alike((*x.args, x.kwargs), (*y.args, y.kwargs), proven):
+        if not structurally_equal((*x.args, x.kwargs), (*y.args, y.kwargs), proven):
             return False
         proven.add((x, y))
         return True
     if isinstance(x, (tuple, list)) and isinstance(y, (tuple, list)):
-        return len(x) == len(y) and all(alike(*pair, proven) for pair in zip(x, y, strict=True))
+        return len(x) == len(y) and all(
+            structurally_equal(*pair, proven) for pair in zip(x, y, strict=True)
+        )
     if isinstance(x, dict) and isinstance(y, dict):
-        return x.keys() == y.keys() and all(alike(x[key], y[key], proven) for key in x)
+        return x.keys() == y.keys() and all(structurally_equal(x[key], y[key], proven) for key in x)
     return type(x) is type(y) and not isinstance(x, fx.Node) and bool(x == y)
 
 

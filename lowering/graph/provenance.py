@@ -60,13 +60,3 @@ def source_of(node: fx.Node) -> str:
         code = f"{code}...)" if code.endswith("(") else code
         return f"{path}:{line} in {function}: {code}".removesuffix(": ")
     return ""
-
-
-def named(reason: str, nodes: list[fx.Node]) -> fx.Node | None:
-    """The last node that a sentence names, of some nodes and their neighbours."""
-    names = {}
-    for node in nodes:
-        for near in (node, *node.users, *node.all_input_nodes):
-            names[near.name] = near
-    found = [word for word in re.findall(r"\w+", reason) if word in names]
-    return names[found[-1]] if found else None

@@ -185,7 +185,7 @@ def place_copies(graph: fx.Graph) -> None:
             graph.erase_node(restore)
             if not copy.users:
                 graph.erase_node(copy)
-    for node, index in [*scatters_apart(graph), *views_written(graph)]:
+    for node, index in [*discarded_scatters(graph), *views_written(graph)]:
         with graph.inserting_before(node):
             node.update_arg(index, compute(graph, aten.clone.default, node.args[index]))
     views: dict[Any, list[fx.Node]] = {}
@@ -199,7 +199,7 @@ def place_copies(graph: fx.Graph) -> None:
                     read_before(writer, user)
 
 
-def scatters_apart(graph: fx.Graph) -> Iterator[tuple[fx.Node, int]]:
+def discarded_scatters(graph: fx.Graph) -> Iterator[tuple[fx.Node, int]]:
     """The scatters into what may be written in place whose results no state becomes, and 0.
 
     Inductor lets `torch.index_put(state, ...)` write the state itself if that is overwritten later,
@@ -220,8 +220,8 @@ def scatters_apart(graph: fx.Graph) -> Iterator[tuple[fx.Node, int]]:
             pending.append(node.args[0])
     storages = written(graph)
     for node in graph.nodes:
-        apart = node.target in SCATTERS and node not in kept
-        if apart and get_node_storage(node.args[0]) in storages:
+        discarded = node.target in SCATTERS and node not in kept
+        if discarded and get_node_storage(node.args[0]) in storages:
             yield node, 0
 
 

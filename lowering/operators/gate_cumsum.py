@@ -32,8 +32,7 @@ def form_of(args: tuple[Any, ...]) -> str:
     x, _, _, lower_bound, chunk_size, cu_seqlens, _ = args
 
     def bench(values: dict[str, Any]) -> Callable[[], Any]:
-        names = [argument.name for argument in gate_cumsum_op._schema.arguments]
-        inputs = examples(names, args, x.device)
+        inputs = examples(OPERATORS[gate_cumsum_op].parameters, args, x.device)
         if values["form"] == "kernel":
             return lambda: gate_cumsum_op(*inputs)
         return compile_call(gate_cumsum_op, inputs, {FORM: values})

@@ -7,7 +7,7 @@ A rewrite is three functions:
 
 * pattern: the nodes that one call and its surroundings are made of, or None
   (`kda_ops.lowering.graph.matching`);
-* guard: why they can not be replaced (a sentence), or None;
+* guard: a `Refusal`, why they can not be replaced, or None;
 * replacement: new nodes in the place of the old outputs (`kda_ops.lowering.graph.emitting`).
 
 What holds for every rewrite is checked here: nothing that disappears is used elsewhere, and what
@@ -26,11 +26,19 @@ from torch import fx
 from torch._inductor.fx_passes.post_grad import pass_patterns
 from torch._inductor.pattern_matcher import stable_topological_sort
 
+from kda_ops._registry import REFERENCE_NAMESPACE
 from kda_ops._tracing import hint
 from kda_ops.lowering.compat import refresh_users
 from kda_ops.lowering.graph.emitting import UnknownSizeError
-from kda_ops.lowering.graph.matching import Call, moves, operator_of, value, widens
-from kda_ops.lowering.graph.provenance import inherit, layer_of, named, source_of
+from kda_ops.lowering.graph.matching import (
+    Call,
+    Refusal,
+    is_lossless_cast,
+    is_view,
+    operator_of,
+    value,
+)
+from kda_ops.lowering.graph.provenance import inherit, layer_of, source_of
 from kda_ops.lowering.graph.sizes import share_sizes, sizes_for
 from kda_ops.lowering.graph.snapshots import place_copies
 
@@ -39,7 +47,7 @@ logger = logging.getLogger("kda_ops.lowering")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one place that looked like a rewrite.
+    """Result of one attempted match.
 
     Attributes:
         rewrite: Name of the rewrite.
@@ -53,8 +61,8 @@ class Outcome:
         nodes: Names of all nodes that it replaces.
         operator: The operator that is called there.
         source: The model's line of source of the call.
-        check: What said no: `guard` of the rewrite, `escapes`, `depends_on_itself` or
-            `replacement`; None if it fired.
+        rejected_by: `guard` of the rewrite, `has_external_users`, `creates_cycle` or `replacement`;
+            None if it fired.
         blamed: The node that the reason is about.
         blamed_source: That node's line of source.
     """
@@ -68,7 +76,7 @@ class Outcome:
     nodes: tuple[str, ...] = ()
     operator: str = ""
     source: str = ""
-    check: str | None = None
+    rejected_by: str | None = None
     blamed: str = ""
     blamed_source: str = ""
 
@@ -81,7 +89,7 @@ class Outcome:
 
 
 @dataclass
-class Found:
+class Match:
     """A part of a graph that a pattern recognised.
 
     Attributes:
@@ -106,42 +114,46 @@ class Rewrite:
 
     name: str
     anchors: tuple[Any, ...]
-    pattern: Callable[[fx.Node], Found | None]
-    guard: Callable[[Found], str | None]
-    replacement: Callable[[fx.Graph, Found], dict[fx.Node, fx.Node]]
+    pattern: Callable[[fx.Node], Match | None]
+    guard: Callable[[Match], Refusal | None]
+    replacement: Callable[[fx.Graph, Match], dict[fx.Node, fx.Node]]
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in [node for node in graph.nodes if operator_of(node) in self.anchors]:
             if node._erased:
                 continue
-            found = self.pattern(node)
-            if found is None:
+            match = self.pattern(node)
+            if match is None:
                 continue
-            found.inner = list(dict.fromkeys([*found.inner, *sizes_for(found.inner)]))
-            outcome = outcome_of(self.name, node, found)
-            check, reason = self._refusal(found)
-            if reason is None:
-                check, reason = "replacement", self._replace(graph, node, found)
-            report(outcome if reason is None else refused(outcome, found, node, check, reason))
+            match.inner = list(dict.fromkeys([*match.inner, *sizes_for(match.inner)]))
+            outcome = outcome_of(self.name, node, match)
+            rejected = self._rejected(match) or self._replace(graph, node, match)
+            report(outcome if rejected is None else refused(outcome, node, *rejected))
 
-    def _refusal(self, found: Found) -> tuple[str, str | None]:
-        """What says no, and why; the reason is None if nothing does."""
-        checks = {"guard": self.guard, "escapes": escapes, "depends_on_itself": depends_on_itself}
+    def _rejected(self, match: Match) -> tuple[str, Refusal] | None:
+        """The first check that rejects a match, and why."""
+        checks = {
+            "guard": self.guard,
+            "has_external_users": has_external_users,
+            "creates_cycle": creates_cycle,
+        }
         for name, check in checks.items():
-            if (reason := check(found)) is not None:
-                return name, reason
-        return "", None
+            if (refusal := check(match)) is not None:
+                return name, refusal
+        return None
 
-    def _replace(self, graph: fx.Graph, anchor: fx.Node, found: Found) -> str | None:
-        last = max(found.inner)
+    def _replace(
+        self, graph: fx.Graph, anchor: fx.Node, match: Match
+    ) -> tuple[str, Refusal] | None:
+        last = max(match.inner)
         before = last.prev
         try:
             with graph.inserting_before(last):
-                news = self.replacement(graph, found)
+                news = self.replacement(graph, match)
         except UnknownSizeError as error:
             while last.prev is not before:
                 graph.erase_node(last.prev)
-            return str(error)
+            return "replacement", Refusal(str(error))
         made = last.prev
         while made is not before:
             describe(made, anchor)
@@ -150,14 +162,14 @@ class Rewrite:
         for old, new in news.items():
             old.replace_all_uses_with(new)
         out_of_order = any(user < new for new in news.values() for user in new.users)
-        unused = [node for inner in found.inner for node in inner.all_input_nodes]
-        for node in sorted(found.inner, reverse=True):
+        unused = [node for inner in match.inner for node in inner.all_input_nodes]
+        for node in sorted(match.inner, reverse=True):
             graph.erase_node(node)
         for new in news.values():
             refresh_users(new)
         while unused:  # casts and views of what was read, which would count as users of it
             node = unused.pop()
-            if not node._erased and not node.users and (moves(node) or widens(node)):
+            if not node._erased and not node.users and (is_view(node) or is_lossless_cast(node)):
                 unused += node.all_input_nodes
                 graph.erase_node(node)
         if out_of_order:
@@ -172,27 +184,28 @@ def describe(node: fx.Node, anchor: fx.Node) -> None:
         node.meta.setdefault("original_aten", node.target)
 
 
-def escapes(found: Found) -> str | None:
+def has_external_users(match: Match) -> Refusal | None:
     """Why what disappears is still needed."""
-    inner = set(found.inner)
-    for node in found.inner:
-        if node in found.outputs:
+    inner = set(match.inner)
+    for node in match.inner:
+        if node in match.outputs:
             continue
         for user in node.users:
             if user not in inner:
-                what = "is returned" if user.op == "output" else f"is also used by {user.name}"
-                return f"{node.name} {what}"
+                if user.op == "output":
+                    return Refusal(f"{node.name} is returned", node)
+                return Refusal(f"{node.name} is also used by {user.name}", user)
     return None
 
 
-def depends_on_itself(found: Found) -> str | None:
+def creates_cycle(match: Match) -> Refusal | None:
     """Why the replacement could not come before everything that uses it."""
-    inner, first = set(found.inner), min(found.inner)
-    pending, seen = list(found.inputs), set()
+    inner, first = set(match.inner), min(match.inner)
+    pending, seen = list(match.inputs), set()
     while pending:
         node = pending.pop()
         if node in inner:
-            return f"an input depends on {node.name}"
+            return Refusal(f"an input depends on {node.name}", node)
         if node in seen or node < first:
             continue
         seen.add(node)
@@ -200,28 +213,32 @@ def depends_on_itself(found: Found) -> str | None:
     return None
 
 
-def outcome_of(name: str, node: fx.Node, found: Found) -> Outcome:
+def outcome_of(name: str, node: fx.Node, match: Match) -> Outcome:
     """The outcome of a rewrite that fires."""
-    removed = [call for call in map(Call.of, found.inner) if call]
+    removed = [call for call in map(Call.of, match.inner) if call]
     kept = [call.result(i) for call in removed for i in range(call.results)]
-    moved = sum(_bytes(node) for node in kept if node is not None and node not in found.outputs)
+    saved = sum(_bytes(node) for node in kept if node is not None and node not in match.outputs)
     return Outcome(
         name,
         node.name,
         layer_of(node),
         removed=tuple(str(call.op) for call in removed),
-        bytes_saved=2 * moved,
-        nodes=tuple(inner.name for inner in found.inner),
+        bytes_saved=2 * saved,
+        nodes=tuple(inner.name for inner in match.inner),
         operator=str(operator_of(node)),
         source=source_of(node),
     )
 
 
-def refused(outcome: Outcome, found: Found, node: fx.Node, check: str, reason: str) -> Outcome:
-    """The outcome where a check said no."""
-    blamed = named(reason, found.inner) or node
+def refused(outcome: Outcome, anchor: fx.Node, rejected_by: str, refusal: Refusal) -> Outcome:
+    """The outcome of a match that a check rejects."""
+    blamed = refusal.node or anchor
     return replace(
-        outcome, reason=reason, check=check, blamed=blamed.name, blamed_source=source_of(blamed)
+        outcome,
+        reason=refusal.reason,
+        rejected_by=rejected_by,
+        blamed=blamed.name,
+        blamed_source=source_of(blamed),
     )
 
 
@@ -262,22 +279,26 @@ def recording() -> Iterator[list[Outcome]]:
 def register(
     name: str,
     anchors: tuple[Any, ...],
-    pattern: Callable[[fx.Node], Found | None],
-    guard: Callable[[Found], str | None],
-    replacement: Callable[[fx.Graph, Found], dict[fx.Node, fx.Node]],
+    pattern: Callable[[fx.Node], Match | None],
+    guard: Callable[[Match], Refusal | None],
+    replacement: Callable[[fx.Graph, Match], dict[fx.Node, fx.Node]],
 ) -> None:
     """Adds a rewrite behind those that are registered."""
     _steps.append(Rewrite(name, anchors, pattern, guard, replacement))
 
 
 class Rewrites:
-    """All rewrites in sequence, in the shape of one of Inductor's own pattern passes."""
+    """All rewrites in sequence, in the shape of one of Inductor's own pattern passes.
+
+    A graph that calls the definition of an operator (`kda_ops.config.impl`) stays as it is.
+    """
 
     def apply(self, gm: fx.GraphModule | fx.Graph) -> int:
         graph = gm if isinstance(gm, fx.Graph) else gm.graph
-        if any(map(Call.of, graph.nodes)):
+        called = {call.op.namespace for call in map(Call.of, graph.nodes) if call is not None}
+        if called:
             share_sizes(graph)
-            for step in _steps:
+            for step in _steps if REFERENCE_NAMESPACE not in called else ():
                 step(graph)
             place_copies(graph)
         return 0

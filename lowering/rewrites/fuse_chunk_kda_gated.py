@@ -15,12 +15,13 @@ import torch
 from torch import fx
 
 from kda_ops._numerics import CHUNK
+from kda_ops._registry import OPERATORS
 from kda_ops.delta_rule.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op, chunk_kda_gated_state_op
 from kda_ops.gating.gate_cumsum.op import gate_cumsum_op
 from kda_ops.lowering.graph.emitting import emit, reshape
-from kda_ops.lowering.graph.matching import Call, value
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.graph.matching import Call, Refusal, value
+from kda_ops.lowering.rewrites.framework import Match, register
 from kda_ops.lowering.rewrites.patterns.gates import beta_under, cumulative_gate_under
 from kda_ops.tuning import choose
 from kda_ops.tuning.example_inputs import examples
@@ -28,7 +29,7 @@ from kda_ops.tuning.example_inputs import examples
 FUSED = {chunk_kda_op: chunk_kda_gated_op, chunk_kda_state_op: chunk_kda_gated_state_op}
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     call: Any = Call.of(node)
     gate = cumulative_gate_under(
         call.args["g_cumsum"], call.args["cu_seqlens"], call.args["chunk_indices"]
@@ -42,27 +43,27 @@ def pattern(node: fx.Node) -> Found | None:
     inputs += [n for n in gate.args.values() if isinstance(n, fx.Node)]
     inputs += [] if beta is None else [beta[0]]
     found = {"call": call, "gate": gate, "beta": beta}
-    return Found(inner, outputs, inputs, found)
+    return Match(inner, outputs, inputs, found)
 
 
-def guard(found: Found) -> str | None:
-    if found.values["beta"] is None:
-        return "beta is not a sigmoid, or twice one"
-    return found.values["gate"].reason or apart(found)
+def guard(match: Match) -> Refusal | None:
+    if match.values["beta"] is None:
+        return Refusal("beta is not a sigmoid, or twice one")
+    return match.values["gate"].refusal or gate_is_faster_alone(match)
 
 
-def apart(found: Found) -> str | None:
-    """Why the gate stays outside: it is chosen so."""
-    call: Call = found.values["call"]
-    _, factor, _ = found.values["beta"]
+def gate_is_faster_alone(match: Match) -> Refusal | None:
+    """Why the gate stays outside: the table says so, or it was timed."""
+    call: Call = match.values["call"]
+    _, factor, _ = match.values["beta"]
     args = {name: value(x) for name, x in call.args.items()}
-    args |= {name: value(x) for name, x in found.values["gate"].args.items()}
+    args |= {name: value(x) for name, x in match.values["gate"].args.items()}
     args |= {"raw_beta": args["beta"], "beta_scale": factor, "qk_norm_eps": None}
     args["raw_gate"] = args["raw_gate"].reshape(args["g_cumsum"].shape)
     q, v = args["q"], args["v"]
 
     def bench(values: dict[str, Any]) -> Callable[[], Any]:
-        names = [argument.name for argument in FUSED[call.op]._schema.arguments]
+        names = OPERATORS[FUSED[call.op]].parameters
         inputs = examples(names, [args[name] for name in names], q.device)
         if values["form"] == "fused":
             return lambda: FUSED[call.op](*inputs)
@@ -90,12 +91,14 @@ def apart(found: Found) -> str | None:
         bounded=args["lower_bound"] is not None,
         varlen=args["cu_seqlens"] is not None,
     )
-    return "the gate is faster in a kernel of its own here" if chosen["form"] == "apart" else None
+    if chosen["form"] == "separate":
+        return Refusal("the gate is faster in a kernel of its own here")
+    return None
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    call, gate = found.values["call"], found.values["gate"]
-    beta, factor, _ = found.values["beta"]
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    call, gate = match.values["call"], match.values["gate"]
+    beta, factor, _ = match.values["beta"]
     args = {
         **call.args,
         **gate.args,

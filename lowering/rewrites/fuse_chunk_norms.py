@@ -16,12 +16,12 @@ from torch import fx
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op, chunk_kda_gated_state_op
 from kda_ops.delta_rule.chunked.workspace import has_fast_prepare
 from kda_ops.lowering.graph.emitting import emit, reshape
-from kda_ops.lowering.graph.matching import Call, origin, same_shape, value
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.graph.matching import Call, Refusal, same_shape, strip_views, value
+from kda_ops.lowering.rewrites.framework import Match, register
 from kda_ops.norm.l2norm.op import l2norm_op
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     call: Any = Call.of(node)
     q, v = (value(call.args[name]) for name in "qv")
     if call.args["qk_norm_eps"] is not None or not has_fast_prepare(
@@ -30,7 +30,7 @@ def pattern(node: fx.Node) -> Found | None:
         return None
     norms, inner = [], []
     for name in "qk":
-        source, path = origin(call.args[name])
+        source, path = strip_views(call.args[name])
         norm = Call.of(source)
         if norm is None or norm.op is not l2norm_op:
             return None
@@ -38,22 +38,22 @@ def pattern(node: fx.Node) -> Found | None:
         inner += [source, *path]
     outputs = [n for n in call.nodes() if n is not node]
     inputs = [*call.inputs("q", "k"), *(norm.args["x"] for norm in norms)]
-    return Found([*inner, *call.nodes()], outputs, inputs, {"call": call, "norms": norms})
+    return Match([*inner, *call.nodes()], outputs, inputs, {"call": call, "norms": norms})
 
 
-def guard(found: Found) -> str | None:
-    call, norms = found.values["call"], found.values["norms"]
+def guard(match: Match) -> Refusal | None:
+    call, norms = match.values["call"], match.values["norms"]
     eps = [norm.args["eps"] for norm in norms]
     if eps[0] != eps[1]:
-        return f"q and k have different eps: {eps[0]} and {eps[1]}"
+        return Refusal(f"q and k have different eps: {eps[0]} and {eps[1]}")
     for name, norm in zip("qk", norms, strict=True):
         if not same_shape(value(norm.node).shape[-1:], value(call.args[name]).shape[-1:]):
-            return f"{norm.node.name} is not over heads"
+            return Refusal(f"{norm.node.name} is not over heads", norm.node)
     return None
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    call, norms = found.values["call"], found.values["norms"]
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    call, norms = match.values["call"], match.values["norms"]
     args = {**call.args, "qk_norm_eps": norms[0].args["eps"]}
     for name, norm in zip("qk", norms, strict=True):
         args[name] = reshape(graph, norm.args["x"], value(call.args[name]).shape)

@@ -16,14 +16,14 @@ from torch import fx
 
 from kda_ops.gating.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.lowering.graph.emitting import compute, replay
-from kda_ops.lowering.graph.matching import VIEWS, Call, only_user, value, widens
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.graph.matching import VIEWS, Call, Refusal, is_lossless_cast, only_user, value
+from kda_ops.lowering.rewrites.framework import Match, register
 
 aten, prims = torch.ops.aten, torch.ops.prims
 PASSES = (*VIEWS, aten.permute.default, prims.convert_element_type.default)
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     call: Any = Call.of(node)
     path = [node]
     while (found := product_of(path[-1])) is None:
@@ -34,7 +34,7 @@ def pattern(node: fx.Node) -> Found | None:
     product, factor = found
     inputs = [x for x in (*call.inputs(), factor) if isinstance(x, fx.Node)]
     values = {"call": call, "path": path, "product": product, "factor": factor}
-    return Found([*path, product], [product], inputs, values)
+    return Match([*path, product], [product], inputs, values)
 
 
 def product_of(x: fx.Node) -> tuple[fx.Node, Any] | None:
@@ -51,28 +51,28 @@ def product_of(x: fx.Node) -> tuple[fx.Node, Any] | None:
     return None
 
 
-def guard(found: Found) -> str | None:
-    call, path, product = (found.values[name] for name in ("call", "path", "product"))
+def guard(match: Match) -> Refusal | None:
+    call, path, product = (match.values[name] for name in ("call", "path", "product"))
     for node in path:
-        if node.target is prims.convert_element_type.default and not widens(node):
-            return f"{node.name} rounds before the product"
+        if node.target is prims.convert_element_type.default and not is_lossless_cast(node):
+            return Refusal(f"{node.name} rounds before the product", node)
     if value(product).dtype != value(path[-1]).dtype:
-        return f"the product is in {value(product).dtype}"
+        return Refusal(f"the product is in {value(product).dtype}", product)
     g = call.args["g"]
-    if isinstance(found.values["factor"], fx.Node) and value(g).dtype != value(path[0]).dtype:
-        return f"{g.name} times a tensor would be rounded to {value(g).dtype}"
+    if isinstance(match.values["factor"], fx.Node) and value(g).dtype != value(path[0]).dtype:
+        return Refusal(f"{g.name} times a tensor would be rounded to {value(g).dtype}", g)
     return None
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    call, path, factor = (found.values[name] for name in ("call", "path", "factor"))
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    call, path, factor = (match.values[name] for name in ("call", "path", "factor"))
     args = dict(call.args)
     if isinstance(factor, fx.Node):
         args["g"] = compute(graph, aten.mul.Tensor, args["g"], factor)
     else:
         args["scale"] *= factor
     scaled = compute(graph, chunk_cumsum_op, *args.values())
-    return {found.values["product"]: replay(graph, path[1:], path[0], scaled)}
+    return {match.values["product"]: replay(graph, path[1:], path[0], scaled)}
 
 
 register("cumsum_scale", (chunk_cumsum_op,), pattern, guard, replacement)

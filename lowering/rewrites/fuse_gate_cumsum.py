@@ -16,48 +16,49 @@ from kda_ops.gating.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.gating.gate.op import gate_op
 from kda_ops.gating.gate_cumsum.op import gate_cumsum_op
 from kda_ops.lowering.graph.emitting import compute, replay
-from kda_ops.lowering.graph.matching import Call, origin, same_shape, value
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.graph.matching import Call, Refusal, same_shape, strip_views, value
+from kda_ops.lowering.rewrites.framework import Match, register
 from kda_ops.lowering.rewrites.patterns.gates import gate_args, other_scale
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     cumsum: Any = Call.of(node)
-    source, path = origin(cumsum.args["g"])
+    source, path = strip_views(cumsum.args["g"])
     gate = Call.of(source)
     if gate is None or gate.op is not gate_op or value(node).device.type != "cuda":
         return None
     inner = [source, *path, node]
     inputs = [*gate.inputs(), *cumsum.inputs("g")]
-    return Found(inner, [node], inputs, {"gate": gate, "path": path, "cumsum": cumsum})
+    return Match(inner, [node], inputs, {"gate": gate, "path": path, "cumsum": cumsum})
 
 
-def guard(found: Found) -> str | None:
-    gate, cumsum = found.values["gate"], found.values["cumsum"]
-    reason = other_scale(cumsum)
-    if reason is not None:
-        return reason
+def guard(match: Match) -> Refusal | None:
+    gate, cumsum = match.values["gate"], match.values["cumsum"]
+    refusal = other_scale(cumsum)
+    if refusal is not None:
+        return refusal
     shape, other = value(gate.node).shape, value(cumsum.node).shape
     if len(shape) != 4 or not same_shape(shape[:2], other[:2]):
-        return f"{cumsum.node.name} has another batch or length"
-    if fuses_forward(gate.args["raw_gate"]):
-        return f"what makes {gate.args['x'].name} fuses with the scan"
+        return Refusal(f"{cumsum.node.name} has another batch or length", cumsum.node)
+    raw_gate = gate.args["raw_gate"]
+    if fuses_forward(raw_gate):
+        return Refusal(f"what makes {raw_gate.name} fuses with the scan", raw_gate)
     return None
 
 
 def fuses_forward(x: fx.Node) -> bool:
     """Whether Inductor would compute `x` inside the kernel of its only user."""
-    x, path = origin(x)
+    x, path = strip_views(x)
     alone = all(len(node.users) == 1 for node in (x, *path))
     return alone and torch.Tag.pointwise in getattr(x.target, "tags", ())
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    gate, cumsum = found.values["gate"], found.values["cumsum"]
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    gate, cumsum = match.values["gate"], match.values["cumsum"]
     args = {**gate_args(gate), **cumsum.args}
     names = [argument.name for argument in gate_cumsum_op._schema.arguments]
     fused = compute(graph, gate_cumsum_op, *[args[name] for name in names])
-    return {cumsum.node: replay(graph, found.values["path"], gate.node, fused)}
+    return {cumsum.node: replay(graph, match.values["path"], gate.node, fused)}
 
 
 register("gate_cumsum", (chunk_cumsum_op,), pattern, guard, replacement)

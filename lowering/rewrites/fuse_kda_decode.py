@@ -27,23 +27,32 @@ from kda_ops.delta_rule.kda_decode.op import (
 )
 from kda_ops.delta_rule.recurrent_kda.op import recurrent_kda_op
 from kda_ops.lowering.graph.emitting import emit, reshape
-from kda_ops.lowering.graph.matching import Call, moved, only_user, origin, same, same_shape, value
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.graph.matching import (
+    Call,
+    Refusal,
+    follow_views,
+    only_user,
+    same,
+    same_shape,
+    strip_views,
+    value,
+)
+from kda_ops.lowering.rewrites.framework import Match, register
 from kda_ops.lowering.rewrites.patterns.gates import beta_under, gate_under
 from kda_ops.lowering.rewrites.patterns.heads import (
-    apart,
     convolutions_under,
     heads_of,
     renamed,
     separate_heads,
     unlike,
+    unpacked_args,
 )
 from kda_ops.norm.rms_norm_gated.op import rms_norm_gated_op
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     step: Any = Call.of(node)
     convs = convolutions_under(step, (short_conv_update_op,))
     o = step.result()
@@ -57,11 +66,11 @@ def pattern(node: fx.Node) -> Found | None:
         return None
     inner = [*[n for conv in convs for n in conv.nodes()], *heads.inner, *step.nodes()]
     for name in ("q", "k", "v"):
-        source, path = origin(step.args[name])
+        source, path = strip_views(step.args[name])
         inner += [source, *path]
     gate, beta = gate_under(step.args["g"]), beta_under(step.args["beta"])
     inner += ([] if gate is None else gate.inner) + ([] if beta is None else beta[2])
-    path = moved(o)
+    path = follow_views(o)
     norm = Call.of(only_user(path[-1]))
     if norm is None or norm.op is not rms_norm_gated_op or norm.args["o"] is not path[-1]:
         norm = None
@@ -83,7 +92,7 @@ def pattern(node: fx.Node) -> Found | None:
     inputs = [n for n in read if isinstance(n, fx.Node) and n not in states]
     found = {"convs": convs, "step": step, "heads": heads, "gate": gate, "beta": beta}
     found |= {"norm": norm, "y": y}
-    return Found(inner, [y, *states], inputs, found)
+    return Match(inner, [y, *states], inputs, found)
 
 
 def clearing(y: fx.Node, cu_seqlens: Any) -> fx.Node | None:
@@ -96,13 +105,13 @@ def clearing(y: fx.Node, cu_seqlens: Any) -> fx.Node | None:
         if zero.target is not aten.full.default or value(zero).dim():
             return None
         zero = zero.args[1]
-    less, _ = origin(where.args[0])
+    less, _ = strip_views(where.args[0])
     T = value(y).shape[-3]
     shape = value(where.args[0]).shape
     if zero != 0 or less.target is not aten.lt.Tensor or not same_shape(shape[-3:], (T, 1, 1)):
         return None
     row, end = less.args
-    end, _ = origin(end)
+    end, _ = strip_views(end)
     if row.target is not prims.iota.default or end.target is not aten.select.int:
         return None
     counts = not row.kwargs.get("start") and row.kwargs.get("step") == 1
@@ -110,75 +119,82 @@ def clearing(y: fx.Node, cu_seqlens: Any) -> fx.Node | None:
     return where if counts and last and end.args[1:] == (0, -1) else None
 
 
-def guard(found: Found) -> str | None:
-    convs, step, norm = (found.values[name] for name in ("convs", "step", "norm"))
+def guard(match: Match) -> Refusal | None:
+    convs, step, norm = (match.values[name] for name in ("convs", "step", "norm"))
     conv = convs[0]
-    reason = found.values["heads"].guard() or (unlike(convs) if len(convs) == 3 else None)
-    if reason is not None:
-        return reason
-    heads = found.values["heads"]
+    refusal = match.values["heads"].guard() or (unlike(convs) if len(convs) == 3 else None)
+    if refusal is not None:
+        return refusal
+    heads = match.values["heads"]
     for name, expected in zip("qkv", [*[n.node for n in heads.norms], heads.parts[2]], strict=True):
-        if origin(step.args[name])[0] is not expected:
-            return f"{name} is not the {name} of {conv.node.name}"
+        if strip_views(step.args[name])[0] is not expected:
+            return Refusal(f"{name} is not the {name} of {conv.node.name}", conv.node)
     H, K = value(step.args["q"]).shape[-2:]
     if not same_shape((heads.key_dim, heads.head_dim), (H * K, K)):
         made = f"{heads.key_dim // heads.head_dim} x {heads.head_dim}"
-        return f"{step.node.name} takes heads of {H} x {K}, not of {made} as they are normalised"
-    gate = found.values["gate"]
-    if gate is None or gate.reason is not None:
-        return "g is not a gate" if gate is None else gate.reason
-    if found.values["beta"] is None:
-        return "beta is not a sigmoid, or twice one"
+        return Refusal(
+            f"{step.node.name} takes heads of {H} x {K}, not of {made} as they are normalised"
+        )
+    gate = match.values["gate"]
+    if gate is None or gate.refusal is not None:
+        return Refusal("g is not a gate") if gate is None else gate.refusal
+    if match.values["beta"] is None:
+        return Refusal("beta is not a sigmoid, or twice one")
+    o = step.result()
     if norm is None:
-        return f"{step.result().name} does not go into rms_norm_gated alone"
-    if not same_shape(value(norm.node).shape[-2:], value(step.result()).shape[-2:]):
-        return f"{norm.node.name} does not normalise the value heads"
+        return Refusal(f"{o.name} does not go into rms_norm_gated alone", o)
+    if not same_shape(value(norm.node).shape[-2:], value(o).shape[-2:]):
+        return Refusal(f"{norm.node.name} does not normalise the value heads", norm.node)
     for ours, theirs in (
         ("state_indices", "state_indices"),
         ("num_accepted", "num_accepted"),
         ("cu_seqlens", "cu_seqlens"),
     ):
         if not same(step.args[ours], conv.args[theirs]):
-            return f"{conv.node.name} and {step.node.name} have other {ours}"
+            return Refusal(f"{conv.node.name} and {step.node.name} have other {ours}")
     if step.args["cu_seqlens"] is None:
         # [N, D] or [N, 1, D], and [N, 1, H, K]
         tokens = (*value(conv.args["x"]).shape[1:-1], value(step.args["q"]).shape[1])
         if not same_shape(tokens, (1,) * len(tokens)):
-            return "several tokens per sequence without cu_seqlens"
+            return Refusal("several tokens per sequence without cu_seqlens")
     else:
         weight = value(conv.args["weight"])
         most = conv_tokens(conv.view("conv_state"), weight, conv.args["layout"])
         if most > MOST_TOKENS:
-            return f"a sequence may have {most} tokens, more than {MOST_TOKENS}"
+            return Refusal(f"a sequence may have {most} tokens, more than {MOST_TOKENS}")
     return state_used_between(convs, step)
 
 
-def state_used_between(convs: list[Call], step: Call) -> str | None:
-    """Whether a state is read or written by others between the writes."""
+def state_used_between(convs: list[Call], step: Call) -> Refusal | None:
+    """Why the two writes of states are not one: others read or write a state in between."""
     news = [new for conv in convs for _, new in conv.new_bases()]
     writers = [step.node, *[conv.node for conv in convs]]
     for new in news:
         for user in new.users:
             if user not in writers and user < step.node:
-                return f"{user.name} uses the convolution state before the recurrence"
+                return Refusal(
+                    f"{user.name} uses the convolution state before the recurrence", user
+                )
     for base in step.bases():
         # another layer's step on the same cache may be anywhere before this one
         by_operator = base.op == "call_function" and Call.of(base.args[0]) is not None
         if base not in news and min(writers) < base and not by_operator:
-            return f"{base.name} is the recurrent state, written after the convolution"
+            return Refusal(
+                f"{base.name} is the recurrent state, written after the convolution", base
+            )
         if base in news and len(base.users) > 1:
-            return f"{base.name} is used before the recurrence"
+            return Refusal(f"{base.name} is used before the recurrence", base)
     return None
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    convs, step, norm = (found.values[name] for name in ("convs", "step", "norm"))
-    beta, factor, _ = found.values["beta"]
-    heads, gate, y = (found.values[name] for name in ("heads", "gate", "y"))
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    convs, step, norm = (match.values[name] for name in ("convs", "step", "norm"))
+    beta, factor, _ = match.values["beta"]
+    heads, gate, y = (match.values[name] for name in ("heads", "gate", "y"))
     z = norm.args["output_gate"]
     B, T, HV, V = value(step.result()).shape
     T = B * T
-    inputs = {"x": convs[0].args["x"]} if len(convs) == 1 else apart(convs)
+    inputs = {"x": convs[0].args["x"]} if len(convs) == 1 else unpacked_args(convs)
     xs = ("x",) if len(convs) == 1 else ("q", "k", "v")
     args = {
         **step.args,

@@ -20,8 +20,16 @@ from kda_ops.conv.short_conv_qkv.op import short_conv_qkv_op, short_conv_qkv_sta
 from kda_ops.conv.short_conv_update.op import short_conv_update_op
 from kda_ops.delta_rule.kda_decode.op import kda_decode_op
 from kda_ops.lowering.graph.emitting import compute, reshape
-from kda_ops.lowering.graph.matching import Call, moved, only_user, origin, same_shape, value
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.graph.matching import (
+    Call,
+    Refusal,
+    follow_views,
+    only_user,
+    same_shape,
+    strip_views,
+    value,
+)
+from kda_ops.lowering.rewrites.framework import Match, register
 from kda_ops.lowering.rewrites.patterns.heads import channels
 
 aten = torch.ops.aten
@@ -36,20 +44,20 @@ CONVOLUTIONS = (
 )
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     rank = value(node).dim()
     axis = node.args[1] if len(node.args) > 1 else 0
-    call = Call.of(only_user(moved(node)[-1]))
+    call = Call.of(only_user(follow_views(node)[-1]))
     if call is None or call.op not in CONVOLUTIONS or axis % rank != rank - 1:
         return None
     inner, sources = [node], []
     for part in node.args[0]:
-        source, path = origin(part)
+        source, path = strip_views(part)
         inner += path
         sources.append(source)
     packed = whole(sources)
     inputs = sources if packed is None else [packed]
-    return Found(inner, [node], inputs, {"cat": node, "sources": sources, "packed": packed})
+    return Match(inner, [node], inputs, {"cat": node, "sources": sources, "packed": packed})
 
 
 def whole(sources: list[fx.Node]) -> fx.Node | None:
@@ -69,28 +77,28 @@ def whole(sources: list[fx.Node]) -> fx.Node | None:
     return x if joined and stops[-1] == value(x).shape[-1] else None
 
 
-def guard(found: Found) -> str | None:
-    cat, sources = found.values["cat"], found.values["sources"]
+def guard(match: Match) -> Refusal | None:
+    cat, sources = match.values["cat"], match.values["sources"]
     parts = list(zip(cat.args[0], sources, strict=True))
     for part, source in parts:
         if not same_shape(value(source).shape[-1:], value(part).shape[-1:]):
-            return f"{source.name} is cut along its channels"
-    if found.values["packed"] is not None:
+            return Refusal(f"{source.name} is cut along its channels", source)
+    if match.values["packed"] is not None:
         return None
     for source in sources:
         if source.target not in PRODUCTS:
-            return f"{source.name} is not a matrix product"
+            return Refusal(f"{source.name} is not a matrix product", source)
         if len(source.users) != 1:
-            return f"{source.name} has other uses than the convolution"
+            return Refusal(f"{source.name} has other uses than the convolution", source)
     if all(part is source for part, source in parts):
-        return "there is no view in between"
+        return Refusal("there is no view in between")
     return None
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    cat, packed = found.values["cat"], found.values["packed"]
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    cat, packed = match.values["cat"], match.values["packed"]
     if packed is None:
-        packed = compute(graph, aten.cat.default, found.values["sources"], 1)
+        packed = compute(graph, aten.cat.default, match.values["sources"], 1)
     return {cat: reshape(graph, packed, value(cat).shape)}
 
 

@@ -20,23 +20,31 @@ from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops.delta_rule.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.gating.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.lowering.graph.emitting import compute, reshape
-from kda_ops.lowering.graph.matching import Call, moves, only_user, origin, same_shape, value
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.graph.matching import (
+    Call,
+    Refusal,
+    is_view,
+    only_user,
+    same_shape,
+    strip_views,
+    value,
+)
+from kda_ops.lowering.rewrites.framework import Match, register
 
 aten, prims = torch.ops.aten, torch.ops.prims
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 PASSES = (aten.mul.Tensor, aten.slice.Tensor, prims.convert_element_type.default)
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     path = path_to_recurrence(node)
     if path is None:
         return None
     B, T, *D = value(path[-1]).shape
-    moved_on = [node, *itertools.takewhile(cuts_or_moves, path[1:])]
-    y = next((n for n in moved_on if same_shape(value(n).shape[:2], (B, T))), node)
-    x, moved = origin(node.args[0])
-    inner, scale, padded = [*moved, *path[: path.index(y) + 1]], 1.0, None
+    after = [node, *itertools.takewhile(cuts_or_views, path[1:])]
+    y = next((n for n in after if same_shape(value(n).shape[:2], (B, T))), node)
+    x, views = strip_views(node.args[0])
+    inner, scale, padded = [*views, *path[: path.index(y) + 1]], 1.0, None
     if x.target is aten.constant_pad_nd.default:
         inner.insert(0, x)
         x, padded = x.args[0], x
@@ -45,7 +53,7 @@ def pattern(node: fx.Node) -> Found | None:
         x, scale = x.args[0], float(x.args[1])
     found = {"g": x, "scale": scale, "cumsum": node, "y": y, "padded": padded, "shape": (B, T, *D)}
     found["between"] = path[1 : path.index(y)]
-    return Found(inner, [y], [x], found)
+    return Match(inner, [y], [x], found)
 
 
 def path_to_recurrence(node: fx.Node) -> list[fx.Node] | None:
@@ -58,40 +66,40 @@ def path_to_recurrence(node: fx.Node) -> list[fx.Node] | None:
                 call.op in (chunk_kda_op, chunk_kda_state_op) and call.args["g_cumsum"] is path[-1]
             )
             return path if taken else None
-        if not moves(user) and user.target not in PASSES:
+        if not is_view(user) and user.target not in PASSES:
             return None
         path.append(user)
     return None
 
 
-def cuts_or_moves(node: fx.Node) -> bool:
-    return moves(node) or node.target is aten.slice.Tensor
+def cuts_or_views(node: fx.Node) -> bool:
+    return is_view(node) or node.target is aten.slice.Tensor
 
 
-def guard(found: Found) -> str | None:
-    g, cumsum, y, padded = (found.values[name] for name in ("g", "cumsum", "y", "padded"))
-    B, T, *D = found.values["shape"]
+def guard(match: Match) -> Refusal | None:
+    g, cumsum, y, padded = (match.values[name] for name in ("g", "cumsum", "y", "padded"))
+    B, T, *D = match.values["shape"]
     sizes = value(cumsum).shape
     axis = cumsum.args[1] % len(sizes)
     if not statically_known_true(prod(sizes[axis + 1 :]) == prod(D)):
-        return f"{cumsum.name} is not along the tokens"
+        return Refusal(f"{cumsum.name} is not along the tokens")
     view = cumsum.args[0]
-    # with another size to be found out, the one written there is lost in the value
+    # with another size to be match out, the one written there is lost in the value
     chunk = view.args[1][axis] if view.target in RESHAPES else sizes[axis]
     if not statically_known_true(chunk == CHUNK):
-        return f"{cumsum.name} sums over {chunk} tokens, not {CHUNK}"
+        return Refusal(f"{cumsum.name} sums over {chunk} tokens, not {CHUNK}")
     if padded is not None and not only_tokens_padded(padded, y, B, T):
-        return f"{padded.name} does not pad the tokens alone"
-    for node in found.values["between"]:
-        if not moves(node):
-            return f"{node.name} cuts the sums"
+        return Refusal(f"{padded.name} does not pad the tokens alone", padded)
+    for node in match.values["between"]:
+        if not is_view(node):
+            return Refusal(f"{node.name} cuts the sums", node)
     by_entry = axis == 2 and statically_known_true(sizes[0] == B)
     if not (by_entry or statically_known_true(B == 1) or statically_known_true(T % CHUNK == 0)):
-        return f"the chunks of {cumsum.name} may reach into the next batch entry"
+        return Refusal(f"the chunks of {cumsum.name} may reach into the next batch entry")
     if not statically_known_true(value(g).numel() == value(y).numel()):
-        return f"{g.name} has another length"
+        return Refusal(f"{g.name} has another length", g)
     if value(cumsum).dtype != accumulation_dtype(value(g)):
-        return f"the sum of {value(g).dtype} is in {value(cumsum).dtype}"
+        return Refusal(f"the sum of {value(g).dtype} is in {value(cumsum).dtype}")
     return None
 
 
@@ -113,8 +121,8 @@ def only_tokens_padded(padded: fx.Node, y: fx.Node, B: Any, T: Any) -> bool:
     )
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    g, y, scale, shape = (found.values[name] for name in ("g", "y", "scale", "shape"))
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    g, y, scale, shape = (match.values[name] for name in ("g", "y", "scale", "shape"))
     g = reshape(graph, g, shape)
     sums = compute(graph, chunk_cumsum_op, g, CHUNK, scale, None, None)
     return {y: reshape(graph, sums, value(y).shape)}

@@ -26,8 +26,16 @@ from kda_ops.delta_rule.recurrent_kda.op import recurrent_kda_op
 from kda_ops.gating.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.gating.gate.op import gate_op
 from kda_ops.lowering.graph.emitting import compute, reshape
-from kda_ops.lowering.graph.matching import Call, same, same_shape, times_one, value, wide_origin
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.graph.matching import (
+    Call,
+    Refusal,
+    same,
+    same_shape,
+    strip_views_and_casts,
+    times_one,
+    value,
+)
+from kda_ops.lowering.rewrites.framework import Match, register
 from kda_ops.lowering.rewrites.patterns.gates import one_more, sigmoid_of
 
 aten = torch.ops.aten
@@ -36,7 +44,7 @@ THRESHOLD = 20  # of softplus: above it, it is the identity to fp32
 
 @dataclass
 class Product:
-    """A product taken apart: a number, and the tensors with what leads from them to the product.
+    """A product by its factors: a number, and the tensors with what leads from them to the product.
 
     A factor is a tensor and the node that has the shape in which it is multiplied.
     """
@@ -51,7 +59,7 @@ def product(node: fx.Node) -> Product:
     pending = [(node, node)]
     while pending:
         node, shown = pending.pop()
-        source, path = wide_origin(node)
+        source, path = strip_views_and_casts(node)
         if source.target is aten.neg.default:
             found.number = -found.number
             pending.append((source.args[0], shown))
@@ -66,7 +74,7 @@ def product(node: fx.Node) -> Product:
     return found
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     call: Any = Call.of(node)
     g = call.args["g"]
     whole = product(g)
@@ -74,15 +82,15 @@ def pattern(node: fx.Node) -> Found | None:
     if found is None or g not in whole.inner:
         return None
     z, found.values["g"] = found.values["z"], g
-    add, path = wide_origin(z)
+    add, path = strip_views_and_casts(z)
     x, bias = z, None
     if add.target is aten.add.Tensor and not add.kwargs:
         for first, second in (add.args, add.args[::-1]):
             if isinstance(second, fx.Node) and fits(second, add, value(g).shape[-2:]):
-                x, bias = first, wide_origin(second)[0]
+                x, bias = first, strip_views_and_casts(second)[0]
                 found.inner += [add, *path]
                 break
-    x, _ = wide_origin(x)
+    x, _ = strip_views_and_casts(x)
     found.values |= {"x": x, "bias": bias}
     found.inner += whole.inner
     found.outputs = [g]
@@ -101,7 +109,7 @@ def fits(bias: fx.Node, add: fx.Node, heads: torch.Size) -> bool:
     return same_shape(axes, value(add).shape[-len(axes) :])
 
 
-def softplus_gate(whole: Product) -> Found | None:
+def softplus_gate(whole: Product) -> Match | None:
     for (rate, shown), (rest, _) in (whole.factors, whole.factors[::-1]):
         A, softplus = rate_of(rate, shown), softplus_of(rest)
         if A is not None and softplus is not None:
@@ -109,36 +117,36 @@ def softplus_gate(whole: Product) -> Found | None:
             number = -sign * whole.number * sign_of(A)
             times = [node for node in whole.inner if node.target is aten.mul.Tensor]
             values = {"z": z, "A": A, "rate": number, "bound": None, "times": times}
-            return Found(inner, [], [], values)
+            return Match(inner, [], [], values)
     return None
 
 
-def bounded_gate(whole: Product) -> Found | None:
-    factor, path = wide_origin(whole.factors[0][0])
+def bounded_gate(whole: Product) -> Match | None:
+    factor, path = strip_views_and_casts(whole.factors[0][0])
     sigmoid = sigmoid_of(factor) if len(whole.factors) == 1 else None
     if sigmoid is None:
         return None
     z, inner = sigmoid[0], [*sigmoid[1], *path]
     values: dict[str, Any] = {"A": None, "rate": 1, "bound": whole.number, "times": []}
-    times, path = wide_origin(z)
+    times, path = strip_views_and_casts(z)
     if times.target is aten.mul.Tensor and all(isinstance(x, fx.Node) for x in times.args):
         for rate, rest in (times.args, times.args[::-1]):
             if (A := rate_of(rate, rate)) is not None:
                 z, inner = rest, [*inner, times, *path]
                 values |= {"A": A, "rate": sign_of(A), "times": [times]}
                 break
-    return Found(inner, [], [], values | {"z": z})
+    return Match(inner, [], [], values | {"z": z})
 
 
 def rate_of(node: fx.Node, shown: fx.Node) -> fx.Node | None:
     """`A_log` of `exp(A_log)`, one per head in the shape of `shown`, or the rate itself where it is
     a frozen constant. (The rate is small and may have other uses.)
     """
-    exp, _ = wide_origin(node)
+    exp, _ = strip_views_and_casts(node)
     if value(shown).shape[-1:] != (1,):
         return None
     if exp.target is aten.exp.default:
-        A, _ = wide_origin(exp.args[0])
+        A, _ = strip_views_and_casts(exp.args[0])
     elif exp.op == "get_attr" and sign_of(exp):
         A = exp
     else:
@@ -181,7 +189,7 @@ def logarithm(graph: fx.Graph, A: fx.Node) -> fx.Node:
 
 def softplus_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node], int] | None:
     """The input of a softplus, or of its negative, the nodes, and the sign."""
-    whole, path = wide_origin(node)
+    whole, path = strip_views_and_casts(node)
     if whole.target is aten.sub.Tensor and not whole.kwargs:
         return negative_softplus(whole, path)
     if whole.target is not aten.where.self:
@@ -192,16 +200,16 @@ def softplus_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node], int] | None:
     found = log_of_exp(log) if greater and condition.args[1] == THRESHOLD else None
     if found is None:
         return None
-    sources = [wide_origin(x) for x in (z, condition.args[0], found[0])]
+    sources = [strip_views_and_casts(x) for x in (z, condition.args[0], found[0])]
     if not all(same(source, sources[0][0]) for source, _ in sources):
         return None
-    ones = [node for _, moved in sources for node in moved if times_one(node)]
+    ones = [node for _, path in sources for node in path if times_one(node)]
     return z, [*ones, condition, *found[1], whole, *path], 1
 
 
 def log_of_exp(node: Any) -> tuple[fx.Node, list[fx.Node]] | None:
     """The `z` of `log(1 + exp(z))`, and the nodes."""
-    log, path = wide_origin(node)
+    log, path = strip_views_and_casts(node)
     if not isinstance(log, fx.Node):
         return None
     more: Any = one_more(log.args[0]) if log.target is aten.log.default else None
@@ -230,34 +238,34 @@ def negative_softplus(
     return y.args[0], [y, absolute, negative, *inner, least, difference, *path], -1
 
 
-def guard(found: Found) -> str | None:
-    g, x, A, rate, bound = (found.values[name] for name in ("g", "x", "A", "rate", "bound"))
+def guard(match: Match) -> Refusal | None:
+    g, x, A, rate, bound = (match.values[name] for name in ("g", "x", "A", "rate", "bound"))
     if rate != 1:
-        return f"the rate has a factor {rate}"
+        return Refusal(f"the rate has a factor {rate}")
     if bound is not None and not -5 <= bound < 0:
-        return f"the bound is {bound}, not in [-5, 0)"
+        return Refusal(f"the bound is {bound}, not in [-5, 0)")
     if value(g).dtype != accumulation_dtype(value(x)):
-        return f"the gate of {value(x).dtype} is in {value(g).dtype}"
+        return Refusal(f"the gate of {value(x).dtype} is in {value(g).dtype}")
     shape = value(g).shape
-    for times in found.values["times"]:
+    for times in match.values["times"]:
         # but for what is done to the rates alone
         of_rates = A is not None and statically_known_true(value(times).numel() == value(A).numel())
         if not of_rates and not same_shape(value(times).shape[-2:], shape[-2:]):
-            return f"{times.name} has other heads"
+            return Refusal(f"{times.name} has other heads", times)
     if not same_shape([value(x).numel()], [value(g).numel()]):
-        return f"{x.name} has not an element for each of the gate"
+        return Refusal(f"{x.name} has not an element for each of the gate", x)
     if len(shape) < 2 or (A is not None and not same_shape(shape[-2:-1], [value(A).numel()])):
-        return "there is not one rate per head"
+        return Refusal("there is not one rate per head")
     return None
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    g, x, A, bias = (found.values[name] for name in ("g", "x", "A", "bias"))
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    g, x, A, bias = (match.values[name] for name in ("g", "x", "A", "bias"))
     shape = value(g).shape
     x = reshape(graph, x, shape)
     A = None if A is None else reshape(graph, logarithm(graph, A), shape[-2:-1])
     bias = None if bias is None else reshape(graph, bias, shape[-2:])
-    return {g: compute(graph, gate_op, x, A, bias, found.values["bound"])}
+    return {g: compute(graph, gate_op, x, A, bias, match.values["bound"])}
 
 
 register("plain_gate", (chunk_cumsum_op, recurrent_kda_op), pattern, guard, replacement)

@@ -17,15 +17,16 @@ from kda_ops.delta_rule.recurrent_kda.op import recurrent_kda_op
 from kda_ops.lowering.graph.emitting import compute, reshape
 from kda_ops.lowering.graph.matching import (
     Call,
+    Refusal,
     between_floats,
-    moves,
-    narrow,
+    is_view,
     only_user,
     same_shape,
+    strip_casts,
+    strip_views_and_casts,
     value,
-    wide_origin,
 )
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.rewrites.framework import Match, register
 from kda_ops.lowering.rewrites.patterns.gates import sigmoid_of
 from kda_ops.lowering.rewrites.patterns.norms import NOT_A_NUMBER, normed
 from kda_ops.norm.rms_norm_gated.op import rms_norm_gated_op
@@ -34,15 +35,15 @@ aten = torch.ops.aten
 RECURRENCES = (chunk_kda_op, chunk_kda_state_op, recurrent_kda_op)
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     norm = normed(node)
     if norm is None:
         return None
-    result, _ = wide_origin(norm.x)
+    result, _ = strip_views_and_casts(norm.x)
     call = Call.of(result.args[0] if result.target is operator.getitem else result)
     if call is None or call.op not in RECURRENCES:
         return None
-    o, y, inner = narrow(norm.x), norm.y, norm.inner
+    o, y, inner = strip_casts(norm.x), norm.y, norm.inner
     found: dict[str, Any] = {"o": o, "eps": norm.eps}
     while len(found) < 4 or value(y).dtype != value(o).dtype:
         user = only_user(y)
@@ -57,49 +58,49 @@ def pattern(node: fx.Node) -> Found | None:
                 found["gate"], nodes = gate
                 inner = [*inner, *nodes]
             elif "weight" not in found and along_last(other, user, o):
-                found["weight"], _ = wide_origin(other)
+                found["weight"], _ = strip_views_and_casts(other)
             else:
                 break
-        elif not (moves(user) or between_floats(user)):
+        elif not (is_view(user) or between_floats(user)):
             break
         inner = [*inner, user]
         y = user
     if len(found) < 4:
         return None
     inputs = [found[name] for name in ("o", "gate", "weight")]
-    return Found(inner, [y], inputs, found | {"y": y})
+    return Match(inner, [y], inputs, found | {"y": y})
 
 
 def gate_of(x: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     """What a gate is the sigmoid of, and the nodes; it may be rounded to a narrower dtype."""
-    factor, path = wide_origin(x)
+    factor, path = strip_views_and_casts(x)
     if between_floats(factor):
-        rounded, (factor, more) = factor, wide_origin(factor.args[0])
+        rounded, (factor, more) = factor, strip_views_and_casts(factor.args[0])
         path = [*more, rounded, *path]
     sigmoid = sigmoid_of(factor)
-    return None if sigmoid is None else (wide_origin(sigmoid[0])[0], [*sigmoid[1], *path])
+    return None if sigmoid is None else (strip_views_and_casts(sigmoid[0])[0], [*sigmoid[1], *path])
 
 
 def along_last(x: fx.Node, y: fx.Node, o: fx.Node) -> bool:
     """Whether `x`, a factor of `y`, has an element per channel of `o`, whatever its shape was."""
     V = value(o).shape[-1:]
-    shapes = [value(wide_origin(x)[0]).shape, value(x).shape[-1:], value(y).shape[-1:]]
+    shapes = [value(strip_views_and_casts(x)[0]).shape, value(x).shape[-1:], value(y).shape[-1:]]
     return all(same_shape(shape, V) for shape in shapes)
 
 
-def guard(found: Found) -> str | None:
-    o, gate, y, eps = (found.values[name] for name in ("o", "gate", "y", "eps"))
+def guard(match: Match) -> Refusal | None:
+    o, gate, y, eps = (match.values[name] for name in ("o", "gate", "y", "eps"))
     if not isinstance(eps, float) or eps < 0:
-        return f"eps is {eps}, {NOT_A_NUMBER}"
+        return Refusal(f"eps is {eps}, {NOT_A_NUMBER}")
     if value(o).dtype != value(y).dtype:
-        return f"the norm of {value(o).dtype} is in {value(y).dtype}"
+        return Refusal(f"the norm of {value(o).dtype} is in {value(y).dtype}")
     if not same_shape([value(x).numel() for x in (gate, y)], [value(o).numel()] * 2):
-        return "the gate has another shape"
+        return Refusal("the gate has another shape", gate)
     return None
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    o, gate, weight, eps, y = (found.values[n] for n in ("o", "gate", "weight", "eps", "y"))
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    o, gate, weight, eps, y = (match.values[n] for n in ("o", "gate", "weight", "eps", "y"))
     gate = reshape(graph, gate, value(o).shape)
     normed = compute(graph, rms_norm_gated_op, o, gate, weight, eps)
     return {y: reshape(graph, normed, value(y).shape)}

@@ -17,8 +17,8 @@ from torch import fx
 from kda_ops.delta_rule.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.delta_rule.recurrent_kda.op import recurrent_kda_op
 from kda_ops.lowering.graph.emitting import compute, emit, reshape
-from kda_ops.lowering.graph.matching import Call, origin, same_shape, value
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.graph.matching import Call, Refusal, same_shape, strip_views, value
+from kda_ops.lowering.rewrites.framework import Match, register
 from kda_ops.norm.l2norm.op import l2norm_op
 
 aten = torch.ops.aten
@@ -44,10 +44,10 @@ class Repeated:
 
 def repeated(x: fx.Node) -> Repeated | None:
     """What `x [B, T, H * n, K]` is the repetition of, if it is one."""
-    node, inner = origin(x)
+    node, inner = strip_views(x)
     norm = Call.of(node)
     if norm is not None and norm.op is l2norm_op:
-        node, path = origin(norm.args["x"])
+        node, path = strip_views(norm.args["x"])
         inner = [*path, norm.node, *inner]
     else:
         norm = None
@@ -66,7 +66,7 @@ def repeated(x: fx.Node) -> Repeated | None:
     return Repeated([node, *inner], source, shape[-3], norm)
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     call: Any = Call.of(node)
     q, k = repeated(call.args["q"]), repeated(call.args["k"])
     if q is None and k is None:
@@ -75,24 +75,24 @@ def pattern(node: fx.Node) -> Found | None:
     inner = [*(n for x in heads for n in x.inner), *call.nodes()]
     outputs = [n for n in call.nodes() if n is not node]
     inputs = [*call.inputs("q", "k"), *(x.source for x in heads)]
-    return Found(inner, outputs, inputs, {"call": call, "q": q, "k": k})
+    return Match(inner, outputs, inputs, {"call": call, "q": q, "k": k})
 
 
-def guard(found: Found) -> str | None:
-    q, k = found.values["q"], found.values["k"]
+def guard(match: Match) -> Refusal | None:
+    q, k = match.values["q"], match.values["k"]
     for name, x in (("q", q), ("k", k)):
         if x is None:
-            return f"{name} is not repeated"
+            return Refusal(f"{name} is not repeated")
     if not same_shape([q.heads], [k.heads]):
-        return f"q has {q.heads} heads before it is repeated, k {k.heads}"
+        return Refusal(f"q has {q.heads} heads before it is repeated, k {k.heads}")
     return None
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    call = found.values["call"]
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    call = match.values["call"]
     args = dict(call.args)
     for name in "qk":
-        x = found.values[name]
+        x = match.values[name]
         B, T, _, K = value(args[name]).shape
         args[name] = reshape(graph, x.source, (B, T, x.heads, K))
         if x.norm is not None:

@@ -20,14 +20,14 @@ from kda_ops.conv.short_conv_qkv.op import (
 from kda_ops.delta_rule.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.delta_rule.recurrent_kda.op import recurrent_kda_op
 from kda_ops.lowering.graph.emitting import emit, reshape
-from kda_ops.lowering.graph.matching import Call, value
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.graph.matching import Call, Refusal, value
+from kda_ops.lowering.rewrites.framework import Match, register
 from kda_ops.lowering.rewrites.patterns.heads import (
-    apart,
     convolutions_under,
     renamed,
     separate_heads,
     unlike,
+    unpacked_args,
 )
 
 FUSED = {
@@ -37,7 +37,7 @@ FUSED = {
 ANCHORS = (chunk_kda_op, chunk_kda_state_op, recurrent_kda_op)
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     call: Any = Call.of(node)
     convs = convolutions_under(call, tuple(FUSED))
     heads = separate_heads(convs) if len(convs) == 3 else None
@@ -46,16 +46,16 @@ def pattern(node: fx.Node) -> Found | None:
     states = [new for conv in convs for _, new in conv.new_bases()]
     outputs = [*[norm.node for norm in heads.norms if norm], heads.parts[2], *states]
     inputs = [n for conv in convs for n in conv.inputs() if n not in states]
-    return Found(heads.inner, outputs, inputs, {"convs": convs, "heads": heads})
+    return Match(heads.inner, outputs, inputs, {"convs": convs, "heads": heads})
 
 
-def guard(found: Found) -> str | None:
-    return found.values["heads"].guard() or unlike(found.values["convs"])
+def guard(match: Match) -> Refusal | None:
+    return match.values["heads"].guard() or unlike(match.values["convs"])
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    convs, heads = found.values["convs"], found.values["heads"]
-    args = apart(convs)
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    convs, heads = match.values["convs"], match.values["heads"]
+    args = unpacked_args(convs)
     for name in "qkv":
         x = args[name]
         shape = value(x).shape

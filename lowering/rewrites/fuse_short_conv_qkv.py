@@ -14,14 +14,14 @@ from torch import fx
 from kda_ops.conv.short_conv.op import short_conv_op, short_conv_state_op
 from kda_ops.conv.short_conv_qkv.op import short_conv_qkv_op, short_conv_qkv_state_op
 from kda_ops.lowering.graph.emitting import emit, reshape
-from kda_ops.lowering.graph.matching import Call, value
-from kda_ops.lowering.rewrites.framework import Found, register
+from kda_ops.lowering.graph.matching import Call, Refusal, value
+from kda_ops.lowering.rewrites.framework import Match, register
 from kda_ops.lowering.rewrites.patterns.heads import heads_of
 
 FUSED = {short_conv_op: short_conv_qkv_op, short_conv_state_op: short_conv_qkv_state_op}
 
 
-def pattern(node: fx.Node) -> Found | None:
+def pattern(node: fx.Node) -> Match | None:
     call: Any = Call.of(node)
     y = call.result()
     heads = None if y is None else heads_of(y)
@@ -30,15 +30,15 @@ def pattern(node: fx.Node) -> Found | None:
     states = [new for _, new in call.new_bases()]
     outputs = [*[norm.node for norm in heads.norms if norm], heads.parts[2], *states]
     inner = [*call.nodes(), *heads.inner]
-    return Found(inner, outputs, call.inputs(), {"conv": call, "heads": heads})
+    return Match(inner, outputs, call.inputs(), {"conv": call, "heads": heads})
 
 
-def guard(found: Found) -> str | None:
-    return found.values["heads"].guard()
+def guard(match: Match) -> Refusal | None:
+    return match.values["heads"].guard()
 
 
-def replacement(graph: fx.Graph, found: Found) -> dict[fx.Node, fx.Node]:
-    conv, heads = found.values["conv"], found.values["heads"]
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    conv, heads = match.values["conv"], match.values["heads"]
     x = conv.args["x"]
     T, D = value(x).shape[-2:]
     args = {

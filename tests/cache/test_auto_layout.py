@@ -91,7 +91,7 @@ def test_shards_and_transferred_states_are_ds(monkeypatch: pytest.MonkeyPatch) -
 def test_the_table_alone_and_the_cpu_are_sd(monkeypatch: pytest.MonkeyPatch) -> None:
     assert auto_spec().decide_layout().layout == "SD"
     timer = Timer(monkeypatch, "DS")
-    monkeypatch.setattr(config, "deterministic_choice", True)
+    monkeypatch.setattr(config, "deterministic_tuning", True)
     assert auto_spec().decide_layout().layout == "SD"
     assert timer.timed == 0
 

@@ -175,16 +175,16 @@ def test_states_that_were_made_in_inference_mode(kind: str) -> None:
     ("kind", "name", "place", "value", "match"),
     [
         ("decode", "state_indices", 1, SLOTS, "state_indices must be in"),
-        ("decode", "state_indices", 1, 1, "state_indices must not be shared"),
+        ("decode", "state_indices", 1, 1, "state_indices must not share a slot"),
         ("speculative", "state_indices", (1, 1), SLOTS, "state_indices must be in"),
-        ("speculative", "state_indices", (1, 1), 2, "state_indices must not be shared"),
+        ("speculative", "state_indices", (1, 1), 2, "state_indices must not share a slot"),
         ("speculative", "num_accepted", 1, 3, "num_accepted must be in"),
         ("speculative", "cu_seqlens", 1, 3, "cu_seqlens"),
         ("prefill", "state_indices", 1, -1, "state_indices must be in"),
-        ("prefill", "state_indices", 1, 1, "state_indices must not be shared"),
+        ("prefill", "state_indices", 1, 1, "state_indices must not share a slot"),
         ("prefill", "chunk_indices", (1, 0), 0, "chunk_indices must be"),
         ("mixed", "state_indices", 3, SLOTS, "state_indices must be in"),
-        ("mixed", "state_indices", 3, 2, "state_indices must not be shared"),
+        ("mixed", "state_indices", 3, 2, "state_indices must not share a slot"),
         ("mixed", "prefill_cu_seqlens", 1, 4, "prefill_cu_seqlens must be"),
         ("mixed", "chunk_indices", (1, 0), 0, "chunk_indices must be"),
     ],
@@ -235,15 +235,23 @@ DECODE = {case.name: case for case in cases("kda_decode")}
 @pytest.mark.parametrize("name", ["SD-bf16", "DS-speculative", "apart-DS-fp32-gva-ragged"])
 def test_a_fused_decode(name: str) -> None:
     inputs = DECODE[name].make(torch.device("cpu"))
-    apart = isinstance(inputs["conv_state"], tuple)
-    states = [*(inputs["conv_state"] if apart else [inputs["conv_state"]]), inputs["state"]]
+    unpacked = isinstance(inputs["conv_state"], tuple)
+    states = [*(inputs["conv_state"] if unpacked else [inputs["conv_state"]]), inputs["state"]]
     for x in states:  # NaN is not equal to itself
         x.nan_to_num_()
 
     def refuse(error: type[Exception], match: str, **other: Any) -> None:
         refused(error, match, lambda: kda_ops.fused.kda_decode(**(inputs | other)), *states)
 
-    for argument in ("f", "beta", "z", "A_log", "dt_bias", "norm_weight", "state"):
+    for argument in (
+        "raw_gate",
+        "raw_beta",
+        "output_gate",
+        "A_log",
+        "dt_bias",
+        "norm_weight",
+        "state",
+    ):
         x = inputs[argument]
         if x is None:
             continue

@@ -160,9 +160,9 @@ def test_changed_lowering_with_a_warm_cache(tmp_path: Path) -> None:
     original = run_process("print(json.dumps(run()))", cache=cache)
     changed = changed_copy(
         tmp_path / "changed",
-        "lowering/operators/gate.py",
-        "inline_reference(gate_reference, *args)",
-        "inline_reference(lambda *a: gate_reference(*a) * 4, *args)",
+        "lowering/inline.py",
+        "inline_reference(operator.reference, *args)",
+        "inline_reference(lambda *a: operator.reference(*a) * 4, *args)",
     )
     result = run_process("print(json.dumps(run()))", path=changed, cache=cache)
     assert result["value"] == 4 * original["value"]

@@ -58,7 +58,7 @@ def test_a_layer_shows_what_fired_and_what_it_launches(prefill: Explanation) -> 
         assert [fired.rewrite for fired in layer.fired] == ["chunk_kda_gated", "chunk_norms"]
         assert layer.fired[0].removed == ("gate_cumsum", "chunk_kda")
         assert layer.fired[1].removed == ("l2norm", "l2norm", "chunk_kda_gated")
-        assert "kda_ops/nn/layer.py" in layer.fired[0].source
+        assert "kda_ops/nn/mixing.py" in layer.fired[0].source
         assert layer.fired[0].source.endswith("in _prefill: o, _ = chunk_kda(...)")
         assert layer.near_misses == ()
         for name, part in zip(layer.after.launches, PREFILL, strict=True):
@@ -124,9 +124,9 @@ def test_a_broken_guard_is_a_near_miss() -> None:
     assert "kda_decode" not in [fired.rewrite for fired in layer.fired]
     (miss,) = [miss for miss in layer.near_misses if miss.rewrite == "kda_decode"]
     assert miss.operator == "recurrent_kda"
-    assert miss.check == "guard"
+    assert miss.rejected_by == "guard"
     assert miss.reason == "q and k have different eps: 1e-06 and 1e-05"
-    assert miss.blamed == miss.node  # the sentence names no other
+    assert miss.blamed == miss.node  # the refusal is about no other
     assert "tests/lowering/test_fusion_decode.py" in miss.source
     assert "in __call__: o = kda_ops.recurrent_kda(" in miss.source
     assert f"nearly fired   kda_decode at recurrent_kda ({miss.node})" in str(
@@ -139,7 +139,11 @@ def test_an_intermediate_that_is_needed_is_a_near_miss() -> None:
     (layer,) = explanation.layers
     assert layer.fired == ()
     (miss,) = layer.near_misses
-    assert (miss.rewrite, miss.operator, miss.check) == ("chunk_kda_gated", "chunk_kda", "escapes")
+    assert (miss.rewrite, miss.operator, miss.rejected_by) == (
+        "chunk_kda_gated",
+        "chunk_kda",
+        "has_external_users",
+    )
     assert miss.reason == f"gate_cumsum is also used by {miss.blamed}"
     assert miss.source.startswith(line_of("o, _ = kda_ops.chunk_kda("))
     assert miss.blamed_source == f"{line_of('return o, G.exp()')} in chunked: return o, G.exp()"
@@ -179,7 +183,7 @@ def test_the_text_says_alike_layers_once(prefill: Explanation) -> None:
     assert text.endswith(f"whole graph: 16 -> 8 launches, {saved}")
     first = prefill.layers[0]
     twins = Explanation("here", "static", (first, first, prefill.layers[1]))
-    assert [len(others) for _, others in twins.unlike_layers()] == [1, 0]
+    assert [len(others) for _, others in twins.distinct_layers()] == [1, 0]
     assert str(twins).count("launches       8 -> 4") == 2
 
 
@@ -344,7 +348,7 @@ def test_the_page_shows_near_misses_and_escapes_text() -> None:
         Explanation("<d>", "static", (Layer("p", "<K>", (), (miss,), Side(), Side(graph=graph)),))
         .to_html()
     )  # fmt: skip
-    for text in ("r<1> at op (n)", "the guard says no: x < 3 & <b>", "a<b>", "p  <K>", "<d>"):
+    for text in ("r<1> at op (n)", "rejected by the guard: x < 3 & <b>", "a<b>", "p  <K>", "<d>"):
         assert text in page.text
     assert [a["class"] for tag, a in page.tags if tag == "g"] == ["input", "plain marked", "plain"]
 

@@ -268,7 +268,7 @@ def other_lengths(
     ("function", "reason"),
     [
         (model(in_nats), "not 1 / ln 2"),
-        (model(other_chunks), "has other chunks"),
+        (model(other_chunks), "has other chunk_indices"),
         (model(other_chunks_alone, varlen=False, paged=False), "is 32, not 64"),
         (model(one_head), "has other heads"),
         (model(one_head_cumulative), "in another shape"),

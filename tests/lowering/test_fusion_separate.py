@@ -328,7 +328,7 @@ def returns(index: int) -> Any:
         (
             {"convolve": other_convolution(state_indices=lambda a: a["state_indices"].flip(0))},
             {},
-            "other slots",
+            "other state_indices",
         ),
         ({"convolve": other_convolution(cu=lambda a: a["cu"] * 1)}, {}, "other cu_seqlens"),
         ({"convolve": one_state}, {}, "have one state"),

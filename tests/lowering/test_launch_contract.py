@@ -179,9 +179,9 @@ def test_a_length_that_is_a_difference_costs_no_copy() -> None:
 
 
 def test_the_gate_in_a_kernel_of_its_own_where_that_is_chosen() -> None:
-    with override({"chunk_kda_gated.form": {"form": "apart"}}):
+    with override({"chunk_kda_gated.form": {"form": "separate"}}):
         found = compiled(Stack(KINDS[:1]), 130, False)
     kernels = [name for name in found.launches if name.endswith("_kernel")]
-    apart = ["gate_cumsum_kernel", "chunk_prepare_kernel", "chunk_scan_kernel"]
-    assert kernels == ["short_conv_qkv_kernel", *apart]
+    separate = ["gate_cumsum_kernel", "chunk_prepare_kernel", "chunk_scan_kernel"]
+    assert kernels == ["short_conv_qkv_kernel", *separate]
     assert found.externs == []

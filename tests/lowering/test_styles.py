@@ -16,7 +16,7 @@ from kda_ops.nn.layer import KimiDeltaAttention
 from kda_ops.varlen import prepare_chunk_indices
 from tests.lowering.styles import Cache, fla, in_bf16, transformers
 from tests.support.fake_cuda import Summary
-from tests.support.launches import DECODE, PREFILL, PREFILL_APART, expect, launches, mark_dynamic
+from tests.support.launches import DECODE, PREFILL, PREFILL_UNPACKED, expect, launches, mark_dynamic
 from tests.support.oracle import assert_close
 
 HIDDEN, K, H, PAGES = 64, 64, 2, 5
@@ -31,7 +31,7 @@ KINDS = [(layout, bound) for layout in ("SD", "DS") for bound in (None, -5.0)]
 
 
 def prefill_of(style: str) -> list[str]:
-    return PREFILL_APART if style == "fla" else PREFILL
+    return PREFILL_UNPACKED if style == "fla" else PREFILL
 
 
 class Stack(nn.Module):
@@ -148,7 +148,7 @@ def test_states_of_one_buffer_are_not_copied() -> None:
         cache = layer.cache(torch.tensor([1, 2, 4]), PAGES, layout)
         cache.conv = torch.cat(cache.conv, dim=axis).split(layer.widths, dim=axis)
         expect(compiled(layer, tokens(cache, False, True), False), DECODE)
-        expect(compiled(layer, prompts(130, _two(cache), False), False), PREFILL_APART)
+        expect(compiled(layer, prompts(130, _two(cache), False), False), PREFILL_UNPACKED)
 
 
 def _two(cache: Cache) -> Cache:

@@ -740,7 +740,7 @@ def test_batch_errors() -> None:
         ),
         (
             {"state_indices": torch.tensor([3, 3])},
-            "state_indices must not be shared between sequences, got 3 for sequences 0 and 1",
+            "state_indices must not share a slot between sequences, got slot 3 for",
         ),
         (
             {"has_initial_state": torch.tensor([1, 0])},

@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kda_ops
 from kda_ops._cases import Case
 from kda_ops._registry import OPERATORS, define_op
+from kda_ops.lowering.inline import lower_to_kernel
 from tests.operators.test_gradients import differentiable_inputs, first_cases
+from tests.support.fake_cuda import cuda_code, summary
 from tests.support.operators import public_function
 from tests.support.oracle import tensors
 
@@ -179,16 +181,20 @@ launched: list[Any] = []
 
 
 def launch_test_scale_backward(
-    x: Tensor, weight: Tensor | None, factor: float, gradients: list[Any], needs: list[bool]
+    x: Tensor,
+    weight: Tensor | None,
+    factor: float,
+    output_gradients: list[Any],
+    needs_gradient: list[bool],
 ) -> list[Tensor]:
     """The gradient of `x * weight * factor` and of x's sum, as a launcher for CUDA would be."""
-    launched.append((gradients, needs))
-    product, total = gradients
+    launched.append((output_gradients, needs_gradient))
+    product, total = output_gradients
     dx = torch.zeros_like(x) if total is None else total.expand_as(x).clone()
     found = []
-    if needs[0]:
+    if needs_gradient[0]:
         found.append(dx if product is None else dx + product * weight * factor)
-    if needs[1]:
+    if needs_gradient[1]:
         found.append((product * x * factor).sum(0))
     return found
 
@@ -224,6 +230,22 @@ def test_a_launcher_of_gradients(scale: Any) -> None:
     with pytest.raises(ValueError, match="weight must have dtype float16"):
         backward.launcher(x, weight.double(), 2.0, g, None, [True, False, False])
     assert launched == []
+
+
+def test_a_lowering_of_gradients(scale: Any) -> None:
+    """Without one a compiled graph calls the gradient whole, with one it holds what is launched."""
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+
+    def calls() -> list[bool]:
+        _, sources = cuda_code(lambda x, w: scale(x, w, 2.0)[0], x, weight, backward=True)
+        return ["test_scale_backward" in str(summary(source).externs) for source in sources]
+
+    assert calls() == [False, True]
+    assert launched == []
+    lower_to_kernel(OPERATORS[scale].backward)
+    assert calls() == [False, False]
+    assert [needs for _, needs in launched] == [[True, False, False]]
+    launched.clear()
 
 
 @pytest.mark.gpu

@@ -64,10 +64,10 @@ def no_axes(x: Any) -> Any:
     return tuple(map(no_axes, x)) if isinstance(x, tuple) else torch.zeros((), dtype=x.dtype)
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["packed", "apart"])
+@pytest.mark.parametrize("unpacked", [False, True], ids=["packed", "unpacked"])
 @pytest.mark.parametrize("name", ["kda_decode", "short_conv_qkv"])
-def test_convolution_arguments_without_axes(name: str, apart: bool) -> None:
-    case = next(c for c in cases(name) if isinstance(c.make(CPU)["x"], tuple) == apart)
+def test_convolution_arguments_without_axes(name: str, unpacked: bool) -> None:
+    case = next(c for c in cases(name) if isinstance(c.make(CPU)["x"], tuple) == unpacked)
     for argument in ("x", "weight"):
         inputs = case.make(CPU)
         inputs[argument] = no_axes(inputs[argument])

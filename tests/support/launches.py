@@ -15,7 +15,7 @@ PREFILL = [
     "chunk_scan_kernel",
     "rms_norm_gated",
 ]
-PREFILL_APART = ["short_conv_qkv_kernel", *PREFILL[1:]]  # q, k and v convolved apart
+PREFILL_UNPACKED = ["short_conv_qkv_kernel", *PREFILL[1:]]  # q, k and v not packed
 FORBIDDEN = ("copy_(", "fill_(", "zero_(", ".item()", ".tolist()", ".cpu()", "synchronize()")
 GEMMS = ("extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import check_dtype, check_integer, check_rank
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.cache.conv_split.reference import conv_split_reference
 from kda_ops.config import resolve_layout
 
@@ -65,4 +65,4 @@ def conv_split(
             f"sizes must add up to {D}, the channels of conv_state in layout {layout}, "
             f"got {sizes} = {sum(sizes)}"
         )
-    return tuple(conv_split_op(conv_state, sizes, layout))
+    return tuple(selected(conv_split_op)(conv_state, sizes, layout))

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from kda_ops._checks import INTEGERS, check_device, check_dtype, check_integer, check_rank
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
+from kda_ops._roles import CONV_PAGES, COPIES, STATE_PAGES
 from kda_ops.cache.state_copy.reference import INTEGER_OF_SIZE, state_copy_reference
 from kda_ops.config import resolve_layout
 
@@ -32,6 +33,7 @@ state_copy_op = define_op(
     reference=state_copy_reference,
     fake=state_copy_fake,
     cuda="kda_ops.cache.state_copy.kernel:launch_state_copy",
+    roles={"conv": CONV_PAGES, "recurrent": STATE_PAGES, "plan": COPIES},
     check_values=check_state_copy_values,
     moves_only=True,
 )
@@ -107,7 +109,7 @@ def state_copy(
     check_integer("num_spec", num_spec)
     if not 0 <= num_spec < L:
         raise ValueError(f"num_spec must be in [0, {L}), got {num_spec}")
-    state_copy_op(conv, recurrent, plan, layout, num_spec)
+    selected(state_copy_op)(conv, recurrent, plan, layout, num_spec)
 
 
 def _check_dense(name: str, x: Tensor, axes: int) -> None:

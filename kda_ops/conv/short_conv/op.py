@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import check_rank
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
+from kda_ops._roles import CONV_PAGES, OFFSETS, SLOTS
 from kda_ops.config import resolve_layout
 from kda_ops.conv.checks import check_conv_sequences, check_conv_values, resolve_activation
 from kda_ops.conv.short_conv.reference import short_conv_reference, short_conv_state_reference
@@ -31,6 +32,7 @@ short_conv_op = define_op(
     reference=short_conv_reference,
     fake=short_conv_fake,
     cuda="kda_ops.conv.short_conv.kernel:launch_short_conv",
+    roles={"cu_seqlens": OFFSETS},
     check_values=check_short_conv_values,
 )
 
@@ -41,6 +43,7 @@ short_conv_state_op = define_op(
     reference=short_conv_state_reference,
     fake=short_conv_fake,
     cuda="kda_ops.conv.short_conv.kernel:launch_short_conv_state",
+    roles={"conv_state": CONV_PAGES, "state_indices": SLOTS, "cu_seqlens": OFFSETS},
     check_values=check_short_conv_state_values,
 )
 define_native(short_conv_op, "kda_ops.conv.native:short_conv")
@@ -105,8 +108,8 @@ def short_conv(
         x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, layout
     )
     if conv_state is None:
-        return short_conv_op(x, weight, bias, activation, cu_seqlens)
-    return short_conv_state_op(
+        return selected(short_conv_op)(x, weight, bias, activation, cu_seqlens)
+    return selected(short_conv_state_op)(
         x,
         weight,
         bias,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import check_integer, check_number, check_rank, check_shape
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
+from kda_ops._roles import CONV_PAGES, OFFSETS, SLOTS
 from kda_ops.config import resolve_layout
 from kda_ops.conv.checks import (
     check_conv_sequences,
@@ -71,6 +72,7 @@ short_conv_qkv_op = define_op(
     reference=short_conv_qkv_reference,
     fake=short_conv_qkv_fake,
     cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv",
+    roles={"cu_seqlens": OFFSETS},
     check_values=check_short_conv_qkv_values,
 )
 
@@ -81,6 +83,7 @@ short_conv_qkv_state_op = define_op(
     reference=short_conv_qkv_state_reference,
     fake=short_conv_qkv_fake,
     cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_state",
+    roles={"conv_state": CONV_PAGES, "state_indices": SLOTS, "cu_seqlens": OFFSETS},
     check_values=check_short_conv_qkv_state_values,
 )
 
@@ -94,6 +97,7 @@ short_conv_qkv_unpacked_op = define_op(
     reference=short_conv_qkv_unpacked_reference,
     fake=short_conv_qkv_unpacked_fake,
     cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_unpacked",
+    roles={"cu_seqlens": OFFSETS},
     check_values=check_short_conv_qkv_unpacked_values,
 )
 
@@ -104,6 +108,13 @@ short_conv_qkv_unpacked_state_op = define_op(
     reference=short_conv_qkv_unpacked_state_reference,
     fake=short_conv_qkv_unpacked_fake,
     cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_unpacked_state",
+    roles={
+        "q_state": CONV_PAGES,
+        "k_state": CONV_PAGES,
+        "v_state": CONV_PAGES,
+        "state_indices": SLOTS,
+        "cu_seqlens": OFFSETS,
+    },
     check_values=check_short_conv_qkv_unpacked_state_values,
 )
 define_native(short_conv_qkv_op, "kda_ops.conv.native:short_conv_qkv")
@@ -188,8 +199,8 @@ def short_conv_qkv(
         xs, weights, biases, states = zip(*parts, strict=True)
         args = (*xs, *weights, *biases, activation, head_dim, norm_eps)
         if conv_state is None:
-            return short_conv_qkv_unpacked_op(*args, cu_seqlens)
-        return short_conv_qkv_unpacked_state_op(
+            return selected(short_conv_qkv_unpacked_op)(*args, cu_seqlens)
+        return selected(short_conv_qkv_unpacked_state_op)(
             *args, *states, state_indices, has_initial_state, cu_seqlens, layout
         )
     ((x, weight, bias, conv_state),) = parts
@@ -199,10 +210,10 @@ def short_conv_qkv(
             f"got {tuple(x.shape)}"
         )
     if conv_state is None:
-        return short_conv_qkv_op(
+        return selected(short_conv_qkv_op)(
             x, weight, bias, activation, key_dim, head_dim, norm_eps, cu_seqlens
         )
-    return short_conv_qkv_state_op(
+    return selected(short_conv_qkv_state_op)(
         x, weight, bias, activation, key_dim, head_dim, norm_eps, conv_state, state_indices,
         has_initial_state, cu_seqlens, layout,
     )  # fmt: skip

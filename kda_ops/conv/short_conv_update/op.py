@@ -14,7 +14,8 @@ from kda_ops._checks import (
     check_shape,
     check_slot_values,
 )
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
+from kda_ops._roles import CONV_PAGES, OFFSETS, SLOTS
 from kda_ops.config import resolve_layout
 from kda_ops.conv.checks import check_conv, check_conv_state, resolve_activation
 from kda_ops.conv.short_conv_update.reference import short_conv_update_reference
@@ -59,6 +60,7 @@ short_conv_update_op = define_op(
     reference=short_conv_update_reference,
     fake=short_conv_update_fake,
     cuda="kda_ops.conv.short_conv_update.kernel:launch_short_conv_update",
+    roles={"conv_state": CONV_PAGES, "state_indices": SLOTS, "cu_seqlens": OFFSETS},
     check_values=check_short_conv_update_values,
 )
 
@@ -150,6 +152,6 @@ def short_conv_update(
         num_accepted=num_accepted,
         cu_seqlens=cu_seqlens,
     )
-    return short_conv_update_op(
+    return selected(short_conv_update_op)(
         x, conv_state, weight, bias, activation, state_indices, num_accepted, cu_seqlens, layout
     )

@@ -14,7 +14,8 @@ from kda_ops._checks import (
     check_varlen,
 )
 from kda_ops._numerics import CHUNK, accumulation_dtype
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
+from kda_ops._roles import CHUNKS, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops.delta_rule.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
 from kda_ops.native import define_native
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
@@ -84,6 +85,7 @@ chunk_kda_op = define_op(
     reference=chunk_kda_reference,
     fake=chunk_kda_fake,
     cuda="kda_ops.delta_rule.chunk_kda.kernel:launch_chunk_kda",
+    roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
     cuda_backward="kda_ops.delta_rule.chunk_kda.backward:launch_chunk_kda_backward",
     check_values=check_chunk_kda_values,
 )
@@ -95,6 +97,12 @@ chunk_kda_state_op = define_op(
     reference=chunk_kda_state_reference,
     fake=chunk_kda_state_fake,
     cuda="kda_ops.delta_rule.chunk_kda.kernel:launch_chunk_kda_state",
+    roles={
+        "state": STATE_PAGES,
+        "state_indices": SLOTS,
+        "cu_seqlens": OFFSETS,
+        "chunk_indices": CHUNKS,
+    },
     check_values=check_chunk_kda_state_values,
 )
 define_native(chunk_kda_op, "kda_ops.delta_rule.chunked.native:chunk_kda")
@@ -188,7 +196,7 @@ def chunk_kda(
     if cu_seqlens is not None and chunk_indices is None:
         chunk_indices = prepare_chunk_indices(cu_seqlens, q.shape[1])
     if state is None:
-        o, final = chunk_kda_op(
+        o, final = selected(chunk_kda_op)(
             q,
             k,
             v,
@@ -201,7 +209,7 @@ def chunk_kda(
             chunk_indices,
         )
         return o, final if output_final_state else None
-    o = chunk_kda_state_op(
+    o = selected(chunk_kda_state_op)(
         q,
         k,
         v,

@@ -16,7 +16,8 @@ from kda_ops._checks import (
     check_varlen,
 )
 from kda_ops._numerics import CHUNK, accumulation_dtype
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
+from kda_ops._roles import CHUNKS, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops.delta_rule.chunk_kda_gated.reference import (
     chunk_kda_gated_reference,
     chunk_kda_gated_state_reference,
@@ -72,6 +73,7 @@ chunk_kda_gated_op = define_op(
     reference=chunk_kda_gated_reference,
     fake=chunk_kda_gated_fake,
     cuda="kda_ops.delta_rule.chunk_kda_gated.kernel:launch_chunk_kda_gated",
+    roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
     cuda_backward="kda_ops.delta_rule.chunk_kda_gated.backward:launch_chunk_kda_gated_backward",
     check_values=check_chunk_kda_gated_values,
 )
@@ -85,6 +87,12 @@ chunk_kda_gated_state_op = define_op(
     reference=chunk_kda_gated_state_reference,
     fake=chunk_kda_gated_state_fake,
     cuda="kda_ops.delta_rule.chunk_kda_gated.kernel:launch_chunk_kda_gated_state",
+    roles={
+        "state": STATE_PAGES,
+        "state_indices": SLOTS,
+        "cu_seqlens": OFFSETS,
+        "chunk_indices": CHUNKS,
+    },
     check_values=check_chunk_kda_gated_state_values,
 )
 define_native(chunk_kda_gated_op, "kda_ops.delta_rule.chunked.native:chunk_kda_gated")
@@ -188,7 +196,7 @@ def chunk_kda_gated(
     gate = (A_log, dt_bias, lower_bound)
     factors = (beta_scale, qk_norm_eps, scale)
     if state is None:
-        o, final = chunk_kda_gated_op(
+        o, final = selected(chunk_kda_gated_op)(
             q,
             k,
             v,
@@ -203,6 +211,6 @@ def chunk_kda_gated(
         )
         return o, final if output_final_state else None
     pages = (state, state_indices, has_initial_state)
-    return chunk_kda_gated_state_op(
+    return selected(chunk_kda_gated_state_op)(
         q, k, v, raw_gate, raw_beta, *gate, *factors, *pages, cu_seqlens, chunk_indices
     ), None

@@ -20,7 +20,8 @@ from kda_ops._checks import (
     check_step_values,
     check_tensor,
 )
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
+from kda_ops._roles import CONV_PAGES, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops.config import resolve_layout
 from kda_ops.conv.checks import (
     check_conv,
@@ -140,6 +141,12 @@ kda_decode_op = define_op(
     reference=kda_decode_reference,
     fake=kda_decode_fake,
     cuda="kda_ops.delta_rule.kda_decode.kernel:launch_kda_decode",
+    roles={
+        "conv_state": CONV_PAGES,
+        "state": STATE_PAGES,
+        "state_indices": SLOTS,
+        "cu_seqlens": OFFSETS,
+    },
     check_values=check_kda_decode_values,
 )
 
@@ -150,6 +157,14 @@ kda_decode_unpacked_op = define_op(
     reference=kda_decode_unpacked_reference,
     fake=kda_decode_unpacked_fake,
     cuda="kda_ops.delta_rule.kda_decode.kernel:launch_kda_decode_unpacked",
+    roles={
+        "q_state": CONV_PAGES,
+        "k_state": CONV_PAGES,
+        "v_state": CONV_PAGES,
+        "state": STATE_PAGES,
+        "state_indices": SLOTS,
+        "cu_seqlens": OFFSETS,
+    },
     check_values=check_kda_decode_unpacked_values,
 )
 define_native(kda_decode_op, "kda_ops.delta_rule.native_decode:kda_decode", looks_itself=True)
@@ -331,7 +346,7 @@ def kda_decode(
         norm_weight, norm_eps, qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens,
         layout,
     )  # fmt: skip
-    op = kda_decode_op if len(parts) == 1 else kda_decode_unpacked_op
+    op = selected(kda_decode_op if len(parts) == 1 else kda_decode_unpacked_op)
     return op(*xs, *conv_states, *weights, *biases, *step)
 
 

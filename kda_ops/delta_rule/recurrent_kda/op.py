@@ -13,7 +13,8 @@ from kda_ops._checks import (
     check_shape,
     check_step_values,
 )
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
+from kda_ops._roles import OFFSETS, SLOTS, STATE_PAGES
 from kda_ops.delta_rule.recurrent_kda.reference import recurrent_kda_reference
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -39,6 +40,7 @@ recurrent_kda_op = define_op(
     reference=recurrent_kda_reference,
     fake=recurrent_kda_fake,
     cuda="kda_ops.delta_rule.recurrent_kda.kernel:launch_recurrent_kda",
+    roles={"state": STATE_PAGES, "state_indices": SLOTS, "cu_seqlens": OFFSETS},
     check_values=check_recurrent_kda_values,
 )
 
@@ -154,4 +156,6 @@ def recurrent_kda(
     )
     scale = K**-0.5 if scale is None else scale
     check_number("scale", scale)
-    return recurrent_kda_op(q, k, v, g, beta, state, state_indices, num_accepted, scale, cu_seqlens)
+    return selected(recurrent_kda_op)(
+        q, k, v, g, beta, state, state_indices, num_accepted, scale, cu_seqlens
+    )

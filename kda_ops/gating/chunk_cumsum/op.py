@@ -5,7 +5,8 @@ from torch import Tensor
 
 from kda_ops._checks import check_chunk_size, check_dtype, check_number, check_varlen
 from kda_ops._numerics import CHUNK, accumulation_dtype
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
+from kda_ops._roles import CHUNKS, OFFSETS
 from kda_ops.gating.chunk_cumsum.reference import chunk_cumsum_reference
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
@@ -26,6 +27,7 @@ chunk_cumsum_op = define_op(
     reference=chunk_cumsum_reference,
     fake=chunk_cumsum_fake,
     cuda="kda_ops.gating.chunk_cumsum.kernel:launch_chunk_cumsum",
+    roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
     check_values=_check_values,
 )
 
@@ -72,4 +74,4 @@ def chunk_cumsum(
     check_varlen("g", g, cu_seqlens, chunk_indices, chunk_size)
     if cu_seqlens is not None and chunk_indices is None:
         chunk_indices = prepare_chunk_indices(cu_seqlens, g.shape[1], chunk_size)
-    return chunk_cumsum_op(g, chunk_size, scale, cu_seqlens, chunk_indices)
+    return selected(chunk_cumsum_op)(g, chunk_size, scale, cu_seqlens, chunk_indices)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kda_ops._checks import check_gate_parameters
 from kda_ops._numerics import accumulation_dtype
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.gating.gate.reference import gate_reference
 
 
@@ -55,4 +55,4 @@ def gate(
         ValueError: A shape, dtype, device or `lower_bound` that does not fit.
     """
     check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
-    return gate_op(raw_gate, A_log, dt_bias, lower_bound)
+    return selected(gate_op)(raw_gate, A_log, dt_bias, lower_bound)

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from kda_ops._checks import check_chunk_size, check_gate_parameters, check_rank, check_varlen
 from kda_ops._numerics import CHUNK, accumulation_dtype
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
+from kda_ops._roles import CHUNKS, OFFSETS
 from kda_ops.gating.gate_cumsum.reference import gate_cumsum_reference
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
@@ -27,6 +28,7 @@ gate_cumsum_op = define_op(
     reference=gate_cumsum_reference,
     fake=gate_cumsum_fake,
     cuda="kda_ops.gating.gate_cumsum.kernel:launch_gate_cumsum",
+    roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
     check_values=_check_values,
 )
 
@@ -75,6 +77,6 @@ def gate_cumsum(
     check_varlen("raw_gate", raw_gate, cu_seqlens, chunk_indices, chunk_size)
     if cu_seqlens is not None and chunk_indices is None:
         chunk_indices = prepare_chunk_indices(cu_seqlens, raw_gate.shape[1], chunk_size)
-    return gate_cumsum_op(
+    return selected(gate_cumsum_op)(
         raw_gate, A_log, dt_bias, lower_bound, chunk_size, cu_seqlens, chunk_indices
     )

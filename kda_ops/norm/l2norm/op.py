@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import check_dtype, check_not_negative
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.norm.l2norm.reference import l2norm_reference
 
 
@@ -40,4 +40,4 @@ def l2norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     if x.dim() < 1:
         raise ValueError(f"x must have shape [..., K], got {tuple(x.shape)}")
     check_not_negative("eps", eps)
-    return l2norm_op(x, eps)
+    return selected(l2norm_op)(x, eps)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import check_device, check_dtype, check_not_negative, check_shape
-from kda_ops._registry import define_op
+from kda_ops._registry import define_op, selected
 from kda_ops.norm.rms_norm_gated.reference import rms_norm_gated_reference
 
 
@@ -47,4 +47,4 @@ def rms_norm_gated(o: Tensor, output_gate: Tensor, weight: Tensor, *, eps: float
     check_shape("weight", weight, (o.shape[-1],))
     check_device(o=o, output_gate=output_gate, weight=weight)
     check_not_negative("eps", eps)
-    return rms_norm_gated_op(o, output_gate, weight, eps)
+    return selected(rms_norm_gated_op)(o, output_gate, weight, eps)

@@ -12,12 +12,13 @@ from kda_ops.gating.gate.op import gate_op
 from kda_ops.gating.gate_cumsum.op import gate_cumsum_op
 from kda_ops.lowering.graph.matching import (
     Call,
-    narrow,
-    origin,
+    Refusal,
     same,
     same_shape,
+    strip_casts,
+    strip_views,
+    strip_views_and_casts,
     value,
-    wide_origin,
 )
 
 aten = torch.ops.aten
@@ -30,35 +31,35 @@ class Gate:
 
     Attributes:
         inner: Its nodes, from the operator that takes the raw input on.
-        args: `x`, `A_log`, `dt_bias` and `lower_bound`.
-        reason: Why it is not the gate that was looked for, or None.
+        args: `raw_gate`, `A_log`, `dt_bias` and `lower_bound`.
+        refusal: Why it is not the gate that was looked for, or None.
     """
 
     inner: list[fx.Node]
     args: dict[str, Any]
-    reason: str | None = None
+    refusal: Refusal | None = None
 
 
 def gate_under(g: fx.Node) -> Gate | None:
     """The gate in nats that an argument is."""
-    node, path = wide_origin(g)
+    node, path = strip_views_and_casts(g)
     call = Call.of(node)
     if call is None or call.op is not gate_op:
         return None
-    args, reason = gate_args(call), None
+    refusal = None
     if not same_shape(value(node).shape[-2:], value(g).shape[-2:]):
-        reason = f"{node.name} has other heads"
-    return Gate([node, *path], args, reason)
+        refusal = Refusal(f"{node.name} has other heads", node)
+    return Gate([node, *path], gate_args(call), refusal)
 
 
 def cumulative_gate_under(G: fx.Node, cu_seqlens: Any, chunk_indices: Any) -> Gate | None:
     """The cumulative gate in log2 that an argument is, as one operator or as two."""
-    node, path = origin(G)
+    node, path = strip_views(G)
     call = Call.of(node)
     if call is None or call.op not in (gate_cumsum_op, chunk_cumsum_op):
         return None
     inner = [node, *path]
-    reason = None
+    refusal = None
     if call.op is gate_cumsum_op:
         args = gate_args(call)
     else:
@@ -66,22 +67,24 @@ def cumulative_gate_under(G: fx.Node, cu_seqlens: Any, chunk_indices: Any) -> Ga
         if gate is None:
             return None
         inner, args = [*gate.inner, *inner], gate.args
-        reason = gate.reason or other_scale(call)
+        refusal = gate.refusal or other_scale(call)
     if call.args["chunk_size"] != CHUNK:
-        reason = f"the chunk size of {node.name} is {call.args['chunk_size']}, not {CHUNK}"
+        refusal = Refusal(
+            f"the chunk size of {node.name} is {call.args['chunk_size']}, not {CHUNK}", node
+        )
     for name, expected in (("cu_seqlens", cu_seqlens), ("chunk_indices", chunk_indices)):
         if not same(call.args[name], expected):
-            reason = f"{node.name} has other {name}"
+            refusal = Refusal(f"{node.name} has other {name}", node)
     if not same_shape(value(node).shape, value(G).shape):
-        reason = f"{node.name} is used in another shape"
-    return Gate(inner, args, reason)
+        refusal = Refusal(f"{node.name} is used in another shape", node)
+    return Gate(inner, args, refusal)
 
 
-def other_scale(cumsum: Call) -> str | None:
+def other_scale(cumsum: Call) -> Refusal | None:
     """Why a chunk cumsum of nats is not in log2, or None."""
     scale = cumsum.args["scale"]
     if abs(scale / RCP_LN2 - 1) > SAME_NUMBER:
-        return f"the scale of {cumsum.node.name} is {scale}, not 1 / ln 2"
+        return Refusal(f"the scale of {cumsum.node.name} is {scale}, not 1 / ln 2", cumsum.node)
     return None
 
 
@@ -91,15 +94,15 @@ def gate_args(call: Call) -> dict[str, Any]:
 
 def beta_under(beta: fx.Node) -> tuple[fx.Node, float, list[fx.Node]] | None:
     """`(raw beta, factor, nodes)` of `factor * sigmoid(raw beta)`, the factor 1 or 2."""
-    node, inner = wide_origin(beta)
+    node, inner = strip_views_and_casts(beta)
     factor = 1.0
     if node.target is aten.mul.Tensor and node.args[1] in (1, 2):
         factor = float(node.args[1])
-        inside, path = wide_origin(node.args[0])
+        inside, path = strip_views_and_casts(node.args[0])
         inner = [*path, node, *inner]
         node = inside
     found = sigmoid_of(node)
-    return None if found is None else (narrow(found[0]), factor, [*found[1], *inner])
+    return None if found is None else (strip_casts(found[0]), factor, [*found[1], *inner])
 
 
 def sigmoid_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:

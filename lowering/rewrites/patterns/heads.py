@@ -12,7 +12,15 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kda_ops.conv.short_conv_qkv.op import MOST_HEAD_DIM
-from kda_ops.lowering.graph.matching import Call, moved, only_user, same, same_shape, value
+from kda_ops.lowering.graph.matching import (
+    Call,
+    Refusal,
+    follow_views,
+    only_user,
+    same,
+    same_shape,
+    value,
+)
 from kda_ops.norm.l2norm.op import l2norm_op
 
 aten = torch.ops.aten
@@ -43,27 +51,30 @@ class Heads:
     def norm_eps(self) -> float:
         return self.norms[0].args["eps"]
 
-    def guard(self) -> str | None:
+    def guard(self) -> Refusal | None:
         """Why the parts are not normalised queries, normalised keys and values."""
         for name, part, norm in zip("qk", self.parts, self.norms, strict=False):
             if norm is None:
-                return f"{name} ({part.name}) does not go into l2norm alone"
+                return Refusal(f"{name} ({part.name}) does not go into l2norm alone", part)
             if not same_shape([value(norm.node).shape[-1]], [self.head_dim]):
-                return "the heads of q and k have different widths"
+                return Refusal("the heads of q and k have different widths")
             if norm.args["eps"] != self.norm_eps:
-                return f"q and k have different eps: {self.norm_eps} and {norm.args['eps']}"
+                eps = f"{self.norm_eps} and {norm.args['eps']}"
+                return Refusal(f"q and k have different eps: {eps}")
         if not same_shape(value(self.parts[1]).shape[-1:], [self.key_dim]):
-            return "q and k have different numbers of channels"
+            return Refusal("q and k have different numbers of channels")
         if self.head_dim > MOST_HEAD_DIM:
-            return f"heads of {self.head_dim} are wider than {MOST_HEAD_DIM}"
+            return Refusal(f"heads of {self.head_dim} are wider than {MOST_HEAD_DIM}")
         if self.key_dim % self.head_dim:
-            return f"the {self.key_dim} channels of q are not whole heads of {self.head_dim}"
+            return Refusal(
+                f"the {self.key_dim} channels of q are not whole heads of {self.head_dim}"
+            )
         return None
 
 
 def heads_of(packed: fx.Node) -> Heads | None:
     """The parts that `[..., D]` is cut into along its last axis, if they are q, k and v."""
-    path = moved(packed)
+    path = follow_views(packed)
     D = value(packed).shape[-1]
     if not isinstance(D, int) or value(path[-1]).shape[-1] != D:
         return None
@@ -91,10 +102,10 @@ def with_norms(inner: list[fx.Node], parts: list[Any], key_dim: int) -> Heads:
     norms: list[Call | None] = []
     inner = [*inner, *parts]
     for part in parts[:2]:
-        *moves, last = moved(part)
+        *views, last = follow_views(part)
         norm = Call.of(only_user(last))
         if norm is not None and norm.op is l2norm_op:
-            inner += [*moves[1:], last, norm.node] if moves else [norm.node]
+            inner += [*views[1:], last, norm.node] if views else [norm.node]
             norms.append(norm)
         else:
             norms.append(None)
@@ -120,34 +131,38 @@ def convolutions_under(call: Call, ops: tuple[Any, ...]) -> list[Call]:
     return list(found.values()) if None not in convs and len(found) != 2 else []
 
 
-def unlike(convs: list[Call]) -> str | None:
+def unlike(convs: list[Call]) -> Refusal | None:
     """Why the convolutions of q, k and v are not parts of one."""
     q, *others = convs
+
+    def refused(conv: Call, why: str) -> Refusal:
+        return Refusal(f"{q.node.name} and {conv.node.name} {why}", conv.node)
+
     states = [conv.view("conv_state") for conv in convs if "conv_state" in conv.args]
     for conv in others:
         if conv.op is not q.op:
-            return f"{q.node.name} and {conv.node.name} are different operators"
+            return refused(conv, "are different operators")
         for name, theirs in conv.args.items():
             ours = q.args.get(name)
             if name in PER_PART or name.startswith("_"):
                 continue
             if not same(ours, theirs):
-                return f"{q.node.name} and {conv.node.name} have other {name}"
+                return refused(conv, f"have other {name}")
         x, weight = (value(q.args[name]) for name in ("x", "weight"))
         other_x, other_weight = (value(conv.args[name]) for name in ("x", "weight"))
         if not same_shape(x.shape[:-1], other_x.shape[:-1]) or x.dtype != other_x.dtype:
-            return f"{q.node.name} and {conv.node.name} convolve other tokens"
+            return refused(conv, "convolve other tokens")
         if weight.shape[1:] != other_weight.shape[1:] or weight.dtype != other_weight.dtype:
-            return f"{q.node.name} and {conv.node.name} have different taps"
+            return refused(conv, "have different taps")
         biases = [value(c.args["bias"]) for c in (q, conv)]
         if len({None if bias is None else bias.dtype for bias in biases}) > 1:
-            return f"{q.node.name} and {conv.node.name} have different biases"
+            return refused(conv, "have different biases")
     if not states:
         return None
     pairs = itertools.combinations(zip(map(root_of_state, convs), states, strict=True), 2)
     if not all(a is not b or disjoint(x, y) or disjoint(y, x) for (a, x), (b, y) in pairs):
-        return "two of q, k and v have one state, or parts of it in common"
-    return states_apart(q.args["layout"], states)
+        return Refusal("two of q, k and v have one state, or parts of it in common")
+    return unlike_states(q.args["layout"], states)
 
 
 def root_of_state(conv: Call) -> fx.Node:
@@ -180,18 +195,20 @@ def disjoint(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def extent(x: torch.Tensor, axes: tuple[int, ...]) -> Any:
-    """How far apart the first element and the one behind the last are, along some axes."""
+    """The distance of the first element and the one behind the last, along some axes."""
     return sum((x.shape[i] - 1) * x.stride(i) for i in axes) + 1
 
 
-def states_apart(layout: str, states: list[Any]) -> str | None:
+def unlike_states(layout: str, states: list[Any]) -> Refusal | None:
     """Why one kernel can not take these convolution states for q, k and v."""
     rows, dim = (1, 2) if layout == "SD" else (2, 1)
     first = states[0]
     for state in states[1:]:
         sizes = [(x.shape[0], x.shape[rows], x.stride(dim)) for x in (first, state)]
         if state.dtype != first.dtype or not same_shape(*sizes):
-            return "the states of q, k and v differ in slots, rows, dtype or stride of channels"
+            return Refusal(
+                "the states of q, k and v differ in slots, rows, dtype or stride of channels"
+            )
     return None
 
 
@@ -204,7 +221,7 @@ def renamed(convs: list[Call]) -> list[Call]:
     ]
 
 
-def apart(convs: list[Call]) -> dict[str, Any]:
+def unpacked_args(convs: list[Call]) -> dict[str, Any]:
     """The arguments of the convolutions by the names of an operator that takes three of them."""
     args = dict(convs[0].args)
     for name, conv in zip("qkv", convs, strict=True):

@@ -7,12 +7,12 @@ import torch
 from torch import fx
 
 from kda_ops.lowering.graph.matching import (
-    alike,
     between_floats,
-    moves,
-    narrow,
+    is_view,
     only_user,
     same_shape,
+    strip_casts,
+    structurally_equal,
     times_one,
     value,
 )
@@ -54,7 +54,7 @@ def normed(reduction: fx.Node) -> Normed | None:
             eps = user.args[1]
         elif eps is not None and (power := power_of(user)) is not None:
             exponent *= power
-        elif not (moves(user) or times_one(user) or between_floats(user)):
+        elif not (is_view(user) or times_one(user) or between_floats(user)):
             break
         path.append(user)
     if (
@@ -64,7 +64,7 @@ def normed(reduction: fx.Node) -> Normed | None:
     ):
         return None
     numerator = scaled_by(user, path[-1], exponent)
-    if numerator is None or not alike(narrow(numerator), narrow(x)):
+    if numerator is None or not structurally_equal(strip_casts(numerator), strip_casts(x)):
         return None
     return Normed([*path, user], x, eps)
 
@@ -91,7 +91,7 @@ def squared(node: Any) -> fx.Node | None:
     if not isinstance(node, fx.Node) or not node.args:
         return None
     if node.target is aten.mul.Tensor and isinstance(node.args[0], fx.Node):
-        return node.args[0] if alike(*node.args) else None
+        return node.args[0] if structurally_equal(*node.args) else None
     square = node.target is aten.pow.Tensor_Scalar and node.args[1] == 2
     return node.args[0] if square else None
 

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kda_ops
 from kda_ops import config, lowering, tuning
 from kda_ops._numerics import RCP_LN2
-from kda_ops._registry import OPERATORS
+from kda_ops._registry import OPERATORS, define_op
+from kda_ops._roles import CHUNKS, CONV_PAGES, COPIES, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops.gating.gate_cumsum.op import gate_cumsum_op
 from kda_ops.tuning import benchmark, choose, disk_cache, override
 from kda_ops.tuning.configs import CANDIDATES, DEFAULTS, SM90, TABLE, row_for
@@ -178,17 +179,17 @@ def test_a_folder_that_cannot_be_written(
     assert "not remembered" in caplog.text
 
 
-def test_deterministic_choice_is_the_table_alone(
+def test_deterministic_tuning_is_the_table_alone(
     timer: Timer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timer.choose()  # also what was timed before does not count
     timed = len(timer.timed)
-    monkeypatch.setattr(config, "deterministic_choice", True)
+    monkeypatch.setattr(config, "deterministic_tuning", True)
     assert timer.choose() == DEFAULT
     tuning.clear_cache()
     assert timer.choose() == DEFAULT
     assert len(timer.timed) == timed
-    monkeypatch.setattr(config, "deterministic_choice", False)
+    monkeypatch.setattr(config, "deterministic_tuning", False)
     assert timer.choose() == timer.fastest
 
 
@@ -242,7 +243,7 @@ def test_no_memory_for_arguments_to_time_is_no_error(
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(tuning, "examples", fail)
-    with tuning.calling(fail, ["x"], [torch.ones(3)]):
+    with tuning.calling(fail, {"x": None}, [torch.ones(3)]):
         assert choose(KERNEL, CPU, K=64) == DEFAULT
     assert "cannot be timed: no memory" in caplog.text
 
@@ -328,11 +329,63 @@ def test_a_kernel_is_timed_while_it_is_compiled(
     assert set(constants) == {("128", "16")}
 
 
+ROLES = {
+    **dict.fromkeys(("conv_state", "q_state", "k_state", "v_state", "conv"), CONV_PAGES),
+    **dict.fromkeys(("state", "recurrent"), STATE_PAGES),
+    "state_indices": SLOTS,
+    "cu_seqlens": OFFSETS,
+    "chunk_indices": CHUNKS,
+    "plan": COPIES,
+}
+
+
+@pytest.mark.parametrize("op", OPERATORS, ids=str)
+def test_every_argument_has_its_role(op: Any) -> None:
+    """A name means the same in all operators. (`conv_split` reads the whole of its state.)"""
+    found = OPERATORS[op].parameters
+    assert list(found) == [argument.name for argument in op._schema.arguments]
+    if op is not torch.ops.kda_ops.conv_split.default:
+        assert found == {name: ROLES.get(name) for name in found}
+
+
+def test_roles_of_unknown_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"roles of kda_ops::test_roles name \['y'\]"):
+        define_op(
+            "test_roles(Tensor x) -> Tensor",
+            reference=torch.clone,
+            fake=torch.empty_like,
+            cuda="torch:clone",
+            roles={"y": SLOTS},
+        )
+
+
+def test_tables_of_example_arguments() -> None:
+    """Every sequence has tokens, every slot is another, and pages are no more than are used."""
+    table = torch.zeros(3, 2, dtype=torch.int32)
+    chunk_table = torch.zeros(8 // 4 + 2, 2, dtype=torch.int32)
+    arguments = [torch.zeros(1, 8, 2), torch.zeros(99, 5, 4), table, torch.zeros(3).int(),
+                 chunk_table, 4, torch.zeros(3, dtype=torch.bool)]  # fmt: skip
+    parameters = {"x": None, "pages": CONV_PAGES, "to": SLOTS, "offsets": OFFSETS,
+                  "chunks": CHUNKS, "chunk_size": None, "flags": None}  # fmt: skip
+    _, pages, slots, offsets, chunks, _, flags = examples(parameters, arguments, CPU)
+    assert pages.shape == (7, 5, 4)
+    assert slots.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert offsets.tolist() == [0, 4, 8]
+    assert chunks[:2].tolist() == [[0, 0], [1, 0]]
+    assert flags.all()
+    conv = torch.zeros(2, 50, 3, 4)  # of two layers
+    plan = torch.zeros(4, 4, dtype=torch.int32)
+    pages, plan = examples({"conv": CONV_PAGES, "plan": COPIES}, [conv, plan], CPU)
+    assert pages.shape == (2, 9, 3, 4)
+    assert plan[1].tolist() == [3, 3, 4, 0]
+
+
 def test_arguments_in_lists_are_timed_on_tensors_of_their_own() -> None:
     """The gradients that the launcher of a backward operator takes."""
     x = torch.zeros(3, 2).t()
     arguments = [x, [x, None], [True, False]]
-    found, gradients, needs = examples(["x", "output_gradients", "needs"], arguments, CPU)
+    parameters = dict.fromkeys(("x", "output_gradients", "needs"))
+    found, gradients, needs = examples(parameters, arguments, CPU)
     assert (gradients[1], needs) == (None, [True, False])
     for made in (found, gradients[0]):
         assert (made.shape, made.stride()) == (x.shape, x.stride())
@@ -365,7 +418,7 @@ def test_generated_code_is_compiled_and_timed_while_something_else_is_compiled(
 
 
 @pytest.mark.parametrize("of_tokens", [False, True], ids=["cumulative", "of-tokens"])
-def test_the_gate_inside_the_recurrence_is_timed_against_the_gate_apart(
+def test_the_gate_inside_the_recurrence_is_timed_against_a_kernel_of_its_own(
     of_tokens: bool, timer: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also a gate of another shape than the recurrence's."""
@@ -413,7 +466,7 @@ class RecordOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_deterministic_choice_is_part_of_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_tuning_is_part_of_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     def misses() -> int:
         torch._dynamo.reset()
         counters.clear()
@@ -423,7 +476,7 @@ def test_deterministic_choice_is_part_of_the_cache_key(monkeypatch: pytest.Monke
 
     with fresh_cache():
         assert (misses(), misses()) == (1, 0)
-        monkeypatch.setattr(config, "deterministic_choice", True)
+        monkeypatch.setattr(config, "deterministic_tuning", True)
         assert (misses(), misses()) == (1, 0)
         with override({KERNEL: DEFAULT}):
             assert misses() == 1

@@ -1,4 +1,4 @@
-"""Operators that take q, k and v together or apart: the same numbers, and what does not fit."""
+"""Operators that take q, k and v packed or unpacked: the same numbers, and what does not fit."""
 
 import re
 from typing import Any
@@ -37,27 +37,27 @@ def together(name: str, layout: str) -> dict[str, Any]:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("layout", ["SD", "DS"])
-def test_apart_is_together(layout: str) -> None:
+def test_unpacked_is_packed(layout: str) -> None:
     """Bit for bit: one kernel that finds its channels elsewhere."""
     inputs = together("short_conv_qkv", layout)
-    apart = unpacked(inputs, WIDTHS)
+    separate = unpacked(inputs, WIDTHS)
     run = run_kernels(public_function("short_conv_qkv"))
-    for x, y in zip(run(**inputs), run(**apart), strict=True):
+    for x, y in zip(run(**inputs), run(**separate), strict=True):
         assert torch.equal(x, y)
-    states = torch.cat(apart["conv_state"], dim=2 if layout == "SD" else 1)
+    states = torch.cat(separate["conv_state"], dim=2 if layout == "SD" else 1)
     assert torch.equal(states, inputs["conv_state"])
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("layout", ["SD", "DS"])
-def test_apart_is_together_in_a_step(layout: str) -> None:
+def test_unpacked_is_packed_in_a_step(layout: str) -> None:
     inputs = together("kda_decode", layout)
-    apart = unpacked(inputs, WIDTHS) | {"state": inputs["state"].clone()}
+    separate = unpacked(inputs, WIDTHS) | {"state": inputs["state"].clone()}
     run = run_kernels(public_function("kda_decode"))
-    assert torch.equal(run(**inputs), run(**apart))
-    states = torch.cat(apart["conv_state"], dim=2 if layout == "SD" else 1)
+    assert torch.equal(run(**inputs), run(**separate))
+    states = torch.cat(separate["conv_state"], dim=2 if layout == "SD" else 1)
     assert torch.equal(states, inputs["conv_state"])
-    assert torch.equal(apart["state"], inputs["state"])
+    assert torch.equal(separate["state"], inputs["state"])
 
 
 def second(parts: tuple[Tensor, ...], x: Any) -> tuple[Any, ...]:
@@ -101,11 +101,11 @@ def test_gradients_of_each_part() -> None:
     inputs = short_conv_qkv_inputs(1, 5, 2, 4, 12, torch.float64, bias=True, device=CPU)
     names = ("x", "weight", "bias")
     packed = {name: inputs[name].requires_grad_() for name in names}
-    apart = unpacked({n: x.detach() if n in names else x for n, x in inputs.items()}, (8, 8, 12))
+    separate = unpacked({n: x.detach() if n in names else x for n, x in inputs.items()}, (8, 8, 12))
     for name in names:
-        apart[name] = tuple(part.requires_grad_() for part in apart[name])
-    for call in (inputs, apart):
+        separate[name] = tuple(part.requires_grad_() for part in separate[name])
+    for call in (inputs, separate):
         sum((y * y).sum() for y in kda_ops.fused.short_conv_qkv(**call)).backward()
     for name, x in packed.items():
-        got = torch.cat([part.grad for part in apart[name]], dim=-1 if name == "x" else 0)
+        got = torch.cat([part.grad for part in separate[name]], dim=-1 if name == "x" else 0)
         torch.testing.assert_close(got, x.grad)

@@ -1,0 +1,171 @@
+"""What the layer does between its projections: along the tokens, from and into states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kda_ops._numerics import accumulation_dtype
+from kda_ops.cache.batch import KDABatch
+from kda_ops.cache.state_copy import state_copy
+from kda_ops.conv.short_conv import short_conv
+from kda_ops.conv.short_conv_update import short_conv_update
+from kda_ops.delta_rule.chunk_kda import chunk_kda
+from kda_ops.delta_rule.recurrent_kda import recurrent_kda
+from kda_ops.gating.gate import gate
+from kda_ops.gating.gate_cumsum import gate_cumsum
+from kda_ops.nn.input_projection import Projected
+from kda_ops.nn.states import State
+from kda_ops.norm.l2norm import l2norm
+from kda_ops.norm.rms_norm_gated import rms_norm_gated
+
+if TYPE_CHECKING:
+    from kda_ops.nn.layer import KimiDeltaAttention as Layer
+
+
+def step(layer: Layer, inputs: Projected, state: State, batch: KDABatch, layout: str) -> Tensor:
+    """One step of a server: decode rows, then prefill rows and padding."""
+    if batch.prefill_copies is not None:
+        conv, recurrent = state
+        window = layout
+        if conv is None:  # the copy takes two states
+            conv, window = (
+                recurrent.new_zeros(len(recurrent), batch.state_indices.shape[1], 1),
+                "SD",
+            )
+        num_spec = batch.state_indices.shape[1] - 1
+        state_copy(conv, recurrent, batch.prefill_copies, layout=window, num_spec=num_spec)
+    if batch.kind == "decode":
+        return decode(layer, inputs, state, batch, layout)
+    if batch.kind == "prefill":
+        return prefill_pages(layer, inputs, state, batch, layout)
+    _, decode_rows, _, _, prefill_rows, *_ = batch.counts.shape
+    decodes, prefills = inputs.split((decode_rows, prefill_rows))
+    decoded = decode(layer, decodes, state, batch, layout)
+    return torch.cat([decoded, prefill_pages(layer, prefills, state, batch, layout)], dim=1)
+
+
+def decode(layer: Layer, inputs: Projected, state: State, batch: KDABatch, layout: str) -> Tensor:
+    """A few tokens of each decode, step by step from its pages."""
+    conv, recurrent = state
+    cu_seqlens, state_indices = batch.decodes()
+    if layer.use_short_conv:
+        x = short_conv_update(
+            inputs.x[0],
+            conv,
+            layer.conv_weight,
+            layer.conv_bias,
+            state_indices=state_indices,
+            num_accepted=batch.num_accepted,
+            cu_seqlens=cu_seqlens,
+            layout=layout,
+        )[None]
+    else:
+        x = F.silu(inputs.x)
+    q, k, v = heads(layer, x)
+    g = gate(inputs.raw_gate, layer.A_log, layer.dt_bias, lower_bound=layer.lower_bound)
+    o = recurrent_kda(
+        q,
+        k,
+        v,
+        g,
+        step_size(layer, inputs.raw_beta),
+        recurrent,
+        state_indices,
+        num_accepted=batch.num_accepted,
+        cu_seqlens=cu_seqlens,
+    )
+    # padding follows the last sequence of the whole batch
+    return normalised(layer, o, inputs.output_gate, None if batch.kind == "mixed" else cu_seqlens)
+
+
+def prefill_pages(
+    layer: Layer, inputs: Projected, state: State, batch: KDABatch, layout: str
+) -> Tensor:
+    """The prompts of a step, from and into their pages."""
+    state_indices, continues = batch.prefills()
+    return prefill(
+        layer,
+        inputs,
+        state,
+        state_indices if state_indices.dim() == 1 else state_indices[:, 0],
+        continues,
+        batch.prefill_cu_seqlens,
+        batch.chunk_indices,
+        layout,
+    )
+
+
+def prefill(
+    layer: Layer,
+    inputs: Projected,
+    state: State | None,
+    state_indices: Tensor | None,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_indices: Tensor | None,
+    layout: str,
+) -> Tensor:
+    """Whole sequences, chunk by chunk; with a state from and into its slots."""
+    conv, recurrent = (None, None) if state is None else state
+    if layer.use_short_conv:
+        x = short_conv(
+            inputs.x,
+            layer.conv_weight,
+            layer.conv_bias,
+            conv_state=conv,
+            state_indices=state_indices,
+            has_initial_state=has_initial_state,
+            cu_seqlens=cu_seqlens,
+            layout=layout,
+        )
+    else:
+        x = F.silu(inputs.x)
+    q, k, v = heads(layer, x)
+    g_cumsum = gate_cumsum(
+        inputs.raw_gate,
+        layer.A_log,
+        layer.dt_bias,
+        lower_bound=layer.lower_bound,
+        cu_seqlens=cu_seqlens,
+        chunk_indices=chunk_indices,
+    )
+    o, _ = chunk_kda(
+        q,
+        k,
+        v,
+        g_cumsum,
+        step_size(layer, inputs.raw_beta),
+        cu_seqlens=cu_seqlens,
+        chunk_indices=chunk_indices,
+        state=recurrent,
+        state_indices=state_indices,
+        has_initial_state=has_initial_state,
+    )
+    return normalised(layer, o, inputs.output_gate, cu_seqlens)
+
+
+def step_size(layer: Layer, raw_beta: Tensor) -> Tensor:
+    """beta, the step size of the delta rule."""
+    beta = torch.sigmoid(raw_beta.to(accumulation_dtype(raw_beta)))
+    return 2 * beta if layer.allow_neg_eigval else beta
+
+
+def normalised(layer: Layer, o: Tensor, output_gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The output norm; rows past the last sequence are zero whatever their gate is."""
+    o = rms_norm_gated(o, output_gate, layer.o_norm_weight, eps=layer.norm_eps)
+    if cu_seqlens is None:
+        return o
+    real = torch.arange(o.shape[1], device=o.device) < cu_seqlens[-1]
+    # expanded, as torch 2.11 computes what is unsqueezed at an unknown size on its own
+    return torch.where(real.expand(1, 1, -1).permute(2, 0, 1), o, 0)
+
+
+def heads(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised q and k, and v, of the convolved channels."""
+    q, k, v = x.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+    q, k = (y.unflatten(-1, (layer.num_heads, layer.head_k_dim)) for y in (q, k))
+    return l2norm(q), l2norm(k), v.unflatten(-1, (layer.num_v_heads, layer.head_v_dim))
