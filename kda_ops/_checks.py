@@ -230,15 +230,10 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Non
 
 
 def check_chunk_states(
-    q: Tensor,
-    v: Tensor,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    state: Tensor | None,
-    state_indices: Tensor | None,
-    has_initial_state: Tensor | None,
+    q: Tensor, v: Tensor, initial_state: Tensor | None, output_final_state: bool,
+    state: Tensor | None, state_indices: Tensor | None, has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     """The states of whole sequences: initial and final ones, or paged ones written in place."""
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     HV, V, K = v.shape[2], v.shape[3], q.shape[3]
@@ -272,12 +267,9 @@ def check_chunk_states(
 
 
 def check_step_values(
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
+    state: Tensor, state_indices: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None,
     total_tokens: int,
-) -> None:
+) -> None:  # fmt: skip
     """Contents of the tables of a step on paged states: slots, counts and offsets."""
     check_slot_values("state_indices", state_indices, state.shape[0])
     table = state_indices if state_indices.dim() == 2 else state_indices[:, None]

@@ -25,14 +25,9 @@ def short_conv_update_fake(x: Tensor) -> Tensor:
 
 
 def check_short_conv_update_values(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> None:
+    x: Tensor, conv_state: Tensor, weight: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> None:  # fmt: skip
     state_indices = state_indices[:, 0] if state_indices.dim() == 2 else state_indices
     check_slot_values("state_indices", state_indices, conv_state.shape[0])
     check_distinct_slots("state_indices", state_indices)
@@ -142,14 +137,9 @@ def short_conv_update(
         check_dtype("num_accepted", num_accepted, INTEGERS)
         check_shape("num_accepted", num_accepted, (sequences,))
     check_device(
-        x=x,
-        conv_state=conv_state,
-        weight=weight,
-        bias=bias,
-        state_indices=state_indices,
-        num_accepted=num_accepted,
-        cu_seqlens=cu_seqlens,
-    )
+        x=x, conv_state=conv_state, weight=weight, bias=bias, state_indices=state_indices,
+        num_accepted=num_accepted, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     return short_conv_update_op(
         x, conv_state, weight, bias, activation, state_indices, num_accepted, cu_seqlens, layout
     )

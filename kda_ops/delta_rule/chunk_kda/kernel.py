@@ -22,46 +22,13 @@ from kda_ops.tuning import choose
 
 @triton.jit
 def chunk_prepare_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    G_ptr,
-    beta_ptr,
-    o_ptr,
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    cu_ptr,
+    q_ptr, k_ptr, v_ptr, G_ptr, beta_ptr, o_ptr, tiles_ptr, u_ptr, decay_ptr, cu_ptr,
     chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    G_b,
-    G_t,
-    G_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    SCALE: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    PACKED: tl.constexpr,
-):
+    T, N, NC, first_row, rows,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, G_b, G_t, G_h, beta_b, beta_t, beta_h,
+    SCALE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    VARLEN: tl.constexpr, SLABS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
     """One program prepares one chunk of one value head; K and V are 64 or 128.
     Grid: (chunks * HV), heads fastest.
 
@@ -102,43 +69,16 @@ def chunk_prepare_kernel(
     work = row * HV + h
     tl.store(decay_ptr + work * K + d, tl.exp2(last))
     prepare_chunk(
-        q,
-        k,
-        y,
-        beta,
-        before,
-        v_ptr + b * v_b + h * v_h + first * v_t,
-        v_t,
-        o_ptr,
-        tiles_ptr,
-        u_ptr,
-        work,
-        b * T + first,
-        count,
-        h,
-        SCALE,
-        HV,
-        K,
-        V,
-        VARLEN,
-        PACKED,
-    )
+        q, k, y, beta, before, v_ptr + b * v_b + h * v_h + first * v_t, v_t, o_ptr, tiles_ptr,
+        u_ptr, work, b * T + first, count, h, SCALE, HV, K, V, VARLEN, PACKED,
+    )  # fmt: skip
 
 
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_cumsum: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial: Tensor | None,
-    final: Tensor | None,
-    indices: Tensor | None,
-    has_initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float,
+    initial: Tensor | None, final: Tensor | None, indices: Tensor | None,
+    has_initial: Tensor | None, cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Returns the output and writes the final states to `final`; see `launch_scan`."""
     H, K = q.shape[2:]
     HV, V = v.shape[2:]
@@ -151,25 +91,12 @@ def _launch(
     for part in parts:
         if fast:
             traceable(chunk_prepare_kernel)[(part.programs * HV,)](
-                q,
-                k,
-                v,
-                g_cumsum,
-                beta,
-                o,
-                *workspace.prepared,
-                *part.tables,
+                q, k, v, g_cumsum, beta, o, *workspace.prepared, *part.tables,
                 *(stride for x in (q, k, v, g_cumsum, beta) for stride in x.stride()[:3]),
-                SCALE=scale,
-                H=H,
-                HV=HV,
-                K=K,
-                V=V,
-                VARLEN=cu_seqlens is not None,
-                SLABS=part.slab is not None,
-                PACKED=is_nvidia(q.device),
+                SCALE=scale, H=H, HV=HV, K=K, V=V, VARLEN=cu_seqlens is not None,
+                SLABS=part.slab is not None, PACKED=is_nvidia(q.device),
                 **choose("chunk_prepare", q.device, K=K, V=V, dtype=q.dtype),
-            )
+            )  # fmt: skip
         else:
             launch_general_prepare(q, k, v, g_cumsum, beta, scale, o, workspace, part)
         launch_scan(o, workspace, part, K, initial, final, indices, has_initial)
@@ -177,62 +104,27 @@ def _launch(
 
 
 def launch_chunk_kda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_cumsum: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float,
+    initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
     dtype = torch.float32 if initial_state is None else initial_state.dtype
     final = torch.empty(shape, dtype=dtype, device=q.device)
     o = _launch(
-        q,
-        k,
-        v,
-        g_cumsum,
-        beta,
-        scale,
-        initial_state,
-        final if output_final_state else None,
-        None,
-        None,
-        cu_seqlens,
-        chunk_indices,
-    )
+        q, k, v, g_cumsum, beta, scale, initial_state, final if output_final_state else None, None,
+        None, cu_seqlens, chunk_indices,
+    )  # fmt: skip
     return o, final
 
 
 def launch_chunk_kda_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_cumsum: Tensor,
-    beta: Tensor,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, state: Tensor,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return _launch(
-        q,
-        k,
-        v,
-        g_cumsum,
-        beta,
-        scale,
-        None,
-        state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
+        q, k, v, g_cumsum, beta, scale, None, state, state_indices, has_initial_state, cu_seqlens,
         chunk_indices,
-    )
+    )  # fmt: skip

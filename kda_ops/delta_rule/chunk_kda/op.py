@@ -21,12 +21,9 @@ from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
 
 def chunk_kda_fake(
-    q: Tensor,
-    v: Tensor,
-    initial_state: Tensor | None,
-    output_final_state: bool,
+    q: Tensor, v: Tensor, initial_state: Tensor | None, output_final_state: bool,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
@@ -61,13 +58,9 @@ def check_chunk_kda_values(
 
 
 def check_chunk_kda_state_values(
-    q: Tensor,
-    g_cumsum: Tensor,
-    state: Tensor,
-    state_indices: Tensor,
-    cu_seqlens: Tensor | None,
+    q: Tensor, g_cumsum: Tensor, state: Tensor, state_indices: Tensor, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
     _check_sums(g_cumsum, cu_seqlens)
     check_slot_values("state_indices", state_indices, state.shape[0])
@@ -173,14 +166,7 @@ def chunk_kda(
     check_device(q=q, k=k, v=v, g_cumsum=g_cumsum, beta=beta)
     check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)
     check_chunk_states(
-        q,
-        v,
-        initial_state,
-        output_final_state,
-        state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
+        q, v, initial_state, output_final_state, state, state_indices, has_initial_state, cu_seqlens
     )
     if scale is None:
         scale = q.shape[3] ** -0.5
@@ -189,29 +175,12 @@ def chunk_kda(
         chunk_indices = prepare_chunk_indices(cu_seqlens, q.shape[1])
     if state is None:
         o, final = chunk_kda_op(
-            q,
-            k,
-            v,
-            g_cumsum,
-            beta,
-            scale,
-            initial_state,
-            output_final_state,
-            cu_seqlens,
+            q, k, v, g_cumsum, beta, scale, initial_state, output_final_state, cu_seqlens,
             chunk_indices,
-        )
+        )  # fmt: skip
         return o, final if output_final_state else None
     o = chunk_kda_state_op(
-        q,
-        k,
-        v,
-        g_cumsum,
-        beta,
-        scale,
-        state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
+        q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens,
         chunk_indices,
-    )
+    )  # fmt: skip
     return o, None

@@ -25,42 +25,17 @@ NAMES = (
 
 
 def launch_chunk_kda_gated_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-    output_gradients: Sequence[Tensor | None],
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor, beta: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
+    scale: float, initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None,
+    chunk_indices: Tensor | None, output_gradients: Sequence[Tensor | None],
     needs_gradient: Sequence[bool],
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """Gradients of the arguments that need one, in order and in their dtypes."""
     inputs = Inputs(
-        q,
-        k,
-        v,
-        x,
-        beta,
-        A_log,
-        dt_bias,
-        lower_bound,
-        beta_scale,
-        qk_norm_eps,
-        scale,
-        initial_state,
-        cu_seqlens,
-        chunk_indices,
-        raw=True,
-    )
+        q, k, v, x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps, scale,
+        initial_state, cu_seqlens, chunk_indices, raw=True,
+    )  # fmt: skip
     do, dfinal = output_gradients
     do = torch.zeros_like(v) if do is None else do
     needed = [name for name, need in zip(NAMES, needs_gradient, strict=True) if need and name]

@@ -30,54 +30,15 @@ from kda_ops.tuning import choose
 
 @triton.jit
 def chunk_gated_prepare_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    x_ptr,
-    beta_ptr,
-    A_log_ptr,
-    bias_ptr,
-    o_ptr,
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    cu_ptr,
-    chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    x_b,
-    x_t,
-    x_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    SCALE: tl.constexpr,
-    BOUND: tl.constexpr,
-    BETA_SCALE: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, x_ptr, beta_ptr, A_log_ptr, bias_ptr, o_ptr, tiles_ptr, u_ptr, decay_ptr,
+    cu_ptr, chunk_indices_ptr,
+    T, N, NC, first_row, rows,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
+    SCALE: tl.constexpr, BOUND: tl.constexpr, BETA_SCALE: tl.constexpr, EPS: tl.constexpr,
+    NORM: tl.constexpr, HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr,
     PACKED: tl.constexpr,
-):
+):  # fmt: skip
     """One program prepares one chunk of one value head; K and V are 64 or 128.
     Grid: (chunks * HV), heads fastest.
 
@@ -156,46 +117,14 @@ def chunk_gated_prepare_kernel(
 
 @triton.jit
 def chunk_inputs_kernel(
-    q_ptr,
-    k_ptr,
-    x_ptr,
-    beta_ptr,
-    A_log_ptr,
-    bias_ptr,
-    qn_ptr,
-    kn_ptr,
-    G_ptr,
-    sigmoid_ptr,
-    cu_ptr,
+    q_ptr, k_ptr, x_ptr, beta_ptr, A_log_ptr, bias_ptr, qn_ptr, kn_ptr, G_ptr, sigmoid_ptr, cu_ptr,
     chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    x_b,
-    x_t,
-    x_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    BOUND: tl.constexpr,
-    BETA_SCALE: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
+    T, N, NC,
+    q_b, q_t, q_h, k_b, k_t, k_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
+    BOUND: tl.constexpr, BETA_SCALE: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
     """One program turns one chunk of one value head into what the general `prepare` takes: G in
     log2, beta after its sigmoid and normalised keys, all in fp32. Grid: (chunks, HV).
 
@@ -237,15 +166,9 @@ def chunk_inputs_kernel(
 
 
 def gate_sizes(
-    q: Tensor,
-    v: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    cu_seqlens: Tensor | None,
-) -> dict[str, Any]:
+    q: Tensor, v: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None,
+    beta_scale: float, qk_norm_eps: float | None, cu_seqlens: Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
     """The constants that the kernels from raw inputs share."""
     return {
         "BOUND": 0.0 if lower_bound is None else lower_bound,
@@ -262,12 +185,9 @@ def gate_sizes(
 
 
 def launch_inputs(
-    dense: tuple[Tensor, ...],
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    batch: Batch,
+    dense: tuple[Tensor, ...], A_log: Tensor | None, dt_bias: Tensor | None, batch: Batch,
     sizes: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What `chunk_kda` takes: q and k, normalised in fp32 if `sizes` says so, the cumulative gate
     and beta after its sigmoid; `dense`: q, k, x and beta from `dense_rows`.
     """
@@ -280,44 +200,19 @@ def launch_inputs(
     if sizes["NORM"]:
         qn, kn = (torch.empty((B, T, H, K), dtype=torch.float32, device=q.device) for _ in range(2))
     traceable(chunk_inputs_kernel)[(batch.programs, sizes["HV"])](
-        q,
-        k,
-        x,
-        beta,
-        A_log,
-        dt_bias,
-        qn,
-        kn,
-        G,
-        beta_used,
-        *batch.tables[:5],
+        q, k, x, beta, A_log, dt_bias, qn, kn, G, beta_used, *batch.tables[:5],
         *(stride for y in (q, k, x, beta) for stride in y.stride()[:3]),
-        **sizes,
-        KP=triton.next_power_of_2(K),
-        **choose("chunk_inputs", q.device),
-    )
+        **sizes, KP=triton.next_power_of_2(K), **choose("chunk_inputs", q.device),
+    )  # fmt: skip
     return qn, kn, G, beta_used
 
 
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    initial: Tensor | None,
-    final: Tensor | None,
-    indices: Tensor | None,
-    has_initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor, beta: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
+    scale: float, initial: Tensor | None, final: Tensor | None, indices: Tensor | None,
+    has_initial: Tensor | None, cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Returns the output and writes the final states to `final`; see `launch_scan`."""
     K = q.shape[3]
     HV, V = v.shape[2:]
@@ -334,24 +229,11 @@ def _launch(
     for part in parts:
         if fast:
             traceable(chunk_gated_prepare_kernel)[(part.programs * HV,)](
-                q,
-                k,
-                v,
-                x,
-                beta,
-                A_log,
-                dt_bias,
-                o,
-                *workspace.prepared,
-                *part.tables,
+                q, k, v, x, beta, A_log, dt_bias, o, *workspace.prepared, *part.tables,
                 *(stride for y in (q, k, v, x, beta) for stride in y.stride()[:3]),
-                **sizes,
-                SCALE=scale,
-                V=V,
-                SLABS=part.slab is not None,
-                PACKED=is_nvidia(q.device),
+                **sizes, SCALE=scale, V=V, SLABS=part.slab is not None, PACKED=is_nvidia(q.device),
                 **choose("chunk_gated_prepare", q.device, K=K, V=V, dtype=q.dtype),
-            )
+            )  # fmt: skip
         else:
             launch_general_prepare(qn, kn, v, G, beta_used, scale, o, workspace, part)
         launch_scan(o, workspace, part, K, initial, final, indices, has_initial)
@@ -359,22 +241,11 @@ def _launch(
 
 
 def launch_chunk_kda_gated(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor, beta: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
+    scale: float, initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
@@ -385,23 +256,11 @@ def launch_chunk_kda_gated(
 
 
 def launch_chunk_kda_gated_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor, beta: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
+    scale: float, state: Tensor, state_indices: Tensor, has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+) -> Tensor:  # fmt: skip
     gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
     pages = (state, state_indices, has_initial_state, cu_seqlens, chunk_indices)
     return _launch(q, k, v, *gate, scale, None, *pages)

@@ -26,12 +26,9 @@ from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
 
 def chunk_kda_gated_fake(
-    q: Tensor,
-    v: Tensor,
-    initial_state: Tensor | None,
-    output_final_state: bool,
+    q: Tensor, v: Tensor, initial_state: Tensor | None, output_final_state: bool,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
@@ -52,12 +49,9 @@ def check_chunk_kda_gated_values(
 
 
 def check_chunk_kda_gated_state_values(
-    q: Tensor,
-    state: Tensor,
-    state_indices: Tensor,
-    cu_seqlens: Tensor | None,
+    q: Tensor, state: Tensor, state_indices: Tensor, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
     check_slot_values("state_indices", state_indices, state.shape[0])
     check_distinct_slots("state_indices", state_indices)
@@ -171,14 +165,7 @@ def chunk_kda_gated(
         check_not_negative("qk_norm_eps", qk_norm_eps)
     check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)
     check_chunk_states(
-        q,
-        v,
-        initial_state,
-        output_final_state,
-        state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
+        q, v, initial_state, output_final_state, state, state_indices, has_initial_state, cu_seqlens
     )
     if scale is None:
         scale = q.shape[3] ** -0.5
@@ -189,18 +176,9 @@ def chunk_kda_gated(
     factors = (beta_scale, qk_norm_eps, scale)
     if state is None:
         o, final = chunk_kda_gated_op(
-            q,
-            k,
-            v,
-            raw_gate,
-            raw_beta,
-            *gate,
-            *factors,
-            initial_state,
-            output_final_state,
-            cu_seqlens,
-            chunk_indices,
-        )
+            q, k, v, raw_gate, raw_beta, *gate, *factors, initial_state, output_final_state,
+            cu_seqlens, chunk_indices,
+        )  # fmt: skip
         return o, final if output_final_state else None
     pages = (state, state_indices, has_initial_state)
     return chunk_kda_gated_state_op(

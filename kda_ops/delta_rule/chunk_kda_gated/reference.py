@@ -11,22 +11,11 @@ from kda_ops.varlen import real_rows
 
 
 def chunk_kda_gated_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    raw_gate: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, beta: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
+    scale: float, initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k = _keys(q, k, qk_norm_eps, cu_seqlens)
     gate = (raw_gate, A_log, dt_bias, lower_bound, CHUNK, cu_seqlens, chunk_indices)
     g_cumsum = cumulative_gate(*gate, to_be_seen=False)
@@ -37,23 +26,11 @@ def chunk_kda_gated_reference(
 
 
 def chunk_kda_gated_state_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    raw_gate: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, beta: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
+    scale: float, state: Tensor, state_indices: Tensor, has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+) -> Tensor:  # fmt: skip
     q, k = _keys(q, k, qk_norm_eps, cu_seqlens)
     gate = (raw_gate, A_log, dt_bias, lower_bound, CHUNK, cu_seqlens, chunk_indices)
     g_cumsum = cumulative_gate(*gate, to_be_seen=False)

@@ -27,12 +27,9 @@ def padded(width: int) -> int:
 
 
 def launch_general_gradient(
-    inputs: Inputs,
-    used: tuple[Tensor, Tensor, Tensor, Tensor],
-    do: Tensor,
-    dfinal: Tensor | None,
+    inputs: Inputs, used: tuple[Tensor, Tensor, Tensor, Tensor], do: Tensor, dfinal: Tensor | None,
     needs: frozenset[str],
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """As `kda_ops.delta_rule.chunked.kernels.gradient.launch_gradient`; `used`: q, k, the
     cumulative gate and beta as `chunk_kda` takes them.
     """

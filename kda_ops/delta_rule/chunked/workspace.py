@@ -57,13 +57,9 @@ class Batch(NamedTuple):
         NC = chunk_indices.shape[0]
         # T // 64 + N + 1 blocks of 64 rows cover the padding too
         return Batch(
-            T,
-            cu_seqlens.shape[0] - 1,
-            NC,
-            NC + 1,
-            cu_seqlens.contiguous(),
+            T, cu_seqlens.shape[0] - 1, NC, NC + 1, cu_seqlens.contiguous(),
             chunk_indices.contiguous(),
-        )
+        )  # fmt: skip
 
     def slabs(self, q: Tensor, v: Tensor) -> list["Batch"]:
         """This batch in parts whose workspace is not too large.

@@ -41,28 +41,12 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def kda_decode_fake(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    raw_gate: Tensor,
-    raw_beta: Tensor,
-    output_gate: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    norm_weight: Tensor,
-    norm_eps: float,
-    qk_norm_eps: float,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> Tensor:
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+    raw_gate: Tensor, raw_beta: Tensor, output_gate: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, norm_weight: Tensor,
+    norm_eps: float, qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> Tensor:  # fmt: skip
     return torch.empty((1, x.shape[0], *output_gate.shape[-2:]), dtype=x.dtype, device=x.device)
 
 
@@ -76,28 +60,12 @@ def kda_decode_unpacked_fake(*args: Any) -> Tensor:
 
 
 def check_kda_decode_values(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    raw_gate: Tensor,
-    raw_beta: Tensor,
-    output_gate: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    norm_weight: Tensor,
-    norm_eps: float,
-    qk_norm_eps: float,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> None:
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+    raw_gate: Tensor, raw_beta: Tensor, output_gate: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, norm_weight: Tensor,
+    norm_eps: float, qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> None:  # fmt: skip
     check_step_values(state, state_indices, num_accepted, cu_seqlens, x.shape[0])
     table = state_indices if state_indices.dim() == 2 else state_indices[:, None]
     check_slot_values("state_indices", table[:, 0], conv_state.shape[0])
@@ -311,17 +279,10 @@ def kda_decode(
     for x_part, weight_part, bias_part, conv_part in parts:
         check_device(x=x_part, conv_state=conv_part, weight=weight_part, bias=bias_part)
     check_device(
-        x=xs[0],
-        x_v=xs[-1],
-        raw_gate=raw_gate,
-        raw_beta=raw_beta,
-        output_gate=output_gate,
-        norm_weight=norm_weight,
-        state=state,
-        state_indices=state_indices,
-        num_accepted=num_accepted,
-        cu_seqlens=cu_seqlens,
-    )
+        x=xs[0], x_v=xs[-1], raw_gate=raw_gate, raw_beta=raw_beta, output_gate=output_gate,
+        norm_weight=norm_weight, state=state, state_indices=state_indices,
+        num_accepted=num_accepted, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     scale = K**-0.5 if scale is None else scale
     check_number("scale", scale)
     if beta_scale not in (1.0, 2.0):

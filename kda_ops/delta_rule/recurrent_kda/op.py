@@ -24,12 +24,9 @@ def recurrent_kda_fake(v: Tensor) -> Tensor:
 
 
 def check_recurrent_kda_values(
-    q: Tensor,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
+    q: Tensor, state: Tensor, state_indices: Tensor, num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     check_step_values(state, state_indices, num_accepted, cu_seqlens, q.shape[1])
 
 
@@ -142,16 +139,9 @@ def recurrent_kda(
         check_shape("num_accepted", num_accepted, (N,))
         check_dtype("num_accepted", num_accepted, INTEGERS)
     check_device(
-        q=q,
-        k=k,
-        v=v,
-        g=g,
-        beta=beta,
-        state=state,
-        state_indices=state_indices,
-        num_accepted=num_accepted,
-        cu_seqlens=cu_seqlens,
-    )
+        q=q, k=k, v=v, g=g, beta=beta, state=state, state_indices=state_indices,
+        num_accepted=num_accepted, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     scale = K**-0.5 if scale is None else scale
     check_number("scale", scale)
     return recurrent_kda_op(q, k, v, g, beta, state, state_indices, num_accepted, scale, cu_seqlens)

@@ -12,22 +12,12 @@ from kda_ops.tuning import choose
 
 @triton.jit
 def chunk_cumsum_kernel(
-    g_ptr,
-    cu_seqlens_ptr,
-    chunk_indices_ptr,
-    out_ptr,
-    T,
-    D,
-    rows,
-    sequences,
-    stride_batch,
-    stride_token,
-    SCALE: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    g_ptr, cu_seqlens_ptr, chunk_indices_ptr, out_ptr,
+    T, D, rows, sequences,
+    stride_batch, stride_token,
+    SCALE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     VARLEN: tl.constexpr,
-):
+):  # fmt: skip
     """One program sums BLOCK channels of one chunk.
 
     It walks down the tokens with the running sums in registers, so nothing is exchanged between
@@ -71,12 +61,9 @@ def chunk_cumsum_kernel(
 
 
 def launch_chunk_cumsum(
-    g: Tensor,
-    chunk_size: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
+    g: Tensor, chunk_size: int, scale: float, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     B, T = g.shape[:2]
     out = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     if g.numel() == 0:
@@ -91,21 +78,10 @@ def launch_chunk_cumsum(
     chosen = choose("chunk_cumsum", g.device, D=D, C=chunk_size, dtype=g.dtype)
     block = min(chosen["BLOCK"], triton.next_power_of_2(D))
     traceable(chunk_cumsum_kernel)[(B * rows * triton.cdiv(D, block),)](
-        flat,
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-        None if chunk_indices is None else chunk_indices.contiguous(),
-        out,
-        T,
-        D,
-        rows,
-        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        flat.stride(0),
-        flat.stride(1),
-        SCALE=scale,
-        C=chunk_size,
-        BLOCK=block,
-        STEP=min(chunk_size, chosen["STEP"]),
-        VARLEN=cu_seqlens is not None,
-        num_warps=chosen["num_warps"],
-    )
+        flat, None if cu_seqlens is None else cu_seqlens.contiguous(),
+        None if chunk_indices is None else chunk_indices.contiguous(), out, T, D, rows,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, flat.stride(0), flat.stride(1),
+        SCALE=scale, C=chunk_size, BLOCK=block, STEP=min(chunk_size, chosen["STEP"]),
+        VARLEN=cu_seqlens is not None, num_warps=chosen["num_warps"],
+    )  # fmt: skip
     return out

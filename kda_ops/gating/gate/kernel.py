@@ -12,22 +12,11 @@ from kda_ops.tuning import choose
 
 @triton.jit
 def gate_kernel(
-    x_ptr,
-    A_log_ptr,
-    dt_bias_ptr,
-    g_ptr,
-    rows,
-    stride_row,
-    stride_head,
-    LOWER_BOUND: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):
+    x_ptr, A_log_ptr, dt_bias_ptr, g_ptr,
+    rows, stride_row, stride_head,
+    LOWER_BOUND: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
     """One program computes BLOCK_ROWS rows x [K] of one head.
 
     Grid: (row blocks * HV), heads innermost, so that neighbours read and write neighbouring memory.
@@ -65,21 +54,10 @@ def launch_gate(
     chosen = choose("gate", raw_gate.device, K=K, dtype=raw_gate.dtype)
     block_rows = max(1, chosen["TILE"] // block_k)
     traceable(gate_kernel)[(triton.cdiv(rows, block_rows) * HV,)](
-        flat,
-        None if A_log is None else A_log.contiguous(),
-        bias,
-        g,
-        rows,
-        flat.stride(0),
+        flat, None if A_log is None else A_log.contiguous(), bias, g, rows, flat.stride(0),
         flat.stride(1),
-        LOWER_BOUND=0.0 if lower_bound is None else lower_bound,
-        HV=HV,
-        K=K,
-        BLOCK_K=block_k,
-        BLOCK_ROWS=block_rows,
-        HAS_A=A_log is not None,
-        HAS_BIAS=bias is not None,
-        BOUNDED=lower_bound is not None,
-        num_warps=chosen["num_warps"],
-    )
+        LOWER_BOUND=0.0 if lower_bound is None else lower_bound, HV=HV, K=K, BLOCK_K=block_k,
+        BLOCK_ROWS=block_rows, HAS_A=A_log is not None, HAS_BIAS=bias is not None,
+        BOUNDED=lower_bound is not None, num_warps=chosen["num_warps"],
+    )  # fmt: skip
     return g

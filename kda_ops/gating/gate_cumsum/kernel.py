@@ -13,30 +13,13 @@ from kda_ops.tuning import choose
 
 @triton.jit
 def gate_cumsum_kernel(
-    x_ptr,
-    A_log_ptr,
-    dt_bias_ptr,
-    cu_seqlens_ptr,
-    chunk_indices_ptr,
-    G_ptr,
-    T,
-    rows,
-    sequences,
-    stride_batch,
-    stride_token,
-    stride_head,
-    LOWER_BOUND: tl.constexpr,
-    SCALE: tl.constexpr,
-    C: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
+    x_ptr, A_log_ptr, dt_bias_ptr, cu_seqlens_ptr, chunk_indices_ptr, G_ptr,
+    T, rows, sequences,
+    stride_batch, stride_token, stride_head,
+    LOWER_BOUND: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr, HV: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, HAS_A: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BOUNDED: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
     """One program computes BLOCK of the HV * K channels of one chunk.
 
     It walks down the tokens with the running sums in registers, so nothing is exchanged between
@@ -99,14 +82,9 @@ def gate_cumsum_kernel(
 
 
 def launch_gate_cumsum(
-    raw_gate: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    chunk_size: int,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
+    raw_gate: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None,
+    chunk_size: int, cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+) -> Tensor:  # fmt: skip
     B, T, HV, K = raw_gate.shape
     g_cumsum = torch.empty(raw_gate.shape, dtype=torch.float32, device=raw_gate.device)
     if raw_gate.numel() == 0:
@@ -120,29 +98,14 @@ def launch_gate_cumsum(
     chosen = choose("gate_cumsum", raw_gate.device, D=HV * K, C=chunk_size, dtype=raw_gate.dtype)
     block = min(chosen["BLOCK"], triton.next_power_of_2(HV * K))
     traceable(gate_cumsum_kernel)[(B * rows * triton.cdiv(HV * K, block),)](
-        raw_gate,
-        None if A_log is None else A_log.contiguous(),
-        bias,
+        raw_gate, None if A_log is None else A_log.contiguous(), bias,
         None if cu_seqlens is None else cu_seqlens.contiguous(),
-        None if chunk_indices is None else chunk_indices.contiguous(),
-        g_cumsum,
-        T,
-        rows,
-        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        raw_gate.stride(0),
-        raw_gate.stride(1),
-        raw_gate.stride(2),
-        LOWER_BOUND=0.0 if lower_bound is None else lower_bound,
-        SCALE=RCP_LN2,
-        C=chunk_size,
-        HV=HV,
-        K=K,
-        BLOCK=block,
-        STEP=min(chunk_size, chosen["STEP"]),
-        HAS_A=A_log is not None,
-        HAS_BIAS=bias is not None,
-        BOUNDED=lower_bound is not None,
-        VARLEN=cu_seqlens is not None,
+        None if chunk_indices is None else chunk_indices.contiguous(), g_cumsum, T, rows,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, raw_gate.stride(0),
+        raw_gate.stride(1), raw_gate.stride(2),
+        LOWER_BOUND=0.0 if lower_bound is None else lower_bound, SCALE=RCP_LN2, C=chunk_size, HV=HV,
+        K=K, BLOCK=block, STEP=min(chunk_size, chosen["STEP"]), HAS_A=A_log is not None,
+        HAS_BIAS=bias is not None, BOUNDED=lower_bound is not None, VARLEN=cu_seqlens is not None,
         num_warps=chosen["num_warps"],
-    )
+    )  # fmt: skip
     return g_cumsum

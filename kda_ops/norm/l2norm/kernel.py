@@ -12,19 +12,9 @@ from kda_ops.tuning import choose
 
 @triton.jit
 def l2norm_kernel(
-    x_ptr,
-    y_ptr,
-    rows,
-    size_1,
-    size_2,
-    stride_0,
-    stride_1,
-    stride_2,
-    EPS: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    x_ptr, y_ptr, rows, size_1, size_2, stride_0, stride_1, stride_2,
+    EPS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     """One program normalises BLOCK_ROWS rows of [K].
 
     Grid: (row blocks); rows count over three leading axes.
@@ -53,18 +43,7 @@ def launch_l2norm(x: Tensor, eps: float) -> Tensor:
     chosen = choose("l2norm", x.device, K=K, dtype=x.dtype)
     block_rows = max(1, chosen["TILE"] // block_k)
     traceable(l2norm_kernel)[(triton.cdiv(rows, block_rows),)](
-        four,
-        y,
-        rows,
-        four.shape[1],
-        four.shape[2],
-        four.stride(0),
-        four.stride(1),
-        four.stride(2),
-        EPS=eps,
-        K=K,
-        BLOCK_K=block_k,
-        BLOCK_ROWS=block_rows,
-        num_warps=chosen["num_warps"],
-    )
+        four, y, rows, four.shape[1], four.shape[2], four.stride(0), four.stride(1), four.stride(2),
+        EPS=eps, K=K, BLOCK_K=block_k, BLOCK_ROWS=block_rows, num_warps=chosen["num_warps"],
+    )  # fmt: skip
     return y

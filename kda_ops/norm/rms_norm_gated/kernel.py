@@ -12,25 +12,12 @@ from kda_ops.tuning import choose
 
 @triton.jit
 def rms_norm_gated_kernel(
-    o_ptr,
-    gate_ptr,
-    weight_ptr,
-    y_ptr,
-    rows,
-    size_1,
-    size_2,
-    o_stride_0,
-    o_stride_1,
-    o_stride_2,
-    gate_stride_0,
-    gate_stride_1,
-    gate_stride_2,
-    EPS: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    o_ptr, gate_ptr, weight_ptr, y_ptr,
+    rows, size_1, size_2,
+    o_stride_0, o_stride_1, o_stride_2, gate_stride_0, gate_stride_1, gate_stride_2,
+    EPS: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     DENSE: tl.constexpr,
-):
+):  # fmt: skip
     """One program normalises BLOCK_ROWS rows of [V].
 
     Grid: (row blocks); rows count over three leading axes. DENSE inputs need no strides: dividing
@@ -73,20 +60,9 @@ def launch_rms_norm_gated(o: Tensor, output_gate: Tensor, weight: Tensor, eps: f
     chosen = choose("rms_norm_gated", o.device, V=V, dtype=o.dtype, dense=dense)
     block_rows = max(1, chosen["TILE"] // block_v)
     traceable(rms_norm_gated_kernel)[(triton.cdiv(rows, block_rows),)](
-        o4,
-        gate4,
-        weight.contiguous(),
-        y,
-        rows,
-        o4.shape[1],
-        o4.shape[2],
-        *o4.stride()[:3],
+        o4, gate4, weight.contiguous(), y, rows, o4.shape[1], o4.shape[2], *o4.stride()[:3],
         *gate4.stride()[:3],
-        EPS=eps,
-        V=V,
-        BLOCK_V=block_v,
-        BLOCK_ROWS=block_rows,
-        DENSE=dense,
+        EPS=eps, V=V, BLOCK_V=block_v, BLOCK_ROWS=block_rows, DENSE=dense,
         num_warps=chosen["num_warps"],
-    )
+    )  # fmt: skip
     return y

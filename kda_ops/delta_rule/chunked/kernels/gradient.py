@@ -108,25 +108,15 @@ def sum_parameters(sums: Tensor | None, found: dict[str, Tensor | None]) -> None
         return
     rows, HV, _, K = sums.shape
     traceable(parameter_sums_kernel)[(HV,)](
-        sums,
-        found["dt_bias"],
-        found["A_log"],
-        rows,
-        HV=HV,
-        K=K,
-        KP=triton.next_power_of_2(K),
-        num_warps=8,
-    )
+        sums, found["dt_bias"], found["A_log"], rows,
+        HV=HV, K=K, KP=triton.next_power_of_2(K), num_warps=8,
+    )  # fmt: skip
 
 
 def sum_heads(
-    q: Tensor,
-    k: Tensor,
-    by_head: dict[str, Tensor | None],
-    found: dict[str, Tensor | None],
-    batch: Batch,
-    eps: float | None,
-) -> None:
+    q: Tensor, k: Tensor, by_head: dict[str, Tensor | None], found: dict[str, Tensor | None],
+    batch: Batch, eps: float | None,
+) -> None:  # fmt: skip
     """The gradients of q and k from those of the value heads, and with `eps` of what was
     normalised.
     """
@@ -136,23 +126,11 @@ def sum_heads(
     heads = by_head["q"] if by_head["k"] is None else by_head["k"]
     assert heads is not None
     traceable(backward_keys_kernel)[(batch.programs * H,)](
-        q,
-        k,
-        by_head["q"],
-        by_head["k"],
-        found["q"],
-        found["k"],
-        *batch.tables[:5],
+        q, k, by_head["q"], by_head["k"], found["q"], found["k"], *batch.tables[:5],
         *(stride for y in (q, k) for stride in y.stride()[:3]),
-        EPS=0.0 if eps is None else eps,
-        NORM=eps is not None,
-        H=H,
-        HV=heads.shape[2],
-        K=K,
-        KP=triton.next_power_of_2(K),
-        VARLEN=batch.cu_seqlens is not None,
-        num_warps=4,
-    )
+        EPS=0.0 if eps is None else eps, NORM=eps is not None, H=H, HV=heads.shape[2], K=K,
+        KP=triton.next_power_of_2(K), VARLEN=batch.cu_seqlens is not None, num_warps=4,
+    )  # fmt: skip
 
 
 def has_fast_gradient(dtype: torch.dtype, K: Any, V: Any) -> bool:
@@ -209,23 +187,11 @@ def launch_gradient(
 
     def prepare(part: Batch) -> None:
         traceable(backward_prepare_kernel)[(part.programs * HV,)](
-            q,
-            k,
-            v,
-            gate,
-            beta,
-            A_log,
-            dt_bias,
-            workspace.tiles,
-            workspace.rows,
-            *part.tables,
+            q, k, v, gate, beta, A_log, dt_bias, workspace.tiles, workspace.rows, *part.tables,
             *(stride for y in (q, k, v, gate, beta) for stride in y.stride()[:3]),
-            EPS=eps,
-            BETA_SCALE=x.beta_scale,
-            **gates,
-            **sizes,
+            EPS=eps, BETA_SCALE=x.beta_scale, **gates, **sizes,
             **choose("backward_prepare", device),
-        )
+        )  # fmt: skip
 
     programs = HV * at_least_one(batch.N)
 
@@ -234,91 +200,40 @@ def launch_gradient(
         chosen["STAGES"] = min(chosen["STAGES"], forward_stages(K, chosen["BV"], device))
         initial = x.initial_state
         traceable(states_forward_kernel)[(V // chosen["BV"] * programs,)](
-            *workspace.chunks,
-            initial,
-            *states,
-            part.cu_seqlens,
-            part.T,
-            part.N,
-            *(part.slab or (0, 0)),
-            *((0,) * 4 if initial is None else initial.stride()),
-            **sizes,
-            KEEP=keep,
-            **chosen,
-        )
+            *workspace.chunks, initial, *states, part.cu_seqlens, part.T, part.N,
+            *(part.slab or (0, 0)), *((0,) * 4 if initial is None else initial.stride()),
+            **sizes, KEEP=keep, **chosen,
+        )  # fmt: skip
 
     def backward(part: Batch, gradients: Sequence[Tensor | None]) -> None:
         chosen = dict(choose("states_backward", device))
         chosen["STAGES"] = min(chosen["STAGES"], reverse_stages(K, chosen["BV"], device))
         traceable(states_backward_kernel)[(V // chosen["BV"] * programs,)](
-            *workspace.chunks,
-            do,
-            found["v"],
-            dfinal,
-            found["initial_state"],
-            *gradients,
-            part.cu_seqlens,
-            part.T,
-            part.N,
-            *(part.slab or (0, 0)),
-            *do.stride()[:3],
-            *((0,) * 4 if dfinal is None else dfinal.stride()),
-            **sizes,
-            **chosen,
-        )
+            *workspace.chunks, do, found["v"], dfinal, found["initial_state"], *gradients,
+            part.cu_seqlens, part.T, part.N, *(part.slab or (0, 0)), *do.stride()[:3],
+            *((0,) * 4 if dfinal is None else dfinal.stride()), **sizes, **chosen,
+        )  # fmt: skip
 
     def chunk_gradients(part: Batch) -> None:
         chosen = choose("chunk_gradient", device)
         traceable(backward_tiles_kernel)[(part.programs * HV,)](
-            v,
-            do,
-            found["v"],
-            workspace.tiles,
-            pairs,
-            workspace.rows,
-            *part.tables,
+            v, do, found["v"], workspace.tiles, pairs, workspace.rows, *part.tables,
             *(stride for y in (v, do) for stride in y.stride()[:3]),
-            SCALE=x.scale,
-            **sizes,
-            **choose("backward_tiles", device),
-        )
+            SCALE=x.scale, **sizes, **choose("backward_tiles", device),
+        )  # fmt: skip
         traceable(chunk_gradient_kernel)[(part.programs * HV * (K // chosen["BK"]),)](
-            q,
-            k,
-            gate,
-            A_log,
-            dt_bias,
-            do,
-            found["v"],
-            workspace.tiles,
-            pairs,
-            workspace.rows,
-            workspace.states,
-            matrices.view(torch.float16),
-            by_head["q"],
-            by_head["k"],
-            found["gate"],
-            sums,
-            *part.tables,
+            q, k, gate, A_log, dt_bias, do, found["v"], workspace.tiles, pairs, workspace.rows,
+            workspace.states, matrices.view(torch.float16), by_head["q"], by_head["k"],
+            found["gate"], sums, *part.tables,
             *(stride for y in (q, k, gate, do) for stride in y.stride()[:3]),
-            **gates,
-            **sizes,
-            **chosen,
-        )
+            **gates, **sizes, **chosen,
+        )  # fmt: skip
         if found["beta"] is not None:
             traceable(backward_beta_kernel)[(part.programs * HV,)](
-                workspace.rows,
-                found["beta"],
-                *part.tables,
-                GATED=x.raw,
-                BETA_SCALE=x.beta_scale,
-                HV=HV,
-                K=K,
-                BK=chosen["BK"],
-                VARLEN=varlen,
-                SLABS=sizes["SLABS"],
-                num_warps=1,
-            )
+                workspace.rows, found["beta"], *part.tables,
+                GATED=x.raw, BETA_SCALE=x.beta_scale, HV=HV, K=K, BK=chosen["BK"], VARLEN=varlen,
+                SLABS=sizes["SLABS"], num_warps=1,
+            )  # fmt: skip
 
     for i, part in enumerate(parts[:-1]):
         prepare(part)

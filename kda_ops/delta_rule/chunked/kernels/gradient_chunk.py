@@ -84,13 +84,9 @@ def _either(mask, a, b, PACKED: tl.constexpr):
     """A where the mask is -1, else b; two per instruction."""
     if PACKED:
         return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xCA;",
-            "=r,r,r,r",
-            [tl.broadcast_to(mask, a.shape), a, b],
-            dtype=a.dtype,
-            is_pure=True,
-            pack=2,
-        )
+            "lop3.b32 $0, $1, $2, $3, 0xCA;", "=r,r,r,r", [tl.broadcast_to(mask, a.shape), a, b],
+            dtype=a.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
     else:
         return tl.where(mask != 0, a, b)
 
@@ -169,56 +165,15 @@ def _sum_from_each(x, matrices_ptr):
 
 @triton.jit
 def chunk_gradient_kernel(
-    q_ptr,
-    k_ptr,
-    gate_ptr,
-    A_log_ptr,
-    bias_ptr,
-    do_ptr,
-    dv_ptr,
-    tiles_ptr,
-    pairs_ptr,
-    rows_ptr,
-    states_ptr,
-    matrices_ptr,
-    dq_ptr,
-    dk_ptr,
-    dgate_ptr,
-    sums_ptr,
-    cu_ptr,
-    chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    gate_b,
-    gate_t,
-    gate_h,
-    do_b,
-    do_t,
-    do_h,
-    SCALE: tl.constexpr,
-    GATED: tl.constexpr,
-    BOUND: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
+    q_ptr, k_ptr, gate_ptr, A_log_ptr, bias_ptr, do_ptr, dv_ptr, tiles_ptr, pairs_ptr, rows_ptr,
+    states_ptr, matrices_ptr, dq_ptr, dk_ptr, dgate_ptr, sums_ptr, cu_ptr, chunk_indices_ptr,
+    T, N, NC, first_row, rows,
+    q_b, q_t, q_h, k_b, k_t, k_h, gate_b, gate_t, gate_h, do_b, do_t, do_h,
+    SCALE: tl.constexpr, GATED: tl.constexpr, BOUND: tl.constexpr, NORM: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr,
     PACKED: tl.constexpr,
-):
+):  # fmt: skip
     """One program finishes BK key columns of one chunk of one value head.
     Grid: (chunks * HV * K / BK), columns fastest, then heads.
 

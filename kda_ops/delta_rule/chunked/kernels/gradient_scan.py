@@ -38,30 +38,12 @@ def sequence_part(
 
 @triton.jit
 def states_forward_kernel(
-    tiles_ptr,
-    rows_ptr,
-    states_ptr,
-    initial_ptr,
-    before_ptr,
-    after_ptr,
-    cu_ptr,
-    T,
-    N,
-    first_row,
-    rows,
-    initial_n,
-    initial_h,
-    initial_v,
-    initial_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    KEEP: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    tiles_ptr, rows_ptr, states_ptr, initial_ptr, before_ptr, after_ptr, cu_ptr,
+    T, N, first_row, rows,
+    initial_n, initial_h, initial_v, initial_k,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr,
+    SLABS: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One program carries BV columns of one head's state through one sequence, S [K, BV] in fp32.
     Grid: (V / BV * (sequence, head) pairs), columns innermost.
 
@@ -118,35 +100,13 @@ def states_forward_kernel(
 
 @triton.jit
 def states_backward_kernel(
-    tiles_ptr,
-    rows_ptr,
-    states_ptr,
-    do_ptr,
-    dv_ptr,
-    dfinal_ptr,
-    dinitial_ptr,
-    before_ptr,
-    after_ptr,
-    cu_ptr,
-    T,
-    N,
-    first_row,
-    rows,
-    do_b,
-    do_t,
-    do_h,
-    dfinal_n,
-    dfinal_h,
-    dfinal_v,
-    dfinal_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    tiles_ptr, rows_ptr, states_ptr, do_ptr, dv_ptr, dfinal_ptr, dinitial_ptr, before_ptr,
+    after_ptr, cu_ptr,
+    T, N, first_row, rows,
+    do_b, do_t, do_h, dfinal_n, dfinal_h, dfinal_v, dfinal_k,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr,
+    SLABS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One program carries BV columns of the gradient of one head's state back through one sequence,
     dS [K, BV] in fp32. Grid: (V / BV * (sequence, head) pairs), columns innermost.
 

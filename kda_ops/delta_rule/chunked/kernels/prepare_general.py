@@ -21,49 +21,14 @@ from kda_ops.delta_rule.chunked.workspace import Batch, Workspace
 
 @triton.jit
 def chunk_prepare_general_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    G_ptr,
-    beta_ptr,
-    o_ptr,
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    cu_ptr,
+    q_ptr, k_ptr, v_ptr, G_ptr, beta_ptr, o_ptr, tiles_ptr, u_ptr, decay_ptr, cu_ptr,
     chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    G_b,
-    G_t,
-    G_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    SCALE: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    KP: tl.constexpr,
-    VP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FP32: tl.constexpr,
-):
+    T, N, NC, first_row, rows,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, G_b, G_t, G_h, beta_b, beta_t, beta_h,
+    SCALE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    VARLEN: tl.constexpr, SLABS: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
+    BLOCK: tl.constexpr, FP32: tl.constexpr,
+):  # fmt: skip
     """One program prepares one chunk of one value head, in blocks of BLOCK key or value columns.
     Grid: (chunks, HV).
 
@@ -150,16 +115,9 @@ def chunk_prepare_general_kernel(
 
 
 def launch_general_prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    G: Tensor,
-    beta: Tensor,
-    scale: float,
-    o: Tensor,
-    workspace: Workspace,
-    batch: Batch,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor, scale: float, o: Tensor,
+    workspace: Workspace, batch: Batch,
+) -> None:  # fmt: skip
     """`prepare` for any size and dtype, from normalised keys (in v's dtype or fp32), the cumulative
     gate in log2 and beta after its sigmoid.
     """

@@ -34,47 +34,15 @@ from kda_ops.tuning import choose
 
 @triton.jit
 def chunk_scan_kernel(
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    S_ptr,
-    E_ptr,
-    M_ptr,
-    o_ptr,
-    initial_ptr,
-    final_ptr,
-    indices_ptr,
-    has_initial_ptr,
-    cu_ptr,
-    T,
-    N,
-    first_row,
-    rows,
-    slots,
-    first_pair,
-    initial_n,
-    initial_h,
-    initial_v,
-    initial_k,
-    final_n,
-    final_h,
-    final_v,
-    final_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    KP: tl.constexpr,
-    BV: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    INITIAL: tl.constexpr,
-    FINAL: tl.constexpr,
-    PAGED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HALF: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    tiles_ptr, u_ptr, decay_ptr, S_ptr, E_ptr, M_ptr, o_ptr, initial_ptr, final_ptr, indices_ptr,
+    has_initial_ptr, cu_ptr,
+    T, N, first_row, rows, slots, first_pair,
+    initial_n, initial_h, initial_v, initial_k, final_n, final_h, final_v, final_k,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    VARLEN: tl.constexpr, SLABS: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr, HALF: tl.constexpr, SEGMENTS: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """One program carries BV columns of one head's state through one sequence, S [KP, BV] in fp32
     registers. Grid: (V blocks * (sequence, head) pairs from first_pair on), V blocks innermost: the
     programs of one head read the same w, kg, qg and Aqk at about the same time.
@@ -123,78 +91,27 @@ def chunk_scan_kernel(
         S = segment_state(E_ptr, M_ptr, pair, segment, d, v, KP, V, SEGMENTS, STAGES)
     else:
         S = first_state(
-            states,
-            carried if SLABS else None,
-            n,
-            page,
-            h,
-            d,
-            v,
-            begins if SLABS else None,
-            K,
-            V,
-            SLABS,
-            INITIAL,
-            PAGED,
-            HAS_INITIAL,
-        )
+            states, carried if SLABS else None, n, page, h, d, v, begins if SLABS else None, K, V,
+            SLABS, INITIAL, PAGED, HAS_INITIAL,
+        )  # fmt: skip
 
     S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
     store_state(
-        final_ptr,
-        final,
-        carried if SLABS else None,
-        S,
-        ends if SEGMENTS > 1 else True,
-        page,
-        h,
-        d,
-        v,
-        K,
-        V,
-        FINAL,
-        SLABS,
-    )
+        final_ptr, final, carried if SLABS else None, S, ends if SEGMENTS > 1 else True, page, h, d,
+        v, K, V, FINAL, SLABS,
+    )  # fmt: skip
 
 
 @triton.jit
 def chunk_scan_fp32_kernel(
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    S_ptr,
-    o_ptr,
-    initial_ptr,
-    final_ptr,
-    indices_ptr,
-    has_initial_ptr,
+    tiles_ptr, u_ptr, decay_ptr, S_ptr, o_ptr, initial_ptr, final_ptr, indices_ptr, has_initial_ptr,
     cu_ptr,
-    T,
-    N,
-    first_row,
-    rows,
-    slots,
-    initial_n,
-    initial_h,
-    initial_v,
-    initial_k,
-    final_n,
-    final_h,
-    final_v,
-    final_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    KP: tl.constexpr,
-    BV: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    INITIAL: tl.constexpr,
-    FINAL: tl.constexpr,
-    PAGED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-):
+    T, N, first_row, rows, slots,
+    initial_n, initial_h, initial_v, initial_k, final_n, final_h, final_v, final_k,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    BLOCK: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr, INITIAL: tl.constexpr,
+    FINAL: tl.constexpr, PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
     """One program carries BV columns of one head's state through one sequence, in full fp32. Grid:
     (V blocks * HV * N).
 
@@ -318,15 +235,9 @@ def scan_groups(K: int, V: int, batch: Batch, o: Tensor) -> list[tuple[Any, Any]
 
 
 def launch_scan(
-    o: Tensor,
-    workspace: Workspace,
-    batch: Batch,
-    K: int,
-    initial: Tensor | None,
-    final: Tensor | None,
-    indices: Tensor | None,
-    has_initial: Tensor | None,
-) -> None:
+    o: Tensor, workspace: Workspace, batch: Batch, K: int, initial: Tensor | None,
+    final: Tensor | None, indices: Tensor | None, has_initial: Tensor | None,
+) -> None:  # fmt: skip
     """Writes the output to `o` and the final states to `final`.
 
     With `indices`, the sequences' pages, `final` also holds the initial states.
@@ -373,14 +284,6 @@ def launch_scan(
                     o, workspace, batch, segments, chosen, states, strides, sizes
                 )
             traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * at_least_one(programs),)](
-                *workspace,
-                *found,
-                o,
-                *states,
-                first,
-                *strides,
-                **sizes,
-                HALF=o.dtype == torch.float16,
-                SEGMENTS=segments,
-                **chosen,
-            )
+                *workspace, *found, o, *states, first, *strides,
+                **sizes, HALF=o.dtype == torch.float16, SEGMENTS=segments, **chosen,
+            )  # fmt: skip

@@ -53,17 +53,9 @@ def segment_chunks(lo, hi, segment, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def segment_state(
-    E_ptr,
-    M_ptr,
-    pair,
-    segment,
-    d,
-    v,
-    KP: tl.constexpr,
-    V: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    E_ptr, M_ptr, pair, segment, d, v,
+    KP: tl.constexpr, V: tl.constexpr, SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """The state [KP, v] that a segment begins with, not the first."""
     E_at = E_ptr + pair * ((SEGMENTS - 1) * KP * V) + d[:, None] * V + v[None, :]
     M_at = M_ptr + pair * ((SEGMENTS - 1) * KP * KP) + d[:, None] * KP + d[None, :]
@@ -78,47 +70,15 @@ def segment_state(
 
 @triton.jit
 def chunk_segments_kernel(
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    S_ptr,
-    E_ptr,
-    M_ptr,
-    o_ptr,
-    initial_ptr,
-    final_ptr,
-    indices_ptr,
-    has_initial_ptr,
-    cu_ptr,
-    T,
-    N,
-    first_row,
-    rows,
-    slots,
-    initial_n,
-    initial_h,
-    initial_v,
-    initial_k,
-    final_n,
-    final_h,
-    final_v,
-    final_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    KP: tl.constexpr,
-    BV: tl.constexpr,
-    BE: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    INITIAL: tl.constexpr,
-    FINAL: tl.constexpr,
-    PAGED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HALF: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    tiles_ptr, u_ptr, decay_ptr, S_ptr, E_ptr, M_ptr, o_ptr, initial_ptr, final_ptr, indices_ptr,
+    has_initial_ptr, cu_ptr,
+    T, N, first_row, rows, slots,
+    initial_n, initial_h, initial_v, initial_k, final_n, final_h, final_v, final_k,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    BE: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr, INITIAL: tl.constexpr,
+    FINAL: tl.constexpr, PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr, HALF: tl.constexpr,
+    SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """The first segment of every sequence, and of those between it and the last
     E [N, HV, SEGMENTS - 1, KP, V] in fp32 and M [N, HV, SEGMENTS - 1, KP, KP] in fp16; in the first
     one's place E is the state it leaves, and M is not used. With `|k| <= 1` and beta at most 2 no
@@ -170,36 +130,12 @@ def chunk_segments_kernel(
         if SLABS:
             carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
         S = first_state(
-            states,
-            carried if SLABS else None,
-            n,
-            page,
-            h,
-            d,
-            v,
-            begins if SLABS else None,
-            K,
-            V,
-            SLABS,
-            INITIAL,
-            PAGED,
-            HAS_INITIAL,
-        )
+            states, carried if SLABS else None, n, page, h, d, v, begins if SLABS else None, K, V,
+            SLABS, INITIAL, PAGED, HAS_INITIAL,
+        )  # fmt: skip
         S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
         store_state(
-            final_ptr,
-            final,
-            carried if SLABS else None,
-            S,
-            ends,
-            page,
-            h,
-            d,
-            v,
-            K,
-            V,
-            FINAL,
-            SLABS,
+            final_ptr, final, carried if SLABS else None, S, ends, page, h, d, v, K, V, FINAL, SLABS
         )
         tl.store(E_at + v[None, :], S, mask=(v < V)[None, :])
         return
@@ -256,15 +192,9 @@ def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
 
 
 def launch_segments(
-    o: Tensor,
-    workspace: Workspace,
-    batch: Batch,
-    segments: int,
-    scan: dict[str, Any],
-    states: tuple[Any, ...],
-    strides: list[Any],
-    sizes: dict[str, Any],
-) -> Segments:
+    o: Tensor, workspace: Workspace, batch: Batch, segments: int, scan: dict[str, Any],
+    states: tuple[Any, ...], strides: list[Any], sizes: dict[str, Any],
+) -> Segments:  # fmt: skip
     """The first pass; `scan` is what is chosen for the second, and the arguments after it are those
     of `chunk_scan_kernel`.
     """
@@ -281,15 +211,8 @@ def launch_segments(
     blocks = triton.cdiv(V, chosen["BE"]) + triton.cdiv(KP, chosen["BE"])
     grid = (triton.cdiv(V, scan["BV"]) + blocks * (segments - 2)) * pairs
     traceable(chunk_segments_kernel)[(grid,)](
-        *workspace,
-        *found,
-        o,
-        *states,
-        *strides,
-        **sizes,
-        HALF=o.dtype == torch.float16,
-        SEGMENTS=segments,
-        BV=scan["BV"],
+        *workspace, *found, o, *states, *strides,
+        **sizes, HALF=o.dtype == torch.float16, SEGMENTS=segments, BV=scan["BV"],
         **{**chosen, "STAGES": min(chosen["STAGES"], scan["STAGES"], depth)},
-    )
+    )  # fmt: skip
     return found

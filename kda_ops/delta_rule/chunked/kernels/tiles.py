@@ -58,17 +58,9 @@ def chunk_rows(p, chunk_indices_ptr, cu_ptr, T, N, NC, VARLEN: tl.constexpr):
 
 @triton.jit
 def slab_rows(
-    p,
-    chunk_indices_ptr,
-    cu_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-):
+    p, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows,
+    VARLEN: tl.constexpr, SLABS: tl.constexpr,
+):  # fmt: skip
     """`chunk_rows` in a slab of the workspace, with p, and whether the chunk is in the slab.
 
     Program p's row is between p and p + N, so a slab's chunks are those of `rows + N` programs. One
@@ -132,21 +124,10 @@ def place_of(strides, n, h, d, v):
 
 @triton.jit
 def first_state(
-    states,
-    carried,
-    n,
-    page,
-    h,
-    d,
-    v,
-    begins,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    SLABS: tl.constexpr,
-    INITIAL: tl.constexpr,
-    PAGED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-):
+    states, carried, n, page, h, d, v, begins,
+    K: tl.constexpr, V: tl.constexpr, SLABS: tl.constexpr, INITIAL: tl.constexpr,
+    PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
     """A head's state [d, v] in fp32 before a sequence's first chunk: from its page, the initial
     states, or what the last slab left at `carried`; else zero.
 
@@ -173,19 +154,10 @@ def first_state(
 
 @triton.jit
 def scan_chunks(
-    memory,
-    S,
-    place,
-    lo,
-    hi,
-    v,
-    HV: tl.constexpr,
-    V: tl.constexpr,
-    KP: tl.constexpr,
-    HALF: tl.constexpr,
-    STAGES: tl.constexpr,
+    memory, S, place, lo, hi, v,
+    HV: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, HALF: tl.constexpr, STAGES: tl.constexpr,
     OUTPUT: tl.constexpr,
-):
+):  # fmt: skip
     """Columns v of a head's state after chunks lo to hi of one sequence, begun with S [KP, v].
 
     With OUTPUT the output's columns are written; without, v may lie past V, where u is zero.
@@ -243,20 +215,9 @@ def scan_chunks(
 
 @triton.jit
 def store_state(
-    final_ptr,
-    final,
-    carried,
-    S,
-    stored,
-    page,
-    h,
-    d,
-    v,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    FINAL: tl.constexpr,
-    SLABS: tl.constexpr,
-):
+    final_ptr, final, carried, S, stored, page, h, d, v,
+    K: tl.constexpr, V: tl.constexpr, FINAL: tl.constexpr, SLABS: tl.constexpr,
+):  # fmt: skip
     """Where `stored`, puts a head's state [d, v] where it belongs after a sequence's last chunk, in
     this slab.
     """
@@ -314,18 +275,10 @@ def tiles_of(tiles_ptr, work, KP: tl.constexpr):
 
 @triton.jit
 def store_u(
-    u_ptr,
-    o_ptr,
-    u,
-    work,
-    token,
-    count,
-    h,
-    HV: tl.constexpr,
-    V: tl.constexpr,
-    v0,
+    u_ptr, o_ptr, u, work, token, count, h,
+    HV: tl.constexpr, V: tl.constexpr, v0,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Columns v0 to v0 + BLOCK of a chunk's u: to its workspace row, or without one to the output's
     `count` rows from `token` on.
     """
