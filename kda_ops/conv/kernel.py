@@ -7,16 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def silu(x):
-    """The product of x and sigmoid(x).
-
-    The square of a reciprocal root costs less than a division, which checks ranges, and exp2 less
-    than exp, which takes care of subnormal results.
-    """
-    r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
-    return x * (r * r)
+from kda_ops.kernel import quick_sigmoid
 
 
 @triton.jit
@@ -46,8 +37,36 @@ def conv_row(rows, i: tl.constexpr, taps, bias, W: tl.constexpr, SILU: tl.conste
     for tap in tl.static_range(W):
         y += rows[i + tap].to(tl.float32) * taps[tap]
     if SILU:
-        y = silu(y)
+        y = y * quick_sigmoid(y)
     return y
+
+
+@triton.jit
+def rows_at(ptr, stride, count, ok, ROWS: tl.constexpr):
+    """The first `count` of ROWS rows as a tuple of vectors, zeros behind."""
+    rows = ()
+    for i in tl.static_range(ROWS):
+        rows += (tl.load(ptr + i * stride, mask=ok & (i < count), other=0.0),)
+    return rows
+
+
+@triton.jit
+def convolved(rows, tokens, taps, bias, W: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr):
+    """The outputs of `tokens` of TOKENS tokens as a tuple of fp32 vectors, zeros behind."""
+    outputs = ()
+    for i in tl.static_range(TOKENS):
+        y = conv_row(rows, i, taps, bias, W, SILU)
+        outputs += (tl.where(i < tokens, y, 0.0),)
+    return outputs
+
+
+@triton.jit
+def shift_history(ptr, stride, rows, tokens, ok, W: tl.constexpr, TOKENS: tl.constexpr):
+    """Writes `concat(history[1:], x_0 .. x_{tokens-1})`, nothing without tokens."""
+    ok &= tokens > 0
+    for keep in tl.static_range(W - 2 + TOKENS):
+        new = rows[keep + 1].to(ptr.dtype.element_ty)
+        tl.store(ptr + keep * stride, new, mask=ok & (keep < W - 2 + tokens))
 
 
 @triton.jit

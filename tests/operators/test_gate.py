@@ -71,7 +71,7 @@ def test_tails_compiled() -> None:
 @pytest.mark.interpreter
 def test_tails_of_the_kernel() -> None:
     x = tails().reshape(-1, 1, 1)
-    assert_tails_are_right(x, run_kernels(kda_ops.gate)(x=x, A_log=torch.zeros(1)))
+    assert_tails_are_right(x, run_kernels(kda_ops.gate)(raw_gate=x, A_log=torch.zeros(1)))
 
 
 @pytest.mark.gpu
@@ -122,5 +122,5 @@ def test_errors(args: tuple, options: dict, message: str) -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("shape", [(2, 3, 0), (2, 0, 4), (0, 3, 4)])
 def test_kernel_of_an_empty_axis(shape: tuple[int, ...]) -> None:
-    g = run_kernels(kda_ops.gate)(x=torch.zeros(shape), A_log=torch.zeros(shape[1]))
+    g = run_kernels(kda_ops.gate)(raw_gate=torch.zeros(shape), A_log=torch.zeros(shape[1]))
     assert g.shape == shape

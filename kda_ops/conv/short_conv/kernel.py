@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import contiguous, traceable
 from kda_ops.conv.kernel import conv_blocks, conv_sequence, conv_state_strides
 from kda_ops.tuning import choose
 
@@ -73,9 +73,8 @@ def _launch(
     )
     stride_slot, stride_row, stride_dim = conv_state_strides(conv_state, layout)
     traceable(short_conv_kernel)[(d_blocks * blocks,)](
-        x, weight.contiguous(), None if bias is None else bias.contiguous(), y, conv_state,
-        state_indices, None if has_initial_state is None else has_initial_state.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.contiguous(), T, D, N,
+        x, weight.contiguous(), contiguous(bias), y, conv_state, state_indices,
+        contiguous(has_initial_state), contiguous(cu_seqlens), T, D, N,
         0 if conv_state is None else conv_state.shape[0], block_t, blocks_per_sequence,
         stride_batch, x.stride(-2), stride_slot, stride_row, stride_dim,
         0 if state_indices is None else state_indices.stride(0),

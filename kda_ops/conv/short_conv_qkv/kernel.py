@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import contiguous, traceable
 from kda_ops.conv.kernel import conv_blocks, conv_sequence, conv_state_strides, of_part, three
 from kda_ops.tuning import choose
 
@@ -138,7 +138,7 @@ def _launch(
     """One of each tensor, packed, or three, for q, k and v."""
     xs = tuple(x if x.stride(2) == 1 else x.contiguous() for x in xs)
     weights = tuple(weight.contiguous() for weight in weights)
-    biases = tuple(None if bias is None else bias.contiguous() for bias in biases)
+    biases = tuple(contiguous(bias) for bias in biases)
     x = xs[0]
     B, T = x.shape[:2]
     # static: with a symbolic value_dim Inductor does not see that v is dense, and copies it
@@ -158,13 +158,12 @@ def _launch(
     strides = [conv_state_strides(state, layout) for state in states]
     traceable(short_conv_qkv_kernel)[(d_blocks * blocks,)](
         *three(xs, None), *three(weights, None), *three(biases, None), q, k, v,
-        *three(states, None), state_indices,
-        None if has_initial_state is None else has_initial_state.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.contiguous(), T, value_dim, N,
-        0 if states[0] is None else states[0].shape[0], block_t, blocks_per_sequence,
-        *three([x.stride(0) for x in xs], 0), *three([x.stride(1) for x in xs], 0),
-        *three([slot for slot, _, _ in strides], 0), *three([row for _, row, _ in strides], 0),
-        strides[0][2], 0 if state_indices is None else state_indices.stride(0),
+        *three(states, None), state_indices, contiguous(has_initial_state), contiguous(cu_seqlens),
+        T, value_dim, N, 0 if states[0] is None else states[0].shape[0], block_t,
+        blocks_per_sequence, *three([x.stride(0) for x in xs], 0),
+        *three([x.stride(1) for x in xs], 0), *three([slot for slot, _, _ in strides], 0),
+        *three([row for _, row, _ in strides], 0), strides[0][2],
+        0 if state_indices is None else state_indices.stride(0),
         EPS=norm_eps, KEY_DIM=key_dim, K=head_dim, BLOCK_K=block_k, W=W,
         BLOCK_W=triton.next_power_of_2(W), UNPACKED=len(xs) == 3, SILU=activation == "silu",
         HAS_BIAS=biases[0] is not None, HAS_STATE=states[0] is not None,

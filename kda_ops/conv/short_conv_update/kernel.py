@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import contiguous, traceable
 from kda_ops.conv.kernel import conv_row, conv_taps
 from kda_ops.tuning import choose
 
@@ -95,11 +95,9 @@ def launch_short_conv_update(
         tokens = int(x.shape[1]) if x.dim() == 3 else 1
         programs, max_tokens, stride_sequence = N, tokens, x.stride(0)
     traceable(short_conv_update_kernel)[(programs * triton.cdiv(D, chosen["BLOCK_D"]),)](
-        x, conv_state, weight.contiguous(), None if bias is None else bias.contiguous(), y,
-        state_indices, None if num_accepted is None else num_accepted.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.contiguous(), x.shape[0], D, N,
-        conv_state.shape[0], L, stride_sequence, x.stride(-2), stride_slot, stride_row, stride_dim,
-        state_indices.stride(0),
+        x, conv_state, weight.contiguous(), contiguous(bias), y, state_indices,
+        contiguous(num_accepted), contiguous(cu_seqlens), x.shape[0], D, N, conv_state.shape[0], L,
+        stride_sequence, x.stride(-2), stride_slot, stride_row, stride_dim, state_indices.stride(0),
         W=W, BLOCK_W=triton.next_power_of_2(W), MAX_TOKENS=max_tokens, SILU=activation == "silu",
         HAS_BIAS=bias is not None, HAS_ACCEPTED=num_accepted is not None,
         VARLEN=cu_seqlens is not None, **chosen,

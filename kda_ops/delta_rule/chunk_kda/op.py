@@ -7,6 +7,7 @@ from kda_ops._checks import (
     check_attention_inputs,
     check_chunk_states,
     check_device,
+    check_distinct_slots,
     check_dtype,
     check_number,
     check_shape,
@@ -16,25 +17,9 @@ from kda_ops._checks import (
 from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops._registry import define_op
 from kda_ops.delta_rule.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
+from kda_ops.delta_rule.chunked.states import chunked_fake, chunked_state_fake
 from kda_ops.native import define_native
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
-
-
-def chunk_kda_fake(
-    q: Tensor, v: Tensor, initial_state: Tensor | None, output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
-    return (
-        torch.empty(v.shape, dtype=v.dtype, device=v.device),
-        torch.empty(final, dtype=dtype, device=v.device),
-    )
-
-
-def chunk_kda_state_fake(v: Tensor) -> Tensor:
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def _check_sums(g_cumsum: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -45,8 +30,7 @@ def _check_sums(g_cumsum: Tensor, cu_seqlens: Tensor | None) -> None:
         b, t, h, d = infinite.nonzero()[0].tolist()
         raise ValueError(
             f"g_cumsum must be finite, got {real[b, t, h, d].item()} at token {t}; "
-            "a token that is to "
-            "forget everything takes a gate of -300, or begins a sequence"
+            "a token that is to forget everything takes a gate of -300, or begins a sequence"
         )
 
 
@@ -64,10 +48,7 @@ def check_chunk_kda_state_values(
     check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
     _check_sums(g_cumsum, cu_seqlens)
     check_slot_values("state_indices", state_indices, state.shape[0])
-    slots, uses = state_indices[state_indices != 0].unique(return_counts=True)
-    if (uses > 1).any():
-        slot = int(slots[uses > 1][0])
-        raise ValueError(f"state_indices must not repeat a slot other than 0, got {slot} twice")
+    check_distinct_slots("state_indices", state_indices)
 
 
 chunk_kda_op = define_op(
@@ -75,7 +56,7 @@ chunk_kda_op = define_op(
     "Tensor? initial_state, bool output_final_state, Tensor? cu_seqlens, Tensor? chunk_indices) "
     "-> (Tensor, Tensor)",
     reference=chunk_kda_reference,
-    fake=chunk_kda_fake,
+    fake=chunked_fake,
     cuda="kda_ops.delta_rule.chunk_kda.kernel:launch_chunk_kda",
     cuda_backward="kda_ops.delta_rule.chunk_kda.backward:launch_chunk_kda_backward",
     check_values=check_chunk_kda_values,
@@ -86,7 +67,7 @@ chunk_kda_state_op = define_op(
     "Tensor(a!) state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
     "Tensor? chunk_indices) -> Tensor",
     reference=chunk_kda_state_reference,
-    fake=chunk_kda_state_fake,
+    fake=chunked_state_fake,
     cuda="kda_ops.delta_rule.chunk_kda.kernel:launch_chunk_kda_state",
     check_values=check_chunk_kda_state_values,
 )
@@ -157,7 +138,7 @@ def chunk_kda(
 
     Raises:
         ValueError: A shape, dtype, device or combination of arguments that does not fit; on the CPU
-            also offsets, chunks or slots with wrong values, and an infinite G.
+            also offsets, chunks or slots with wrong values, and an infinite g_cumsum.
         RuntimeError: `state` is given and an input requires grad.
     """
     check_attention_inputs(q, k, v, beta)

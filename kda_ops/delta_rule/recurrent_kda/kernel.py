@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import contiguous, traceable
 from kda_ops.delta_rule.kernel import rounded_product
 from kda_ops.tuning import choose
 
@@ -110,12 +110,11 @@ def launch_recurrent_kda(
     # without cu_seqlens an empty batch still launches: CUDA has no empty grid
     sequences = N + 1 if varlen else torch.sym_max(N, 1)
     traceable(recurrent_kda_kernel)[(sequences * programs,)](
-        q, k, v, g, beta, state, state_indices,
-        None if num_accepted is None else num_accepted.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.contiguous(), o, N, rows,
-        0 if varlen else o.shape[1], state.shape[0], state_indices.shape[1] if per_token else 1,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *g.stride()[:2], *beta.stride(),
-        *state.stride(), state_indices.stride(0), state_indices.stride(1) if per_token else 0,
+        q, k, v, g, beta, state, state_indices, contiguous(num_accepted), contiguous(cu_seqlens), o,
+        N, rows, 0 if varlen else o.shape[1], state.shape[0],
+        state_indices.shape[1] if per_token else 1, *q.stride()[:2], *k.stride()[:2],
+        *v.stride()[:2], *g.stride()[:2], *beta.stride(), *state.stride(), state_indices.stride(0),
+        state_indices.stride(1) if per_token else 0,
         SCALE=scale, H=H, HV=HV, K=K, V=V, BLOCK_K=block_k, BLOCK_V=block_v, PER_TOKEN=per_token,
         HAS_ACCEPTED=num_accepted is not None, VARLEN=varlen, num_warps=chosen["num_warps"],
     )  # fmt: skip

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
-from kda_ops.gating.kernel import gate_nats, rate
+from kda_ops._launch import contiguous, traceable
+from kda_ops.gating.kernel import gate_nats, gate_rate
 from kda_ops.tuning import choose
 
 
@@ -31,9 +31,7 @@ def gate_kernel(
     ).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(dt_bias_ptr + h * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-    a = 1.0
-    if HAS_A:
-        a = rate(tl.load(A_log_ptr + h))
+    a = gate_rate(A_log_ptr, h, HAS_A)
     g = gate_nats(z, a, LOWER_BOUND, BOUNDED)  # [BLOCK_ROWS, BLOCK_K]
     tl.store(g_ptr + (r[:, None] * HV + h) * K + k[None, :], g, mask=ok)
 
@@ -49,13 +47,12 @@ def launch_gate(
     flat = raw_gate.reshape(rows, HV, K)
     if flat.stride(2) != 1:
         flat = flat.contiguous()
-    bias = None if dt_bias is None else dt_bias.contiguous()
+    bias = contiguous(dt_bias)
     block_k = triton.next_power_of_2(K)
     chosen = choose("gate", raw_gate.device, K=K, dtype=raw_gate.dtype)
     block_rows = max(1, chosen["TILE"] // block_k)
     traceable(gate_kernel)[(triton.cdiv(rows, block_rows) * HV,)](
-        flat, None if A_log is None else A_log.contiguous(), bias, g, rows, flat.stride(0),
-        flat.stride(1),
+        flat, contiguous(A_log), bias, g, rows, flat.stride(0), flat.stride(1),
         LOWER_BOUND=0.0 if lower_bound is None else lower_bound, HV=HV, K=K, BLOCK_K=block_k,
         BLOCK_ROWS=block_rows, HAS_A=A_log is not None, HAS_BIAS=bias is not None,
         BOUNDED=lower_bound is not None, num_warps=chosen["num_warps"],

@@ -1,7 +1,5 @@
-"""The gradients of the 64 x 64 matrices of chunked KDA, as `kda_ops.device.backward_chunk` reads
-them.
-
-Here too is the small kernel that puts beta's gradient together.
+"""The gradients of the 64 x 64 matrices of chunked KDA, which `chunk_gradient_kernel` reads, and
+the small kernel that puts beta's gradient together.
 """
 
 import triton

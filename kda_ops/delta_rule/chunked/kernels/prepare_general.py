@@ -16,7 +16,7 @@ from kda_ops.delta_rule.chunked.kernels.tiles import (
     store_u,
     tiles_of,
 )
-from kda_ops.delta_rule.chunked.workspace import Batch, Workspace
+from kda_ops.delta_rule.chunked.workspace import Batch, Workspace, token_strides
 
 
 @triton.jit
@@ -115,38 +115,18 @@ def chunk_prepare_general_kernel(
 
 
 def launch_general_prepare(
-    q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor, scale: float, o: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, o: Tensor,
     workspace: Workspace, batch: Batch,
 ) -> None:  # fmt: skip
     """`prepare` for any size and dtype, from normalised keys (in v's dtype or fp32), the cumulative
     gate in log2 and beta after its sigmoid.
     """
-    H, K = q.shape[2:]
-    HV, V = v.shape[2:]
-    wide = v.dtype == torch.float32
+    (H, K), (HV, V) = q.shape[2:], v.shape[2:]
+    inputs, wide = (q, k, v, g_cumsum, beta), v.dtype == torch.float32
+    # 16-bit: with 4 warps Triton 3.6 makes warp-group products of these loops and reads outside
+    # shared memory on sm_90; 2 warps keep it at the older instruction
     traceable(chunk_prepare_general_kernel)[(batch.programs, HV)](
-        q,
-        k,
-        v,
-        G,
-        beta,
-        o,
-        *workspace.prepared,
-        *batch.tables,
-        *(stride for x in (q, k, v, G, beta) for stride in x.stride()[:3]),
-        SCALE=scale,
-        H=H,
-        HV=HV,
-        K=K,
-        V=V,
-        VARLEN=batch.cu_seqlens is not None,
-        SLABS=batch.slab is not None,
-        KP=workspace.columns,
-        VP=triton.next_power_of_2(V),
-        BLOCK=16,
-        FP32=wide,
-        # 16-bit: with 4 warps Triton 3.6 makes warp-group products of these loops and reads
-        # outside shared memory on sm_90; 2 warps keep it at the older instruction
-        num_warps=4 if wide else 2,
-        num_stages=1,
-    )
+        *inputs, o, *workspace.prepared, *batch.tables, *token_strides(*inputs),
+        SCALE=scale, H=H, HV=HV, K=K, V=V, **batch.constants, KP=workspace.columns,
+        VP=triton.next_power_of_2(V), BLOCK=16, FP32=wide, num_warps=4 if wide else 2, num_stages=1,
+    )  # fmt: skip

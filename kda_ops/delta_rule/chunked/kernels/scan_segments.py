@@ -23,8 +23,7 @@ from kda_ops.delta_rule.chunked.kernels.tiles import (
     first_state,
     page_of,
     scan_chunks,
-    sequence_rows,
-    slab_chunks,
+    sequence_part,
     store_state,
     to_half,
 )
@@ -106,13 +105,11 @@ def chunk_segments_kernel(
     if n >= N:
         return
     h = pair % HV
-    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
-    lo = 0
-    hi = tl.cdiv(end - start, 64).to(tl.int32)
-    if SLABS:
-        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
-        if hi < lo:
-            return
+    b, start, end, row, lo, hi, begins, _ = sequence_part(
+        n, cu_ptr, T, N, first_row, rows, VARLEN, SLABS
+    )
+    if SLABS and hi < lo:
+        return
     lo, hi, ends = segment_chunks(lo, hi, segment, SEGMENTS)
     page, live = page_of(indices_ptr, n, slots, PAGED)
     d = tl.arange(0, KP)
@@ -130,7 +127,7 @@ def chunk_segments_kernel(
         if SLABS:
             carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
         S = first_state(
-            states, carried if SLABS else None, n, page, h, d, v, begins if SLABS else None, K, V,
+            states, carried if SLABS else None, n, page, h, d, v, begins, K, V,
             SLABS, INITIAL, PAGED, HAS_INITIAL,
         )  # fmt: skip
         S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
@@ -192,15 +189,13 @@ def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
 
 
 def launch_segments(
-    o: Tensor, workspace: Workspace, batch: Batch, segments: int, scan: dict[str, Any],
-    states: tuple[Any, ...], strides: list[Any], sizes: dict[str, Any],
+    workspace: Workspace, batch: Batch, scan: dict[str, Any], arguments: tuple[Any, ...],
+    sizes: dict[str, Any],
 ) -> Segments:  # fmt: skip
-    """The first pass; `scan` is what is chosen for the second, and the arguments after it are those
-    of `chunk_scan_kernel`.
-    """
-    HV, V, KP = sizes["HV"], sizes["V"], sizes["KP"]
+    """The first pass; `scan` is what is chosen for the second, the rest what both take."""
+    o, HV, V, KP = arguments[0], sizes["HV"], sizes["V"], sizes["KP"]
     pairs = HV * at_least_one(batch.N)
-    places = (at_least_one(batch.N), HV, segments - 1, KP)
+    places = (at_least_one(batch.N), HV, sizes["SEGMENTS"] - 1, KP)
     found = Segments(
         torch.empty((*places, V), dtype=torch.float32, device=o.device),
         torch.empty((*places, KP), dtype=torch.float16, device=o.device),
@@ -209,10 +204,9 @@ def launch_segments(
     u = o if workspace.u is None else workspace.u
     depth = stages(2 * KP, KP, chosen["BE"], u.element_size(), o.device)
     blocks = triton.cdiv(V, chosen["BE"]) + triton.cdiv(KP, chosen["BE"])
-    grid = (triton.cdiv(V, scan["BV"]) + blocks * (segments - 2)) * pairs
+    grid = (triton.cdiv(V, scan["BV"]) + blocks * (sizes["SEGMENTS"] - 2)) * pairs
     traceable(chunk_segments_kernel)[(grid,)](
-        *workspace, *found, o, *states, *strides,
-        **sizes, HALF=o.dtype == torch.float16, SEGMENTS=segments, BV=scan["BV"],
+        *workspace, *found, *arguments, **sizes, BV=scan["BV"],
         **{**chosen, "STAGES": min(chosen["STAGES"], scan["STAGES"], depth)},
     )  # fmt: skip
     return found

@@ -1,11 +1,11 @@
 """What the kernels of chunked KDA have in common: one operator takes the cumulative gate, another
 the raw one.
 
-Two kernels each: `prepare`, for tiles that a program holds whole (`kda_ops.device.prepare`) or in
-general form (`kda_ops.device.general`), and `scan` (`kda_ops.device.scan`), with few heads after a
-first pass of its own (`kda_ops.device.segments`). Between them lies a workspace
-(`kda_ops.delta_rule.chunked.workspace`). Here is how a program finds its chunk or sequence and its
-state, how it goes through a sequence's chunks, and what both forms of `prepare` do alike.
+Two kernels each: `prepare`, for tiles that a program holds whole (`prepare.py`) or in general form
+(`prepare_general.py`), and `scan` (`scan.py`), with few heads after a first pass of its own
+(`scan_segments.py`). Between them lies a workspace (`workspace.py`). Here is how a program finds
+its chunk or sequence and its state, how it goes through a sequence's chunks, and what both forms of
+`prepare` do alike.
 """
 
 import triton
@@ -98,6 +98,23 @@ def slab_chunks(row, chunks, first_row, rows):
     hi = tl.minimum(chunks, rows - row).to(tl.int32)
     hi = tl.where((row < rows) & (row + used > 0), hi, lo - 1)
     return row, lo, hi, row >= 0
+
+
+@triton.jit
+def sequence_part(
+    n, cu_ptr, T, N, first_row, rows, VARLEN: tl.constexpr, SLABS: tl.constexpr
+):  # fmt: skip
+    """Of sequence n: batch row, first token, end, first workspace row, the chunks lo to hi that are
+    in the slab (hi < lo if it has no part in it), whether it begins and whether it ends there.
+    """
+    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
+    chunks = tl.cdiv(end - start, 64).to(tl.int32)
+    lo = 0
+    hi = chunks
+    begins = True
+    if SLABS:
+        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
+    return b, start, end, row, lo, hi, begins, hi == chunks
 
 
 @triton.jit
