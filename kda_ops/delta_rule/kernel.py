@@ -1,7 +1,10 @@
 """Triton functions of the delta rule."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kda_ops.gating.kernel import gate_nats
 
@@ -62,3 +65,9 @@ def update_state(
     delta = beta * (v - seen)
     o = old + delta * kq
     return S * decay + over_v(delta, V_FIRST) * k, o
+
+
+def flat_rows(x: Tensor, rows: Any) -> Tensor:
+    """`[..., heads, dim]` as `[rows, heads, dim]` with a dense last axis."""
+    x = x.reshape(rows, *x.shape[-2:])
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,8 +1,11 @@
 """Triton functions of the gate, and of chunks of a ragged batch."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kda_ops.gating.formulas import FORGOTTEN, RATES, STEEPEST
 from kda_ops.kernel import LOG2E
@@ -155,3 +158,14 @@ def clear_block(
     padding = padding_start(cu_seqlens_ptr, sequences, T) + row * C
     for t in range(padding, tl.minimum(padding + C, T)):
         tl.store(out_ptr + t * D, tl.zeros([BLOCK], tl.float32), mask=d < D)
+
+
+def gate_constants(
+    A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
+) -> dict[str, Any]:
+    return {
+        "LOWER_BOUND": 0.0 if lower_bound is None else lower_bound,
+        "HAS_A": A_log is not None,
+        "HAS_BIAS": dt_bias is not None,
+        "BOUNDED": lower_bound is not None,
+    }

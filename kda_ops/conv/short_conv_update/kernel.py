@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
-from kda_ops.conv.kernel import conv_row, conv_taps
+from kda_ops.conv.kernel import conv_row, conv_state_strides, conv_taps
 from kda_ops.tuning import choose
 
 
@@ -84,8 +84,7 @@ def launch_short_conv_update(
     if x.stride(-1) != 1:
         x = x.contiguous()
     D, W = x.shape[-1], int(weight.shape[1])
-    stride_slot, *strides = conv_state.stride()
-    stride_row, stride_dim = strides if layout == "SD" else strides[::-1]
+    stride_slot, stride_row, stride_dim = conv_state_strides(conv_state, layout)
     L = conv_state.shape[1 if layout == "SD" else 2]
     N = state_indices.shape[0]
     chosen = choose("short_conv_update", x.device, D=D, W=W, dtype=x.dtype, layout=layout)

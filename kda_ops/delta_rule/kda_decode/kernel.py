@@ -16,7 +16,7 @@ from kda_ops.conv.kernel import (
     shift_history,
     three,
 )
-from kda_ops.delta_rule.kernel import over_v, rounded_product, update_state
+from kda_ops.delta_rule.kernel import flat_rows, over_v, rounded_product, update_state
 from kda_ops.gating.kernel import gate_rate
 from kda_ops.kernel import bias_row
 from kda_ops.tuning import choose
@@ -312,7 +312,7 @@ def _launch(
     T, N = x.shape[0], state_indices.shape[0]
     o = torch.empty((1, T, HV, V), dtype=x.dtype, device=x.device)
     xs = tuple(x if x.stride(1) == 1 else x.contiguous() for x in xs)
-    raw_gate, output_gate = (_dense_rows(y, T) for y in (raw_gate, output_gate))
+    raw_gate, output_gate = (flat_rows(y, T) for y in (raw_gate, output_gate))
     raw_beta = raw_beta.reshape(T, HV)
     slot_strides, row_strides, (stride_dim, *_) = zip(
         *(conv_state_strides(conv_state, layout) for conv_state in conv_states), strict=True
@@ -345,9 +345,3 @@ def _launch(
         **tile_of(V, K, state, layout, N, tokens),
     )  # fmt: skip
     return o
-
-
-def _dense_rows(x: Tensor, T: int) -> Tensor:
-    """`[..., heads, dim]` as `[T, heads, dim]` with a dense last axis."""
-    x = x.reshape(T, *x.shape[-2:])
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
-from kda_ops.delta_rule.kernel import rounded_product
+from kda_ops.delta_rule.kernel import flat_rows, rounded_product
 from kda_ops.tuning import choose
 
 
@@ -99,7 +99,7 @@ def launch_recurrent_kda(
     H, K, HV, V = int(q.shape[-2]), int(q.shape[-1]), int(v.shape[-2]), int(v.shape[-1])
     N, rows = state_indices.shape[0], v.shape[0] * v.shape[1]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    q, k, v, g = (_dense_rows(x, rows) for x in (q, k, v, g))
+    q, k, v, g = (flat_rows(x, rows) for x in (q, k, v, g))
     beta = beta.reshape(rows, HV)
     per_token = state_indices.dim() == 2
     varlen = cu_seqlens is not None
@@ -119,9 +119,3 @@ def launch_recurrent_kda(
         HAS_ACCEPTED=num_accepted is not None, VARLEN=varlen, num_warps=chosen["num_warps"],
     )  # fmt: skip
     return o
-
-
-def _dense_rows(x: Tensor, rows: int) -> Tensor:
-    """`[batch, tokens, heads, dim]` as `[rows, heads, dim]` with a dense last axis."""
-    x = x.reshape(rows, *x.shape[2:])
-    return x if x.stride(-1) == 1 else x.contiguous()

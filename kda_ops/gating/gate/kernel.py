@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
-from kda_ops.gating.kernel import gate_nats, gate_rate
+from kda_ops.gating.kernel import gate_constants, gate_nats, gate_rate
 from kda_ops.tuning import choose
 
 
@@ -47,14 +47,12 @@ def launch_gate(
     flat = raw_gate.reshape(rows, HV, K)
     if flat.stride(2) != 1:
         flat = flat.contiguous()
-    bias = contiguous(dt_bias)
     block_k = triton.next_power_of_2(K)
     chosen = choose("gate", raw_gate.device, K=K, dtype=raw_gate.dtype)
     block_rows = max(1, chosen["TILE"] // block_k)
     traceable(gate_kernel)[(triton.cdiv(rows, block_rows) * HV,)](
-        flat, contiguous(A_log), bias, g, rows, flat.stride(0), flat.stride(1),
-        LOWER_BOUND=0.0 if lower_bound is None else lower_bound, HV=HV, K=K, BLOCK_K=block_k,
-        BLOCK_ROWS=block_rows, HAS_A=A_log is not None, HAS_BIAS=bias is not None,
-        BOUNDED=lower_bound is not None, num_warps=chosen["num_warps"],
+        flat, contiguous(A_log), contiguous(dt_bias), g, rows, flat.stride(0), flat.stride(1),
+        HV=HV, K=K, BLOCK_K=block_k, BLOCK_ROWS=block_rows,
+        **gate_constants(A_log, dt_bias, lower_bound), num_warps=chosen["num_warps"],
     )  # fmt: skip
     return g

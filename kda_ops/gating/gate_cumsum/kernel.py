@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
 from kda_ops._numerics import RCP_LN2
-from kda_ops.gating.kernel import chunk_block, clear_block, rate, running_sums
+from kda_ops.gating.kernel import chunk_block, clear_block, gate_constants, rate, running_sums
 from kda_ops.tuning import choose
 
 
@@ -56,17 +56,16 @@ def launch_gate_cumsum(
         return torch.zeros(raw_gate.shape, dtype=torch.float32, device=raw_gate.device)
     if raw_gate.stride(3) != 1:
         raw_gate = raw_gate.contiguous()
-    bias = contiguous(dt_bias)
     rows = triton.cdiv(T, chunk_size) if chunk_indices is None else chunk_indices.shape[0]
     chosen = choose("gate_cumsum", raw_gate.device, D=HV * K, C=chunk_size, dtype=raw_gate.dtype)
     block = min(chosen["BLOCK"], triton.next_power_of_2(HV * K))
     traceable(gate_cumsum_kernel)[(B * rows * triton.cdiv(HV * K, block),)](
-        raw_gate, contiguous(A_log), bias, contiguous(cu_seqlens), contiguous(chunk_indices),
-        g_cumsum, T, rows, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, raw_gate.stride(0),
+        raw_gate, contiguous(A_log), contiguous(dt_bias), contiguous(cu_seqlens),
+        contiguous(chunk_indices), g_cumsum, T, rows,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, raw_gate.stride(0),
         raw_gate.stride(1), raw_gate.stride(2),
-        LOWER_BOUND=0.0 if lower_bound is None else lower_bound, SCALE=RCP_LN2, C=chunk_size, HV=HV,
-        K=K, BLOCK=block, STEP=min(chunk_size, chosen["STEP"]), HAS_A=A_log is not None,
-        HAS_BIAS=bias is not None, BOUNDED=lower_bound is not None, VARLEN=cu_seqlens is not None,
+        SCALE=RCP_LN2, C=chunk_size, HV=HV, K=K, BLOCK=block, STEP=min(chunk_size, chosen["STEP"]),
+        VARLEN=cu_seqlens is not None, **gate_constants(A_log, dt_bias, lower_bound),
         num_warps=chosen["num_warps"],
     )  # fmt: skip
     return g_cumsum

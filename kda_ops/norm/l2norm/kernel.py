@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
-from kda_ops.norm.kernel import row_offset
+from kda_ops.norm.kernel import four_axes, row_offset
 from kda_ops.tuning import choose
 
 
@@ -35,9 +35,7 @@ def launch_l2norm(x: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    four = x.reshape(-1, *x.shape[-3:]) if x.dim() > 3 else x[(None,) * (4 - x.dim())]
-    if four.stride(3) != 1:
-        four = four.contiguous()
+    four = four_axes(x)
     rows = x.numel() // K
     block_k = triton.next_power_of_2(K)
     chosen = choose("l2norm", x.device, K=K, dtype=x.dtype)

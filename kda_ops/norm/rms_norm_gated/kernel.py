@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
-from kda_ops.norm.kernel import row_offset
+from kda_ops.norm.kernel import four_axes, row_offset
 from kda_ops.tuning import choose
 
 
@@ -49,11 +49,7 @@ def launch_rms_norm_gated(o: Tensor, output_gate: Tensor, weight: Tensor, eps: f
     y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     if o.numel() == 0:
         return y
-    o4, gate4 = (
-        x.reshape(-1, *x.shape[-3:]) if x.dim() > 3 else x[(None,) * (4 - x.dim())]
-        for x in (o, output_gate)
-    )
-    o4, gate4 = (x if x.stride(3) == 1 else x.contiguous() for x in (o4, gate4))
+    o4, gate4 = four_axes(o), four_axes(output_gate)
     rows = o.numel() // V
     block_v = triton.next_power_of_2(V)
     dense = o4.is_contiguous() and gate4.is_contiguous()

@@ -19,11 +19,7 @@ from kda_ops.delta_rule.chunked.kernels.prepare import (
     small_decays,
     small_level,
 )
-from kda_ops.delta_rule.chunked.kernels.raw_inputs import (
-    gate_log2,
-    reciprocal_norm,
-    within_fp16,
-)
+from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_log2, reciprocal_norm, within_fp16
 from kda_ops.delta_rule.chunked.kernels.tiles import slab_rows
 from kda_ops.gating.kernel import gate_rate
 from kda_ops.kernel import bias_row, quick_sigmoid
