@@ -15,15 +15,9 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 INTEGERS = (torch.int32, torch.int64)
-
-
-MAX_HEAD_DIM = 256
-
-
 STATES = (torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 256
 
 
 def check_tensor(name: str, x: Any) -> None:
@@ -106,10 +100,21 @@ def check_head_dim(name: str, size: int) -> None:
         raise ValueError(f"{name} must be in [1, {MAX_HEAD_DIM}], got {size}")
 
 
+def check_width(name: str, size: int) -> None:
+    """`size` is the width of a tensor's heads; see `check_head_dim`."""
+    if not 1 <= size <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} must have a head dimension in [1, {MAX_HEAD_DIM}], got {size}")
+
+
 def check_not_negative(name: str, value: float) -> None:
     check_number(name, value)
     if not value >= 0:  # NaN too
         raise ValueError(f"{name} must not be negative, got {value}")
+
+
+def check_beta_scale(beta_scale: float) -> None:
+    if beta_scale not in (1.0, 2.0):
+        raise ValueError(f"beta_scale must be 1 or 2, got {beta_scale}")
 
 
 def check_lower_bound(lower_bound: float | None) -> None:
@@ -125,7 +130,7 @@ def check_gate_parameters(
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     lower_bound: float | None,
-    name: str = "x",
+    name: str = "raw_gate",
 ) -> None:
     """The arguments of the gate, `x [..., HV, K]`, which the caller knows by `name`."""
     check_dtype(name, x)
@@ -204,6 +209,49 @@ def check_writable(**states: Tensor | None) -> None:
             )
 
 
+def check_paged_state(state: Tensor, HV: int, V: int, K: int) -> None:
+    """Recurrent states `[slots, HV, V, K]`."""
+    check_rank("state", state, 4)
+    check_shape("state", state, (state.shape[0], HV, V, K))
+    check_dtype("state", state, STATES)
+
+
+def check_slot_table(state_indices: Tensor, sequences: int, fewest_columns: int = 1) -> None:
+    """Slots `[N]` or `[N, columns]`."""
+    check_dtype("state_indices", state_indices, INTEGERS)
+    check_rank("state_indices", state_indices, 1, 2)
+    if state_indices.dim() == 1:
+        check_shape("state_indices", state_indices, (sequences,))
+        return
+    columns = state_indices.shape[1]
+    check_shape("state_indices", state_indices, (sequences, columns))
+    if columns < fewest_columns:
+        raise ValueError(
+            f"state_indices must have a column for each of {fewest_columns} tokens, got {columns}"
+        )
+
+
+def check_accepted(num_accepted: Tensor, sequences: int) -> None:
+    """Counts `[N]`."""
+    check_shape("num_accepted", num_accepted, (sequences,))
+    check_dtype("num_accepted", num_accepted, INTEGERS)
+
+
+def check_step_tables(
+    state_indices: Tensor, num_accepted: Tensor | None, sequences: int, fewest_columns: int = 1
+) -> None:
+    """The tables of a step on paged states, of which a column is a token."""
+    check_slot_table(state_indices, sequences, fewest_columns)
+    if num_accepted is None:
+        return
+    if state_indices.dim() == 1:
+        raise ValueError(
+            "num_accepted must come with state_indices of shape [N, 1 + num_spec], "
+            f"got {tuple(state_indices.shape)}"
+        )
+    check_accepted(num_accepted, sequences)
+
+
 def check_slot_values(name: str, slots: Tensor, num_slots: int) -> None:
     """Every slot is in `[0, num_slots)`."""
     bad = ((slots < 0) | (slots >= num_slots)).flatten().nonzero()
@@ -251,25 +299,17 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Non
     check_dtype("v", v, (q.dtype,))
     if H < 1 or HV < 1 or HV % H:
         raise ValueError(f"v must have a multiple of the {H} heads of q, got {HV}")
-    for name, size in (("q", K), ("v", V)):
-        if not 1 <= size <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"{name} must have a head dimension in [1, {MAX_HEAD_DIM}], got {size}"
-            )
+    check_width("q", K)
+    check_width("v", V)
     check_shape("beta", beta, (B, T, HV))
     check_dtype("beta", beta, FLOATS)
 
 
 def check_chunk_states(
-    q: Tensor,
-    v: Tensor,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    state: Tensor | None,
-    state_indices: Tensor | None,
-    has_initial_state: Tensor | None,
+    q: Tensor, v: Tensor, initial_state: Tensor | None, output_final_state: bool,
+    state: Tensor | None, state_indices: Tensor | None, has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     """The states of whole sequences: initial and final ones, or paged ones written in place."""
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     HV, V, K = v.shape[2], v.shape[3], q.shape[3]
@@ -291,9 +331,7 @@ def check_chunk_states(
         )
     if state_indices is None:
         raise ValueError("state_indices must be given with state, got None")
-    check_rank("state", state, 4)
-    check_shape("state", state, (state.shape[0], HV, V, K))
-    check_dtype("state", state, STATES)
+    check_paged_state(state, HV, V, K)
     check_shape("state_indices", state_indices, (N,))
     check_dtype("state_indices", state_indices, INTEGERS)
     if has_initial_state is not None:
@@ -303,12 +341,9 @@ def check_chunk_states(
 
 
 def check_step_values(
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
+    state: Tensor, state_indices: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None,
     total_tokens: int,
-) -> None:
+) -> None:  # fmt: skip
     """Contents of the tables of a step on paged states: slots, counts and offsets."""
     check_slot_values("state_indices", state_indices, state.shape[0])
     table = state_indices if state_indices.dim() == 2 else state_indices[:, None]

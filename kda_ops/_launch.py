@@ -5,6 +5,7 @@ launcher.
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
@@ -20,3 +21,7 @@ def traceable(kernel: Any) -> Any:
     if get_proxy_mode() is None:
         return kernel
     return torch.library.wrap_triton(kernel)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

@@ -56,15 +56,10 @@ def check_conv_state(conv_state: Tensor, layout: str, D: int, W: int) -> None:
 
 
 def check_conv_sequences(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_state: Tensor | None,
-    state_indices: Tensor | None,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor | None,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
     layout: str,
-) -> None:
+) -> None:  # fmt: skip
     """The arguments of a convolution of whole sequences `x [B, T, D]` or `[T, D]`, with a state or
     without.
     """
@@ -92,14 +87,9 @@ def check_conv_sequences(
         check_dtype("has_initial_state", has_initial_state, (torch.bool,))
         check_shape("has_initial_state", has_initial_state, (sequences,))
     check_device(
-        x=x,
-        weight=weight,
-        bias=bias,
-        conv_state=conv_state,
-        state_indices=state_indices,
-        has_initial_state=has_initial_state,
-        cu_seqlens=cu_seqlens,
-    )
+        x=x, weight=weight, bias=bias, conv_state=conv_state, state_indices=state_indices,
+        has_initial_state=has_initial_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
 
 
 def state_channels(x: Any, conv_state: Any) -> tuple[Tensor | None, int]:

@@ -40,14 +40,9 @@ def extended_rows(
 
 
 def short_convolution(
-    x: Tensor,
-    history: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    cu_seqlens: Tensor,
-    active: Tensor,
-) -> Tensor:
+    x: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+    cu_seqlens: Tensor, active: Tensor,
+) -> Tensor:  # fmt: skip
     """Depthwise causal convolution of each sequence over `concat(history[n], x[start:end])`.
 
     Args:
@@ -128,14 +123,9 @@ def convolved(
 
 
 def conv_sequences(
-    x: Tensor,
-    history: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    cu_seqlens: Tensor | None,
-    active: Tensor | None,
-) -> Tensor:
+    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str | None,
+    cu_seqlens: Tensor | None, active: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Depthwise causal convolution of whole sequences, each behind its history.
 
     Args:
@@ -182,12 +172,9 @@ def conv_sequences(
 
 
 def conv_whole(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
     cu_seqlens: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`conv_sequences` of `x [B, T, D]` or `[T, D]` without a history."""
     rows = x if x.dim() == 3 else x[None]
     y = conv_sequences(rows, None, weight, bias, activation, cu_seqlens, None)
@@ -195,16 +182,9 @@ def conv_whole(
 
 
 def conv_whole_state(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    conv_state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, conv_state: Tensor,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> Tensor:  # fmt: skip
     """`conv_whole` with a history from each sequence's slot, to which the last W - 1 rows go."""
     rows = x if x.dim() == 3 else x[None]
     past = weight.shape[1] - 1
@@ -215,13 +195,9 @@ def conv_whole_state(
 
 
 def known_history(
-    x: Tensor,
-    past: int,
-    conv_state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    layout: str,
-) -> Tensor:
+    x: Tensor, past: int, conv_state: Tensor, state_indices: Tensor,
+    has_initial_state: Tensor | None, layout: str,
+) -> Tensor:  # fmt: skip
     """The `past` rows before each sequence, `[N, past, D]`: its slot's, or zeros."""
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)  # [slots, L, D]
     read = (state_indices != 0) & (False if has_initial_state is None else has_initial_state)
@@ -230,13 +206,9 @@ def known_history(
 
 
 def keep_last(
-    x: Tensor,
-    history: Tensor,
-    conv_state: Tensor,
-    state_indices: Tensor,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> None:
+    x: Tensor, history: Tensor, conv_state: Tensor, state_indices: Tensor,
+    cu_seqlens: Tensor | None, layout: str,
+) -> None:  # fmt: skip
     """Writes the last rows of each history and its sequence to its slot, as many as the history
     has.
     """
@@ -251,16 +223,9 @@ def keep_last(
 
 
 def conv_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    offsets: Tensor,
-    layout: str,
-) -> Tensor:
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+    state_indices: Tensor, num_accepted: Tensor | None, offsets: Tensor, layout: str,
+) -> Tensor:  # fmt: skip
     """`short_convolution` of new tokens against their slots, which are shifted in place.
 
     Args:

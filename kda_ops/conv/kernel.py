@@ -7,16 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def silu(x):
-    """The product of x and sigmoid(x).
-
-    The square of a reciprocal root costs less than a division, which checks ranges, and exp2 less
-    than exp, which takes care of subnormal results.
-    """
-    r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
-    return x * (r * r)
+from kda_ops.kernel import quick_sigmoid
 
 
 @triton.jit
@@ -46,8 +37,36 @@ def conv_row(rows, i: tl.constexpr, taps, bias, W: tl.constexpr, SILU: tl.conste
     for tap in tl.static_range(W):
         y += rows[i + tap].to(tl.float32) * taps[tap]
     if SILU:
-        y = silu(y)
+        y = y * quick_sigmoid(y)
     return y
+
+
+@triton.jit
+def rows_at(ptr, stride, count, ok, ROWS: tl.constexpr):
+    """The first `count` of ROWS rows as a tuple of vectors, zeros behind."""
+    rows = ()
+    for i in tl.static_range(ROWS):
+        rows += (tl.load(ptr + i * stride, mask=ok & (i < count), other=0.0),)
+    return rows
+
+
+@triton.jit
+def convolved(rows, tokens, taps, bias, W: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr):
+    """The outputs of `tokens` of TOKENS tokens as a tuple of fp32 vectors, zeros behind."""
+    outputs = ()
+    for i in tl.static_range(TOKENS):
+        y = conv_row(rows, i, taps, bias, W, SILU)
+        outputs += (tl.where(i < tokens, y, 0.0),)
+    return outputs
+
+
+@triton.jit
+def shift_history(ptr, stride, rows, tokens, ok, W: tl.constexpr, TOKENS: tl.constexpr):
+    """Writes `concat(history[1:], x_0 .. x_{tokens-1})`, nothing without tokens."""
+    ok &= tokens > 0
+    for keep in tl.static_range(W - 2 + TOKENS):
+        new = rows[keep + 1].to(ptr.dtype.element_ty)
+        tl.store(ptr + keep * stride, new, mask=ok & (keep < W - 2 + tokens))
 
 
 @triton.jit
@@ -65,43 +84,15 @@ def unit_heads(y, ok, normed, EPS: tl.constexpr, HEADS: tl.constexpr, PADDED: tl
 
 @triton.jit
 def conv_sequence(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    state_ptr,
-    slots_ptr,
-    has_initial_ptr,
-    cu_seqlens_ptr,
-    pid,
-    c,
-    ok,
-    normed,
-    T,
-    N,
-    num_slots,
-    block_t,
-    blocks_per_sequence,
-    stride_x_batch,
-    stride_x_row,
-    width,
-    stride_state_slot,
-    stride_state_row,
-    stride_state_dim,
-    stride_slots,
-    W: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    STEP_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    VARLEN: tl.constexpr,
-    EPS: tl.constexpr,
-    HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+    x_ptr, weight_ptr, bias_ptr, y_ptr, state_ptr, slots_ptr, has_initial_ptr, cu_seqlens_ptr,
+    pid, c, ok, normed, T, N, num_slots,
+    block_t, blocks_per_sequence,
+    stride_x_batch, stride_x_row,
+    width, stride_state_slot, stride_state_row, stride_state_dim, stride_slots,
+    W: tl.constexpr, BLOCK_W: tl.constexpr, STEP_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    VARLEN: tl.constexpr, EPS: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
     """Convolves block_t tokens of one sequence, the BLOCK_D channels `c` of x, where `ok`, into
     those of y, which has `width` and is dense. All pointers are those of channel 0. HEADS is 0 for
     no norm; else `unit_heads` of each row where `normed`.

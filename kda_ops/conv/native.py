@@ -13,58 +13,33 @@ _ARGUMENTS = (c_void_p, c_int64, *6 * (c_void_p,), *5 * (c_int64,), c_double, c_
 
 
 def short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
     cu_seqlens: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return _convolve(x, weight, bias, activation, cu_seqlens)
 
 
 def short_conv_state(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    conv_state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, conv_state: Tensor,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> Tensor:  # fmt: skip
     pages = (state_indices, has_initial_state, layout)
     return _convolve(x, weight, bias, activation, cu_seqlens, conv_state, pages)
 
 
 def short_conv_qkv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    key_dim: int,
-    head_dim: int,
-    norm_eps: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
+    head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parts = _apart(x, weight, bias, None, key_dim, "")
     return _qkv(parts, activation, head_dim, norm_eps, cu_seqlens)
 
 
 def short_conv_qkv_state(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    key_dim: int,
-    head_dim: int,
-    norm_eps: float,
-    conv_state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
+    head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor,
+    has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parts = _apart(x, weight, bias, conv_state, key_dim, layout)
     pages = (state_indices, has_initial_state, layout)
     return _qkv(parts, activation, head_dim, norm_eps, cu_seqlens, pages)
@@ -99,13 +74,9 @@ Pages = tuple[Tensor, Tensor | None, str]  # slots, has_initial_state, layout
 
 
 def _apart(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_state: Tensor | None,
-    key_dim: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor | None, key_dim: int,
     layout: str,
-) -> list[Part]:
+) -> list[Part]:  # fmt: skip
     """The packed arguments of q, k and v as views for each."""
     sizes = [key_dim, key_dim, x.shape[-1] - 2 * key_dim]
     none = [None] * 3
@@ -166,13 +137,9 @@ def _convolve(
     y = flat.new_empty(flat.shape) if whole and N else flat.new_zeros(flat.shape)
     kept = [weight.float().contiguous(), None if bias is None else bias.float().contiguous()]
     kernel("short_conv", *_ARGUMENTS)(
-        flat.data_ptr(),
-        flat.stride(0),
-        *map(address, (*kept, history, y, offsets, live)),
-        *(N, D, W, activation == "silu", norm[0]),
-        norm[1],
-        torch.get_num_threads(),
-    )
+        flat.data_ptr(), flat.stride(0), *map(address, (*kept, history, y, offsets, live)),
+        *(N, D, W, activation == "silu", norm[0]), norm[1], torch.get_num_threads(),
+    )  # fmt: skip
     if history is not None and conv_state is not None and pages is not None:
         keep_last(rows, history, conv_state, state_indices, cu_seqlens, layout)
     return y.to(x.dtype).view(x.shape)

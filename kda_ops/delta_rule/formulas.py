@@ -19,17 +19,9 @@ def source_slots(state_indices: Tensor, num_accepted: Tensor | None) -> Tensor:
 
 
 def recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    scale: float,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, scale: float, cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`recurrent_kda` for all sequences and heads at once, states in place.
 
     The loop is over the tokens of the longest sequence.

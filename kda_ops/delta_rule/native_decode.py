@@ -78,26 +78,11 @@ def kda_decode_unpacked(*args: Any) -> Tensor:
 
 
 def _run(
-    parts: list[Any],
-    key_dim: int,
-    activation: str | None,
-    f: Tensor,
-    beta: Tensor,
-    z: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    norm_weight: Tensor,
-    norm_eps: float,
-    qk_norm_eps: float,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> Tensor:
+    parts: list[Any], key_dim: int, activation: str | None, f: Tensor, beta: Tensor, z: Tensor,
+    A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float,
+    norm_weight: Tensor, norm_eps: float, qk_norm_eps: float, scale: float, state: Tensor,
+    state_indices: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> Tensor:  # fmt: skip
     """The output in fp32. A part is its x, state, weight and bias, and its first channel in them.
 
     Tensors that are converted are kept under the names of the arguments while they are read.
@@ -115,19 +100,16 @@ def _run(
     for i, (x_i, state_i, weight_i, bias_i, first) in enumerate(parts):
         channels[i] = _channels(x_i, state_i, weight_i, bias_i, first, row, channel)
     step = _Step(
-        channels,
-        *(_DTYPES[conv_state.dtype], _DTYPES[state.dtype]),
-        *(T, len(state_indices), key_dim // K, HV, K, V),
-        *(weight.shape[1], conv_state.shape[row]),
+        channels, *(_DTYPES[conv_state.dtype], _DTYPES[state.dtype]),
+        *(T, len(state_indices), key_dim // K, HV, K, V), *(weight.shape[1], conv_state.shape[row]),
         activation == "silu",
         *((1, 0) if state_indices.dim() == 1 else (state_indices.shape[1], 1)),
         *((address(table), table is not None and table.dtype == torch.int64) for table in tables),
         (address(A_log), address(dt_bias), lower_bound is not None, lower_bound or 0.0),
         *map(address, (f, beta, z, norm_weight, state)),
-        *(conv_state.shape[0], state.shape[0], *state.stride()),
-        o.data_ptr(),
+        *(conv_state.shape[0], state.shape[0], *state.stride()), o.data_ptr(),
         *(beta_scale, norm_eps, qk_norm_eps, scale),
-    )
+    )  # fmt: skip
     run = kernel("kda_decode", c_void_p, c_int64, result=c_int)
     if not run(ctypes.byref(step), torch.get_num_threads()):
         raise InvalidValues
@@ -135,14 +117,9 @@ def _run(
 
 
 def _channels(
-    x: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    first: int,
-    row: int,
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, first: int, row: int,
     channel: int,
-) -> tuple[int | None, ...]:
+) -> tuple[int | None, ...]:  # fmt: skip
     """`_Channels` from a part's first channel on."""
     strides = state.stride()
     return (

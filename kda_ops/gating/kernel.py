@@ -1,7 +1,19 @@
 """Triton functions of the gate, and of chunks of a ragged batch."""
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kda_ops.gating.formulas import FORGOTTEN, RATES, STEEPEST
+from kda_ops.kernel import LOG2E
+
+LEAST_A_LOG, LARGEST_A_LOG = (tl.constexpr(x) for x in RATES[torch.float32])
+LARGEST = tl.constexpr(STEEPEST)
+LEAST_GATE = tl.constexpr(FORGOTTEN[torch.float32])
+LEAST_SUM = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -12,7 +24,7 @@ def softplus(z):
     log1p(e) / e of degree 8. One hardware exp2 and no division: a library log costs more than the
     rest of a gate kernel.
     """
-    e = tl.exp2(tl.abs(z) * -1.4426950408889634)
+    e = tl.exp2(tl.abs(z) * -LOG2E)
     p = 0.0051058256067335606
     p = p * e - 0.028991956263780594
     p = p * e + 0.07738073915243149
@@ -29,9 +41,19 @@ def softplus(z):
 def rate(A_log):
     """exp(A_log), neither 0 nor infinite: see `kda_ops.gating.formulas.RATES`."""
     A_log = A_log.to(tl.float32)
-    A_log = tl.where(A_log > 88.0, 88.0, A_log)  # not a minimum, which would lose NaN
-    A_log = tl.where(A_log < -87.0, -87.0, A_log)
+    # not a minimum, which would lose NaN
+    A_log = tl.where(A_log > LARGEST_A_LOG, LARGEST_A_LOG, A_log)
+    A_log = tl.where(A_log < LEAST_A_LOG, LEAST_A_LOG, A_log)
     return tl.exp(A_log)
+
+
+@triton.jit
+def gate_rate(A_log_ptr, h, HAS_A: tl.constexpr):
+    """The rate of head h, 1 where there is none."""
+    if HAS_A:
+        return rate(tl.load(A_log_ptr + h))
+    else:
+        return 1.0
 
 
 @triton.jit
@@ -65,3 +87,85 @@ def padding_start(cu_seqlens_ptr, sequences, T):
     """First token (int64) of no sequence, within [0, T] whatever `cu_seqlens` holds."""
     last = tl.load(cu_seqlens_ptr + sequences).to(tl.int64)
     return tl.minimum(tl.maximum(last, 0), T)
+
+
+@triton.jit
+def chunk_block(
+    cu_seqlens_ptr, chunk_indices_ptr, T, D, rows, sequences, C: tl.constexpr, BLOCK: tl.constexpr,
+    VARLEN: tl.constexpr,
+):  # fmt: skip
+    """A program's BLOCK channels, batch entry and chunk: its row, first token and end.
+
+    Grid: (B * rows * channel blocks), channel blocks innermost; `rows` are chunks per batch entry,
+    or rows of the chunk table.
+    """
+    blocks = tl.cdiv(D, BLOCK)
+    pid = tl.program_id(0)
+    d = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row = pid // blocks
+    batch = (row // rows).to(tl.int64)
+    row = (row % rows).to(tl.int64)
+    if VARLEN:
+        start, end = chunk_span(cu_seqlens_ptr, chunk_indices_ptr, row, sequences, T, C)
+    else:
+        start = row * C
+        end = tl.minimum(start + C, T)
+    return d, batch, row, start, end
+
+
+@triton.jit
+def running_sums(
+    x_ptr, out_ptr, d, start, end, stride_token, D, factor, a, bias, C: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, GATED: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Sums of the BLOCK channels d of one chunk, times factor: of x or, if GATED, of the part of a
+    gate that depends on the token, with the rate a. Gates whose sum overflows get the least finite
+    number: of infinite sums there is no difference.
+
+    It walks down the tokens with the running sums in registers, so nothing is exchanged between
+    threads. STEP tokens are read at once, summed by themselves and put on top of the sum so far: as
+    many loads are in flight, and the rounding error is that of STEP + C / STEP terms, not of C.
+    """
+    before = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, C, STEP):
+        tokens = ()
+        for i in tl.static_range(STEP):
+            t = start + first + i
+            ok = (d < D) & (t < end)
+            tokens = tokens + (tl.load(x_ptr + t * stride_token, mask=ok, other=0.0),)  # noqa: RUF005
+        sums = tl.zeros([BLOCK], tl.float32)
+        for i in tl.static_range(STEP):
+            t = start + first + i
+            x = tokens[i].to(tl.float32)
+            if GATED:
+                z = x + bias
+                sums += tl.sigmoid(a * z) if BOUNDED else softplus(z)
+                total = sums * factor + before
+                if not BOUNDED:
+                    total = tl.maximum(total, LEAST_SUM, propagate_nan=tl.PropagateNan.ALL)
+            else:
+                sums += x
+                total = (before + sums) * factor
+            tl.store(out_ptr + t * D, total, mask=(d < D) & (t < end))
+        before += sums * factor if GATED else sums
+
+
+@triton.jit
+def clear_block(
+    out_ptr, cu_seqlens_ptr, d, row, sequences, T, D, C: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Program row n zeroes the n-th C tokens past the last sequence."""
+    padding = padding_start(cu_seqlens_ptr, sequences, T) + row * C
+    for t in range(padding, tl.minimum(padding + C, T)):
+        tl.store(out_ptr + t * D, tl.zeros([BLOCK], tl.float32), mask=d < D)
+
+
+def gate_constants(
+    A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
+) -> dict[str, Any]:
+    return {
+        "LOWER_BOUND": 0.0 if lower_bound is None else lower_bound,
+        "HAS_A": A_log is not None,
+        "HAS_BIAS": dt_bias is not None,
+        "BOUNDED": lower_bound is not None,
+    }

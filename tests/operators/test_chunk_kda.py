@@ -447,7 +447,7 @@ CU = torch.tensor([0, 30, 70])
         bad("state_indices must be in [0, 3), got 3", state=STATE, state_indices=SLOT + 2),
         bad("state_indices must be in [0, 3), got -1", state=STATE, state_indices=SLOT - 2),
         bad(
-            "state_indices must not repeat a slot other than 0, got 2 twice",
+            "state_indices must not repeat, got 2 more than once",
             cu_seqlens=CU,
             state=STATE,
             state_indices=torch.tensor([2, 2]),

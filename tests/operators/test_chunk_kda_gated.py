@@ -74,7 +74,7 @@ def composed(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     if eps is not None:
         q, k = kda_ops.l2norm(q, eps=eps), kda_ops.l2norm(k, eps=eps)
     G = kda_ops.gate_cumsum(x, **gate, cu_seqlens=rest.get("cu_seqlens"))
-    return kda_ops.chunk_kda(q, k, G=G, beta=beta_scale * beta.sigmoid(), **rest)
+    return kda_ops.chunk_kda(q, k, g_cumsum=G, beta=beta_scale * beta.sigmoid(), **rest)
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
@@ -312,7 +312,7 @@ def test_nvidia_launch_compiles(dtype: torch.dtype, target: str, tmp_path: Path)
     inputs = chunk_kda_gated_inputs(CPU, T=128, H=2, norm=True, dtype=dtype, cu_seqlens=[0, 128])
     with (
         mock.patch.object(kernels, "traceable", recorder),
-        mock.patch.object(kernels, "launch_scan"),
+        mock.patch("kda_ops.delta_rule.chunked.launch.launch_scan"),
         mock.patch.object(kernels, "is_nvidia", return_value=True),
         torch.no_grad(),
         RunKernels(),

@@ -28,7 +28,7 @@ SPILLS: dict[str, dict[str, int]] = {
     "general_backward_kernel": {"sm_80": 120, "sm_90a": 112, "sm_100a": 152},
     "general_chunk_kernel": {"sm_80": 1032, "sm_90a": 728, "sm_100a": 1616},
 }
-LAUNCHED = ("backward.kernel", "backward_general.launch")
+LAUNCHED = ("kernels.gradient", "gradient_general")
 RAGGED = [0, 0, 1, 65, 65, 129, 150]
 
 
@@ -39,7 +39,7 @@ def launches(shared: int) -> dict[str, list[Launch]]:
     recorder = Recorder()
     with ExitStack() as patches:
         for name in LAUNCHED:
-            module = import_module(f"kda_ops.device.{name}")
+            module = import_module(f"kda_ops.delta_rule.chunked.{name}")
             patches.enter_context(mock.patch.object(module, "traceable", recorder))
         workspace = import_module("kda_ops.delta_rule.chunked.gradient_workspace")
         patches.enter_context(mock.patch.object(workspace, "shared_memory", return_value=shared))

@@ -71,7 +71,7 @@ def test_tails_compiled() -> None:
 @pytest.mark.interpreter
 def test_tails_of_the_kernel() -> None:
     x = tails().reshape(-1, 1, 1)
-    assert_tails_are_right(x, run_kernels(kda_ops.gate)(x=x, A_log=torch.zeros(1)))
+    assert_tails_are_right(x, run_kernels(kda_ops.gate)(raw_gate=x, A_log=torch.zeros(1)))
 
 
 @pytest.mark.gpu
@@ -102,8 +102,8 @@ X, A, BIAS = torch.zeros(1, 5, 2, 4), torch.zeros(2), torch.zeros(2, 4)
 @pytest.mark.parametrize(
     ("args", "options", "message"),
     [
-        ((X.int(), A), {}, r"x must have dtype .*, got int32"),
-        ((X[0, 0, 0], A), {}, r"x must have shape \[\.\.\., HV, K\], got \(4,\)"),
+        ((X.int(), A), {}, r"raw_gate must have dtype .*, got int32"),
+        ((X[0, 0, 0], A), {}, r"raw_gate must have shape \[\.\.\., HV, K\], got \(4,\)"),
         ((X, torch.zeros(3)), {}, r"A_log must have shape \[2\], got \(3,\)"),
         ((X, A.long()), {}, r"A_log must have dtype .*, got int64"),
         ((X, None), {}, r"A_log must be given unless lower_bound is, got None"),
@@ -122,5 +122,5 @@ def test_errors(args: tuple, options: dict, message: str) -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("shape", [(2, 3, 0), (2, 0, 4), (0, 3, 4)])
 def test_kernel_of_an_empty_axis(shape: tuple[int, ...]) -> None:
-    g = run_kernels(kda_ops.gate)(x=torch.zeros(shape), A_log=torch.zeros(shape[1]))
+    g = run_kernels(kda_ops.gate)(raw_gate=torch.zeros(shape), A_log=torch.zeros(shape[1]))
     assert g.shape == shape

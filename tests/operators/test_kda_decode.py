@@ -347,7 +347,10 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"state": lambda x: x.transpose(2, 3)}, "state must have shape [18, 3, 32, 48]"),
     ({"state": lambda x: x.half()}, "state must have dtype float32, bfloat16, float64"),
     ({"state_indices": lambda x: x[1:]}, "state_indices must have shape [5, 3], got (4, 3)"),
-    ({"state_indices": lambda x: x[:, :0]}, "state_indices must have at least one column"),
+    (
+        {"state_indices": lambda x: x[:, :0]},
+        "state_indices must have a column for each of 1 tokens",
+    ),
     ({"state_indices": lambda x: x[:, 0]}, "num_accepted must come with state_indices of shape"),
     ({"num_accepted": lambda x: x[1:]}, "num_accepted must have shape [5], got (4,)"),
     ({"num_accepted": lambda x: x.float()}, "num_accepted must have dtype int32, int64"),

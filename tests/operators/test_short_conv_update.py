@@ -194,7 +194,7 @@ def test_kernel_stays_in_bounds_whatever_the_values(
         ({"state_indices": SLOTS[1:]}, r"state_indices must have shape \[6\], got \(5,\)"),
         (
             {"state_indices": SLOTS[:, None][:, :0]},
-            r"state_indices must have at least one column, got shape",
+            r"state_indices must have a column for each of 1 tokens",
         ),
         ({"state_indices": SLOTS + 1}, r"state_indices must be in \[0, 7\), got 7"),
         (

@@ -24,31 +24,14 @@ def as_integers(pointer, BITS: tl.constexpr):
 
 @triton.jit
 def state_copy_kernel(
-    conv_ptr,
-    recurrent_ptr,
-    plan_ptr,
-    requests,
-    slots,
-    plan_row,
-    plan_column,
-    conv_layer,
-    conv_slot,
-    conv_row,
-    recurrent_layer,
-    recurrent_slot,
-    LAYERS: tl.constexpr,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    MAX_BIAS: tl.constexpr,
-    DIM_FIRST: tl.constexpr,
-    CONV_BITS: tl.constexpr,
-    RECURRENT_BITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    conv_ptr, recurrent_ptr, plan_ptr,
+    requests, slots,
+    plan_row, plan_column, conv_layer, conv_slot, conv_row, recurrent_layer, recurrent_slot,
+    LAYERS: tl.constexpr, L: tl.constexpr, D: tl.constexpr, ELEMENTS: tl.constexpr,
+    MAX_BIAS: tl.constexpr, DIM_FIRST: tl.constexpr, CONV_BITS: tl.constexpr,
+    RECURRENT_BITS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program copies one block of one request's conv or recurrent state in one layer.
 
     A conv block is COLUMNS whole columns, all L rows of each: a shift of a slot onto itself stays
@@ -112,14 +95,9 @@ def launch_state_copy(
     L, D = (int(n) for n in (conv.shape[:-3:-1] if dim_first else conv.shape[-2:]))
     elements = int(recurrent.shape[-3] * recurrent.shape[-2] * recurrent.shape[-1])
     chosen = choose(
-        "state_copy",
-        conv.device,
-        L=L,
-        D=D,
-        conv=conv.dtype,
-        recurrent=recurrent.dtype,
+        "state_copy", conv.device, L=L, D=D, conv=conv.dtype, recurrent=recurrent.dtype,
         layout=layout,
-    )
+    )  # fmt: skip
     block_bytes = chosen["BYTES"]
     block_l = triton.next_power_of_2(L)
     block_columns = triton.next_power_of_2(
@@ -134,28 +112,11 @@ def launch_state_copy(
     # a plan without requests still launches: CUDA has no empty grid
     grid = (torch.sym_max(plan.shape[0], 1) * (layers * blocks),)
     traceable(state_copy_kernel)[grid](
-        conv,
-        recurrent,
-        plan,
-        plan.shape[0],
-        conv.shape[-3],
-        *plan.stride(),
-        conv.stride(0) if conv.dim() == 4 else 0,
-        conv.stride(-3),
-        conv.stride(-2),
-        recurrent.stride(0) if recurrent.dim() == 5 else 0,
-        recurrent.stride(-4),
-        LAYERS=layers,
-        L=L,
-        D=D,
-        ELEMENTS=elements,
-        MAX_BIAS=max_bias,
-        DIM_FIRST=dim_first,
-        CONV_BITS=8 * conv.element_size(),
-        RECURRENT_BITS=8 * recurrent.element_size(),
-        COLUMNS=columns,
-        BLOCK_COLUMNS=block_columns,
-        BLOCK_L=block_l,
-        BLOCK=block,
+        conv, recurrent, plan, plan.shape[0], conv.shape[-3], *plan.stride(),
+        conv.stride(0) if conv.dim() == 4 else 0, conv.stride(-3), conv.stride(-2),
+        recurrent.stride(0) if recurrent.dim() == 5 else 0, recurrent.stride(-4),
+        LAYERS=layers, L=L, D=D, ELEMENTS=elements, MAX_BIAS=max_bias, DIM_FIRST=dim_first,
+        CONV_BITS=8 * conv.element_size(), RECURRENT_BITS=8 * recurrent.element_size(),
+        COLUMNS=columns, BLOCK_COLUMNS=block_columns, BLOCK_L=block_l, BLOCK=block,
         num_warps=chosen["num_warps"],
-    )
+    )  # fmt: skip

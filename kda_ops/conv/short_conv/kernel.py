@@ -5,43 +5,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import contiguous, traceable
 from kda_ops.conv.kernel import conv_blocks, conv_sequence, conv_state_strides
 from kda_ops.tuning import choose
 
 
 @triton.jit
 def short_conv_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    state_ptr,
-    slots_ptr,
-    has_initial_ptr,
-    cu_seqlens_ptr,
-    T,
-    D,
-    N,
-    num_slots,
-    block_t,
-    blocks_per_sequence,
-    stride_x_batch,
-    stride_x_row,
-    stride_state_slot,
-    stride_state_row,
-    stride_state_dim,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, state_ptr, slots_ptr, has_initial_ptr, cu_seqlens_ptr,
+    T, D, N, num_slots,
+    block_t, blocks_per_sequence,
+    stride_x_batch, stride_x_row, stride_state_slot, stride_state_row, stride_state_dim,
     stride_slots,
-    W: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    STEP_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
+    W: tl.constexpr, BLOCK_W: tl.constexpr, STEP_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr,
     VARLEN: tl.constexpr,
-):
+):  # fmt: skip
     """One program computes block_t tokens of one sequence x BLOCK_D channels; see `conv_sequence`.
 
     Grid: token blocks x D blocks, D fastest, on the one axis that has no limit of 65535.
@@ -51,52 +30,18 @@ def short_conv_kernel(
     d = tl.program_id(0) % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     ok = d < D
     conv_sequence(
-        x_ptr,
-        weight_ptr,
-        bias_ptr,
-        y_ptr,
-        state_ptr,
-        slots_ptr,
-        has_initial_ptr,
-        cu_seqlens_ptr,
-        pid,
-        d,
-        ok,
-        False,
-        T,
-        N,
-        num_slots,
-        block_t,
-        blocks_per_sequence,
-        stride_x_batch,
-        stride_x_row,
-        D,
-        stride_state_slot,
-        stride_state_row,
-        stride_state_dim,
-        stride_slots,
-        W,
-        BLOCK_W,
-        STEP_T,
-        BLOCK_D,
-        SILU,
-        HAS_BIAS,
-        HAS_STATE,
-        HAS_INITIAL,
-        VARLEN,
-        EPS=0.0,
-        HEADS=0,
-        PADDED=False,
-    )
+        x_ptr, weight_ptr, bias_ptr, y_ptr, state_ptr, slots_ptr, has_initial_ptr, cu_seqlens_ptr,
+        pid, d, ok, False, T, N, num_slots, block_t, blocks_per_sequence, stride_x_batch,
+        stride_x_row, D, stride_state_slot, stride_state_row, stride_state_dim, stride_slots, W,
+        BLOCK_W, STEP_T, BLOCK_D, SILU, HAS_BIAS, HAS_STATE, HAS_INITIAL, VARLEN,
+        EPS=0.0, HEADS=0, PADDED=False,
+    )  # fmt: skip
 
 
 def launch_short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
     cu_seqlens: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return _launch(x, weight, bias, activation, None, None, None, cu_seqlens, "SD")
 
 
@@ -105,16 +50,9 @@ def launch_short_conv_state(
     state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> Tensor:  # fmt: skip
     return _launch(
-        x,
-        weight,
-        bias,
-        activation,
-        conv_state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
+        x, weight, bias, activation, conv_state, state_indices, has_initial_state, cu_seqlens,
         layout,
-    )
+    )  # fmt: skip
 
 
 def _launch(
@@ -135,35 +73,14 @@ def _launch(
     )
     stride_slot, stride_row, stride_dim = conv_state_strides(conv_state, layout)
     traceable(short_conv_kernel)[(d_blocks * blocks,)](
-        x,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        y,
-        conv_state,
-        state_indices,
-        None if has_initial_state is None else has_initial_state.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-        T,
-        D,
-        N,
-        0 if conv_state is None else conv_state.shape[0],
-        block_t,
-        blocks_per_sequence,
-        stride_batch,
-        x.stride(-2),
-        stride_slot,
-        stride_row,
-        stride_dim,
+        x, weight.contiguous(), contiguous(bias), y, conv_state, state_indices,
+        contiguous(has_initial_state), contiguous(cu_seqlens), T, D, N,
+        0 if conv_state is None else conv_state.shape[0], block_t, blocks_per_sequence,
+        stride_batch, x.stride(-2), stride_slot, stride_row, stride_dim,
         0 if state_indices is None else state_indices.stride(0),
-        W=W,
-        BLOCK_W=triton.next_power_of_2(W),
-        SILU=activation == "silu",
-        HAS_BIAS=bias is not None,
-        HAS_STATE=conv_state is not None,
-        HAS_INITIAL=has_initial_state is not None,
-        VARLEN=cu_seqlens is not None,
-        STEP_T=chosen["STEP_T"],
-        BLOCK_D=chosen["BLOCK_D"],
-        num_warps=chosen["num_warps"],
-    )
+        W=W, BLOCK_W=triton.next_power_of_2(W), SILU=activation == "silu",
+        HAS_BIAS=bias is not None, HAS_STATE=conv_state is not None,
+        HAS_INITIAL=has_initial_state is not None, VARLEN=cu_seqlens is not None,
+        STEP_T=chosen["STEP_T"], BLOCK_D=chosen["BLOCK_D"], num_warps=chosen["num_warps"],
+    )  # fmt: skip
     return y

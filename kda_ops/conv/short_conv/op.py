@@ -110,13 +110,6 @@ def short_conv(
     if conv_state is None:
         return selected(short_conv_op)(x, weight, bias, activation, cu_seqlens)
     return selected(short_conv_state_op)(
-        x,
-        weight,
-        bias,
-        activation,
-        conv_state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
+        x, weight, bias, activation, conv_state, state_indices, has_initial_state, cu_seqlens,
         layout,
-    )
+    )  # fmt: skip

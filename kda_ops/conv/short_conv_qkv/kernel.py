@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import contiguous, traceable
 from kda_ops.conv.kernel import conv_blocks, conv_sequence, conv_state_strides, of_part, three
 from kda_ops.tuning import choose
 
@@ -14,59 +14,19 @@ NONE = (None, None, None)
 
 @triton.jit
 def short_conv_qkv_kernel(
-    x_ptr,
-    x_k_ptr,
-    x_v_ptr,
-    weight_ptr,
-    weight_k_ptr,
-    weight_v_ptr,
-    bias_ptr,
-    bias_k_ptr,
-    bias_v_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    state_ptr,
-    state_k_ptr,
-    state_v_ptr,
-    slots_ptr,
-    has_initial_ptr,
-    cu_seqlens_ptr,
-    T,
-    value_dim,
-    N,
-    num_slots,
-    block_t,
-    blocks_per_sequence,
-    stride_x_batch,
-    stride_x_batch_k,
-    stride_x_batch_v,
-    stride_x_row,
-    stride_x_row_k,
-    stride_x_row_v,
-    stride_state_slot,
-    stride_state_slot_k,
-    stride_state_slot_v,
-    stride_state_row,
-    stride_state_row_k,
-    stride_state_row_v,
-    stride_state_dim,
-    stride_slots,
-    EPS: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    STEP_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UNPACKED: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
+    x_ptr, x_k_ptr, x_v_ptr, weight_ptr, weight_k_ptr, weight_v_ptr, bias_ptr, bias_k_ptr,
+    bias_v_ptr, q_ptr, k_ptr, v_ptr, state_ptr, state_k_ptr, state_v_ptr, slots_ptr,
+    has_initial_ptr, cu_seqlens_ptr,
+    T, value_dim, N, num_slots,
+    block_t, blocks_per_sequence,
+    stride_x_batch, stride_x_batch_k, stride_x_batch_v, stride_x_row, stride_x_row_k,
+    stride_x_row_v, stride_state_slot, stride_state_slot_k, stride_state_slot_v, stride_state_row,
+    stride_state_row_k, stride_state_row_v, stride_state_dim, stride_slots,
+    EPS: tl.constexpr, KEY_DIM: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    W: tl.constexpr, BLOCK_W: tl.constexpr, STEP_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNPACKED: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
     """One program computes block_t tokens of one sequence x BLOCK_D channels of q, of k or of v;
     see `conv_sequence`.
 
@@ -116,43 +76,12 @@ def short_conv_qkv_kernel(
         if HAS_STATE:
             state_ptr += first.to(tl.int64) * stride_state_dim
     conv_sequence(
-        x_ptr,
-        weight_ptr,
-        bias_ptr,
-        y_ptr,
-        state_ptr,
-        slots_ptr,
-        has_initial_ptr,
-        cu_seqlens_ptr,
-        pid,
-        c,
-        ok,
-        part < 2,
-        T,
-        N,
-        num_slots,
-        block_t,
-        blocks_per_sequence,
-        stride_x_batch,
-        stride_x_row,
-        width,
-        stride_state_slot,
-        stride_state_row,
-        stride_state_dim,
-        stride_slots,
-        W,
-        BLOCK_W,
-        STEP_T,
-        BLOCK_D,
-        SILU,
-        HAS_BIAS,
-        HAS_STATE,
-        HAS_INITIAL,
-        VARLEN,
-        EPS,
-        HEADS,
+        x_ptr, weight_ptr, bias_ptr, y_ptr, state_ptr, slots_ptr, has_initial_ptr, cu_seqlens_ptr,
+        pid, c, ok, part < 2, T, N, num_slots, block_t, blocks_per_sequence, stride_x_batch,
+        stride_x_row, width, stride_state_slot, stride_state_row, stride_state_dim, stride_slots, W,
+        BLOCK_W, STEP_T, BLOCK_D, SILU, HAS_BIAS, HAS_STATE, HAS_INITIAL, VARLEN, EPS, HEADS,
         PADDED=BLOCK_K != K,
-    )
+    )  # fmt: skip
 
 
 def launch_short_conv_qkv(
@@ -209,7 +138,7 @@ def _launch(
     """One of each tensor, packed, or three, for q, k and v."""
     xs = tuple(x if x.stride(2) == 1 else x.contiguous() for x in xs)
     weights = tuple(weight.contiguous() for weight in weights)
-    biases = tuple(None if bias is None else bias.contiguous() for bias in biases)
+    biases = tuple(contiguous(bias) for bias in biases)
     x = xs[0]
     B, T = x.shape[:2]
     # static: with a symbolic value_dim Inductor does not see that v is dense, and copies it
@@ -228,42 +157,17 @@ def _launch(
     )
     strides = [conv_state_strides(state, layout) for state in states]
     traceable(short_conv_qkv_kernel)[(d_blocks * blocks,)](
-        *three(xs, None),
-        *three(weights, None),
-        *three(biases, None),
-        q,
-        k,
-        v,
-        *three(states, None),
-        state_indices,
-        None if has_initial_state is None else has_initial_state.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-        T,
-        value_dim,
-        N,
-        0 if states[0] is None else states[0].shape[0],
-        block_t,
-        blocks_per_sequence,
-        *three([x.stride(0) for x in xs], 0),
-        *three([x.stride(1) for x in xs], 0),
-        *three([slot for slot, _, _ in strides], 0),
-        *three([row for _, row, _ in strides], 0),
-        strides[0][2],
+        *three(xs, None), *three(weights, None), *three(biases, None), q, k, v,
+        *three(states, None), state_indices, contiguous(has_initial_state), contiguous(cu_seqlens),
+        T, value_dim, N, 0 if states[0] is None else states[0].shape[0], block_t,
+        blocks_per_sequence, *three([x.stride(0) for x in xs], 0),
+        *three([x.stride(1) for x in xs], 0), *three([slot for slot, _, _ in strides], 0),
+        *three([row for _, row, _ in strides], 0), strides[0][2],
         0 if state_indices is None else state_indices.stride(0),
-        EPS=norm_eps,
-        KEY_DIM=key_dim,
-        K=head_dim,
-        BLOCK_K=block_k,
-        W=W,
-        BLOCK_W=triton.next_power_of_2(W),
-        UNPACKED=len(xs) == 3,
-        SILU=activation == "silu",
-        HAS_BIAS=biases[0] is not None,
-        HAS_STATE=states[0] is not None,
-        HAS_INITIAL=has_initial_state is not None,
-        VARLEN=cu_seqlens is not None,
-        STEP_T=chosen["STEP_T"],
-        BLOCK_D=block_d,
-        num_warps=chosen["num_warps"],
-    )
+        EPS=norm_eps, KEY_DIM=key_dim, K=head_dim, BLOCK_K=block_k, W=W,
+        BLOCK_W=triton.next_power_of_2(W), UNPACKED=len(xs) == 3, SILU=activation == "silu",
+        HAS_BIAS=biases[0] is not None, HAS_STATE=states[0] is not None,
+        HAS_INITIAL=has_initial_state is not None, VARLEN=cu_seqlens is not None,
+        STEP_T=chosen["STEP_T"], BLOCK_D=block_d, num_warps=chosen["num_warps"],
+    )  # fmt: skip
     return q, k, v

@@ -5,7 +5,7 @@ public function.
 import torch
 from torch import Tensor
 
-from kda_ops._checks import check_integer, check_number, check_rank, check_shape
+from kda_ops._checks import check_head_dim, check_integer, check_number, check_rank, check_shape
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import CONV_PAGES, OFFSETS, SLOTS
 from kda_ops.config import resolve_layout
@@ -24,7 +24,6 @@ from kda_ops.conv.short_conv_qkv.reference import (
 )
 from kda_ops.native import define_native
 
-MOST_HEAD_DIM = 256
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
@@ -184,11 +183,9 @@ def short_conv_qkv(
     for part in parts:
         check_rank("x", part[0], 3)
         check_conv_sequences(*part, state_indices, has_initial_state, cu_seqlens, layout)
-    check_integer("head_dim", head_dim)
+    check_head_dim("head_dim", head_dim)
     check_integer("key_dim", key_dim)
     check_number("norm_eps", norm_eps)
-    if not 1 <= head_dim <= MOST_HEAD_DIM:
-        raise ValueError(f"head_dim must be in [1, {MOST_HEAD_DIM}], got {head_dim}")
     if key_dim < 1 or key_dim % head_dim:
         raise ValueError(f"key_dim must be a multiple of head_dim = {head_dim}, got {key_dim}")
     if not norm_eps > 0:  # NaN too

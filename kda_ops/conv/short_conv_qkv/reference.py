@@ -9,46 +9,24 @@ from kda_ops.norm.formulas import l2_normalized
 
 
 def short_conv_qkv_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    key_dim: int,
-    head_dim: int,
-    norm_eps: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
+    head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = x.to(accumulation_dtype(x))
     y = conv_whole(wide, weight, bias, activation, cu_seqlens)
     return normed_parts(y, key_dim, head_dim, norm_eps, x.dtype)
 
 
 def short_conv_qkv_state_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    key_dim: int,
-    head_dim: int,
-    norm_eps: float,
-    conv_state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
+    head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor,
+    has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = x.to(accumulation_dtype(x))
     y = conv_whole_state(
-        wide,
-        weight,
-        bias,
-        activation,
-        conv_state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
+        wide, weight, bias, activation, conv_state, state_indices, has_initial_state, cu_seqlens,
         layout,
-    )
+    )  # fmt: skip
     return normed_parts(y, key_dim, head_dim, norm_eps, x.dtype)
 
 
@@ -58,15 +36,10 @@ def short_conv_qkv_unpacked_reference(
     head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return short_conv_qkv_reference(
-        torch.cat([q, k, v], dim=-1),
-        torch.cat([q_weight, k_weight, v_weight]),
-        packed_bias(q_bias, k_bias, v_bias),
-        activation,
-        q.shape[-1],
-        head_dim,
-        norm_eps,
+        torch.cat([q, k, v], dim=-1), torch.cat([q_weight, k_weight, v_weight]),
+        packed_bias(q_bias, k_bias, v_bias), activation, q.shape[-1], head_dim, norm_eps,
         cu_seqlens,
-    )
+    )  # fmt: skip
 
 
 def short_conv_qkv_unpacked_state_reference(
@@ -77,19 +50,10 @@ def short_conv_qkv_unpacked_state_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with packed_state((q_state, k_state, v_state), layout) as conv_state:
         return short_conv_qkv_state_reference(
-            torch.cat([q, k, v], dim=-1),
-            torch.cat([q_weight, k_weight, v_weight]),
-            packed_bias(q_bias, k_bias, v_bias),
-            activation,
-            q.shape[-1],
-            head_dim,
-            norm_eps,
-            conv_state,
-            state_indices,
-            has_initial_state,
-            cu_seqlens,
-            layout,
-        )
+            torch.cat([q, k, v], dim=-1), torch.cat([q_weight, k_weight, v_weight]),
+            packed_bias(q_bias, k_bias, v_bias), activation, q.shape[-1], head_dim, norm_eps,
+            conv_state, state_indices, has_initial_state, cu_seqlens, layout,
+        )  # fmt: skip
 
 
 def normed_parts(

@@ -5,41 +5,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
-from kda_ops.conv.kernel import conv_row, conv_taps
+from kda_ops._launch import contiguous, traceable
+from kda_ops.conv.kernel import conv_row, conv_state_strides, conv_taps
 from kda_ops.tuning import choose
 
 
 @triton.jit
 def short_conv_update_kernel(
-    x_ptr,
-    state_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    slots_ptr,
-    num_accepted_ptr,
-    cu_seqlens_ptr,
-    T,
-    D,
-    N,
-    num_slots,
-    L,
-    stride_x_sequence,
-    stride_x_row,
-    stride_state_slot,
-    stride_state_row,
-    stride_state_dim,
+    x_ptr, state_ptr, weight_ptr, bias_ptr, y_ptr, slots_ptr, num_accepted_ptr, cu_seqlens_ptr,
+    T, D, N, num_slots, L,
+    stride_x_sequence, stride_x_row, stride_state_slot, stride_state_row, stride_state_dim,
     stride_slots,
-    W: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    MAX_TOKENS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_ACCEPTED: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
+    W: tl.constexpr, BLOCK_W: tl.constexpr, MAX_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ACCEPTED: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
     """One program computes all tokens of one sequence x BLOCK_D channels.
 
     Grid: sequences x D blocks, D fastest, on the one axis that has no limit of 65535.
@@ -105,8 +84,7 @@ def launch_short_conv_update(
     if x.stride(-1) != 1:
         x = x.contiguous()
     D, W = x.shape[-1], int(weight.shape[1])
-    stride_slot, *strides = conv_state.stride()
-    stride_row, stride_dim = strides if layout == "SD" else strides[::-1]
+    stride_slot, stride_row, stride_dim = conv_state_strides(conv_state, layout)
     L = conv_state.shape[1 if layout == "SD" else 2]
     N = state_indices.shape[0]
     chosen = choose("short_conv_update", x.device, D=D, W=W, dtype=x.dtype, layout=layout)
@@ -116,32 +94,11 @@ def launch_short_conv_update(
         tokens = int(x.shape[1]) if x.dim() == 3 else 1
         programs, max_tokens, stride_sequence = N, tokens, x.stride(0)
     traceable(short_conv_update_kernel)[(programs * triton.cdiv(D, chosen["BLOCK_D"]),)](
-        x,
-        conv_state,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        y,
-        state_indices,
-        None if num_accepted is None else num_accepted.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-        x.shape[0],
-        D,
-        N,
-        conv_state.shape[0],
-        L,
-        stride_sequence,
-        x.stride(-2),
-        stride_slot,
-        stride_row,
-        stride_dim,
-        state_indices.stride(0),
-        W=W,
-        BLOCK_W=triton.next_power_of_2(W),
-        MAX_TOKENS=max_tokens,
-        SILU=activation == "silu",
-        HAS_BIAS=bias is not None,
-        HAS_ACCEPTED=num_accepted is not None,
-        VARLEN=cu_seqlens is not None,
-        **chosen,
-    )
+        x, conv_state, weight.contiguous(), contiguous(bias), y, state_indices,
+        contiguous(num_accepted), contiguous(cu_seqlens), x.shape[0], D, N, conv_state.shape[0], L,
+        stride_sequence, x.stride(-2), stride_slot, stride_row, stride_dim, state_indices.stride(0),
+        W=W, BLOCK_W=triton.next_power_of_2(W), MAX_TOKENS=max_tokens, SILU=activation == "silu",
+        HAS_BIAS=bias is not None, HAS_ACCEPTED=num_accepted is not None,
+        VARLEN=cu_seqlens is not None, **chosen,
+    )  # fmt: skip
     return y

@@ -4,14 +4,13 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import (
-    INTEGERS,
+    check_accepted,
     check_cu_seqlens_shape,
     check_cu_seqlens_values,
     check_device,
     check_distinct_slots,
-    check_dtype,
     check_rank,
-    check_shape,
+    check_slot_table,
     check_slot_values,
 )
 from kda_ops._registry import define_op, selected
@@ -26,14 +25,9 @@ def short_conv_update_fake(x: Tensor) -> Tensor:
 
 
 def check_short_conv_update_values(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> None:
+    x: Tensor, conv_state: Tensor, weight: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> None:  # fmt: skip
     state_indices = state_indices[:, 0] if state_indices.dim() == 2 else state_indices
     check_slot_values("state_indices", state_indices, conv_state.shape[0])
     check_distinct_slots("state_indices", state_indices)
@@ -133,25 +127,13 @@ def short_conv_update(
             f"x must have at most {most} tokens per sequence for a conv_state of shape "
             f"{tuple(conv_state.shape)}, got {x.shape[1]}"
         )
-    check_dtype("state_indices", state_indices, INTEGERS)
-    check_rank("state_indices", state_indices, 1, 2)
-    if state_indices.dim() == 2 and state_indices.shape[1] < 1:
-        raise ValueError(
-            f"state_indices must have at least one column, got shape {tuple(state_indices.shape)}"
-        )
-    check_shape("state_indices", state_indices, (sequences, *state_indices.shape[1:]))
+    check_slot_table(state_indices, sequences)
     if num_accepted is not None:
-        check_dtype("num_accepted", num_accepted, INTEGERS)
-        check_shape("num_accepted", num_accepted, (sequences,))
+        check_accepted(num_accepted, sequences)
     check_device(
-        x=x,
-        conv_state=conv_state,
-        weight=weight,
-        bias=bias,
-        state_indices=state_indices,
-        num_accepted=num_accepted,
-        cu_seqlens=cu_seqlens,
-    )
+        x=x, conv_state=conv_state, weight=weight, bias=bias, state_indices=state_indices,
+        num_accepted=num_accepted, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     return selected(short_conv_update_op)(
         x, conv_state, weight, bias, activation, state_indices, num_accepted, cu_seqlens, layout
     )

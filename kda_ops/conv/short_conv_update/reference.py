@@ -7,16 +7,9 @@ from kda_ops.conv.formulas import conv_update
 
 
 def short_conv_update_reference(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> Tensor:
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+    state_indices: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> Tensor:  # fmt: skip
     if cu_seqlens is None:
         tokens = x.shape[1] if x.dim() == 3 else 1
         offsets = torch.arange(state_indices.shape[0] + 1, device=x.device) * tokens

@@ -1,12 +1,11 @@
 """Chunked KDA as two Triton kernels: `prepare` works on all chunks at once, `scan` carries the
 state through them.
 
-Here is the fast `prepare`, for 16-bit inputs with K and V of 64 or 128. `kda_ops.device` has the
-rest: the general `prepare`, which takes fp32 (computed in fp32 throughout) and any K and V, both
-forms of `scan`, and what lies between the two.
+Here is the fast `prepare`, for 16-bit inputs with K and V of 64 or 128. The rest is in
+`kda_ops.delta_rule.chunked`: the general `prepare`, which takes fp32 (computed in fp32 throughout)
+and any K and V, both forms of `scan`, and the workspace between the two.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,54 +13,29 @@ from torch import Tensor
 from kda_ops._launch import traceable
 from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia, prepare_chunk
 from kda_ops.delta_rule.chunked.kernels.prepare_general import launch_general_prepare
-from kda_ops.delta_rule.chunked.kernels.scan import launch_scan
+from kda_ops.delta_rule.chunked.kernels.raw_inputs import within_fp16
 from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
-from kda_ops.delta_rule.chunked.workspace import Batch, dense_rows, has_fast_prepare, make_workspace
+from kda_ops.delta_rule.chunked.launch import launch_chunks
+from kda_ops.delta_rule.chunked.states import States, empty_final_state
+from kda_ops.delta_rule.chunked.workspace import (
+    Batch,
+    Workspace,
+    dense_rows,
+    has_fast_prepare,
+    token_strides,
+)
 from kda_ops.tuning import choose
 
 
 @triton.jit
 def chunk_prepare_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    G_ptr,
-    beta_ptr,
-    o_ptr,
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    cu_ptr,
+    q_ptr, k_ptr, v_ptr, G_ptr, beta_ptr, o_ptr, tiles_ptr, u_ptr, decay_ptr, cu_ptr,
     chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    G_b,
-    G_t,
-    G_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    SCALE: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    PACKED: tl.constexpr,
-):
+    T, N, NC, first_row, rows,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, G_b, G_t, G_h, beta_b, beta_t, beta_h,
+    SCALE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    VARLEN: tl.constexpr, SLABS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
     """One program prepares one chunk of one value head; K and V are 64 or 128.
     Grid: (chunks * HV), heads fastest.
 
@@ -91,8 +65,7 @@ def chunk_prepare_kernel(
 
     y = tl.load(G_at) - tl.load(G_at - G_t, mask=(t > 0)[:, None], other=0.0)
     y = tl.where(ok[:, None], y, 0.0)
-    # what is below -30000 decays to zero either way, and fp16 ends at -65504
-    y = tl.where(y < -30000.0, -30000.0, y).to(tl.float16)
+    y = within_fp16(y).to(tl.float16)
     k = tl.load(k_at)
     q = tl.load(q_at)
     beta_row = beta_ptr + b * beta_b + h * beta_h + first * beta_t
@@ -102,137 +75,46 @@ def chunk_prepare_kernel(
     work = row * HV + h
     tl.store(decay_ptr + work * K + d, tl.exp2(last))
     prepare_chunk(
-        q,
-        k,
-        y,
-        beta,
-        before,
-        v_ptr + b * v_b + h * v_h + first * v_t,
-        v_t,
-        o_ptr,
-        tiles_ptr,
-        u_ptr,
-        work,
-        b * T + first,
-        count,
-        h,
-        SCALE,
-        HV,
-        K,
-        V,
-        VARLEN,
-        PACKED,
-    )
+        q, k, y, beta, before, v_ptr + b * v_b + h * v_h + first * v_t, v_t, o_ptr, tiles_ptr,
+        u_ptr, work, b * T + first, count, h, SCALE, HV, K, V, VARLEN, PACKED,
+    )  # fmt: skip
 
 
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_cumsum: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial: Tensor | None,
-    final: Tensor | None,
-    indices: Tensor | None,
-    has_initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
-    """Returns the output and writes the final states to `final`; see `launch_scan`."""
-    H, K = q.shape[2:]
-    HV, V = v.shape[2:]
-    q, k, v, g_cumsum, beta = dense_rows(q, k, v, g_cumsum, beta)
-    batch = Batch.of(q, cu_seqlens, chunk_indices)
-    parts = batch.slabs(q, v)
-    workspace = make_workspace(q, v, parts[0])
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    fast = has_fast_prepare(q.dtype, K, V)
-    for part in parts:
-        if fast:
-            traceable(chunk_prepare_kernel)[(part.programs * HV,)](
-                q,
-                k,
-                v,
-                g_cumsum,
-                beta,
-                o,
-                *workspace.prepared,
-                *part.tables,
-                *(stride for x in (q, k, v, g_cumsum, beta) for stride in x.stride()[:3]),
-                SCALE=scale,
-                H=H,
-                HV=HV,
-                K=K,
-                V=V,
-                VARLEN=cu_seqlens is not None,
-                SLABS=part.slab is not None,
-                PACKED=is_nvidia(q.device),
-                **choose("chunk_prepare", q.device, K=K, V=V, dtype=q.dtype),
-            )
-        else:
-            launch_general_prepare(q, k, v, g_cumsum, beta, scale, o, workspace, part)
-        launch_scan(o, workspace, part, K, initial, final, indices, has_initial)
-    return o
+    q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, states: States,
+    cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Returns the output and writes the final states."""
+    inputs = q, k, v, g_cumsum, beta = dense_rows(q, k, v, g_cumsum, beta)
+    (H, K), (HV, V) = q.shape[2:], v.shape[2:]
+
+    def prepare(o: Tensor, workspace: Workspace, part: Batch) -> None:
+        if not has_fast_prepare(q.dtype, K, V):
+            launch_general_prepare(*inputs, scale, o, workspace, part)
+            return
+        traceable(chunk_prepare_kernel)[(part.programs * HV,)](
+            *inputs, o, *workspace.prepared, *part.tables, *token_strides(*inputs),
+            SCALE=scale, H=H, HV=HV, K=K, V=V, **part.constants, PACKED=is_nvidia(q.device),
+            **choose("chunk_prepare", q.device, K=K, V=V, dtype=q.dtype),
+        )  # fmt: skip
+
+    return launch_chunks(q, v, Batch.of(q, cu_seqlens, chunk_indices), prepare, states)
 
 
 def launch_chunk_kda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_cumsum: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float,
+    initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
-    dtype = torch.float32 if initial_state is None else initial_state.dtype
-    final = torch.empty(shape, dtype=dtype, device=q.device)
-    o = _launch(
-        q,
-        k,
-        v,
-        g_cumsum,
-        beta,
-        scale,
-        initial_state,
-        final if output_final_state else None,
-        None,
-        None,
-        cu_seqlens,
-        chunk_indices,
-    )
-    return o, final
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    final = empty_final_state(q, v, initial_state, output_final_state, cu_seqlens)
+    states = States(initial_state, final if output_final_state else None)
+    return _launch(q, k, v, g_cumsum, beta, scale, states, cu_seqlens, chunk_indices), final
 
 
 def launch_chunk_kda_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_cumsum: Tensor,
-    beta: Tensor,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, state: Tensor,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> Tensor:
-    return _launch(
-        q,
-        k,
-        v,
-        g_cumsum,
-        beta,
-        scale,
-        None,
-        state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
-        chunk_indices,
-    )
+) -> Tensor:  # fmt: skip
+    states = States(None, state, state_indices, has_initial_state)
+    return _launch(q, k, v, g_cumsum, beta, scale, states, cu_seqlens, chunk_indices)

@@ -7,6 +7,7 @@ from kda_ops._checks import (
     check_attention_inputs,
     check_chunk_states,
     check_device,
+    check_distinct_slots,
     check_dtype,
     check_number,
     check_shape,
@@ -17,28 +18,9 @@ from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import CHUNKS, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops.delta_rule.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
+from kda_ops.delta_rule.chunked.states import chunked_fake, chunked_state_fake
 from kda_ops.native import define_native
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
-
-
-def chunk_kda_fake(
-    q: Tensor,
-    v: Tensor,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
-    return (
-        torch.empty(v.shape, dtype=v.dtype, device=v.device),
-        torch.empty(final, dtype=dtype, device=v.device),
-    )
-
-
-def chunk_kda_state_fake(v: Tensor) -> Tensor:
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def _check_sums(g_cumsum: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -49,8 +31,7 @@ def _check_sums(g_cumsum: Tensor, cu_seqlens: Tensor | None) -> None:
         b, t, h, d = infinite.nonzero()[0].tolist()
         raise ValueError(
             f"g_cumsum must be finite, got {real[b, t, h, d].item()} at token {t}; "
-            "a token that is to "
-            "forget everything takes a gate of -300, or begins a sequence"
+            "a token that is to forget everything takes a gate of -300, or begins a sequence"
         )
 
 
@@ -62,20 +43,13 @@ def check_chunk_kda_values(
 
 
 def check_chunk_kda_state_values(
-    q: Tensor,
-    g_cumsum: Tensor,
-    state: Tensor,
-    state_indices: Tensor,
-    cu_seqlens: Tensor | None,
+    q: Tensor, g_cumsum: Tensor, state: Tensor, state_indices: Tensor, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
     _check_sums(g_cumsum, cu_seqlens)
     check_slot_values("state_indices", state_indices, state.shape[0])
-    slots, uses = state_indices[state_indices != 0].unique(return_counts=True)
-    if (uses > 1).any():
-        slot = int(slots[uses > 1][0])
-        raise ValueError(f"state_indices must not repeat a slot other than 0, got {slot} twice")
+    check_distinct_slots("state_indices", state_indices)
 
 
 chunk_kda_op = define_op(
@@ -83,7 +57,7 @@ chunk_kda_op = define_op(
     "Tensor? initial_state, bool output_final_state, Tensor? cu_seqlens, Tensor? chunk_indices) "
     "-> (Tensor, Tensor)",
     reference=chunk_kda_reference,
-    fake=chunk_kda_fake,
+    fake=chunked_fake,
     cuda="kda_ops.delta_rule.chunk_kda.kernel:launch_chunk_kda",
     roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
     cuda_backward="kda_ops.delta_rule.chunk_kda.backward:launch_chunk_kda_backward",
@@ -95,7 +69,7 @@ chunk_kda_state_op = define_op(
     "Tensor(a!) state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
     "Tensor? chunk_indices) -> Tensor",
     reference=chunk_kda_state_reference,
-    fake=chunk_kda_state_fake,
+    fake=chunked_state_fake,
     cuda="kda_ops.delta_rule.chunk_kda.kernel:launch_chunk_kda_state",
     roles={
         "state": STATE_PAGES,
@@ -172,7 +146,7 @@ def chunk_kda(
 
     Raises:
         ValueError: A shape, dtype, device or combination of arguments that does not fit; on the CPU
-            also offsets, chunks or slots with wrong values, and an infinite G.
+            also offsets, chunks or slots with wrong values, and an infinite g_cumsum.
         RuntimeError: `state` is given and an input requires grad.
     """
     check_attention_inputs(q, k, v, beta)
@@ -181,14 +155,7 @@ def chunk_kda(
     check_device(q=q, k=k, v=v, g_cumsum=g_cumsum, beta=beta)
     check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)
     check_chunk_states(
-        q,
-        v,
-        initial_state,
-        output_final_state,
-        state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
+        q, v, initial_state, output_final_state, state, state_indices, has_initial_state, cu_seqlens
     )
     if scale is None:
         scale = q.shape[3] ** -0.5
@@ -197,29 +164,12 @@ def chunk_kda(
         chunk_indices = prepare_chunk_indices(cu_seqlens, q.shape[1])
     if state is None:
         o, final = selected(chunk_kda_op)(
-            q,
-            k,
-            v,
-            g_cumsum,
-            beta,
-            scale,
-            initial_state,
-            output_final_state,
-            cu_seqlens,
+            q, k, v, g_cumsum, beta, scale, initial_state, output_final_state, cu_seqlens,
             chunk_indices,
-        )
+        )  # fmt: skip
         return o, final if output_final_state else None
     o = selected(chunk_kda_state_op)(
-        q,
-        k,
-        v,
-        g_cumsum,
-        beta,
-        scale,
-        state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
+        q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens,
         chunk_indices,
-    )
+    )  # fmt: skip
     return o, None

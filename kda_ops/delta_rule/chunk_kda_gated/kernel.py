@@ -1,5 +1,5 @@
-"""Chunked KDA from raw inputs as two Triton kernels, `prepare` and `scan`; see `kda_ops.device` for
-the second and for what both operators share.
+"""Chunked KDA from raw inputs as two Triton kernels, `prepare` and `scan`; see
+`kda_ops.delta_rule.chunked` for the second and for what both operators share.
 
 Here is the `prepare` for 16-bit inputs with K and V of 64 or 128. For all other inputs one small
 kernel writes what `chunk_kda` takes, and the general `prepare` follows.
@@ -12,72 +12,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import contiguous, traceable
 from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia, prepare_chunk
 from kda_ops.delta_rule.chunked.kernels.prepare_general import launch_general_prepare
-from kda_ops.delta_rule.chunked.kernels.raw_inputs import (
-    gate_bias,
-    gate_log2,
-    gate_rate,
-    quick_sigmoid,
-    reciprocal_norm,
-)
-from kda_ops.delta_rule.chunked.kernels.scan import launch_scan
+from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_log2, reciprocal_norm
 from kda_ops.delta_rule.chunked.kernels.tiles import chunk_rows, clear_padding, slab_rows
-from kda_ops.delta_rule.chunked.workspace import Batch, dense_rows, has_fast_prepare, make_workspace
+from kda_ops.delta_rule.chunked.launch import launch_chunks
+from kda_ops.delta_rule.chunked.states import Raw, States, empty_final_state
+from kda_ops.delta_rule.chunked.workspace import (
+    Batch,
+    Workspace,
+    dense_rows,
+    has_fast_prepare,
+    token_strides,
+)
+from kda_ops.gating.kernel import gate_rate
+from kda_ops.kernel import bias_row, quick_sigmoid
 from kda_ops.tuning import choose
 
 
 @triton.jit
 def chunk_gated_prepare_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    x_ptr,
-    beta_ptr,
-    A_log_ptr,
-    bias_ptr,
-    o_ptr,
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    cu_ptr,
-    chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    x_b,
-    x_t,
-    x_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    SCALE: tl.constexpr,
-    BOUND: tl.constexpr,
-    BETA_SCALE: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, x_ptr, beta_ptr, A_log_ptr, bias_ptr, o_ptr, tiles_ptr, u_ptr, decay_ptr,
+    cu_ptr, chunk_indices_ptr,
+    T, N, NC, first_row, rows,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
+    SCALE: tl.constexpr, BOUND: tl.constexpr, BETA_SCALE: tl.constexpr, EPS: tl.constexpr,
+    NORM: tl.constexpr, HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr,
     PACKED: tl.constexpr,
-):
+):  # fmt: skip
     """One program prepares one chunk of one value head; K and V are 64 or 128.
     Grid: (chunks * HV), heads fastest.
 
@@ -112,7 +76,7 @@ def chunk_gated_prepare_kernel(
     x = tl.load(x_at)
     k = tl.load(k_at)
     q = tl.load(q_at)
-    bias = gate_bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+    bias = bias_row(bias_ptr, h * K + d, d < K, HAS_BIAS)
     y = gate_log2(x, gate_rate(A_log_ptr, h, HAS_A), bias, BOUND, True)
     y = tl.where(okd, y, 0.0)
     tl.store(decay_ptr + work * K + d, tl.exp2(tl.sum(y, axis=0)))
@@ -130,72 +94,24 @@ def chunk_gated_prepare_kernel(
         q_norm = reciprocal_norm(q, EPS) * (SCALE if FOLD else 1.0)
         q = (q.to(tl.float32) * q_norm[:, None]).to(tl.float16)
         k = (k.to(tl.float32) * reciprocal_norm(k, EPS)[:, None]).to(tl.float16)
+    v_ptr = v_ptr + b * v_b + h * v_h + first * v_t
+    # UNPACKED spills less with any lengths here
     prepare_chunk(
-        q,
-        k,
-        y,
-        beta,
-        before,
-        v_ptr + b * v_b + h * v_h + first * v_t,
-        v_t,
-        o_ptr,
-        tiles_ptr,
-        u_ptr,
-        work,
-        b * T + first,
-        count,
-        h,
-        1.0 if FOLD else SCALE,
-        HV,
-        K,
-        V,
-        True,  # spills less with any lengths here
-        PACKED,
-    )
+        q, k, y, beta, before, v_ptr, v_t, o_ptr, tiles_ptr, u_ptr, work, b * T + first, count, h,
+        1.0 if FOLD else SCALE, HV, K, V, True, PACKED,
+    )  # fmt: skip
 
 
 @triton.jit
 def chunk_inputs_kernel(
-    q_ptr,
-    k_ptr,
-    x_ptr,
-    beta_ptr,
-    A_log_ptr,
-    bias_ptr,
-    qn_ptr,
-    kn_ptr,
-    G_ptr,
-    sigmoid_ptr,
-    cu_ptr,
+    q_ptr, k_ptr, x_ptr, beta_ptr, A_log_ptr, bias_ptr, qn_ptr, kn_ptr, G_ptr, sigmoid_ptr, cu_ptr,
     chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    x_b,
-    x_t,
-    x_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    BOUND: tl.constexpr,
-    BETA_SCALE: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
+    T, N, NC,
+    q_b, q_t, q_h, k_b, k_t, k_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
+    BOUND: tl.constexpr, BETA_SCALE: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
     """One program turns one chunk of one value head into what the general `prepare` takes: G in
     log2, beta after its sigmoid and normalised keys, all in fp32. Grid: (chunks, HV).
 
@@ -217,7 +133,7 @@ def chunk_inputs_kernel(
         d = k0 + tl.arange(0, BLOCK)
         inside = ok[:, None] & (d < K)[None, :]
         x = tl.load(x_row + d[None, :], mask=inside, other=0.0)
-        bias = gate_bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+        bias = bias_row(bias_ptr, h * K + d, d < K, HAS_BIAS)
         y = tl.where(inside, gate_log2(x, a, bias, BOUND, False), 0.0)
         at = (row[:, None] * HV + h) * K + d[None, :]
         tl.store(G_ptr + at, tl.cumsum(y, axis=0), mask=inside)
@@ -236,172 +152,76 @@ def chunk_inputs_kernel(
         tl.store(qn_ptr + to, qn, mask=inside)
 
 
-def gate_sizes(
-    q: Tensor,
-    v: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    cu_seqlens: Tensor | None,
-) -> dict[str, Any]:
-    """The constants that the kernels from raw inputs share."""
-    return {
-        "BOUND": 0.0 if lower_bound is None else lower_bound,
-        "BETA_SCALE": beta_scale,
-        "EPS": 0.0 if qk_norm_eps is None else qk_norm_eps,
-        "NORM": qk_norm_eps is not None,
-        "HAS_A": A_log is not None,
-        "HAS_BIAS": dt_bias is not None,
-        "H": q.shape[2],
-        "HV": v.shape[2],
-        "K": q.shape[3],
-        "VARLEN": cu_seqlens is not None,
-    }
-
-
 def launch_inputs(
-    dense: tuple[Tensor, ...],
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    batch: Batch,
-    sizes: dict[str, Any],
+    q: Tensor, k: Tensor, raw_gate: Tensor, raw_beta: Tensor, raw: Raw, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `chunk_kda` takes: q and k, normalised in fp32 if `sizes` says so, the cumulative gate
-    and beta after its sigmoid; `dense`: q, k, x and beta from `dense_rows`.
+    """What `chunk_kda` takes: q and k, in fp32 if they are normalised here, the cumulative gate and
+    beta after its sigmoid.
     """
-    q, k, x, beta = dense
-    A_log, dt_bias = (None if y is None else y.contiguous() for y in (A_log, dt_bias))
-    B, T, H, K = q.shape
-    G = torch.empty((B, T, sizes["HV"], K), dtype=torch.float32, device=q.device)
-    beta_used = torch.empty((B, T, sizes["HV"]), dtype=torch.float32, device=q.device)
-    qn, kn = q, k
-    if sizes["NORM"]:
-        qn, kn = (torch.empty((B, T, H, K), dtype=torch.float32, device=q.device) for _ in range(2))
-    traceable(chunk_inputs_kernel)[(batch.programs, sizes["HV"])](
-        q,
-        k,
-        x,
-        beta,
-        A_log,
-        dt_bias,
-        qn,
-        kn,
-        G,
-        beta_used,
-        *batch.tables[:5],
-        *(stride for y in (q, k, x, beta) for stride in y.stride()[:3]),
-        **sizes,
-        KP=triton.next_power_of_2(K),
+    inputs = q, k, *_ = dense_rows(q, k, raw_gate, raw_beta)
+    (B, T, H, K), HV = q.shape, raw_beta.shape[2]
+
+    def make(*shape: Any) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    g_cumsum, beta = make(B, T, HV, K), make(B, T, HV)
+    if raw.qk_norm_eps is not None:
+        q, k = make(B, T, H, K), make(B, T, H, K)
+    traceable(chunk_inputs_kernel)[(batch.programs, HV)](
+        *inputs, contiguous(raw.A_log), contiguous(raw.dt_bias), q, k, g_cumsum, beta,
+        *batch.tables[:5], *token_strides(*inputs), **raw.constants, H=H, HV=HV, K=K,
+        VARLEN=batch.cu_seqlens is not None, KP=triton.next_power_of_2(K),
         **choose("chunk_inputs", q.device),
-    )
-    return qn, kn, G, beta_used
+    )  # fmt: skip
+    return q, k, g_cumsum, beta
 
 
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    initial: Tensor | None,
-    final: Tensor | None,
-    indices: Tensor | None,
-    has_initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
-    """Returns the output and writes the final states to `final`; see `launch_scan`."""
-    K = q.shape[3]
-    HV, V = v.shape[2:]
-    q, k, v, x, beta = dense_rows(q, k, v, x, beta)
-    A_log, dt_bias = (None if y is None else y.contiguous() for y in (A_log, dt_bias))
+    q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, raw_beta: Tensor, raw: Raw, scale: float,
+    states: States, cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Returns the output and writes the final states."""
+    inputs = q, k, v, raw_gate, raw_beta = dense_rows(q, k, v, raw_gate, raw_beta)
+    (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     batch = Batch.of(q, cu_seqlens, chunk_indices)
-    parts = batch.slabs(q, v)
-    workspace = make_workspace(q, v, parts[0])
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    sizes = gate_sizes(q, v, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps, cu_seqlens)
-    fast = has_fast_prepare(q.dtype, K, V)
-    if not fast:
-        qn, kn, G, beta_used = launch_inputs((q, k, x, beta), A_log, dt_bias, batch, sizes)
-    for part in parts:
-        if fast:
+    if has_fast_prepare(q.dtype, K, V):
+        A_log, dt_bias = contiguous(raw.A_log), contiguous(raw.dt_bias)
+
+        def prepare(o: Tensor, workspace: Workspace, part: Batch) -> None:
             traceable(chunk_gated_prepare_kernel)[(part.programs * HV,)](
-                q,
-                k,
-                v,
-                x,
-                beta,
-                A_log,
-                dt_bias,
-                o,
-                *workspace.prepared,
-                *part.tables,
-                *(stride for y in (q, k, v, x, beta) for stride in y.stride()[:3]),
-                **sizes,
-                SCALE=scale,
-                V=V,
-                SLABS=part.slab is not None,
-                PACKED=is_nvidia(q.device),
+                *inputs, A_log, dt_bias, o, *workspace.prepared, *part.tables,
+                *token_strides(*inputs), **raw.constants, SCALE=scale, H=H, HV=HV, K=K, V=V,
+                **part.constants, PACKED=is_nvidia(q.device),
                 **choose("chunk_gated_prepare", q.device, K=K, V=V, dtype=q.dtype),
-            )
-        else:
-            launch_general_prepare(qn, kn, v, G, beta_used, scale, o, workspace, part)
-        launch_scan(o, workspace, part, K, initial, final, indices, has_initial)
-    return o
+            )  # fmt: skip
+    else:
+        keys_q, keys_k, g_cumsum, beta = launch_inputs(q, k, raw_gate, raw_beta, raw, batch)
+
+        def prepare(o: Tensor, workspace: Workspace, part: Batch) -> None:
+            launch_general_prepare(keys_q, keys_k, v, g_cumsum, beta, scale, o, workspace, part)
+
+    return launch_chunks(q, v, batch, prepare, states)
 
 
 def launch_chunk_kda_gated(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
-    dtype = torch.float32 if initial_state is None else initial_state.dtype
-    final = torch.empty(shape, dtype=dtype, device=q.device)
-    states = (initial_state, final if output_final_state else None, None, None)
-    return _launch(q, k, v, *gate, scale, *states, cu_seqlens, chunk_indices), final
+    q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, raw_beta: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
+    scale: float, initial_state: Tensor | None, output_final_state: bool,
+    cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
+    final = empty_final_state(q, v, initial_state, output_final_state, cu_seqlens)
+    states = States(initial_state, final if output_final_state else None)
+    o = _launch(q, k, v, raw_gate, raw_beta, raw, scale, states, cu_seqlens, chunk_indices)
+    return o, final
 
 
 def launch_chunk_kda_gated_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
-    gate = (x, beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
-    pages = (state, state_indices, has_initial_state, cu_seqlens, chunk_indices)
-    return _launch(q, k, v, *gate, scale, None, *pages)
+    q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, raw_beta: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
+    scale: float, state: Tensor, state_indices: Tensor, has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+) -> Tensor:  # fmt: skip
+    raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
+    states = States(None, state, state_indices, has_initial_state)
+    return _launch(q, k, v, raw_gate, raw_beta, raw, scale, states, cu_seqlens, chunk_indices)

@@ -1,10 +1,10 @@
 """Chunked KDA from raw inputs: schemas, fake implementations, public function."""
 
-import torch
 from torch import Tensor
 
 from kda_ops._checks import (
     check_attention_inputs,
+    check_beta_scale,
     check_chunk_states,
     check_device,
     check_distinct_slots,
@@ -15,35 +15,16 @@ from kda_ops._checks import (
     check_slot_values,
     check_varlen,
 )
-from kda_ops._numerics import CHUNK, accumulation_dtype
+from kda_ops._numerics import CHUNK
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import CHUNKS, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops.delta_rule.chunk_kda_gated.reference import (
     chunk_kda_gated_reference,
     chunk_kda_gated_state_reference,
 )
+from kda_ops.delta_rule.chunked.states import chunked_fake, chunked_state_fake
 from kda_ops.native import define_native
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
-
-
-def chunk_kda_gated_fake(
-    q: Tensor,
-    v: Tensor,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
-    return (
-        torch.empty(v.shape, dtype=v.dtype, device=v.device),
-        torch.empty(final, dtype=dtype, device=v.device),
-    )
-
-
-def chunk_kda_gated_state_fake(v: Tensor) -> Tensor:
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def check_chunk_kda_gated_values(
@@ -53,25 +34,24 @@ def check_chunk_kda_gated_values(
 
 
 def check_chunk_kda_gated_state_values(
-    q: Tensor,
-    state: Tensor,
-    state_indices: Tensor,
-    cu_seqlens: Tensor | None,
+    q: Tensor, state: Tensor, state_indices: Tensor, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
     check_slot_values("state_indices", state_indices, state.shape[0])
     check_distinct_slots("state_indices", state_indices)
 
 
+_RAW = (
+    "Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, Tensor? A_log, "
+    "Tensor? dt_bias, float? lower_bound, float beta_scale, float? qk_norm_eps, float scale"
+)
+
 chunk_kda_gated_op = define_op(
-    "chunk_kda_gated(Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, "
-    "Tensor? A_log, "
-    "Tensor? dt_bias, float? lower_bound, float beta_scale, float? qk_norm_eps, float scale, "
-    "Tensor? initial_state, bool output_final_state, Tensor? cu_seqlens, Tensor? chunk_indices) "
-    "-> (Tensor, Tensor)",
+    f"chunk_kda_gated({_RAW}, Tensor? initial_state, bool output_final_state, "
+    "Tensor? cu_seqlens, Tensor? chunk_indices) -> (Tensor, Tensor)",
     reference=chunk_kda_gated_reference,
-    fake=chunk_kda_gated_fake,
+    fake=chunked_fake,
     cuda="kda_ops.delta_rule.chunk_kda_gated.kernel:launch_chunk_kda_gated",
     roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
     cuda_backward="kda_ops.delta_rule.chunk_kda_gated.backward:launch_chunk_kda_gated_backward",
@@ -79,13 +59,10 @@ chunk_kda_gated_op = define_op(
 )
 
 chunk_kda_gated_state_op = define_op(
-    "chunk_kda_gated.state(Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, "
-    "Tensor? A_log, "
-    "Tensor? dt_bias, float? lower_bound, float beta_scale, float? qk_norm_eps, float scale, "
-    "Tensor(a!) state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
-    "Tensor? chunk_indices) -> Tensor",
+    f"chunk_kda_gated.state({_RAW}, Tensor(a!) state, Tensor state_indices, "
+    "Tensor? has_initial_state, Tensor? cu_seqlens, Tensor? chunk_indices) -> Tensor",
     reference=chunk_kda_gated_state_reference,
-    fake=chunk_kda_gated_state_fake,
+    fake=chunked_state_fake,
     cuda="kda_ops.delta_rule.chunk_kda_gated.kernel:launch_chunk_kda_gated_state",
     roles={
         "state": STATE_PAGES,
@@ -122,11 +99,11 @@ def chunk_kda_gated(
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention over whole sequences from the raw gate and the raw beta.
 
-    `chunk_kda(q, k, v, gate_cumsum(x, A_log, dt_bias, lower_bound=lower_bound),
-    beta_scale * sigmoid(beta))`, with `l2norm(q, eps=qk_norm_eps)` and `l2norm(k,
+    `chunk_kda(q, k, v, gate_cumsum(raw_gate, A_log, dt_bias, lower_bound=lower_bound),
+    beta_scale * sigmoid(raw_beta))`, with `l2norm(q, eps=qk_norm_eps)` and `l2norm(k,
     eps=qk_norm_eps)` if `qk_norm_eps` is given, without rounding in between and without a
     cumulative gate in memory. See `chunk_kda` for the recurrence and `gate` for the gate. A token
-    may decay to 0 (also by an x of inf): it forgets the state, and gates beside it keep their
+    may decay to 0 (also by a raw_gate of inf): it forgets the state, and gates beside it keep their
     digits. Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
 
     Args:
@@ -139,7 +116,7 @@ def chunk_kda_gated(
         raw_beta: `[B, T, HV]` before its sigmoid, any floating dtype.
         A_log: `[HV]`, natural log of the decay rate. None means a rate of 1 and needs
             `lower_bound`.
-        dt_bias: `[HV, K]` or `[HV * K]`, added to x.
+        dt_bias: `[HV, K]` or `[HV * K]`, added to raw_gate.
         lower_bound: None, or the gate's bound in `[-5, 0)` in nats.
         beta_scale: 1, or 2 for eigenvalues down to -1.
         qk_norm_eps: None if q and k are normalised already; else they are normalised here, with
@@ -173,20 +150,12 @@ def chunk_kda_gated(
     check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
     check_shape("raw_gate", raw_gate, (*v.shape[:3], q.shape[3]))
     check_device(q=q, k=k, v=v, raw_gate=raw_gate, raw_beta=raw_beta)
-    if beta_scale not in (1.0, 2.0):
-        raise ValueError(f"beta_scale must be 1 or 2, got {beta_scale}")
+    check_beta_scale(beta_scale)
     if qk_norm_eps is not None:
         check_not_negative("qk_norm_eps", qk_norm_eps)
     check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)
     check_chunk_states(
-        q,
-        v,
-        initial_state,
-        output_final_state,
-        state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
+        q, v, initial_state, output_final_state, state, state_indices, has_initial_state, cu_seqlens
     )
     if scale is None:
         scale = q.shape[3] ** -0.5
@@ -197,18 +166,9 @@ def chunk_kda_gated(
     factors = (beta_scale, qk_norm_eps, scale)
     if state is None:
         o, final = selected(chunk_kda_gated_op)(
-            q,
-            k,
-            v,
-            raw_gate,
-            raw_beta,
-            *gate,
-            *factors,
-            initial_state,
-            output_final_state,
-            cu_seqlens,
-            chunk_indices,
-        )
+            q, k, v, raw_gate, raw_beta, *gate, *factors, initial_state, output_final_state,
+            cu_seqlens, chunk_indices,
+        )  # fmt: skip
         return o, final if output_final_state else None
     pages = (state, state_indices, has_initial_state)
     return selected(chunk_kda_gated_state_op)(

@@ -12,16 +12,9 @@ from kda_ops.varlen import prepare_chunk_indices
 
 
 def chunked_kda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    G: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor, scale: float,
+    initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`chunk_kda` from initial to final states; the output has the dtype of v."""
     acc = accumulation_dtype(q)
     offsets = _offsets(q, cu_seqlens)
@@ -39,17 +32,9 @@ def chunked_kda(
 
 
 def chunked_kda_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    G: Tensor,
-    beta: Tensor,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor, scale: float, state: Tensor,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`chunk_kda` on paged states, in place; the output has the dtype of v."""
     offsets = _offsets(q, cu_seqlens)
     live = (state_indices > 0) & (state_indices < state.shape[0])
@@ -77,15 +62,9 @@ def _offsets(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    G: Tensor,
-    beta: Tensor,
-    scale: float,
-    S: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor, scale: float, S: Tensor,
     offsets: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs `[B, T, HV, V]` and final states from the initial ones, `S [N, HV, K, V]`."""
     acc = accumulation_dtype(q)
     B, T, H, _ = q.shape

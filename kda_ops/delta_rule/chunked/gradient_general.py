@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import contiguous, traceable
 from kda_ops._numerics import CHUNK
 from kda_ops.delta_rule.chunked.gradient_workspace import gradient_slabs, make_gradient_workspace
 from kda_ops.delta_rule.chunked.kernels.gradient import Inputs, sum_heads, sum_parameters
@@ -16,7 +16,13 @@ from kda_ops.delta_rule.chunked.kernels.gradient_general import (
     general_gate_kernel,
     general_prepare_kernel,
 )
-from kda_ops.delta_rule.chunked.workspace import Batch, at_least_one, dense_rows
+from kda_ops.delta_rule.chunked.workspace import (
+    Batch,
+    at_least_one,
+    dense_rows,
+    state_strides,
+    token_strides,
+)
 
 BLOCK = 16
 OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
@@ -27,12 +33,9 @@ def padded(width: int) -> int:
 
 
 def launch_general_gradient(
-    inputs: Inputs,
-    used: tuple[Tensor, Tensor, Tensor, Tensor],
-    do: Tensor,
-    dfinal: Tensor | None,
+    inputs: Inputs, used: tuple[Tensor, Tensor, Tensor, Tensor], do: Tensor, dfinal: Tensor | None,
     needs: frozenset[str],
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """As `kda_ops.delta_rule.chunked.kernels.gradient.launch_gradient`; `used`: q, k, the
     cumulative gate and beta as `chunk_kda` takes them.
     """
@@ -41,7 +44,7 @@ def launch_general_gradient(
     HV, V = x.v.shape[2:]
     q, k, G, beta, v, do = dense_rows(*used, x.v, do)
     raw_q, raw_k, gate = dense_rows(x.q, x.k, x.gate)
-    A_log, dt_bias = (None if y is None else y.contiguous() for y in (x.A_log, x.dt_bias))
+    A_log, dt_bias = contiguous(x.raw.A_log), contiguous(x.raw.dt_bias)
     batch = Batch.of(q, x.cu_seqlens, x.chunk_indices)
     KP, VP = padded(K), padded(V)
     fp32 = torch.float32
@@ -53,35 +56,28 @@ def launch_general_gradient(
     parts = gradient_slabs(batch, q, v, row)
     workspace = make_gradient_workspace(q, v, parts, row)
     tiles, decay, states = workspace.chunks
-    varlen = batch.cu_seqlens is not None
     sizes: dict[str, Any] = {"HV": HV, "K": K, "V": V, "KP": KP, "VP": VP, "BLOCK": BLOCK}
-    sizes |= {"VARLEN": varlen, "SLABS": len(parts) > 1}
+    sizes |= parts[0].constants
     found = x.make_gradients(needs)
     by_head: dict[str, Tensor | None] = {
         name: torch.empty((B, T, HV, K), dtype=fp32, device=q.device) for name in ("q", "k")
     }
     dG, dbeta = found["gate"], found["beta"]
-    if x.raw or dG is None:
+    if x.gated or dG is None:
         dG = torch.empty((B, T, HV, K), dtype=fp32, device=q.device)
     if dbeta is None:
         dbeta = torch.empty((B, T, HV), dtype=fp32, device=q.device)
     pairs = HV * at_least_one(batch.N) * (VP // BLOCK)
     initial, dinitial = x.initial_state, found["initial_state"]
 
-    def strides(*tensors: Tensor) -> list[int]:
-        return [stride for y in tensors for stride in y.stride()[:3]]
-
-    def state_strides(y: Tensor | None) -> tuple[int, ...]:
-        return (0,) * 4 if y is None else y.stride()
-
     def forward(part: Batch, handed_on: tuple[Tensor | None, ...]) -> None:
         traceable(general_prepare_kernel)[(part.programs, HV)](
-            q, k, v, G, beta, tiles, decay, *part.tables, *strides(q, k, v, G, beta),
+            q, k, v, G, beta, tiles, decay, *part.tables, *token_strides(q, k, v, G, beta),
             SCALE=x.scale, H=H, **sizes, **OPTIONS,
         )  # fmt: skip
         traceable(general_forward_kernel)[(pairs,)](
-            tiles, decay, states, initial, *handed_on, part.cu_seqlens, part.T, part.N,
-            *(part.slab or (0, 0)), *state_strides(initial), **sizes, **OPTIONS,
+            tiles, decay, states, initial, *handed_on, *part.sequences, *state_strides(initial),
+            **sizes, **OPTIONS,
         )  # fmt: skip
 
     for i, part in enumerate(parts[:-1]):
@@ -91,25 +87,24 @@ def launch_general_gradient(
         forward(part, before)
         traceable(general_backward_kernel)[(pairs,)](
             tiles, decay, states, do, beta, found["v"], dfinal, dinitial, *gradients,
-            part.cu_seqlens, part.T, part.N, *(part.slab or (0, 0)), *strides(do, beta),
-            *state_strides(dfinal), **sizes, **OPTIONS,
+            *part.sequences, *token_strides(do, beta), *state_strides(dfinal), **sizes, **OPTIONS,
         )  # fmt: skip
         traceable(general_chunk_kernel)[(part.programs, HV)](
             q, k, v, G, beta, do, tiles, states, by_head["q"], by_head["k"], found["v"], dG, dbeta,
-            *part.tables, *strides(q, k, v, G, beta, do), SCALE=x.scale, GATED=x.raw,
-            BETA_SCALE=x.beta_scale, H=H, **sizes, **OPTIONS,
+            *part.tables, *token_strides(q, k, v, G, beta, do), SCALE=x.scale, GATED=x.gated,
+            BETA_SCALE=x.raw.beta_scale, H=H, **sizes, **OPTIONS,
         )  # fmt: skip
-    sum_heads(raw_q, raw_k, by_head, found, batch, x.qk_norm_eps)
+    sum_heads(raw_q, raw_k, by_head, found, batch, x.raw.qk_norm_eps)
     sums = None
     if found["A_log"] is not None or found["dt_bias"] is not None:
         shape = (B * T // CHUNK + batch.N, HV, 2, K)
         sums = torch.zeros(shape, dtype=fp32, device=q.device)
-    if x.raw and (found["gate"] is not None or sums is not None):
+    if x.gated and (found["gate"] is not None or sums is not None):
         dx = torch.empty_like(dG) if found["gate"] is None else found["gate"]
         traceable(general_gate_kernel)[(batch.programs, HV)](
-            gate, A_log, dt_bias, dG, dx, sums, *batch.tables[:5], *strides(gate),
-            BOUND=0.0 if x.lower_bound is None else x.lower_bound, HAS_A=A_log is not None,
-            HAS_BIAS=dt_bias is not None, HV=HV, K=K, KP=KP, BLOCK=BLOCK, VARLEN=varlen, **OPTIONS,
+            gate, A_log, dt_bias, dG, dx, sums, *batch.tables[:5], *token_strides(gate),
+            BOUND=x.raw.lower_bound or 0.0, HAS_A=A_log is not None, HAS_BIAS=dt_bias is not None,
+            HV=HV, K=K, KP=KP, BLOCK=BLOCK, VARLEN=sizes["VARLEN"], **OPTIONS,
         )  # fmt: skip
     sum_parameters(sums, found)
     return {name: y for name in needs if (y := found[name]) is not None}

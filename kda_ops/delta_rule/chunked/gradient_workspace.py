@@ -4,9 +4,9 @@ One row per (chunk, value head), as in `kda_ops.delta_rule.chunked.workspace`: t
 K], Aqk and T [64, 64], u and then vn [64, V]; vectors in fp32 (`gradient_rows_of`); and two states
 [K, V], S before the chunk and its gradient after it. 150,528 bytes with 128 x 128 in bf16, 621 MB
 at T = 8192 and 32 heads. What the scans have read makes room for the tiles of
-`kda_ops.device.backward_tiles`.
+`backward_tiles_kernel`.
 
-What would take more than `GRADIENT_BYTES` is worked off in slabs, from the last to the first, after
+What would take more than `GRADIENT_BYTES` is processed in slabs, from the last to the first, after
 the forward recurrence has run through all but the last: a slab begins with the state that this
 left, `[slabs + 1, HV, K, V]`, one per boundary, since at most one sequence crosses it.
 """

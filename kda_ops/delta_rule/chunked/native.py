@@ -1,11 +1,11 @@
 """Chunked KDA in C++: arguments as those of the operators."""
 
 from ctypes import c_double, c_int64, c_void_p
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kda_ops.delta_rule.chunked.states import NOT_RAW, Raw
 from kda_ops.native import address, dense, fp32, kernel
 from kda_ops.varlen import sequence_offsets
 
@@ -15,102 +15,49 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, gate, beta
 
 
 def chunk_kda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    G: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float,
+    initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    inputs = (q, k, v, G, beta)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs = (q, k, v, g_cumsum, beta)
     return _whole(inputs, None, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def chunk_kda_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    G: Tensor,
-    beta: Tensor,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, state: Tensor,
+    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> Tensor:
-    inputs = (q, k, v, G, beta)
+) -> Tensor:  # fmt: skip
+    inputs = (q, k, v, g_cumsum, beta)
     return _paged(inputs, None, scale, state, state_indices, has_initial_state, cu_seqlens)
 
 
 def chunk_kda_gated(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, raw_beta: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
+    scale: float, initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
-    inputs = (q, k, v, x, beta)
+    inputs = (q, k, v, raw_gate, raw_beta)
     return _whole(inputs, raw, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def chunk_kda_gated_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    qk_norm_eps: float | None,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, raw_beta: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
+    scale: float, state: Tensor, state_indices: Tensor, has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+) -> Tensor:  # fmt: skip
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
-    inputs = (q, k, v, x, beta)
+    inputs = (q, k, v, raw_gate, raw_beta)
     return _paged(inputs, raw, scale, state, state_indices, has_initial_state, cu_seqlens)
 
 
-@dataclass(frozen=True)
-class Raw:
-    """What makes the gate, beta and the keys of raw inputs."""
-
-    A_log: Tensor | None
-    dt_bias: Tensor | None
-    lower_bound: float | None
-    beta_scale: float
-    qk_norm_eps: float | None
-
-
 def _whole(
-    inputs: Inputs,
-    raw: Raw | None,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    inputs: Inputs, raw: Raw | None, scale: float, initial_state: Tensor | None,
+    output_final_state: bool, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, _, v, *_ = inputs
     offsets = sequence_offsets(q[:, :, 0], cu_seqlens)
     N, dtype = len(offsets) - 1, torch.float32 if initial_state is None else initial_state.dtype
@@ -123,14 +70,9 @@ def _whole(
 
 
 def _paged(
-    inputs: Inputs,
-    raw: Raw | None,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+    inputs: Inputs, raw: Raw | None, scale: float, state: Tensor, state_indices: Tensor,
+    has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
     offsets = sequence_offsets(inputs[0][:, :, 0], cu_seqlens)
     live = state_indices > 0
     slots = state_indices[live].long()
@@ -144,12 +86,7 @@ def _paged(
 
 
 def _run(
-    inputs: Inputs,
-    S: Tensor,
-    offsets: Tensor,
-    live: Tensor,
-    raw: Raw | None,
-    scale: float,
+    inputs: Inputs, S: Tensor, offsets: Tensor, live: Tensor, raw: Raw | None, scale: float
 ) -> Tensor:
     """The output, in the dtype of v. `S [N, HV, V, K]` goes from initial to final states.
 
@@ -160,7 +97,7 @@ def _run(
     rows = [fp32(x.flatten(0, 1)) for x in inputs]
     o = S.new_zeros(len(rows[0]), HV, V)
     raw_inputs = raw is not None
-    raw = raw or Raw(None, None, None, 1.0, None)
+    raw = raw or NOT_RAW
     A_log, dt_bias = dense(raw.A_log), dense(raw.dt_bias)
     kernel("chunk_kda", *_ARGUMENTS)(
         *[part for x in rows for part in (x.data_ptr(), x.stride(0), x.stride(1))],

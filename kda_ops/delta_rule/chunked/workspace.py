@@ -9,10 +9,8 @@ behind the other, `u [64, V]` and the chunk's decay `[K]`. The row of chunk c of
 One tensor holds all tiles: an allocation takes the host a few microseconds, which shows where
 tokens are few.
 
-A workspace that would be too large (`kda_ops.delta_rule.chunked.workspace.workspace_slabs`) holds a
-slab of the rows at a
-time: all kernels run once per slab, and fp32 states `S [N, HV, K, V]` are carried from one to the
-next.
+A workspace that would be too large (`workspace_slabs`) holds a slab of the rows at a time: all
+kernels run once per slab, and fp32 states `S [N, HV, K, V]` are carried from one to the next.
 """
 
 import math
@@ -57,13 +55,9 @@ class Batch(NamedTuple):
         NC = chunk_indices.shape[0]
         # T // 64 + N + 1 blocks of 64 rows cover the padding too
         return Batch(
-            T,
-            cu_seqlens.shape[0] - 1,
-            NC,
-            NC + 1,
-            cu_seqlens.contiguous(),
+            T, cu_seqlens.shape[0] - 1, NC, NC + 1, cu_seqlens.contiguous(),
             chunk_indices.contiguous(),
-        )
+        )  # fmt: skip
 
     def slabs(self, q: Tensor, v: Tensor) -> list["Batch"]:
         """This batch in parts whose workspace is not too large.
@@ -91,6 +85,15 @@ class Batch(NamedTuple):
     def tables(self) -> tuple[Any, ...]:
         """What every `prepare` takes of it, in order."""
         return self.cu_seqlens, self.chunk_indices, self.T, self.N, self.NC, *(self.slab or (0, 0))
+
+    @property
+    def sequences(self) -> tuple[Any, ...]:
+        """What every scan takes of it, in order."""
+        return self.cu_seqlens, self.T, self.N, *(self.slab or (0, 0))
+
+    @property
+    def constants(self) -> dict[str, bool]:
+        return {"VARLEN": self.cu_seqlens is not None, "SLABS": self.slab is not None}
 
 
 class Workspace(NamedTuple):
@@ -150,6 +153,16 @@ def dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(1) < 1 << 25 else x.contiguous() for x in tensors)
 
 
+def token_strides(*tensors: Tensor) -> list[Any]:
+    """Of each tensor along batch, tokens and heads."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def state_strides(*states: Tensor | None) -> list[Any]:
+    """All four of each, zeros for None."""
+    return [stride for x in states for stride in ((0,) * 4 if x is None else x.stride())]
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may have; 64 KB, which every GPU has, where it is not
     known.
@@ -192,7 +205,7 @@ def workspace_bytes(
     scanned in segments, a state in fp32 and a K x K matrix in fp16 per segment come to it, below
     10 MB on a GPU with 132 multiprocessors and not counted here. With 16 bits and 128 x 128 a chunk
     of a head takes 57,856 bytes in bf16 (90,624 in fp16), 239 MB at T = 8192 and 32 heads. What
-    would be more than `WORKSPACE_BYTES` is worked off in slabs, one after the other.
+    would be more than `WORKSPACE_BYTES` is processed in slabs, one after the other.
 
     Args:
         total_tokens: `B * T`.
@@ -231,7 +244,7 @@ def workspace_rows(total_tokens: Any, sequences: Any) -> Any:
 
 
 def workspace_slabs(rows: int, HV: int, K: int, V: int, dtype: torch.dtype) -> int:
-    """In how many slabs of equal size that many rows are worked off."""
+    """In how many slabs of equal size that many rows are processed."""
     most = max(WORKSPACE_BYTES // _row_bytes(HV, K, V, dtype), 1)
     return max(-(-rows // most), 1)
 

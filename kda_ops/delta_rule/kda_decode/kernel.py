@@ -7,10 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
-from kda_ops.conv.kernel import conv_row, conv_state_strides, conv_taps, three
-from kda_ops.delta_rule.kernel import rounded_product
-from kda_ops.gating.kernel import gate_nats, rate
+from kda_ops._launch import contiguous, traceable
+from kda_ops.conv.kernel import (
+    conv_state_strides,
+    conv_taps,
+    convolved,
+    rows_at,
+    shift_history,
+    three,
+)
+from kda_ops.delta_rule.kernel import flat_rows, over_v, rounded_product, update_state
+from kda_ops.gating.kernel import gate_rate
+from kda_ops.kernel import bias_row
 from kda_ops.tuning import choose
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -18,140 +26,87 @@ FEW = 4  # sequences whose step takes narrower lines, as measured with 32 heads
 
 
 @triton.jit
-def rows_at(ptr, stride, count, ok, ROWS: tl.constexpr):
-    """The first `count` of ROWS rows as a tuple of vectors, zeros behind."""
-    rows = ()
-    for i in tl.static_range(ROWS):
-        rows += (tl.load(ptr + i * stride, mask=ok & (i < count), other=0.0),)
-    return rows
+def step_of(
+    n, cu_ptr, indices_ptr, accepted_ptr, N, T, columns, L,
+    stride_indices_row, stride_indices_column,
+    W: tl.constexpr, HAS_ACCEPTED: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Of sequence n: its first row, its tokens, the slot of its convolution state, the one that its
+    recurrent state comes from, and how many rows its history begins late. In bounds for any offsets
+    and counts.
+    """
+    first = n
+    length = tl.where(n < N, 1, 0).to(tl.int64)
+    if VARLEN:
+        first = tl.minimum(tl.maximum(tl.load(cu_ptr + n).to(tl.int64), 0), T)
+        end = tl.load(cu_ptr + n + 1, mask=n < N, other=T).to(tl.int64)
+        length = tl.minimum(tl.maximum(end, first), T) - first
+    slot = tl.load(indices_ptr + n * stride_indices_row, mask=n < N, other=0).to(tl.int64)
+    source = slot
+    past = length * 0
+    if HAS_ACCEPTED:
+        accepted = tl.load(accepted_ptr + n, mask=n < N, other=1).to(tl.int64) - 1
+        column = tl.minimum(tl.maximum(accepted, 0), columns - 1)
+        past = tl.minimum(tl.maximum(accepted, 0), L - (W - 1))
+        source_ptr = indices_ptr + n * stride_indices_row + column * stride_indices_column
+        source = tl.load(source_ptr, mask=n < N, other=0).to(tl.int64)
+    return first, length, slot, source, past
 
 
 @triton.jit
-def channel_bias(bias_ptr, d, ok, HAS_BIAS: tl.constexpr):
-    if HAS_BIAS:
-        return tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
-    else:
-        return tl.zeros(d.shape, tl.float32)
-
-
-@triton.jit
-def convolved(rows, tokens, taps, bias, W: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr):
-    """The outputs of `tokens` of TOKENS tokens as a tuple of fp32 vectors, zeros behind."""
-    outputs = ()
+def store_normed(
+    o_ptr, hv, outputs, gates, tokens, live, EPS: tl.constexpr, HV: tl.constexpr, V: tl.constexpr,
+    BLOCK_V: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """The outputs of value head hv, normalised and gated."""
+    V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     for i in tl.static_range(TOKENS):
-        y = conv_row(rows, i, taps, bias, W, SILU)
-        outputs += (tl.where(i < tokens, y, 0.0),)
-    return outputs
+        squares = 0.0
+        for block in tl.static_range(V_BLOCKS):
+            o = outputs[block * TOKENS + i]
+            squares += tl.sum(rounded_product(o, o), axis=0)
+        factor = tl.rsqrt(squares / V + EPS)
+        for block in tl.static_range(V_BLOCKS):
+            i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+            y = outputs[block * TOKENS + i] * factor * gates[block * TOKENS + i]
+            y_ptr = o_ptr + i * (HV * V) + hv * V + i_v
+            y_ok = (i_v < V) & live & (i < tokens)
+            tl.store(y_ptr, y.to(o_ptr.dtype.element_ty), mask=y_ok)
 
 
 @triton.jit
-def shift(ptr, stride, rows, tokens, ok, W: tl.constexpr, TOKENS: tl.constexpr):
-    """Writes `concat(history[1:], x_0 .. x_{tokens-1})`, nothing without tokens."""
-    ok &= tokens > 0
-    for keep in tl.static_range(W - 2 + TOKENS):
-        new = rows[keep + 1].to(ptr.dtype.element_ty)
-        tl.store(ptr + keep * stride, new, mask=ok & (keep < W - 2 + tokens))
-
-
-@triton.jit
-def over_k(x, OUTER_K: tl.constexpr, INNER_K: tl.constexpr, V_FIRST: tl.constexpr):
-    """A vector over K as it lies in a tile of the state."""
-    x = x.reshape(OUTER_K, INNER_K)
-    return x[None, :, :] if V_FIRST else x[:, None, :]
-
-
-@triton.jit
-def over_v(x, V_FIRST: tl.constexpr):
-    """A vector over V, likewise."""
-    return x[:, None, None] if V_FIRST else x[None, :, None]
-
-
-@triton.jit
-def row_sums(S, x, OUTER_K: tl.constexpr, V_FIRST: tl.constexpr):
-    """The sums of S x over K; a thread may hold one product of a row where OUTER_K is 1."""
-    products = rounded_product(S, x) if OUTER_K == 1 else S * x
-    return tl.sum(tl.sum(products, axis=1 if V_FIRST else 0), axis=1)
+def clear_rows(
+    o_ptr, hv, first, end, HV: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """Zeroes rows of value head hv: padding, and tokens that no state can take."""
+    V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    for i in range(first, end):
+        for block in tl.static_range(V_BLOCKS):
+            i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+            zero = tl.zeros([BLOCK_V], o_ptr.dtype.element_ty)
+            tl.store(o_ptr + i * (HV * V) + hv * V + i_v, zero, mask=i_v < V)
 
 
 @triton.jit
 def kda_decode_kernel(
-    x_ptr,
-    x_k_ptr,
-    x_v_ptr,
-    conv_ptr,
-    conv_k_ptr,
-    conv_v_ptr,
-    weight_ptr,
-    weight_k_ptr,
-    weight_v_ptr,
-    bias_ptr,
-    bias_k_ptr,
-    bias_v_ptr,
-    f_ptr,
-    beta_ptr,
-    z_ptr,
-    A_log_ptr,
-    dt_bias_ptr,
-    norm_weight_ptr,
-    state_ptr,
-    indices_ptr,
-    accepted_ptr,
-    cu_ptr,
-    o_ptr,
-    N,
-    T,
-    conv_slots,
-    slots,
-    columns,
-    L,
-    stride_x_row,
-    stride_x_row_k,
-    stride_x_row_v,
-    stride_conv_slot,
-    stride_conv_slot_k,
-    stride_conv_slot_v,
-    stride_conv_row,
-    stride_conv_row_k,
-    stride_conv_row_v,
-    stride_conv_dim,
-    stride_f_row,
-    stride_f_head,
-    stride_beta_row,
-    stride_beta_head,
-    stride_z_row,
-    stride_z_head,
-    stride_state_slot,
-    stride_state_head,
-    stride_indices_row,
+    x_ptr, x_k_ptr, x_v_ptr, conv_ptr, conv_k_ptr, conv_v_ptr, weight_ptr, weight_k_ptr,
+    weight_v_ptr, bias_ptr, bias_k_ptr, bias_v_ptr, gate_ptr, beta_ptr, output_gate_ptr, A_log_ptr,
+    dt_bias_ptr, norm_weight_ptr, state_ptr, indices_ptr, accepted_ptr, cu_ptr, o_ptr,
+    N, T, conv_slots, slots, columns, L,
+    stride_x_row, stride_x_row_k, stride_x_row_v, stride_conv_slot, stride_conv_slot_k,
+    stride_conv_slot_v, stride_conv_row, stride_conv_row_k, stride_conv_row_v, stride_conv_dim,
+    stride_gate_row, stride_gate_head, stride_beta_row, stride_beta_head, stride_output_row,
+    stride_output_head, stride_state_slot, stride_state_head, stride_indices_row,
     stride_indices_column,
-    SCALE: tl.constexpr,
-    LOWER_BOUND: tl.constexpr,
-    BETA_SCALE: tl.constexpr,
-    NORM_EPS: tl.constexpr,
-    QK_NORM_EPS: tl.constexpr,
-    STRIDE_STATE_V: tl.constexpr,
-    STRIDE_STATE_K: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    W: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    INNER_K: tl.constexpr,
-    V_FIRST: tl.constexpr,
-    UNPACKED: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_DT_BIAS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    HAS_ACCEPTED: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
+    SCALE: tl.constexpr, LOWER_BOUND: tl.constexpr, BETA_SCALE: tl.constexpr,
+    NORM_EPS: tl.constexpr, QK_NORM_EPS: tl.constexpr, STRIDE_STATE_V: tl.constexpr,
+    STRIDE_STATE_K: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, W: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_W: tl.constexpr, INNER_K: tl.constexpr, V_FIRST: tl.constexpr,
+    UNPACKED: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_A: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr, BOUNDED: tl.constexpr, PER_TOKEN: tl.constexpr,
+    HAS_ACCEPTED: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
     """One program takes all tokens of one sequence through one key head and its value heads.
 
     Grid: sequences x H, heads fastest; with `cu_seqlens` one more sequence, the rows behind the
@@ -197,21 +152,10 @@ def kda_decode_kernel(
     outer_k = outer_k[None, :, None] if V_FIRST else outer_k[:, None, None]
     tile_k = outer_k + tl.arange(0, INNER_K)[None, None, :]
 
-    first = n
-    length = tl.where(n < N, 1, 0).to(tl.int64)
-    if VARLEN:
-        first = tl.minimum(tl.maximum(tl.load(cu_ptr + n).to(tl.int64), 0), T)
-        end = tl.load(cu_ptr + n + 1, mask=n < N, other=T).to(tl.int64)
-        length = tl.minimum(tl.maximum(end, first), T) - first
-    slot = tl.load(indices_ptr + n * stride_indices_row, mask=n < N, other=0).to(tl.int64)
-    source = slot
-    past = length * 0
-    if HAS_ACCEPTED:
-        accepted = tl.load(accepted_ptr + n, mask=n < N, other=1).to(tl.int64) - 1
-        column = tl.minimum(tl.maximum(accepted, 0), columns - 1)
-        past = tl.minimum(tl.maximum(accepted, 0), L - (W - 1))
-        source_ptr = indices_ptr + n * stride_indices_row + column * stride_indices_column
-        source = tl.load(source_ptr, mask=n < N, other=0).to(tl.int64)
+    first, length, slot, source, past = step_of(
+        n, cu_ptr, indices_ptr, accepted_ptr, N, T, columns, L, stride_indices_row,
+        stride_indices_column, W, HAS_ACCEPTED, VARLEN,
+    )  # fmt: skip
     has_conv = (slot > 0) & (slot < conv_slots)
     live = (source > 0) & (source < slots)
     readable = tl.minimum(length, TOKENS)
@@ -230,20 +174,19 @@ def kda_decode_kernel(
     for g in range(GROUP):
         hv = h * GROUP + g
         head = hv.to(tl.int64)
+        # load what needs no slot
         x_q = rows_at(x_ptr + d_k, stride_x_row, readable, ok_k, TOKENS)
         x_k = rows_at(x_k_ptr + d_k, stride_x_row_k, readable, ok_k, TOKENS)
-        head_f_ptr = f_ptr + first * stride_f_row + head * stride_f_head + i_k
-        f = rows_at(head_f_ptr, stride_f_row, readable, ok_k, TOKENS)
+        head_gate_ptr = gate_ptr + first * stride_gate_row + head * stride_gate_head + i_k
+        raw_gate = rows_at(head_gate_ptr, stride_gate_row, readable, ok_k, TOKENS)
         head_beta_ptr = beta_ptr + first * stride_beta_row + head * stride_beta_head
-        beta = rows_at(head_beta_ptr, stride_beta_row, readable, True, TOKENS)
-        a = 1.0
-        if HAS_A:
-            a = rate(tl.load(A_log_ptr + hv))
+        raw_beta = rows_at(head_beta_ptr, stride_beta_row, readable, True, TOKENS)
+        a = gate_rate(A_log_ptr, hv, HAS_A)
         dt_bias = tl.zeros([BLOCK_K], tl.float32)
         if HAS_DT_BIAS:
             dt_bias += tl.load(dt_bias_ptr + hv * K + i_k, mask=ok_k, other=0.0).to(tl.float32)
-        bias_q = channel_bias(bias_ptr, d_k, ok_k, HAS_BIAS)
-        bias_k = channel_bias(bias_k_ptr, d_k, ok_k, HAS_BIAS)
+        bias_q = bias_row(bias_ptr, d_k, ok_k, HAS_BIAS)
+        bias_k = bias_row(bias_k_ptr, d_k, ok_k, HAS_BIAS)
         # conv_taps masks channels from its bound on, here those of the next head
         taps_q = conv_taps(weight_ptr, d_k, (h + 1) * K, W, BLOCK_W)
         taps_k = conv_taps(weight_k_ptr, d_k, (h + 1) * K, W, BLOCK_W)
@@ -256,12 +199,14 @@ def kda_decode_kernel(
             i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
             ok_v = i_v < V
             norm = tl.load(norm_weight_ptr + i_v, mask=ok_v, other=0.0).to(tl.float32)
-            head_z_ptr = z_ptr + first * stride_z_row + head * stride_z_head + i_v
-            z = rows_at(head_z_ptr, stride_z_row, readable, ok_v, TOKENS)
+            head_output_ptr = output_gate_ptr + first * stride_output_row
+            head_output_ptr = head_output_ptr + head * stride_output_head + i_v
+            output_gate = rows_at(head_output_ptr, stride_output_row, readable, ok_v, TOKENS)
             d_v = hv * V + i_v
             x_v = rows_at(x_v_ptr + d_v, stride_x_row_v, readable, ok_v, TOKENS)
-            bias_v = channel_bias(bias_v_ptr, d_v, ok_v, HAS_BIAS)
+            bias_v = bias_row(bias_v_ptr, d_v, ok_v, HAS_BIAS)
             taps_v = conv_taps(weight_v_ptr, d_v, (hv + 1) * V, W, BLOCK_W)
+            # load the history and the state
             rows_v_ptr = conv_v_ptr + d_v.to(tl.int64) * stride_conv_dim
             if block == 0:
                 rows_q_ptr = conv_ptr + d_k.to(tl.int64) * stride_conv_dim
@@ -283,32 +228,19 @@ def kda_decode_kernel(
             S = tl.load(S_ptr, mask=ok & (live & (tokens > 0)), other=0.0)
             S = S.to(tl.float32)
 
+            # convolve, gate, update
             if block == 0:
                 q = convolved(x_q, conv_count, taps_q, bias_q, W, TOKENS, SILU)
                 k = convolved(x_k, conv_count, taps_k, bias_k, W, TOKENS, SILU)
             v = convolved(x_v, conv_count, taps_v, bias_v, W, TOKENS, SILU)
             for i in tl.static_range(TOKENS):
-                gates += (norm * tl.sigmoid(z[i].to(tl.float32)),)
+                gates += (norm * tl.sigmoid(output_gate[i].to(tl.float32)),)
                 o = tl.zeros([BLOCK_V], tl.float32)
                 if i < tokens:
-                    q_norm = tl.rsqrt(tl.sum(rounded_product(q[i], q[i]), axis=0) + QK_NORM_EPS)
-                    k_norm = tl.rsqrt(tl.sum(rounded_product(k[i], k[i]), axis=0) + QK_NORM_EPS)
-                    q_i = q[i] * (q_norm * SCALE)
-                    k_i = k[i] * k_norm
-                    kq = tl.sum(rounded_product(k_i, q_i), axis=0)
-                    raw = f[i].to(tl.float32) + dt_bias
-                    decay_i = tl.exp(gate_nats(raw, a, LOWER_BOUND, BOUNDED))
-                    decay_q = over_k(decay_i * q_i, OUTER_K, INNER_K, V_FIRST)
-                    decay_k = over_k(decay_i * k_i, OUTER_K, INNER_K, V_FIRST)
-                    k_i = over_k(k_i, OUTER_K, INNER_K, V_FIRST)
-                    decay_i = over_k(decay_i, OUTER_K, INNER_K, V_FIRST)
-                    # with S' the decayed state, the output of the new one is S' q + delta (k q)
-                    seen = row_sums(S, decay_k, OUTER_K, V_FIRST)  # [BLOCK_V]
-                    old = row_sums(S, decay_q, OUTER_K, V_FIRST)
-                    write = BETA_SCALE * tl.sigmoid(beta[i].to(tl.float32))
-                    delta = write * (v[i] - seen)
-                    o = old + delta * kq
-                    S = S * decay_i + over_v(delta, V_FIRST) * k_i
+                    S, o = update_state(
+                        S, q[i], k[i], v[i], raw_gate[i], raw_beta[i], a, dt_bias, SCALE,
+                        LOWER_BOUND, BETA_SCALE, QK_NORM_EPS, OUTER_K, INNER_K, V_FIRST, BOUNDED,
+                    )  # fmt: skip
                     if PER_TOKEN:
                         target = tl.load(
                             indices_ptr + n * stride_indices_row + i * stride_indices_column,
@@ -323,28 +255,13 @@ def kda_decode_kernel(
                 written = live & (tokens > 0)
                 tl.store(S_ptr, S.to(state_ptr.dtype.element_ty), mask=ok & written)
             tl.debug_barrier()  # a row is not always written by the thread that read it
-            shift(rows_v_ptr, stride_conv_row_v, x_v, conv_count, ok_v, W, TOKENS)
+            shift_history(rows_v_ptr, stride_conv_row_v, x_v, conv_count, ok_v, W, TOKENS)
 
-        for i in tl.static_range(TOKENS):
-            squares = 0.0
-            for block in tl.static_range(V_BLOCKS):
-                o = outputs[block * TOKENS + i]
-                squares += tl.sum(rounded_product(o, o), axis=0)
-            factor = tl.rsqrt(squares / V + NORM_EPS)
-            for block in tl.static_range(V_BLOCKS):
-                i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
-                y = outputs[block * TOKENS + i] * factor * gates[block * TOKENS + i]
-                y_ptr = o_ptr + i * (HV * V) + hv * V + i_v
-                y_ok = (i_v < V) & live & (i < tokens)
-                tl.store(y_ptr, y.to(o_ptr.dtype.element_ty), mask=y_ok)
-        for i in range(tl.where(live, tokens, 0), length):
-            for block in tl.static_range(V_BLOCKS):
-                i_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
-                zero = tl.zeros([BLOCK_V], o_ptr.dtype.element_ty)
-                tl.store(o_ptr + i * (HV * V) + hv * V + i_v, zero, mask=i_v < V)
+        store_normed(o_ptr, hv, outputs, gates, tokens, live, NORM_EPS, HV, V, BLOCK_V, TOKENS)
+        clear_rows(o_ptr, hv, tl.where(live, tokens, 0), length, HV, V, BLOCK_V)
         if g == GROUP - 1:
-            shift(rows_q_ptr, stride_conv_row, x_q, conv_count, ok_k, W, TOKENS)
-            shift(rows_k_ptr, stride_conv_row_k, x_k, conv_count, ok_k, W, TOKENS)
+            shift_history(rows_q_ptr, stride_conv_row, x_q, conv_count, ok_k, W, TOKENS)
+            shift_history(rows_k_ptr, stride_conv_row_k, x_k, conv_count, ok_k, W, TOKENS)
 
 
 def tile_of(V: int, K: int, state: Tensor, layout: str, N: Any, tokens: int) -> dict[str, int]:
@@ -381,90 +298,50 @@ def launch_kda_decode_unpacked(*args: Any) -> Tensor:
 
 def _launch(
     xs: tuple[Tensor, ...], conv_states: tuple[Tensor, ...], weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...], activation: str | None,
-    f: Tensor, beta: Tensor, z: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
-    lower_bound: float | None, beta_scale: float, norm_weight: Tensor, norm_eps: float,
-    qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
-    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    biases: tuple[Tensor | None, ...], activation: str | None, raw_gate: Tensor, raw_beta: Tensor,
+    output_gate: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None,
+    beta_scale: float, norm_weight: Tensor, norm_eps: float, qk_norm_eps: float, scale: float,
+    state: Tensor, state_indices: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None,
+    layout: str,
 ) -> Tensor:  # fmt: skip
     """One of each tensor of the convolution, packed, or three, for q, k and v."""
-    HV, K, V = int(f.shape[-2]), int(f.shape[-1]), int(z.shape[-1])
+    HV, K, V = int(raw_gate.shape[-2]), int(raw_gate.shape[-1]), int(output_gate.shape[-1])
     W = int(weights[0].shape[1])
     H = (sum(int(weight.shape[0]) for weight in weights) - HV * V) // (2 * K)
     x, conv_state = xs[0], conv_states[0]
     T, N = x.shape[0], state_indices.shape[0]
     o = torch.empty((1, T, HV, V), dtype=x.dtype, device=x.device)
     xs = tuple(x if x.stride(1) == 1 else x.contiguous() for x in xs)
-    f, z = (_dense_rows(y, T) for y in (f, z))
-    beta = beta.reshape(T, HV)
-    strides = [conv_state_strides(conv_state, layout) for conv_state in conv_states]
+    raw_gate, output_gate = (flat_rows(y, T) for y in (raw_gate, output_gate))
+    raw_beta = raw_beta.reshape(T, HV)
+    slot_strides, row_strides, (stride_dim, *_) = zip(
+        *(conv_state_strides(conv_state, layout) for conv_state in conv_states), strict=True
+    )
     L = conv_state.shape[1 if layout == "SD" else 2]
     varlen, per_token = cu_seqlens is not None, state_indices.dim() == 2
+    columns, column_stride = 1, 0
+    if per_token:
+        columns, column_stride = state_indices.shape[1], state_indices.stride(1)
     tokens = int(L) - W + 2 if varlen else 1
     # without cu_seqlens an empty batch still launches: CUDA has no empty grid
     sequences = N + 1 if varlen else torch.sym_max(N, 1)
     traceable(kda_decode_kernel)[(sequences * H,)](
-        *three(xs, None),
-        *three(conv_states, None),
+        *three(xs, None), *three(conv_states, None),
         *three([weight.contiguous() for weight in weights], None),
-        *three([None if bias is None else bias.contiguous() for bias in biases], None),
-        f,
-        beta,
-        z,
-        None if A_log is None else A_log.contiguous(),
-        None if dt_bias is None else dt_bias.contiguous(),
-        norm_weight.contiguous(),
-        state,
-        state_indices,
-        None if num_accepted is None else num_accepted.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-        o,
-        N,
-        T,
-        conv_state.shape[0],
-        state.shape[0],
-        state_indices.shape[1] if per_token else 1,
-        L,
-        *three([x.stride(0) for x in xs], 0),
-        *three([slot for slot, _, _ in strides], 0),
-        *three([row for _, row, _ in strides], 0),
-        strides[0][2],
-        *f.stride()[:2],
-        *beta.stride(),
-        *z.stride()[:2],
-        *state.stride()[:2],
-        state_indices.stride(0),
-        state_indices.stride(1) if per_token else 0,
-        SCALE=scale,
-        LOWER_BOUND=0.0 if lower_bound is None else lower_bound,
-        BETA_SCALE=beta_scale,
-        NORM_EPS=norm_eps,
-        QK_NORM_EPS=qk_norm_eps,
-        STRIDE_STATE_V=int(state.stride(2)),
-        STRIDE_STATE_K=int(state.stride(3)),
-        H=H,
-        HV=HV,
-        K=K,
-        V=V,
-        W=W,
-        TOKENS=tokens,
-        BLOCK_K=triton.next_power_of_2(K),
-        BLOCK_W=triton.next_power_of_2(W),
-        UNPACKED=len(xs) == 3,
-        SILU=activation == "silu",
-        HAS_BIAS=biases[0] is not None,
-        HAS_A=A_log is not None,
-        HAS_DT_BIAS=dt_bias is not None,
-        BOUNDED=lower_bound is not None,
-        PER_TOKEN=per_token,
-        HAS_ACCEPTED=num_accepted is not None,
-        VARLEN=varlen,
+        *three([contiguous(bias) for bias in biases], None), raw_gate, raw_beta, output_gate,
+        contiguous(A_log), contiguous(dt_bias), norm_weight.contiguous(), state, state_indices,
+        contiguous(num_accepted), contiguous(cu_seqlens), o,
+        N, T, conv_state.shape[0], state.shape[0], columns, L,
+        *three([x.stride(0) for x in xs], 0), *three(slot_strides, 0), *three(row_strides, 0),
+        stride_dim, *raw_gate.stride()[:2], *raw_beta.stride(), *output_gate.stride()[:2],
+        *state.stride()[:2], state_indices.stride(0), column_stride,
+        SCALE=scale, LOWER_BOUND=0.0 if lower_bound is None else lower_bound, BETA_SCALE=beta_scale,
+        NORM_EPS=norm_eps, QK_NORM_EPS=qk_norm_eps, STRIDE_STATE_V=int(state.stride(2)),
+        STRIDE_STATE_K=int(state.stride(3)), H=H, HV=HV, K=K, V=V, W=W, TOKENS=tokens,
+        BLOCK_K=triton.next_power_of_2(K), BLOCK_W=triton.next_power_of_2(W), UNPACKED=len(xs) == 3,
+        SILU=activation == "silu", HAS_BIAS=biases[0] is not None, HAS_A=A_log is not None,
+        HAS_DT_BIAS=dt_bias is not None, BOUNDED=lower_bound is not None, PER_TOKEN=per_token,
+        HAS_ACCEPTED=num_accepted is not None, VARLEN=varlen,
         **tile_of(V, K, state, layout, N, tokens),
-    )
+    )  # fmt: skip
     return o
-
-
-def _dense_rows(x: Tensor, T: int) -> Tensor:
-    """`[..., heads, dim]` as `[T, heads, dim]` with a dense last axis."""
-    x = x.reshape(T, *x.shape[-2:])
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,24 +1,26 @@
 """A whole step of decode: schema, fake implementation, public function."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kda_ops._checks import (
-    INTEGERS,
+    check_beta_scale,
     check_cu_seqlens_shape,
     check_device,
     check_dtype,
     check_gate_parameters,
     check_not_negative,
     check_number,
+    check_paged_state,
     check_rank,
     check_shape,
     check_slot_values,
+    check_step_tables,
     check_step_values,
     check_tensor,
+    check_width,
 )
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import CONV_PAGES, OFFSETS, SLOTS, STATE_PAGES
@@ -36,69 +38,22 @@ from kda_ops.delta_rule.kda_decode.reference import (
 )
 from kda_ops.native import define_native
 
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MOST_TOKENS = 8
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
-def kda_decode_fake(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    raw_gate: Tensor,
-    raw_beta: Tensor,
-    output_gate: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    norm_weight: Tensor,
-    norm_eps: float,
-    qk_norm_eps: float,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> Tensor:
+def kda_decode_fake(x: Tensor, output_gate: Tensor) -> Tensor:
     return torch.empty((1, x.shape[0], *output_gate.shape[-2:]), dtype=x.dtype, device=x.device)
 
 
-def _of_q(*args: Any) -> tuple[Any, ...]:
-    """The arguments of `kda_decode.unpacked` with those of q alone, as `kda_decode` takes them."""
-    return (*args[0:12:3], *args[12:])
-
-
-def kda_decode_unpacked_fake(*args: Any) -> Tensor:
-    return kda_decode_fake(*_of_q(*args))
+def kda_decode_unpacked_fake(q: Tensor, output_gate: Tensor) -> Tensor:
+    return kda_decode_fake(q, output_gate)
 
 
 def check_kda_decode_values(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    raw_gate: Tensor,
-    raw_beta: Tensor,
-    output_gate: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    norm_weight: Tensor,
-    norm_eps: float,
-    qk_norm_eps: float,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> None:
+    x: Tensor, conv_state: Tensor, weight: Tensor, state: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> None:  # fmt: skip
     check_step_values(state, state_indices, num_accepted, cu_seqlens, x.shape[0])
     table = state_indices if state_indices.dim() == 2 else state_indices[:, None]
     check_slot_values("state_indices", table[:, 0], conv_state.shape[0])
@@ -119,8 +74,13 @@ def check_kda_decode_values(
             )
 
 
-def check_kda_decode_unpacked_values(*args: Any) -> None:
-    check_kda_decode_values(*_of_q(*args))
+def check_kda_decode_unpacked_values(
+    q: Tensor, q_state: Tensor, q_weight: Tensor, state: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> None:  # fmt: skip
+    check_kda_decode_values(
+        q, q_state, q_weight, state, state_indices, num_accepted, cu_seqlens, layout
+    )
 
 
 def conv_tokens(conv_state: Tensor, weight: Tensor, layout: str) -> int:
@@ -129,11 +89,10 @@ def conv_tokens(conv_state: Tensor, weight: Tensor, layout: str) -> int:
 
 
 _STEP = (
-    "str? activation, Tensor raw_gate, Tensor raw_beta, Tensor output_gate, "
-    "Tensor? A_log, Tensor? dt_bias, "
-    "float? lower_bound, float beta_scale, Tensor norm_weight, float norm_eps, float qk_norm_eps, "
-    "float scale, Tensor(d!) state, Tensor state_indices, Tensor? num_accepted, "
-    "Tensor? cu_seqlens, str layout"
+    "str? activation, Tensor raw_gate, Tensor raw_beta, Tensor output_gate, Tensor? A_log, "
+    "Tensor? dt_bias, float? lower_bound, float beta_scale, Tensor norm_weight, float norm_eps, "
+    "float qk_norm_eps, float scale, Tensor(d!) state, Tensor state_indices, "
+    "Tensor? num_accepted, Tensor? cu_seqlens, str layout"
 )
 
 kda_decode_op = define_op(
@@ -227,7 +186,7 @@ def kda_decode(
         output_gate: `[..., HV, V]`, the output gate before its sigmoid.
         A_log: `[HV]`, natural log of the decay rate; None means a rate of 1 and needs
             `lower_bound`.
-        dt_bias: `[HV, K]` or `[HV * K]`, added to f.
+        dt_bias: `[HV, K]` or `[HV * K]`, added to raw_gate.
         lower_bound: None, or a bound of the gate in `[-5, 0)` in **nats**; see `gate`.
         beta_scale: 1, or 2 for eigenvalues down to -1.
         norm_weight: `[V]`.
@@ -262,7 +221,7 @@ def kda_decode(
         check_conv(x_part, weight_part, bias_part)
         check_conv_state(conv_part, layout, x_part.shape[1], weight_part.shape[1])
     T, D = xs[0].shape[0], sum(x_part.shape[1] for x_part in xs)
-    check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound, name="raw_gate")
+    check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
     HV, K = raw_gate.shape[-2:]
     check_tensor("output_gate", output_gate)
     if output_gate.dim() < 2 or output_gate.shape[-2] != HV:
@@ -274,9 +233,8 @@ def kda_decode(
     check_tokens("output_gate", output_gate, T, 2)
     check_tokens("raw_beta", raw_beta, T, 1)
     check_shape("raw_beta", raw_beta, (*raw_beta.shape[:-1], HV))
-    for name, dim in (("raw_gate", K), ("output_gate", V)):
-        if not 1 <= dim <= 256:
-            raise ValueError(f"{name} must have a head dimension in [1, 256], got {dim}")
+    check_width("raw_gate", K)
+    check_width("output_gate", V)
     H = (D - HV * V) // (2 * K)
     if D != 2 * H * K + HV * V or H < 1 or HV % H:
         raise ValueError(
@@ -287,19 +245,12 @@ def kda_decode(
         for x_part, width in zip(xs, (H * K, H * K, HV * V), strict=True):
             check_shape("x", x_part, (T, width))
     check_shape("norm_weight", norm_weight, (V,))
-    for name, tensor in (
-        ("raw_beta", raw_beta),
-        ("output_gate", output_gate),
-        ("norm_weight", norm_weight),
-    ):
-        check_dtype(name, tensor)
-    for name, eps in (("norm_eps", norm_eps), ("qk_norm_eps", qk_norm_eps)):
-        check_not_negative(name, eps)
-    check_rank("state", state, 4)
-    check_shape("state", state, (state.shape[0], HV, V, K))
-    check_dtype("state", state, STATE_DTYPES)
-    check_rank("state_indices", state_indices, 1, 2)
-    check_dtype("state_indices", state_indices, INTEGERS)
+    check_dtype("raw_beta", raw_beta)
+    check_dtype("output_gate", output_gate)
+    check_dtype("norm_weight", norm_weight)
+    check_not_negative("norm_eps", norm_eps)
+    check_not_negative("qk_norm_eps", qk_norm_eps)
+    check_paged_state(state, HV, V, K)
     sequences = T
     if cu_seqlens is not None:
         check_cu_seqlens_shape(cu_seqlens)
@@ -310,37 +261,17 @@ def kda_decode(
                 f"conv_state must have L at most {MOST_TOKENS + weights[0].shape[1] - 2} with "
                 f"cu_seqlens, got {tuple(conv_states[0].shape)} in layout {layout}"
             )
-    check_shape("state_indices", state_indices, (sequences, *state_indices.shape[1:]))
-    if state_indices.dim() == 2 and state_indices.shape[1] < 1:
-        raise ValueError(
-            f"state_indices must have at least one column, got {tuple(state_indices.shape)}"
-        )
-    if num_accepted is not None:
-        if state_indices.dim() == 1:
-            raise ValueError(
-                "num_accepted must come with state_indices of shape [N, 1 + num_spec], "
-                f"got {tuple(state_indices.shape)}"
-            )
-        check_shape("num_accepted", num_accepted, (sequences,))
-        check_dtype("num_accepted", num_accepted, INTEGERS)
+    check_step_tables(state_indices, num_accepted, sequences)
     for x_part, weight_part, bias_part, conv_part in parts:
         check_device(x=x_part, conv_state=conv_part, weight=weight_part, bias=bias_part)
     check_device(
-        x=xs[0],
-        x_v=xs[-1],
-        raw_gate=raw_gate,
-        raw_beta=raw_beta,
-        output_gate=output_gate,
-        norm_weight=norm_weight,
-        state=state,
-        state_indices=state_indices,
-        num_accepted=num_accepted,
-        cu_seqlens=cu_seqlens,
-    )
+        x=xs[0], x_v=xs[-1], raw_gate=raw_gate, raw_beta=raw_beta, output_gate=output_gate,
+        norm_weight=norm_weight, state=state, state_indices=state_indices,
+        num_accepted=num_accepted, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     scale = K**-0.5 if scale is None else scale
     check_number("scale", scale)
-    if beta_scale not in (1.0, 2.0):
-        raise ValueError(f"beta_scale must be 1 or 2, got {beta_scale}")
+    check_beta_scale(beta_scale)
     step = (
         activation, raw_gate, raw_beta, output_gate, A_log, dt_bias, lower_bound, beta_scale,
         norm_weight, norm_eps, qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens,

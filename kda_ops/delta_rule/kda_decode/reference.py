@@ -14,58 +14,29 @@ from kda_ops.norm.formulas import gated_rms_norm, l2_normalized
 
 
 def kda_decode_reference(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    raw_gate: Tensor,
-    raw_beta: Tensor,
-    output_gate: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    lower_bound: float | None,
-    beta_scale: float,
-    norm_weight: Tensor,
-    norm_eps: float,
-    qk_norm_eps: float,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-) -> Tensor:
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+    raw_gate: Tensor, raw_beta: Tensor, output_gate: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, norm_weight: Tensor,
+    norm_eps: float, qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+) -> Tensor:  # fmt: skip
     """Nothing is rounded between the parts."""
     T, (HV, K), V = x.shape[0], raw_gate.shape[-2:], output_gate.shape[-1]
     acc = accumulation_dtype(x)
     offsets = torch.arange(T + 1, device=x.device) if cu_seqlens is None else cu_seqlens.long()
     key_dim = (x.shape[1] - HV * V) // 2
     y = conv_update(
-        x.to(acc),
-        conv_state,
-        weight,
-        bias,
-        activation,
-        state_indices,
-        num_accepted,
-        offsets,
+        x.to(acc), conv_state, weight, bias, activation, state_indices, num_accepted, offsets,
         layout,
-    )
+    )  # fmt: skip
     q, k, v = y[None].split([key_dim, key_dim, HV * V], dim=-1)
     q, k = (l2_normalized(y.unflatten(-1, (-1, K)), qk_norm_eps) for y in (q, k))
     o = recurrence(
-        q,
-        k,
-        v.unflatten(-1, (HV, V)),
+        q, k, v.unflatten(-1, (HV, V)),
         gate_nats(raw_gate.reshape(1, T, HV, K), A_log, dt_bias, lower_bound),
-        beta_scale * torch.sigmoid(raw_beta.reshape(1, T, HV).to(acc)),
-        state,
-        state_indices,
-        num_accepted,
-        scale,
-        offsets,
-    )
+        beta_scale * torch.sigmoid(raw_beta.reshape(1, T, HV).to(acc)), state, state_indices,
+        num_accepted, scale, offsets,
+    )  # fmt: skip
     normed = gated_rms_norm(o, output_gate.reshape(1, T, HV, V), norm_weight, norm_eps)
     source = source_slots(state_indices, num_accepted)
     sequence = torch.searchsorted(offsets, torch.arange(T, device=x.device), right=True) - 1

@@ -5,55 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
-from kda_ops.delta_rule.kernel import rounded_product
+from kda_ops._launch import contiguous, traceable
+from kda_ops.delta_rule.kernel import flat_rows, rounded_product
 from kda_ops.tuning import choose
 
 
 @triton.jit
 def recurrent_kda_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    g_ptr,
-    beta_ptr,
-    state_ptr,
-    indices_ptr,
-    accepted_ptr,
-    cu_ptr,
-    o_ptr,
-    N,
-    rows,
-    tokens,
-    slots,
-    columns,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    g_row,
-    g_head,
-    beta_row,
-    beta_head,
-    state_slot,
-    state_head,
-    state_v,
-    state_k,
-    indices_row,
-    indices_column,
-    SCALE: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    HAS_ACCEPTED: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, state_ptr, indices_ptr, accepted_ptr, cu_ptr, o_ptr,
+    N, rows, tokens, slots, columns,
+    q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head, beta_row, beta_head, state_slot,
+    state_head, state_v, state_k, indices_row, indices_column,
+    SCALE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_TOKEN: tl.constexpr,
+    HAS_ACCEPTED: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
     """One program advances BLOCK_V rows of the state of one sequence and value head by its tokens.
 
     The state tile stays in registers between the first read and the writes, and no other program
@@ -127,21 +93,13 @@ def recurrent_kda_kernel(
 
 
 def launch_recurrent_kda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
-    scale: float,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, state_indices: Tensor,
+    num_accepted: Tensor | None, scale: float, cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
     H, K, HV, V = int(q.shape[-2]), int(q.shape[-1]), int(v.shape[-2]), int(v.shape[-1])
     N, rows = state_indices.shape[0], v.shape[0] * v.shape[1]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    q, k, v, g = (_dense_rows(x, rows) for x in (q, k, v, g))
+    q, k, v, g = (flat_rows(x, rows) for x in (q, k, v, g))
     beta = beta.reshape(rows, HV)
     per_token = state_indices.dim() == 2
     varlen = cu_seqlens is not None
@@ -152,45 +110,12 @@ def launch_recurrent_kda(
     # without cu_seqlens an empty batch still launches: CUDA has no empty grid
     sequences = N + 1 if varlen else torch.sym_max(N, 1)
     traceable(recurrent_kda_kernel)[(sequences * programs,)](
-        q,
-        k,
-        v,
-        g,
-        beta,
-        state,
-        state_indices,
-        None if num_accepted is None else num_accepted.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-        o,
-        N,
-        rows,
-        0 if varlen else o.shape[1],
-        state.shape[0],
-        state_indices.shape[1] if per_token else 1,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *g.stride()[:2],
-        *beta.stride(),
-        *state.stride(),
-        state_indices.stride(0),
+        q, k, v, g, beta, state, state_indices, contiguous(num_accepted), contiguous(cu_seqlens), o,
+        N, rows, 0 if varlen else o.shape[1], state.shape[0],
+        state_indices.shape[1] if per_token else 1, *q.stride()[:2], *k.stride()[:2],
+        *v.stride()[:2], *g.stride()[:2], *beta.stride(), *state.stride(), state_indices.stride(0),
         state_indices.stride(1) if per_token else 0,
-        SCALE=scale,
-        H=H,
-        HV=HV,
-        K=K,
-        V=V,
-        BLOCK_K=block_k,
-        BLOCK_V=block_v,
-        PER_TOKEN=per_token,
-        HAS_ACCEPTED=num_accepted is not None,
-        VARLEN=varlen,
-        num_warps=chosen["num_warps"],
-    )
+        SCALE=scale, H=H, HV=HV, K=K, V=V, BLOCK_K=block_k, BLOCK_V=block_v, PER_TOKEN=per_token,
+        HAS_ACCEPTED=num_accepted is not None, VARLEN=varlen, num_warps=chosen["num_warps"],
+    )  # fmt: skip
     return o
-
-
-def _dense_rows(x: Tensor, rows: int) -> Tensor:
-    """`[batch, tokens, heads, dim]` as `[rows, heads, dim]` with a dense last axis."""
-    x = x.reshape(rows, *x.shape[2:])
-    return x if x.stride(-1) == 1 else x.contiguous()

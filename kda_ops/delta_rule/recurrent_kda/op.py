@@ -4,20 +4,20 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import (
-    INTEGERS,
     check_cu_seqlens_shape,
     check_device,
     check_dtype,
     check_number,
+    check_paged_state,
     check_rank,
     check_shape,
+    check_step_tables,
     check_step_values,
+    check_width,
 )
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import OFFSETS, SLOTS, STATE_PAGES
 from kda_ops.delta_rule.recurrent_kda.reference import recurrent_kda_reference
-
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def recurrent_kda_fake(v: Tensor) -> Tensor:
@@ -25,12 +25,9 @@ def recurrent_kda_fake(v: Tensor) -> Tensor:
 
 
 def check_recurrent_kda_values(
-    q: Tensor,
-    state: Tensor,
-    state_indices: Tensor,
-    num_accepted: Tensor | None,
+    q: Tensor, state: Tensor, state_indices: Tensor, num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     check_step_values(state, state_indices, num_accepted, cu_seqlens, q.shape[1])
 
 
@@ -106,54 +103,26 @@ def recurrent_kda(
     HV, V = v.shape[2:]
     if H < 1 or HV % H:
         raise ValueError(f"v must have a multiple of {H} heads like q, got {HV}")
-    for name, dim in (("q", K), ("v", V)):
-        if not 1 <= dim <= 256:
-            raise ValueError(f"{name} must have a head dimension in [1, 256], got {dim}")
+    check_width("q", K)
+    check_width("v", V)
     check_shape("k", k, (batch, tokens, H, K))
     check_shape("v", v, (batch, tokens, HV, V))
     check_shape("g", g, (batch, tokens, HV, K))
     check_shape("beta", beta, (batch, tokens, HV))
     for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
         check_dtype(name, x)
-    check_rank("state", state, 4)
-    check_shape("state", state, (state.shape[0], HV, V, K))
-    check_dtype("state", state, STATE_DTYPES)
-    check_rank("state_indices", state_indices, 1, 2)
-    check_dtype("state_indices", state_indices, INTEGERS)
+    check_paged_state(state, HV, V, K)
     if cu_seqlens is not None:
         check_cu_seqlens_shape(cu_seqlens)
         if batch != 1:
             raise ValueError(f"q must have batch size 1 with cu_seqlens, got {batch}")
     N = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if state_indices.dim() == 1:
-        check_shape("state_indices", state_indices, (N,))
-        if num_accepted is not None:
-            raise ValueError(
-                "num_accepted must come with state_indices of shape [N, 1 + num_spec], "
-                f"got {tuple(state_indices.shape)}"
-            )
-    else:
-        columns = state_indices.shape[1]
-        check_shape("state_indices", state_indices, (N, columns))
-        fewest = tokens if cu_seqlens is None else 1
-        if columns < max(fewest, 1):
-            raise ValueError(
-                f"state_indices must have a column for each of {fewest} tokens, got {columns}"
-            )
-    if num_accepted is not None:
-        check_shape("num_accepted", num_accepted, (N,))
-        check_dtype("num_accepted", num_accepted, INTEGERS)
+    fewest = 1 if cu_seqlens is not None else max(tokens, 1)
+    check_step_tables(state_indices, num_accepted, N, fewest)
     check_device(
-        q=q,
-        k=k,
-        v=v,
-        g=g,
-        beta=beta,
-        state=state,
-        state_indices=state_indices,
-        num_accepted=num_accepted,
-        cu_seqlens=cu_seqlens,
-    )
+        q=q, k=k, v=v, g=g, beta=beta, state=state, state_indices=state_indices,
+        num_accepted=num_accepted, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     scale = K**-0.5 if scale is None else scale
     check_number("scale", scale)
     return selected(recurrent_kda_op)(

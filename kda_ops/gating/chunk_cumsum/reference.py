@@ -7,12 +7,9 @@ from kda_ops.gating.formulas import chunk_local_cumsum
 
 
 def chunk_cumsum_reference(
-    g: Tensor,
-    chunk_size: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
+    g: Tensor, chunk_size: int, scale: float, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return (
         chunk_local_cumsum(g.to(accumulation_dtype(g)), chunk_size, cu_seqlens, chunk_indices)
         * scale

@@ -5,29 +5,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
-from kda_ops.gating.kernel import gate_nats, rate
+from kda_ops._launch import contiguous, traceable
+from kda_ops.gating.kernel import gate_constants, gate_nats, gate_rate
 from kda_ops.tuning import choose
 
 
 @triton.jit
 def gate_kernel(
-    x_ptr,
-    A_log_ptr,
-    dt_bias_ptr,
-    g_ptr,
-    rows,
-    stride_row,
-    stride_head,
-    LOWER_BOUND: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):
+    x_ptr, A_log_ptr, dt_bias_ptr, g_ptr,
+    rows, stride_row, stride_head,
+    LOWER_BOUND: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
     """One program computes BLOCK_ROWS rows x [K] of one head.
 
     Grid: (row blocks * HV), heads innermost, so that neighbours read and write neighbouring memory.
@@ -42,9 +31,7 @@ def gate_kernel(
     ).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(dt_bias_ptr + h * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-    a = 1.0
-    if HAS_A:
-        a = rate(tl.load(A_log_ptr + h))
+    a = gate_rate(A_log_ptr, h, HAS_A)
     g = gate_nats(z, a, LOWER_BOUND, BOUNDED)  # [BLOCK_ROWS, BLOCK_K]
     tl.store(g_ptr + (r[:, None] * HV + h) * K + k[None, :], g, mask=ok)
 
@@ -60,26 +47,12 @@ def launch_gate(
     flat = raw_gate.reshape(rows, HV, K)
     if flat.stride(2) != 1:
         flat = flat.contiguous()
-    bias = None if dt_bias is None else dt_bias.contiguous()
     block_k = triton.next_power_of_2(K)
     chosen = choose("gate", raw_gate.device, K=K, dtype=raw_gate.dtype)
     block_rows = max(1, chosen["TILE"] // block_k)
     traceable(gate_kernel)[(triton.cdiv(rows, block_rows) * HV,)](
-        flat,
-        None if A_log is None else A_log.contiguous(),
-        bias,
-        g,
-        rows,
-        flat.stride(0),
-        flat.stride(1),
-        LOWER_BOUND=0.0 if lower_bound is None else lower_bound,
-        HV=HV,
-        K=K,
-        BLOCK_K=block_k,
-        BLOCK_ROWS=block_rows,
-        HAS_A=A_log is not None,
-        HAS_BIAS=bias is not None,
-        BOUNDED=lower_bound is not None,
-        num_warps=chosen["num_warps"],
-    )
+        flat, contiguous(A_log), contiguous(dt_bias), g, rows, flat.stride(0), flat.stride(1),
+        HV=HV, K=K, BLOCK_K=block_k, BLOCK_ROWS=block_rows,
+        **gate_constants(A_log, dt_bias, lower_bound), num_warps=chosen["num_warps"],
+    )  # fmt: skip
     return g

@@ -30,7 +30,7 @@ def gate(
 ) -> Tensor:
     """The per-channel log decay of Kimi Delta Attention, in nats.
 
-    With `a = exp(A_log[h])` and `z = x + dt_bias`:
+    With `a = exp(A_log[h])` and `z = raw_gate + dt_bias`:
 
     * without a bound, `g = -a * softplus(z)`, exact for very negative z and linear for z > 20;
     * with `lower_bound`, `g = lower_bound * sigmoid(a * z)`.
@@ -45,7 +45,7 @@ def gate(
     Args:
         raw_gate: `[..., HV, K]`, fp16, bf16, fp32, on a CPU fp64, any strides.
         A_log: `[HV]`, natural log of the decay rate. None means `a = 1` and needs `lower_bound`.
-        dt_bias: `[HV, K]` or `[HV * K]`, added to x.
+        dt_bias: `[HV, K]` or `[HV * K]`, added to raw_gate.
         lower_bound: None, or a bound in `[-5, 0)` in nats.
 
     Returns:

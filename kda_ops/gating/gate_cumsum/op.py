@@ -23,8 +23,7 @@ def _check_values(
 
 gate_cumsum_op = define_op(
     "gate_cumsum(Tensor raw_gate, Tensor? A_log, Tensor? dt_bias, float? lower_bound, "
-    "int chunk_size, "
-    "Tensor? cu_seqlens, Tensor? chunk_indices) -> Tensor",
+    "int chunk_size, Tensor? cu_seqlens, Tensor? chunk_indices) -> Tensor",
     reference=gate_cumsum_reference,
     fake=gate_cumsum_fake,
     cuda="kda_ops.gating.gate_cumsum.kernel:launch_gate_cumsum",
@@ -46,15 +45,15 @@ def gate_cumsum(
     """The cumulative log2 decay of every token since the start of its chunk, in one pass over
     memory.
 
-    `chunk_cumsum(gate(x, A_log, dt_bias, lower_bound=lower_bound), scale=RCP_LN2)`, which is what
-    `chunk_kda` takes as `G`; see `gate` for the formula and `chunk_cumsum` for the chunks.
+    `chunk_cumsum(gate(raw_gate, A_log, dt_bias, lower_bound=lower_bound), scale=RCP_LN2)`, which
+    `chunk_kda` takes as `g_cumsum`; see `gate` for the formula and `chunk_cumsum` for the chunks.
 
     Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
 
     Args:
         raw_gate: `[B, T, HV, K]`, fp16, bf16, fp32, on a CPU fp64, any strides.
         A_log: `[HV]`, natural log of the decay rate. None means `a = 1` and needs `lower_bound`.
-        dt_bias: `[HV, K]` or `[HV * K]`, added to x.
+        dt_bias: `[HV, K]` or `[HV * K]`, added to raw_gate.
         lower_bound: None, or a bound in `[-5, 0)` in nats.
         chunk_size: Tokens per chunk, a power of two from 16 to 256.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0, non-decreasing,

@@ -6,31 +6,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
-from kda_ops.norm.kernel import row_offset
+from kda_ops.norm.kernel import four_axes, row_offset
 from kda_ops.tuning import choose
 
 
 @triton.jit
 def rms_norm_gated_kernel(
-    o_ptr,
-    gate_ptr,
-    weight_ptr,
-    y_ptr,
-    rows,
-    size_1,
-    size_2,
-    o_stride_0,
-    o_stride_1,
-    o_stride_2,
-    gate_stride_0,
-    gate_stride_1,
-    gate_stride_2,
-    EPS: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    o_ptr, gate_ptr, weight_ptr, y_ptr,
+    rows, size_1, size_2,
+    o_stride_0, o_stride_1, o_stride_2, gate_stride_0, gate_stride_1, gate_stride_2,
+    EPS: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     DENSE: tl.constexpr,
-):
+):  # fmt: skip
     """One program normalises BLOCK_ROWS rows of [V].
 
     Grid: (row blocks); rows count over three leading axes. DENSE inputs need no strides: dividing
@@ -62,31 +49,16 @@ def launch_rms_norm_gated(o: Tensor, output_gate: Tensor, weight: Tensor, eps: f
     y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     if o.numel() == 0:
         return y
-    o4, gate4 = (
-        x.reshape(-1, *x.shape[-3:]) if x.dim() > 3 else x[(None,) * (4 - x.dim())]
-        for x in (o, output_gate)
-    )
-    o4, gate4 = (x if x.stride(3) == 1 else x.contiguous() for x in (o4, gate4))
+    o4, gate4 = four_axes(o), four_axes(output_gate)
     rows = o.numel() // V
     block_v = triton.next_power_of_2(V)
     dense = o4.is_contiguous() and gate4.is_contiguous()
     chosen = choose("rms_norm_gated", o.device, V=V, dtype=o.dtype, dense=dense)
     block_rows = max(1, chosen["TILE"] // block_v)
     traceable(rms_norm_gated_kernel)[(triton.cdiv(rows, block_rows),)](
-        o4,
-        gate4,
-        weight.contiguous(),
-        y,
-        rows,
-        o4.shape[1],
-        o4.shape[2],
-        *o4.stride()[:3],
+        o4, gate4, weight.contiguous(), y, rows, o4.shape[1], o4.shape[2], *o4.stride()[:3],
         *gate4.stride()[:3],
-        EPS=eps,
-        V=V,
-        BLOCK_V=block_v,
-        BLOCK_ROWS=block_rows,
-        DENSE=dense,
+        EPS=eps, V=V, BLOCK_V=block_v, BLOCK_ROWS=block_rows, DENSE=dense,
         num_warps=chosen["num_warps"],
-    )
+    )  # fmt: skip
     return y

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from kda_ops.conv.short_conv_qkv.op import MOST_HEAD_DIM
+from kda_ops._checks import MAX_HEAD_DIM
 from kda_ops.lowering.graph.matching import (
     Call,
     Refusal,
@@ -63,8 +63,8 @@ class Heads:
                 return Refusal(f"q and k have different eps: {eps}")
         if not same_shape(value(self.parts[1]).shape[-1:], [self.key_dim]):
             return Refusal("q and k have different numbers of channels")
-        if self.head_dim > MOST_HEAD_DIM:
-            return Refusal(f"heads of {self.head_dim} are wider than {MOST_HEAD_DIM}")
+        if self.head_dim > MAX_HEAD_DIM:
+            return Refusal(f"heads of {self.head_dim} are wider than {MAX_HEAD_DIM}")
         if self.key_dim % self.head_dim:
             return Refusal(
                 f"the {self.key_dim} channels of q are not whole heads of {self.head_dim}"

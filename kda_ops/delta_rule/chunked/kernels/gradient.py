@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import contiguous, traceable
 from kda_ops.delta_rule.chunked.gradient_workspace import (
     forward_stages,
     gradient_row,
@@ -38,41 +38,48 @@ from kda_ops.delta_rule.chunked.kernels.gradient_tiles import (
     backward_tiles_kernel,
 )
 from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia
-from kda_ops.delta_rule.chunked.workspace import Batch, at_least_one, dense_rows
+from kda_ops.delta_rule.chunked.states import Raw
+from kda_ops.delta_rule.chunked.workspace import (
+    Batch,
+    at_least_one,
+    dense_rows,
+    state_strides,
+    token_strides,
+)
 from kda_ops.tuning import choose
 
 
 class Inputs(NamedTuple):
-    """Arguments of the forward pass; without `raw` the gate is the cumulative one in log2."""
+    """Arguments of the forward pass; unless `gated`, the gate is cumulative and in log2, and beta
+    is after its sigmoid.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     gate: Tensor
     beta: Tensor
-    A_log: Tensor | None
-    dt_bias: Tensor | None
-    lower_bound: float | None
-    beta_scale: float
-    qk_norm_eps: float | None
+    raw: Raw
     scale: float
     initial_state: Tensor | None
     cu_seqlens: Tensor | None
     chunk_indices: Tensor | None
-    raw: bool
+    gated: bool
 
     def make_gradients(self, needs: frozenset[str]) -> dict[str, Tensor | None]:
         """Places for the gradients of what is named in `needs`, None for the others; v's always,
         which other kernels read.
         """
+        inputs = {name: getattr(self, name) for name in ("q", "k", "v", "gate", "beta")}
+        inputs |= {"A_log": self.raw.A_log, "dt_bias": self.raw.dt_bias}
+        inputs |= {"initial_state": self.initial_state}
 
         def make(name: str, like: Tensor | None) -> Tensor | None:
             if like is None or not (name in needs or name == "v"):
                 return None
             return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
-        names = ("q", "k", "v", "gate", "beta", "A_log", "dt_bias", "initial_state")
-        return {name: make(name, getattr(self, name)) for name in names}
+        return {name: make(name, like) for name, like in inputs.items()}
 
 
 @triton.jit
@@ -108,25 +115,15 @@ def sum_parameters(sums: Tensor | None, found: dict[str, Tensor | None]) -> None
         return
     rows, HV, _, K = sums.shape
     traceable(parameter_sums_kernel)[(HV,)](
-        sums,
-        found["dt_bias"],
-        found["A_log"],
-        rows,
-        HV=HV,
-        K=K,
-        KP=triton.next_power_of_2(K),
-        num_warps=8,
-    )
+        sums, found["dt_bias"], found["A_log"], rows,
+        HV=HV, K=K, KP=triton.next_power_of_2(K), num_warps=8,
+    )  # fmt: skip
 
 
 def sum_heads(
-    q: Tensor,
-    k: Tensor,
-    by_head: dict[str, Tensor | None],
-    found: dict[str, Tensor | None],
-    batch: Batch,
-    eps: float | None,
-) -> None:
+    q: Tensor, k: Tensor, by_head: dict[str, Tensor | None], found: dict[str, Tensor | None],
+    batch: Batch, eps: float | None,
+) -> None:  # fmt: skip
     """The gradients of q and k from those of the value heads, and with `eps` of what was
     normalised.
     """
@@ -136,23 +133,11 @@ def sum_heads(
     heads = by_head["q"] if by_head["k"] is None else by_head["k"]
     assert heads is not None
     traceable(backward_keys_kernel)[(batch.programs * H,)](
-        q,
-        k,
-        by_head["q"],
-        by_head["k"],
-        found["q"],
-        found["k"],
-        *batch.tables[:5],
-        *(stride for y in (q, k) for stride in y.stride()[:3]),
-        EPS=0.0 if eps is None else eps,
-        NORM=eps is not None,
-        H=H,
-        HV=heads.shape[2],
-        K=K,
-        KP=triton.next_power_of_2(K),
-        VARLEN=batch.cu_seqlens is not None,
-        num_warps=4,
-    )
+        q, k, by_head["q"], by_head["k"], found["q"], found["k"], *batch.tables[:5],
+        *token_strides(q, k),
+        EPS=0.0 if eps is None else eps, NORM=eps is not None, H=H, HV=heads.shape[2], K=K,
+        KP=triton.next_power_of_2(K), VARLEN=batch.cu_seqlens is not None, num_warps=4,
+    )  # fmt: skip
 
 
 def has_fast_gradient(dtype: torch.dtype, K: Any, V: Any) -> bool:
@@ -166,29 +151,26 @@ def launch_gradient(
     """The gradients of the arguments that are named in `needs`, from those of the output and of the
     final state. K and V are 64 or 128, q, k and v in bf16.
     """
-    x = inputs
+    x, raw = inputs, inputs.raw
     B, T, H, K = x.q.shape
     HV, V = x.v.shape[2:]
     q, k, v, gate, beta, do = dense_rows(x.q, x.k, x.v, x.gate, x.beta, do)
-    A_log, dt_bias = (None if y is None else y.contiguous() for y in (x.A_log, x.dt_bias))
+    A_log, dt_bias = contiguous(raw.A_log), contiguous(raw.dt_bias)
     batch = Batch.of(q, x.cu_seqlens, x.chunk_indices)
     row = gradient_row(K, V, q.dtype)
     parts = gradient_slabs(batch, q, v, row)
     workspace = make_gradient_workspace(q, v, parts, row)
-    device, varlen = q.device, x.cu_seqlens is not None
-    sizes: dict[str, Any] = {"HV": HV, "K": K, "V": V, "VARLEN": varlen}
-    sizes["SLABS"] = len(parts) > 1
+    device = q.device
+    sizes: dict[str, Any] = {"HV": HV, "K": K, "V": V, **parts[0].constants}
     gates: dict[str, Any] = {
         "SCALE": x.scale,
-        "GATED": x.raw,
-        "BOUND": 0.0 if x.lower_bound is None else x.lower_bound,
-        "NORM": x.qk_norm_eps is not None,
-        "HAS_A": A_log is not None,
-        "HAS_BIAS": dt_bias is not None,
+        "GATED": x.gated,
         "H": H,
         "PACKED": is_nvidia(device),
     }
-    eps = 0.0 if x.qk_norm_eps is None else x.qk_norm_eps
+    gates |= raw.constants
+    # of the first kernel alone
+    first = {name: gates.pop(name) for name in ("EPS", "BETA_SCALE")}
 
     found = x.make_gradients(needs)
     # in place where there is nothing to add
@@ -209,116 +191,47 @@ def launch_gradient(
 
     def prepare(part: Batch) -> None:
         traceable(backward_prepare_kernel)[(part.programs * HV,)](
-            q,
-            k,
-            v,
-            gate,
-            beta,
-            A_log,
-            dt_bias,
-            workspace.tiles,
-            workspace.rows,
-            *part.tables,
-            *(stride for y in (q, k, v, gate, beta) for stride in y.stride()[:3]),
-            EPS=eps,
-            BETA_SCALE=x.beta_scale,
-            **gates,
-            **sizes,
+            q, k, v, gate, beta, A_log, dt_bias, workspace.tiles, workspace.rows, *part.tables,
+            *token_strides(q, k, v, gate, beta), **first, **gates, **sizes,
             **choose("backward_prepare", device),
-        )
+        )  # fmt: skip
 
     programs = HV * at_least_one(batch.N)
 
     def forward(part: Batch, states: Sequence[Tensor | None], keep: bool) -> None:
         chosen = dict(choose("states_forward", device))
         chosen["STAGES"] = min(chosen["STAGES"], forward_stages(K, chosen["BV"], device))
-        initial = x.initial_state
         traceable(states_forward_kernel)[(V // chosen["BV"] * programs,)](
-            *workspace.chunks,
-            initial,
-            *states,
-            part.cu_seqlens,
-            part.T,
-            part.N,
-            *(part.slab or (0, 0)),
-            *((0,) * 4 if initial is None else initial.stride()),
-            **sizes,
-            KEEP=keep,
-            **chosen,
-        )
+            *workspace.chunks, x.initial_state, *states, *part.sequences,
+            *state_strides(x.initial_state), **sizes, KEEP=keep, **chosen,
+        )  # fmt: skip
 
     def backward(part: Batch, gradients: Sequence[Tensor | None]) -> None:
         chosen = dict(choose("states_backward", device))
         chosen["STAGES"] = min(chosen["STAGES"], reverse_stages(K, chosen["BV"], device))
         traceable(states_backward_kernel)[(V // chosen["BV"] * programs,)](
-            *workspace.chunks,
-            do,
-            found["v"],
-            dfinal,
-            found["initial_state"],
-            *gradients,
-            part.cu_seqlens,
-            part.T,
-            part.N,
-            *(part.slab or (0, 0)),
-            *do.stride()[:3],
-            *((0,) * 4 if dfinal is None else dfinal.stride()),
-            **sizes,
-            **chosen,
-        )
+            *workspace.chunks, do, found["v"], dfinal, found["initial_state"], *gradients,
+            *part.sequences, *token_strides(do), *state_strides(dfinal), **sizes, **chosen,
+        )  # fmt: skip
 
     def chunk_gradients(part: Batch) -> None:
         chosen = choose("chunk_gradient", device)
         traceable(backward_tiles_kernel)[(part.programs * HV,)](
-            v,
-            do,
-            found["v"],
-            workspace.tiles,
-            pairs,
-            workspace.rows,
-            *part.tables,
-            *(stride for y in (v, do) for stride in y.stride()[:3]),
-            SCALE=x.scale,
-            **sizes,
-            **choose("backward_tiles", device),
-        )
+            v, do, found["v"], workspace.tiles, pairs, workspace.rows, *part.tables,
+            *token_strides(v, do), SCALE=x.scale, **sizes, **choose("backward_tiles", device),
+        )  # fmt: skip
         traceable(chunk_gradient_kernel)[(part.programs * HV * (K // chosen["BK"]),)](
-            q,
-            k,
-            gate,
-            A_log,
-            dt_bias,
-            do,
-            found["v"],
-            workspace.tiles,
-            pairs,
-            workspace.rows,
-            workspace.states,
-            matrices.view(torch.float16),
-            by_head["q"],
-            by_head["k"],
-            found["gate"],
-            sums,
-            *part.tables,
-            *(stride for y in (q, k, gate, do) for stride in y.stride()[:3]),
-            **gates,
-            **sizes,
+            q, k, gate, A_log, dt_bias, do, found["v"], workspace.tiles, pairs, workspace.rows,
+            workspace.states, matrices.view(torch.float16), by_head["q"], by_head["k"],
+            found["gate"], sums, *part.tables, *token_strides(q, k, gate, do), **gates, **sizes,
             **chosen,
-        )
+        )  # fmt: skip
         if found["beta"] is not None:
             traceable(backward_beta_kernel)[(part.programs * HV,)](
-                workspace.rows,
-                found["beta"],
-                *part.tables,
-                GATED=x.raw,
-                BETA_SCALE=x.beta_scale,
-                HV=HV,
-                K=K,
-                BK=chosen["BK"],
-                VARLEN=varlen,
-                SLABS=sizes["SLABS"],
-                num_warps=1,
-            )
+                workspace.rows, found["beta"], *part.tables,
+                GATED=x.gated, BETA_SCALE=raw.beta_scale, HV=HV, K=K, BK=chosen["BK"],
+                **part.constants, num_warps=1,
+            )  # fmt: skip
 
     for i, part in enumerate(parts[:-1]):
         prepare(part)
@@ -329,7 +242,7 @@ def launch_gradient(
         forward(part, states, True)
         backward(part, gradients)
         chunk_gradients(part)
-    if HV != H or x.qk_norm_eps is not None:
-        sum_heads(q, k, by_head, found, batch, x.qk_norm_eps)
+    if HV != H or raw.qk_norm_eps is not None:
+        sum_heads(q, k, by_head, found, batch, raw.qk_norm_eps)
     sum_parameters(sums, found)
     return {name: found[name] for name in needs if found[name] is not None}

@@ -7,10 +7,10 @@ a column (C) are
     dq_i = sum_j dA_ij 2^(G_i - G_j) k_j,   R_i = sum_j dL_ij 2^(G_i - G_j) k_j,   dk = beta R + C,
     C_j = sum_i 2^(G_i - G_j) (dA_ij q_i + beta_i dL_ij k_i)
 
-over i > j, and what comes through the states. As in `kda_ops.device.prepare`, pairs of rows meet at
+over i > j, and what comes through the states. As in the forward, pairs of rows meet at
 six levels, and one tile 2^-|G - G_a| per level serves both sides. Left rows take from the right
 ones and right rows from the left ones, so two products make a level, `A (q right, k left)` and `L
-k`, with the tiles of `kda_ops.device.backward_tiles`.
+k`, with the tiles of `backward_tiles_kernel`.
 
 Then `dG = q dq + k (beta R - C)`, in which the two terms of a pair cancel in the sum over the chunk
 only if both see the same rounded factors: hence fp16 factors, one scale per tile of A and L. beta's
@@ -30,10 +30,11 @@ from kda_ops.delta_rule.chunked.kernels.gradient_prepare import (
 )
 from kda_ops.delta_rule.chunked.kernels.gradient_tiles import pair_tiles_of, value_rows
 from kda_ops.delta_rule.chunked.kernels.prepare import half, laid_out_as, multiply, rows_between
-from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_bias, gate_rate, gate_slopes
+from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_slopes
 from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
+from kda_ops.gating.kernel import gate_rate
+from kda_ops.kernel import LN2, bias_row
 
-LN2 = tl.constexpr(0.6931471805599453)
 MATRICES = 5
 
 
@@ -84,13 +85,9 @@ def _either(mask, a, b, PACKED: tl.constexpr):
     """A where the mask is -1, else b; two per instruction."""
     if PACKED:
         return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xCA;",
-            "=r,r,r,r",
-            [tl.broadcast_to(mask, a.shape), a, b],
-            dtype=a.dtype,
-            is_pure=True,
-            pack=2,
-        )
+            "lop3.b32 $0, $1, $2, $3, 0xCA;", "=r,r,r,r", [tl.broadcast_to(mask, a.shape), a, b],
+            dtype=a.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
     else:
         return tl.where(mask != 0, a, b)
 
@@ -169,56 +166,15 @@ def _sum_from_each(x, matrices_ptr):
 
 @triton.jit
 def chunk_gradient_kernel(
-    q_ptr,
-    k_ptr,
-    gate_ptr,
-    A_log_ptr,
-    bias_ptr,
-    do_ptr,
-    dv_ptr,
-    tiles_ptr,
-    pairs_ptr,
-    rows_ptr,
-    states_ptr,
-    matrices_ptr,
-    dq_ptr,
-    dk_ptr,
-    dgate_ptr,
-    sums_ptr,
-    cu_ptr,
-    chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    gate_b,
-    gate_t,
-    gate_h,
-    do_b,
-    do_t,
-    do_h,
-    SCALE: tl.constexpr,
-    GATED: tl.constexpr,
-    BOUND: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
+    q_ptr, k_ptr, gate_ptr, A_log_ptr, bias_ptr, do_ptr, dv_ptr, tiles_ptr, pairs_ptr, rows_ptr,
+    states_ptr, matrices_ptr, dq_ptr, dk_ptr, dgate_ptr, sums_ptr, cu_ptr, chunk_indices_ptr,
+    T, N, NC, first_row, rows,
+    q_b, q_t, q_h, k_b, k_t, k_h, gate_b, gate_t, gate_h, do_b, do_t, do_h,
+    SCALE: tl.constexpr, GATED: tl.constexpr, BOUND: tl.constexpr, NORM: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr,
     PACKED: tl.constexpr,
-):
+):  # fmt: skip
     """One program finishes BK key columns of one chunk of one value head.
     Grid: (chunks * HV * K / BK), columns fastest, then heads.
 
@@ -265,7 +221,7 @@ def chunk_gradient_kernel(
     states_ptr += work * (2 * K * V)
     rate = gate_rate(A_log_ptr, h, HAS_A)
 
-    bias = gate_bias(bias_ptr, h * K + k0 + a, a < BK, HAS_BIAS)
+    bias = bias_row(bias_ptr, h * K + k0 + a, a < BK, HAS_BIAS)
     gate_at = gate_ptr + k0 + (t * gate_t + a[None, :])
     y = token_gates(gate_at, gate_t, r, r < count, rate, bias, GATED, BOUND).to(tl.float16)
     do, vn, dv = value_rows(do_ptr, do_t, vn_ptr, dv_ptr, count, HV, V, dtype)
@@ -310,7 +266,7 @@ def chunk_gradient_kernel(
         if GATED:
             dG = _sum_from_each(dG, matrices_ptr)
             x = tl.load(gate_ptr + k0 + (t * gate_t + a[None, :]))
-            bias = gate_bias(bias_ptr, h * K + k0 + a, a < BK, HAS_BIAS)
+            bias = bias_row(bias_ptr, h * K + k0 + a, a < BK, HAS_BIAS)
             by_x, by_rate = gate_slopes(x, rate, bias, BOUND)
             if dgate_ptr is not None:
                 tl.store(dgate_ptr + to, (dG * by_x).to(dgate_ptr.dtype.element_ty), mask=ok)

@@ -1,6 +1,8 @@
 """The gradient of chunked KDA for any K, V and dtype: the formulas of
-`kda_ops.device.backward_chunk` in blocks of columns, with everything between the kernels in fp32
+`gradient_chunk` in blocks of columns, with everything between the kernels in fp32
 and all products in full fp32.
+
+One file, since its five kernels and `gradient_scan` are one computation on one workspace.
 
 From normalised q and k, the cumulative gate in log2 and beta after its sigmoid. Products in full
 fp32 run on ordinary registers, so states and rows are kept in memory; a barrier stands before and
@@ -10,18 +12,18 @@ after each time that a program reads what it wrote.
 import triton
 import triton.language as tl
 
-from kda_ops.delta_rule.chunked.kernels.gradient_scan import sequence_part
-from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_bias, gate_rate, gate_slopes
+from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_slopes
 from kda_ops.delta_rule.chunked.kernels.tiles import (
     chunk_rows,
     clear_padding,
     full_dot,
     meets,
+    sequence_part,
     slab_rows,
 )
 from kda_ops.delta_rule.kernel import rounded_product
-
-LN2 = tl.constexpr(0.6931471805599453)
+from kda_ops.gating.kernel import gate_rate
+from kda_ops.kernel import LN2, bias_row
 
 
 @triton.jit
@@ -138,8 +140,10 @@ def general_forward_kernel(
     p = tl.program_id(0).to(tl.int64)
     if p // BLOCKS >= N * HV:
         return
-    n, h, _, _, _, row, lo, hi, begins, ends = sequence_part(
-        p // BLOCKS, cu_ptr, T, N, first_row, rows, HV, VARLEN, SLABS
+    n = p // BLOCKS // HV
+    h = p // BLOCKS % HV
+    _, _, _, row, lo, hi, begins, ends = sequence_part(
+        n, cu_ptr, T, N, first_row, rows, VARLEN, SLABS
     )
     if hi <= lo:
         return
@@ -198,9 +202,12 @@ def general_backward_kernel(
     p = tl.program_id(0).to(tl.int64)
     if p // BLOCKS >= N * HV:
         return
-    n, h, b, start, length, row, lo, hi, begins, ends = sequence_part(
-        p // BLOCKS, cu_ptr, T, N, first_row, rows, HV, VARLEN, SLABS
+    n = p // BLOCKS // HV
+    h = p // BLOCKS % HV
+    b, start, end, row, lo, hi, begins, ends = sequence_part(
+        n, cu_ptr, T, N, first_row, rows, VARLEN, SLABS
     )
+    length = (end - start).to(tl.int32)
     if hi < lo:
         return
     r = tl.arange(0, 64)
@@ -400,7 +407,7 @@ def general_gate_kernel(
         g = tl.load(dG_ptr + to, mask=ok, other=0.0)
         x = _rows(x_ptr, x_t, count, cols, K)
         by_x, by_rate = gate_slopes(
-            x, rate, gate_bias(bias_ptr, h * K + cols, cols < K, HAS_BIAS), BOUND
+            x, rate, bias_row(bias_ptr, h * K + cols, cols < K, HAS_BIAS), BOUND
         )
         by_x = tl.where(ok, g * by_x, 0.0)
         tl.store(dx_ptr + to, by_x.to(dx_ptr.dtype.element_ty), mask=ok)

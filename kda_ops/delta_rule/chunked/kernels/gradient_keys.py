@@ -10,31 +10,12 @@ from kda_ops.delta_rule.chunked.kernels.tiles import chunk_rows, clear_padding
 
 @triton.jit
 def backward_keys_kernel(
-    q_ptr,
-    k_ptr,
-    dq_heads_ptr,
-    dk_heads_ptr,
-    dq_ptr,
-    dk_ptr,
-    cu_ptr,
-    chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
+    q_ptr, k_ptr, dq_heads_ptr, dk_heads_ptr, dq_ptr, dk_ptr, cu_ptr, chunk_indices_ptr,
+    T, N, NC,
+    q_b, q_t, q_h, k_b, k_t, k_h,
+    EPS: tl.constexpr, NORM: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
     """One program makes dq and dk [B, T, H, K] of one chunk of one key head: the sums of those of
     its value heads, [B, T, HV, K], and with NORM the derivative of the norm. Where there is one per
     key head, both may be the same memory. Grid: (chunks * H), heads fastest.
@@ -64,20 +45,10 @@ def backward_keys_kernel(
 
 @triton.jit
 def _sum_heads(
-    x_ptr,
-    x_t,
-    heads_ptr,
-    dx_ptr,
-    token,
-    count,
-    h,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
+    x_ptr, x_t, heads_ptr, dx_ptr, token, count, h,
+    EPS: tl.constexpr, NORM: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     KP: tl.constexpr,
-):
+):  # fmt: skip
     """16 rows at a time."""
     GROUP: tl.constexpr = HV // H
     d = tl.arange(0, KP)[None, :]

@@ -19,14 +19,10 @@ from kda_ops.delta_rule.chunked.kernels.prepare import (
     small_decays,
     small_level,
 )
-from kda_ops.delta_rule.chunked.kernels.raw_inputs import (
-    gate_bias,
-    gate_log2,
-    gate_rate,
-    quick_sigmoid,
-    reciprocal_norm,
-)
+from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_log2, reciprocal_norm, within_fp16
 from kda_ops.delta_rule.chunked.kernels.tiles import slab_rows
+from kda_ops.gating.kernel import gate_rate
+from kda_ops.kernel import bias_row, quick_sigmoid
 
 SMALLEST_BETA = tl.constexpr(1e-20)
 
@@ -52,14 +48,14 @@ def gradient_rows_of(rows_ptr, work, K: tl.constexpr):
 
 @triton.jit
 def token_gates(gate_at, gate_t, t, ok, a, bias, GATED: tl.constexpr, BOUND: tl.constexpr):
-    """The gates in log2 of a chunk's tokens, zero where not `ok`: from the raw gate, or from the
-    cumulative one. They fit fp16; what is below -30000 decays to zero either way.
+    """The gates in log2 of a chunk's tokens, within fp16, zero where not `ok`: from the raw gate
+    or from the cumulative one.
     """
     if GATED:
         y = gate_log2(tl.load(gate_at), a, bias, BOUND, True)
     else:
         y = tl.load(gate_at) - tl.load(gate_at - gate_t, mask=(t > 0)[:, None], other=0.0)
-        y = tl.where(y < -30000.0, -30000.0, y)
+        y = within_fp16(y)
     return tl.where(ok[:, None], y, 0.0)
 
 
@@ -105,53 +101,15 @@ def unit_inverse(q, k, y, beta, PACKED: tl.constexpr):
 
 @triton.jit
 def backward_prepare_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    gate_ptr,
-    beta_ptr,
-    A_log_ptr,
-    bias_ptr,
-    tiles_ptr,
-    rows_ptr,
-    cu_ptr,
+    q_ptr, k_ptr, v_ptr, gate_ptr, beta_ptr, A_log_ptr, bias_ptr, tiles_ptr, rows_ptr, cu_ptr,
     chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    gate_b,
-    gate_t,
-    gate_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    SCALE: tl.constexpr,
-    GATED: tl.constexpr,
-    BOUND: tl.constexpr,
-    BETA_SCALE: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    PACKED: tl.constexpr,
-):
+    T, N, NC, first_row, rows,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h, beta_b, beta_t, beta_h,
+    SCALE: tl.constexpr, GATED: tl.constexpr, BOUND: tl.constexpr, BETA_SCALE: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
+    SLABS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
     """One program prepares one chunk of one value head; K and V are 64 or 128.
     Grid: (chunks * HV), heads fastest.
 
@@ -182,7 +140,7 @@ def backward_prepare_kernel(
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
 
     a = gate_rate(A_log_ptr, h, HAS_A)
-    bias = gate_bias(bias_ptr, h * K + d, d < K, HAS_BIAS)
+    bias = bias_row(bias_ptr, h * K + d, d < K, HAS_BIAS)
     y = token_gates(gate_at, gate_t, t, ok, a, bias, GATED, BOUND)
     last = tl.sum(y, axis=0) if GATED else tl.load(gate_head + (count - 1) * gate_t + d)
     tl.store(decay_ptr + d, tl.exp2(last))

@@ -1,7 +1,7 @@
 """The second and third kernel of the gradient of chunked KDA: the states before every chunk, and
 the gradients of the states after every chunk.
 
-With w, kg, qg, Aqk and T of `kda_ops.device.backward_prepare`, per chunk
+With w, kg, qg, Aqk and T of `backward_prepare_kernel`, per chunk
 
     vn = u - w S,                S <- D S + kg^T vn                            forward,
     dvn = Aqk^T do + kg dS,      dS <- D dS + qg^T do - w^T dvn                backward,
@@ -14,54 +14,17 @@ import triton
 import triton.language as tl
 
 from kda_ops.delta_rule.chunked.kernels.gradient_prepare import gradient_rows_of, gradient_tiles_of
-from kda_ops.delta_rule.chunked.kernels.tiles import place_of, sequence_rows, slab_chunks
-
-
-@triton.jit
-def sequence_part(
-    p, cu_ptr, T, N, first_row, rows, HV: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr
-):
-    """Of the (sequence, head) pair p: sequence, head, batch row, first token, tokens, first
-    workspace row, the chunks lo to hi that are in the slab (hi < lo if it has no part in it),
-    whether the sequence begins and whether it ends there.
-    """
-    n = p // HV
-    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
-    chunks = tl.cdiv(end - start, 64).to(tl.int32)
-    lo = 0
-    hi = chunks
-    begins = True
-    if SLABS:
-        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
-    return n, p % HV, b, start, (end - start).to(tl.int32), row, lo, hi, begins, hi == chunks
+from kda_ops.delta_rule.chunked.kernels.tiles import place_of, sequence_part
 
 
 @triton.jit
 def states_forward_kernel(
-    tiles_ptr,
-    rows_ptr,
-    states_ptr,
-    initial_ptr,
-    before_ptr,
-    after_ptr,
-    cu_ptr,
-    T,
-    N,
-    first_row,
-    rows,
-    initial_n,
-    initial_h,
-    initial_v,
-    initial_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    KEEP: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    tiles_ptr, rows_ptr, states_ptr, initial_ptr, before_ptr, after_ptr, cu_ptr,
+    T, N, first_row, rows,
+    initial_n, initial_h, initial_v, initial_k,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr,
+    SLABS: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One program carries BV columns of one head's state through one sequence, S [K, BV] in fp32.
     Grid: (V / BV * (sequence, head) pairs), columns innermost.
 
@@ -73,8 +36,10 @@ def states_forward_kernel(
     p = tl.program_id(0).to(tl.int64)
     if p // BLOCKS >= N * HV:
         return
-    n, h, _, _, _, row, lo, hi, begins, ends = sequence_part(
-        p // BLOCKS, cu_ptr, T, N, first_row, rows, HV, VARLEN, SLABS
+    n = p // BLOCKS // HV
+    h = p // BLOCKS % HV
+    _, _, _, row, lo, hi, begins, ends = sequence_part(
+        n, cu_ptr, T, N, first_row, rows, VARLEN, SLABS
     )
     if hi < lo:
         return
@@ -118,35 +83,13 @@ def states_forward_kernel(
 
 @triton.jit
 def states_backward_kernel(
-    tiles_ptr,
-    rows_ptr,
-    states_ptr,
-    do_ptr,
-    dv_ptr,
-    dfinal_ptr,
-    dinitial_ptr,
-    before_ptr,
-    after_ptr,
-    cu_ptr,
-    T,
-    N,
-    first_row,
-    rows,
-    do_b,
-    do_t,
-    do_h,
-    dfinal_n,
-    dfinal_h,
-    dfinal_v,
-    dfinal_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    tiles_ptr, rows_ptr, states_ptr, do_ptr, dv_ptr, dfinal_ptr, dinitial_ptr, before_ptr,
+    after_ptr, cu_ptr,
+    T, N, first_row, rows,
+    do_b, do_t, do_h, dfinal_n, dfinal_h, dfinal_v, dfinal_k,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr,
+    SLABS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One program carries BV columns of the gradient of one head's state back through one sequence,
     dS [K, BV] in fp32. Grid: (V / BV * (sequence, head) pairs), columns innermost.
 
@@ -158,9 +101,12 @@ def states_backward_kernel(
     p = tl.program_id(0).to(tl.int64)
     if p // BLOCKS >= N * HV:
         return
-    n, h, b, start, length, row, lo, hi, begins, ends = sequence_part(
-        p // BLOCKS, cu_ptr, T, N, first_row, rows, HV, VARLEN, SLABS
+    n = p // BLOCKS // HV
+    h = p // BLOCKS % HV
+    b, start, end, row, lo, hi, begins, ends = sequence_part(
+        n, cu_ptr, T, N, first_row, rows, VARLEN, SLABS
     )
+    length = (end - start).to(tl.int32)
     if hi < lo:
         return
     r = tl.arange(0, 64)

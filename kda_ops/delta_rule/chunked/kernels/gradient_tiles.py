@@ -1,7 +1,5 @@
-"""The gradients of the 64 x 64 matrices of chunked KDA, as `kda_ops.device.backward_chunk` reads
-them.
-
-Here too is the small kernel that puts beta's gradient together.
+"""The gradients of the 64 x 64 matrices of chunked KDA, which `chunk_gradient_kernel` reads, and
+the small kernel that puts beta's gradient together.
 """
 
 import triton
@@ -46,32 +44,12 @@ def _store_pairs(pairs_ptr, x):
 
 @triton.jit
 def backward_tiles_kernel(
-    v_ptr,
-    do_ptr,
-    dv_ptr,
-    tiles_ptr,
-    pairs_ptr,
-    rows_ptr,
-    cu_ptr,
-    chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    v_b,
-    v_t,
-    v_h,
-    do_b,
-    do_t,
-    do_h,
-    SCALE: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    VARLEN: tl.constexpr,
+    v_ptr, do_ptr, dv_ptr, tiles_ptr, pairs_ptr, rows_ptr, cu_ptr, chunk_indices_ptr,
+    T, N, NC, first_row, rows,
+    v_b, v_t, v_h, do_b, do_t, do_h,
+    SCALE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
     SLABS: tl.constexpr,
-):
+):  # fmt: skip
     """One program makes dA and dL [64, 64] of one chunk of one value head, below the diagonal;
     above it what left rows take from right ones, dA and beta dL transposed. Grid: (chunks * HV),
     heads fastest.
@@ -122,23 +100,11 @@ def backward_tiles_kernel(
 
 @triton.jit
 def backward_beta_kernel(
-    rows_ptr,
-    dbeta_ptr,
-    cu_ptr,
-    chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    GATED: tl.constexpr,
-    BETA_SCALE: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-):
+    rows_ptr, dbeta_ptr, cu_ptr, chunk_indices_ptr,
+    T, N, NC, first_row, rows,
+    GATED: tl.constexpr, BETA_SCALE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    BK: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr,
+):  # fmt: skip
     """One program adds the parts of beta's gradient [B, T, HV] of one chunk of one value head; with
     GATED it is that of beta before its sigmoid. Grid: (chunks * HV), heads fastest.
     """

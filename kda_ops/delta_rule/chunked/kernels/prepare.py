@@ -192,27 +192,13 @@ def chunk_levels(q, k, y, beta, beta_before, PACKED: tl.constexpr):
 
 @triton.jit
 def prepare_chunk(
-    q,
-    k,
-    y,
-    beta,
-    beta_before,
-    v_ptr,
-    v_t,
-    o_ptr,
-    tiles_ptr,
-    u_ptr,
-    work,
-    token,
-    count,
-    h,
-    SCALE: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    UNPACKED: tl.constexpr,
+    q, k, y, beta, beta_before,
+    v_ptr, v_t,
+    o_ptr, tiles_ptr, u_ptr,
+    work, token, count, h,
+    SCALE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, UNPACKED: tl.constexpr,
     PACKED: tl.constexpr,
-):
+):  # fmt: skip
     """All of a chunk's workspace row but the decay, from tiles q, k [64, K], the tokens' gates y
     [64, K] in fp16 and beta of each row and of the row before [64]; v_ptr is the chunk's first row
     of v, v_t its stride of tokens.

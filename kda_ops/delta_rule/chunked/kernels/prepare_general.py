@@ -16,54 +16,19 @@ from kda_ops.delta_rule.chunked.kernels.tiles import (
     store_u,
     tiles_of,
 )
-from kda_ops.delta_rule.chunked.workspace import Batch, Workspace
+from kda_ops.delta_rule.chunked.workspace import Batch, Workspace, token_strides
 
 
 @triton.jit
 def chunk_prepare_general_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    G_ptr,
-    beta_ptr,
-    o_ptr,
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    cu_ptr,
+    q_ptr, k_ptr, v_ptr, G_ptr, beta_ptr, o_ptr, tiles_ptr, u_ptr, decay_ptr, cu_ptr,
     chunk_indices_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    G_b,
-    G_t,
-    G_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    SCALE: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    KP: tl.constexpr,
-    VP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FP32: tl.constexpr,
-):
+    T, N, NC, first_row, rows,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, G_b, G_t, G_h, beta_b, beta_t, beta_h,
+    SCALE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    VARLEN: tl.constexpr, SLABS: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
+    BLOCK: tl.constexpr, FP32: tl.constexpr,
+):  # fmt: skip
     """One program prepares one chunk of one value head, in blocks of BLOCK key or value columns.
     Grid: (chunks, HV).
 
@@ -150,45 +115,18 @@ def chunk_prepare_general_kernel(
 
 
 def launch_general_prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    G: Tensor,
-    beta: Tensor,
-    scale: float,
-    o: Tensor,
-    workspace: Workspace,
-    batch: Batch,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, o: Tensor,
+    workspace: Workspace, batch: Batch,
+) -> None:  # fmt: skip
     """`prepare` for any size and dtype, from normalised keys (in v's dtype or fp32), the cumulative
     gate in log2 and beta after its sigmoid.
     """
-    H, K = q.shape[2:]
-    HV, V = v.shape[2:]
-    wide = v.dtype == torch.float32
+    (H, K), (HV, V) = q.shape[2:], v.shape[2:]
+    inputs, wide = (q, k, v, g_cumsum, beta), v.dtype == torch.float32
+    # 16-bit: with 4 warps Triton 3.6 makes warp-group products of these loops and reads outside
+    # shared memory on sm_90; 2 warps keep it at the older instruction
     traceable(chunk_prepare_general_kernel)[(batch.programs, HV)](
-        q,
-        k,
-        v,
-        G,
-        beta,
-        o,
-        *workspace.prepared,
-        *batch.tables,
-        *(stride for x in (q, k, v, G, beta) for stride in x.stride()[:3]),
-        SCALE=scale,
-        H=H,
-        HV=HV,
-        K=K,
-        V=V,
-        VARLEN=batch.cu_seqlens is not None,
-        SLABS=batch.slab is not None,
-        KP=workspace.columns,
-        VP=triton.next_power_of_2(V),
-        BLOCK=16,
-        FP32=wide,
-        # 16-bit: with 4 warps Triton 3.6 makes warp-group products of these loops and reads
-        # outside shared memory on sm_90; 2 warps keep it at the older instruction
-        num_warps=4 if wide else 2,
-        num_stages=1,
-    )
+        *inputs, o, *workspace.prepared, *batch.tables, *token_strides(*inputs),
+        SCALE=scale, H=H, HV=HV, K=K, V=V, **batch.constants, KP=workspace.columns,
+        VP=triton.next_power_of_2(V), BLOCK=16, FP32=wide, num_warps=4 if wide else 2, num_stages=1,
+    )  # fmt: skip

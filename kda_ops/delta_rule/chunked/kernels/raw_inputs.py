@@ -5,29 +5,14 @@ and the derivatives of the gate.
 import triton
 import triton.language as tl
 
-from kda_ops.gating.kernel import rate, softplus
+from kda_ops.gating.kernel import LARGEST, LEAST_GATE, softplus
+from kda_ops.kernel import LOG2E, quick_sigmoid
 
 
 @triton.jit
-def quick_sigmoid(z):
-    r = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
-    return r * r
-
-
-@triton.jit
-def gate_rate(A_log_ptr, h, HAS_A: tl.constexpr):
-    if HAS_A:
-        return rate(tl.load(A_log_ptr + h))
-    else:
-        return 1.0
-
-
-@triton.jit
-def gate_bias(bias_ptr, d, ok, HAS_BIAS: tl.constexpr):
-    if HAS_BIAS:
-        return tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
-    else:
-        return tl.zeros(d.shape, tl.float32)
+def within_fp16(y):
+    """Gates in log2: what is below -30000 decays to zero either way, and fp16 ends at -65504."""
+    return tl.where(y < -30000.0, -30000.0, y)
 
 
 @triton.jit
@@ -35,7 +20,7 @@ def quick_softplus(z):
     """`kda_ops.gating.kernel.softplus` to 1e-5 of the result: as max(z, 0) + e * P(e) with P of
     degree 5.
     """
-    e = tl.exp2(tl.abs(z) * -1.4426950408889634)
+    e = tl.exp2(tl.abs(z) * -LOG2E)
     p = -0.023869140073657036
     p = p * e + 0.10122225433588028
     p = p * e - 0.21004866063594818
@@ -49,20 +34,19 @@ def quick_softplus(z):
 def gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
     """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound.
 
-    With FP16 it is right to 1e-5 and fits that type, which ends at -65504: what is below -30000
-    decays to zero either way. Without, it is to be summed: what decays to zero counts as -300, so
-    that the sum keeps the small gates beside it.
+    With FP16 it is right to 1e-5 and fits that type. Without, it is to be summed: what decays to
+    zero counts as LEAST_GATE, so that the sum keeps the small gates beside it.
     """
     z = x.to(tl.float32) + bias[None, :]
     if BOUND != 0.0:
-        r = tl.rsqrt(1.0 + tl.exp2((a * -1.4426950408889634) * z))
-        return (BOUND * 1.4426950408889634) * (r * r)
+        r = tl.rsqrt(1.0 + tl.exp2((a * -LOG2E) * z))
+        return (BOUND * LOG2E) * (r * r)
     elif FP16:
-        y = (a * -1.4426950408889634) * quick_softplus(z)
-        return tl.where(y < -30000.0, -30000.0, y)
+        y = (a * -LOG2E) * quick_softplus(z)
+        return within_fp16(y)
     else:
-        y = (a * -1.4426950408889634) * softplus(z)
-        return tl.where(y < -300.0, -300.0, y)
+        y = (a * -LOG2E) * softplus(z)
+        return tl.where(y < LEAST_GATE, LEAST_GATE, y)
 
 
 @triton.jit
@@ -82,9 +66,9 @@ def gate_slopes(x, a, bias, BOUND: tl.constexpr):
     z = x.to(tl.float32) + bias[None, :]
     if BOUND != 0.0:
         s = quick_sigmoid(a * z)
-        by_x = tl.where(a < 1.8446744073709552e19, a, 0.0) * (BOUND * (s * (1.0 - s)))
+        by_x = tl.where(a < LARGEST, a, 0.0) * (BOUND * (s * (1.0 - s)))
         return by_x, by_x * z
     else:
         g = -a * softplus(z)
-        steep = g < -1.8446744073709552e19
+        steep = g < -LARGEST
         return tl.where(steep, 0.0, -a * quick_sigmoid(z)), tl.where(steep, 0.0, g)

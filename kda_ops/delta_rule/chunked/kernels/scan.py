@@ -1,5 +1,5 @@
-"""The second kernel of chunked KDA: carries the state through the chunks that `prepare` made ready
-(`kda_ops.device.prepare`), in 16 bits and in full fp32.
+"""The second kernel of chunked KDA: carries the state through the chunks that `prepare` made ready,
+in 16 bits and in full fp32.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import contiguous, traceable
 from kda_ops._numerics import CHUNK
 from kda_ops.delta_rule.chunked.kernels.scan_segments import (
     launch_segments,
@@ -23,58 +23,32 @@ from kda_ops.delta_rule.chunked.kernels.tiles import (
     full_dot,
     page_of,
     scan_chunks,
-    sequence_rows,
-    slab_chunks,
+    sequence_part,
     store_state,
     tiles_of,
 )
-from kda_ops.delta_rule.chunked.workspace import Batch, Workspace, at_least_one, stages
+from kda_ops.delta_rule.chunked.states import States
+from kda_ops.delta_rule.chunked.workspace import (
+    Batch,
+    Workspace,
+    at_least_one,
+    stages,
+    state_strides,
+)
 from kda_ops.tuning import choose
 
 
 @triton.jit
 def chunk_scan_kernel(
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    S_ptr,
-    E_ptr,
-    M_ptr,
-    o_ptr,
-    initial_ptr,
-    final_ptr,
-    indices_ptr,
-    has_initial_ptr,
-    cu_ptr,
-    T,
-    N,
-    first_row,
-    rows,
-    slots,
-    first_pair,
-    initial_n,
-    initial_h,
-    initial_v,
-    initial_k,
-    final_n,
-    final_h,
-    final_v,
-    final_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    KP: tl.constexpr,
-    BV: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    INITIAL: tl.constexpr,
-    FINAL: tl.constexpr,
-    PAGED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HALF: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    tiles_ptr, u_ptr, decay_ptr, S_ptr, E_ptr, M_ptr, o_ptr, initial_ptr, final_ptr, indices_ptr,
+    has_initial_ptr, cu_ptr,
+    T, N, first_row, rows, slots, first_pair,
+    initial_n, initial_h, initial_v, initial_k, final_n, final_h, final_v, final_k,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    VARLEN: tl.constexpr, SLABS: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr, HALF: tl.constexpr, SEGMENTS: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """One program carries BV columns of one head's state through one sequence, S [KP, BV] in fp32
     registers. Grid: (V blocks * (sequence, head) pairs from first_pair on), V blocks innermost: the
     programs of one head read the same w, kg, qg and Aqk at about the same time.
@@ -95,13 +69,11 @@ def chunk_scan_kernel(
         return
     h = pair % HV
     v = (p % blocks).to(tl.int32) * BV + tl.arange(0, BV)
-    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
-    lo = 0
-    hi = tl.cdiv(end - start, 64).to(tl.int32)
-    if SLABS:
-        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
-        if hi < lo:
-            return
+    b, start, end, row, lo, hi, begins, _ = sequence_part(
+        n, cu_ptr, T, N, first_row, rows, VARLEN, SLABS
+    )
+    if SLABS and hi < lo:
+        return
     if SEGMENTS > 1:
         lo, hi, ends = segment_chunks(lo, hi, segment, SEGMENTS)
         if hi <= lo:
@@ -123,78 +95,27 @@ def chunk_scan_kernel(
         S = segment_state(E_ptr, M_ptr, pair, segment, d, v, KP, V, SEGMENTS, STAGES)
     else:
         S = first_state(
-            states,
-            carried if SLABS else None,
-            n,
-            page,
-            h,
-            d,
-            v,
-            begins if SLABS else None,
-            K,
-            V,
-            SLABS,
-            INITIAL,
-            PAGED,
-            HAS_INITIAL,
-        )
+            states, carried if SLABS else None, n, page, h, d, v, begins, K, V,
+            SLABS, INITIAL, PAGED, HAS_INITIAL,
+        )  # fmt: skip
 
     S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
     store_state(
-        final_ptr,
-        final,
-        carried if SLABS else None,
-        S,
-        ends if SEGMENTS > 1 else True,
-        page,
-        h,
-        d,
-        v,
-        K,
-        V,
-        FINAL,
-        SLABS,
-    )
+        final_ptr, final, carried if SLABS else None, S, ends if SEGMENTS > 1 else True, page, h, d,
+        v, K, V, FINAL, SLABS,
+    )  # fmt: skip
 
 
 @triton.jit
 def chunk_scan_fp32_kernel(
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    S_ptr,
-    o_ptr,
-    initial_ptr,
-    final_ptr,
-    indices_ptr,
-    has_initial_ptr,
+    tiles_ptr, u_ptr, decay_ptr, S_ptr, o_ptr, initial_ptr, final_ptr, indices_ptr, has_initial_ptr,
     cu_ptr,
-    T,
-    N,
-    first_row,
-    rows,
-    slots,
-    initial_n,
-    initial_h,
-    initial_v,
-    initial_k,
-    final_n,
-    final_h,
-    final_v,
-    final_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    KP: tl.constexpr,
-    BV: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    INITIAL: tl.constexpr,
-    FINAL: tl.constexpr,
-    PAGED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-):
+    T, N, first_row, rows, slots,
+    initial_n, initial_h, initial_v, initial_k, final_n, final_h, final_v, final_k,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    BLOCK: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr, INITIAL: tl.constexpr,
+    FINAL: tl.constexpr, PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
     """One program carries BV columns of one head's state through one sequence, in full fp32. Grid:
     (V blocks * HV * N).
 
@@ -209,13 +130,11 @@ def chunk_scan_fp32_kernel(
         return
     h = (p // blocks) % HV
     v = (p % blocks).to(tl.int32) * BV + tl.arange(0, BV)
-    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
-    lo = 0
-    hi = tl.cdiv(end - start, 64).to(tl.int32)
-    if SLABS:
-        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
-        if hi < lo:
-            return
+    b, start, end, row, lo, hi, begins, _ = sequence_part(
+        n, cu_ptr, T, N, first_row, rows, VARLEN, SLABS
+    )
+    if SLABS and hi < lo:
+        return
     page, live = page_of(indices_ptr, n, slots, PAGED)
     if live == 0:
         clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
@@ -317,70 +236,37 @@ def scan_groups(K: int, V: int, batch: Batch, o: Tensor) -> list[tuple[Any, Any]
     return [(0, pairs)]
 
 
-def launch_scan(
-    o: Tensor,
-    workspace: Workspace,
-    batch: Batch,
-    K: int,
-    initial: Tensor | None,
-    final: Tensor | None,
-    indices: Tensor | None,
-    has_initial: Tensor | None,
-) -> None:
-    """Writes the output to `o` and the final states to `final`.
-
-    With `indices`, the sequences' pages, `final` also holds the initial states.
-    """
+def launch_scan(o: Tensor, workspace: Workspace, batch: Batch, K: int, states: States) -> None:
+    """Writes the output to `o`, and the final states."""
     HV, V = o.shape[2:]
     KP = workspace.columns
-    indices, has_initial = (None if x is None else x.contiguous() for x in (indices, has_initial))
-    sizes: dict[str, Any] = {
-        "HV": HV,
-        "K": K,
-        "V": V,
-        "KP": KP,
-        "VARLEN": batch.cu_seqlens is not None,
-        "SLABS": batch.slab is not None,
-        "INITIAL": initial is not None,
-        "FINAL": final is not None,
-        "PAGED": indices is not None,
-        "HAS_INITIAL": has_initial is not None,
-    }
+    initial, final, indices, has_initial = states
+    sizes: dict[str, Any] = dict(
+        HV=HV, K=K, V=V, KP=KP, **batch.constants, INITIAL=initial is not None,
+        FINAL=final is not None, PAGED=indices is not None, HAS_INITIAL=has_initial is not None,
+    )  # fmt: skip
     slots = 0 if final is None else final.shape[0]
-    slab = batch.slab or (0, 0)
-    sequences = (batch.cu_seqlens, batch.T, batch.N, *slab)
-    states = (initial, final, indices, has_initial, *sequences, slots)
-    strides = [
-        stride for x in (initial, final) for stride in ((0,) * 4 if x is None else x.stride())
-    ]
+    tables = (contiguous(indices), contiguous(has_initial), *batch.sequences, slots)
+    strides = state_strides(initial, final)
     pairs = HV * at_least_one(batch.N)
     if o.dtype == torch.float32:
         chosen = choose("chunk_scan_fp32", o.device)
         traceable(chunk_scan_fp32_kernel)[(triton.cdiv(V, chosen["BV"]) * pairs,)](
-            *workspace, o, *states, *strides, **sizes, **chosen
+            *workspace, o, initial, final, *tables, *strides, **sizes, **chosen
         )
-    else:
-        u = o if workspace.u is None else workspace.u
-        segments = segment_count(K, V, batch, o)
-        groups = scan_groups(K, V, batch, o) if segments == 1 else [(0, pairs * (segments - 1))]
-        for first, programs in groups:
-            chosen = scan_values(K, V, programs, o)
-            depth = stages(3 * KP + CHUNK, KP, chosen["BV"], u.element_size(), o.device)
-            chosen["STAGES"] = min(chosen["STAGES"], depth)
-            found: tuple[Tensor | None, ...] = (None, None)
-            if segments > 1:
-                found = launch_segments(
-                    o, workspace, batch, segments, chosen, states, strides, sizes
-                )
-            traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * at_least_one(programs),)](
-                *workspace,
-                *found,
-                o,
-                *states,
-                first,
-                *strides,
-                **sizes,
-                HALF=o.dtype == torch.float16,
-                SEGMENTS=segments,
-                **chosen,
-            )
+        return
+    u = o if workspace.u is None else workspace.u
+    segments = segment_count(K, V, batch, o)
+    sizes |= {"HALF": o.dtype == torch.float16, "SEGMENTS": segments}
+    groups = scan_groups(K, V, batch, o) if segments == 1 else [(0, pairs * (segments - 1))]
+    for first, programs in groups:
+        chosen = scan_values(K, V, programs, o)
+        depth = stages(3 * KP + CHUNK, KP, chosen["BV"], u.element_size(), o.device)
+        chosen["STAGES"] = min(chosen["STAGES"], depth)
+        found: tuple[Tensor | None, ...] = (None, None)
+        if segments > 1:
+            arguments = (o, initial, final, *tables, *strides)
+            found = launch_segments(workspace, batch, chosen, arguments, sizes)
+        traceable(chunk_scan_kernel)[(triton.cdiv(V, chosen["BV"]) * at_least_one(programs),)](
+            *workspace, *found, o, initial, final, *tables, first, *strides, **sizes, **chosen
+        )

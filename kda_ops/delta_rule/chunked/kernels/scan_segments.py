@@ -23,8 +23,7 @@ from kda_ops.delta_rule.chunked.kernels.tiles import (
     first_state,
     page_of,
     scan_chunks,
-    sequence_rows,
-    slab_chunks,
+    sequence_part,
     store_state,
     to_half,
 )
@@ -53,17 +52,9 @@ def segment_chunks(lo, hi, segment, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def segment_state(
-    E_ptr,
-    M_ptr,
-    pair,
-    segment,
-    d,
-    v,
-    KP: tl.constexpr,
-    V: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    E_ptr, M_ptr, pair, segment, d, v,
+    KP: tl.constexpr, V: tl.constexpr, SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """The state [KP, v] that a segment begins with, not the first."""
     E_at = E_ptr + pair * ((SEGMENTS - 1) * KP * V) + d[:, None] * V + v[None, :]
     M_at = M_ptr + pair * ((SEGMENTS - 1) * KP * KP) + d[:, None] * KP + d[None, :]
@@ -78,47 +69,15 @@ def segment_state(
 
 @triton.jit
 def chunk_segments_kernel(
-    tiles_ptr,
-    u_ptr,
-    decay_ptr,
-    S_ptr,
-    E_ptr,
-    M_ptr,
-    o_ptr,
-    initial_ptr,
-    final_ptr,
-    indices_ptr,
-    has_initial_ptr,
-    cu_ptr,
-    T,
-    N,
-    first_row,
-    rows,
-    slots,
-    initial_n,
-    initial_h,
-    initial_v,
-    initial_k,
-    final_n,
-    final_h,
-    final_v,
-    final_k,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    KP: tl.constexpr,
-    BV: tl.constexpr,
-    BE: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-    INITIAL: tl.constexpr,
-    FINAL: tl.constexpr,
-    PAGED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HALF: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    tiles_ptr, u_ptr, decay_ptr, S_ptr, E_ptr, M_ptr, o_ptr, initial_ptr, final_ptr, indices_ptr,
+    has_initial_ptr, cu_ptr,
+    T, N, first_row, rows, slots,
+    initial_n, initial_h, initial_v, initial_k, final_n, final_h, final_v, final_k,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    BE: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr, INITIAL: tl.constexpr,
+    FINAL: tl.constexpr, PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr, HALF: tl.constexpr,
+    SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """The first segment of every sequence, and of those between it and the last
     E [N, HV, SEGMENTS - 1, KP, V] in fp32 and M [N, HV, SEGMENTS - 1, KP, KP] in fp16; in the first
     one's place E is the state it leaves, and M is not used. With `|k| <= 1` and beta at most 2 no
@@ -146,13 +105,11 @@ def chunk_segments_kernel(
     if n >= N:
         return
     h = pair % HV
-    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
-    lo = 0
-    hi = tl.cdiv(end - start, 64).to(tl.int32)
-    if SLABS:
-        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
-        if hi < lo:
-            return
+    b, start, end, row, lo, hi, begins, _ = sequence_part(
+        n, cu_ptr, T, N, first_row, rows, VARLEN, SLABS
+    )
+    if SLABS and hi < lo:
+        return
     lo, hi, ends = segment_chunks(lo, hi, segment, SEGMENTS)
     page, live = page_of(indices_ptr, n, slots, PAGED)
     d = tl.arange(0, KP)
@@ -170,36 +127,12 @@ def chunk_segments_kernel(
         if SLABS:
             carried = S_ptr + (n * HV + h) * (KP * V) + d[:, None] * V + v[None, :]
         S = first_state(
-            states,
-            carried if SLABS else None,
-            n,
-            page,
-            h,
-            d,
-            v,
-            begins if SLABS else None,
-            K,
-            V,
-            SLABS,
-            INITIAL,
-            PAGED,
-            HAS_INITIAL,
-        )
+            states, carried if SLABS else None, n, page, h, d, v, begins, K, V,
+            SLABS, INITIAL, PAGED, HAS_INITIAL,
+        )  # fmt: skip
         S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
         store_state(
-            final_ptr,
-            final,
-            carried if SLABS else None,
-            S,
-            ends,
-            page,
-            h,
-            d,
-            v,
-            K,
-            V,
-            FINAL,
-            SLABS,
+            final_ptr, final, carried if SLABS else None, S, ends, page, h, d, v, K, V, FINAL, SLABS
         )
         tl.store(E_at + v[None, :], S, mask=(v < V)[None, :])
         return
@@ -256,21 +189,13 @@ def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
 
 
 def launch_segments(
-    o: Tensor,
-    workspace: Workspace,
-    batch: Batch,
-    segments: int,
-    scan: dict[str, Any],
-    states: tuple[Any, ...],
-    strides: list[Any],
+    workspace: Workspace, batch: Batch, scan: dict[str, Any], arguments: tuple[Any, ...],
     sizes: dict[str, Any],
-) -> Segments:
-    """The first pass; `scan` is what is chosen for the second, and the arguments after it are those
-    of `chunk_scan_kernel`.
-    """
-    HV, V, KP = sizes["HV"], sizes["V"], sizes["KP"]
+) -> Segments:  # fmt: skip
+    """The first pass; `scan` is what is chosen for the second, the rest what both take."""
+    o, HV, V, KP = arguments[0], sizes["HV"], sizes["V"], sizes["KP"]
     pairs = HV * at_least_one(batch.N)
-    places = (at_least_one(batch.N), HV, segments - 1, KP)
+    places = (at_least_one(batch.N), HV, sizes["SEGMENTS"] - 1, KP)
     found = Segments(
         torch.empty((*places, V), dtype=torch.float32, device=o.device),
         torch.empty((*places, KP), dtype=torch.float16, device=o.device),
@@ -279,17 +204,9 @@ def launch_segments(
     u = o if workspace.u is None else workspace.u
     depth = stages(2 * KP, KP, chosen["BE"], u.element_size(), o.device)
     blocks = triton.cdiv(V, chosen["BE"]) + triton.cdiv(KP, chosen["BE"])
-    grid = (triton.cdiv(V, scan["BV"]) + blocks * (segments - 2)) * pairs
+    grid = (triton.cdiv(V, scan["BV"]) + blocks * (sizes["SEGMENTS"] - 2)) * pairs
     traceable(chunk_segments_kernel)[(grid,)](
-        *workspace,
-        *found,
-        o,
-        *states,
-        *strides,
-        **sizes,
-        HALF=o.dtype == torch.float16,
-        SEGMENTS=segments,
-        BV=scan["BV"],
+        *workspace, *found, *arguments, **sizes, BV=scan["BV"],
         **{**chosen, "STAGES": min(chosen["STAGES"], scan["STAGES"], depth)},
-    )
+    )  # fmt: skip
     return found

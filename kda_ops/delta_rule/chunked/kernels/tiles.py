@@ -1,11 +1,11 @@
 """What the kernels of chunked KDA have in common: one operator takes the cumulative gate, another
 the raw one.
 
-Two kernels each: `prepare`, for tiles that a program holds whole (`kda_ops.device.prepare`) or in
-general form (`kda_ops.device.general`), and `scan` (`kda_ops.device.scan`), with few heads after a
-first pass of its own (`kda_ops.device.segments`). Between them lies a workspace
-(`kda_ops.delta_rule.chunked.workspace`). Here is how a program finds its chunk or sequence and its
-state, how it goes through a sequence's chunks, and what both forms of `prepare` do alike.
+Two kernels each: `prepare`, for tiles that a program holds whole (`prepare.py`) or in general form
+(`prepare_general.py`), and `scan` (`scan.py`), with few heads after a first pass of its own
+(`scan_segments.py`). Between them lies a workspace (`workspace.py`). Here is how a program finds
+its chunk or sequence and its state, how it goes through a sequence's chunks, and what both forms of
+`prepare` do alike.
 """
 
 import triton
@@ -58,17 +58,9 @@ def chunk_rows(p, chunk_indices_ptr, cu_ptr, T, N, NC, VARLEN: tl.constexpr):
 
 @triton.jit
 def slab_rows(
-    p,
-    chunk_indices_ptr,
-    cu_ptr,
-    T,
-    N,
-    NC,
-    first_row,
-    rows,
-    VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
-):
+    p, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows,
+    VARLEN: tl.constexpr, SLABS: tl.constexpr,
+):  # fmt: skip
     """`chunk_rows` in a slab of the workspace, with p, and whether the chunk is in the slab.
 
     Program p's row is between p and p + N, so a slab's chunks are those of `rows + N` programs. One
@@ -109,6 +101,23 @@ def slab_chunks(row, chunks, first_row, rows):
 
 
 @triton.jit
+def sequence_part(
+    n, cu_ptr, T, N, first_row, rows, VARLEN: tl.constexpr, SLABS: tl.constexpr
+):  # fmt: skip
+    """Of sequence n: batch row, first token, end, first workspace row, the chunks lo to hi that are
+    in the slab (hi < lo if it has no part in it), whether it begins and whether it ends there.
+    """
+    b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
+    chunks = tl.cdiv(end - start, 64).to(tl.int32)
+    lo = 0
+    hi = chunks
+    begins = True
+    if SLABS:
+        row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
+    return b, start, end, row, lo, hi, begins, hi == chunks
+
+
+@triton.jit
 def page_of(indices_ptr, n, slots, PAGED: tl.constexpr):
     """The state's page of sequence n, and whether it is one (slot 0 and slots out of range are
     not).
@@ -132,21 +141,10 @@ def place_of(strides, n, h, d, v):
 
 @triton.jit
 def first_state(
-    states,
-    carried,
-    n,
-    page,
-    h,
-    d,
-    v,
-    begins,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    SLABS: tl.constexpr,
-    INITIAL: tl.constexpr,
-    PAGED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-):
+    states, carried, n, page, h, d, v, begins,
+    K: tl.constexpr, V: tl.constexpr, SLABS: tl.constexpr, INITIAL: tl.constexpr,
+    PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
     """A head's state [d, v] in fp32 before a sequence's first chunk: from its page, the initial
     states, or what the last slab left at `carried`; else zero.
 
@@ -173,19 +171,10 @@ def first_state(
 
 @triton.jit
 def scan_chunks(
-    memory,
-    S,
-    place,
-    lo,
-    hi,
-    v,
-    HV: tl.constexpr,
-    V: tl.constexpr,
-    KP: tl.constexpr,
-    HALF: tl.constexpr,
-    STAGES: tl.constexpr,
+    memory, S, place, lo, hi, v,
+    HV: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, HALF: tl.constexpr, STAGES: tl.constexpr,
     OUTPUT: tl.constexpr,
-):
+):  # fmt: skip
     """Columns v of a head's state after chunks lo to hi of one sequence, begun with S [KP, v].
 
     With OUTPUT the output's columns are written; without, v may lie past V, where u is zero.
@@ -243,20 +232,9 @@ def scan_chunks(
 
 @triton.jit
 def store_state(
-    final_ptr,
-    final,
-    carried,
-    S,
-    stored,
-    page,
-    h,
-    d,
-    v,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    FINAL: tl.constexpr,
-    SLABS: tl.constexpr,
-):
+    final_ptr, final, carried, S, stored, page, h, d, v,
+    K: tl.constexpr, V: tl.constexpr, FINAL: tl.constexpr, SLABS: tl.constexpr,
+):  # fmt: skip
     """Where `stored`, puts a head's state [d, v] where it belongs after a sequence's last chunk, in
     this slab.
     """
@@ -314,18 +292,10 @@ def tiles_of(tiles_ptr, work, KP: tl.constexpr):
 
 @triton.jit
 def store_u(
-    u_ptr,
-    o_ptr,
-    u,
-    work,
-    token,
-    count,
-    h,
-    HV: tl.constexpr,
-    V: tl.constexpr,
-    v0,
+    u_ptr, o_ptr, u, work, token, count, h,
+    HV: tl.constexpr, V: tl.constexpr, v0,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Columns v0 to v0 + BLOCK of a chunk's u: to its workspace row, or without one to the output's
     `count` rows from `token` on.
     """

@@ -1,0 +1,69 @@
+"""What both chunked operators take and return: states, and what makes the gate, beta and the keys
+of raw inputs.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kda_ops._numerics import accumulation_dtype
+
+
+class States(NamedTuple):
+    """Initial and final states; or pages in the place of `final`, which hold both, the pages of the
+    sequences, and which of these hold an initial state.
+    """
+
+    initial: Tensor | None
+    final: Tensor | None
+    indices: Tensor | None = None
+    has_initial: Tensor | None = None
+
+
+class Raw(NamedTuple):
+    """Parameters of the gate, of beta before its sigmoid and of the norms of q and k."""
+
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    lower_bound: float | None
+    beta_scale: float
+    qk_norm_eps: float | None
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Those of the kernels from raw inputs."""
+        return {
+            "BOUND": self.lower_bound or 0.0,
+            "BETA_SCALE": self.beta_scale,
+            "EPS": self.qk_norm_eps or 0.0,
+            "NORM": self.qk_norm_eps is not None,
+            "HAS_A": self.A_log is not None,
+            "HAS_BIAS": self.dt_bias is not None,
+        }
+
+
+NOT_RAW = Raw(None, None, None, 1.0, None)
+
+
+def empty_final_state(
+    q: Tensor, v: Tensor, initial_state: Tensor | None, output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`[N, HV, V, K]`, not written yet; no element unless it is wanted."""
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
+    dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype
+    return torch.empty(shape, dtype=dtype, device=v.device)
+
+
+def chunked_fake(
+    q: Tensor, v: Tensor, initial_state: Tensor | None, output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    return o, empty_final_state(q, v, initial_state, output_final_state, cu_seqlens)
+
+
+def chunked_state_fake(v: Tensor) -> Tensor:
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
