@@ -286,7 +286,9 @@ def check_accepted_values(name: str, counts: Tensor, most: int, ignored: Tensor)
         raise ValueError(f"{name} must be in [1, {most}], got {int(counts[bad][0])}")
 
 
-def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> None:
+def check_attention_inputs(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, beta_name: str = "beta"
+) -> None:
     """Shapes and dtypes of `q, k [B, T, H, K]`, `v [B, T, HV, V]` and `beta [B, T, HV]`."""
     check_rank("q", q, 4)
     check_dtype("q", q)
@@ -301,8 +303,8 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Non
         raise ValueError(f"v must have a multiple of the {H} heads of q, got {HV}")
     check_width("q", K)
     check_width("v", V)
-    check_shape("beta", beta, (B, T, HV))
-    check_dtype("beta", beta, FLOATS)
+    check_shape(beta_name, beta, (B, T, HV))
+    check_dtype(beta_name, beta, FLOATS)
 
 
 def check_chunk_states(

@@ -338,6 +338,7 @@ def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[...,
     declared = list(inspect.signature(function).parameters.values())
     if any(x.kind is x.VAR_POSITIONAL for x in declared) or [x.name for x in declared] == names:
         return function
+    declared = [x for x in declared if x.name in names or x.default is x.empty]
     unknown = [x.name for x in declared if x.name not in names]
     if unknown:
         raise TypeError(f"{function.__qualname__} declares {unknown}, the operator has {names}")

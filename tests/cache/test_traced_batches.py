@@ -90,9 +90,9 @@ def test_in_a_fake_mode(kind: str) -> None:
     real = batch_of(kind)
     with FakeTensorMode() as mode:
         layer = make_layer()
-        state = layer.state_spec(num_spec=real.slots.dim() - 1).allocate(23)
+        state = layer.state_spec(num_spec=real.state_indices.dim() - 1).allocate(23)
         moved = tree_map(lambda x: None if x is None else mode.from_tensor(x), real)
-        batch = moved if real.slots.dim() == 2 else batch_of(kind)  # passed, or built
+        batch = moved if real.state_indices.dim() == 2 else batch_of(kind)  # passed, or built
         assert all(isinstance(x, FakeTensor) for x in tree_leaves(batch) if x is not None)
         out = layer(torch.randn(1, batch.num_tokens, HIDDEN), state=state, batch=batch)
         assert out.shape == (1, real.num_tokens, HIDDEN)

@@ -81,8 +81,8 @@ def decode_inputs(lower_bound: float | None) -> dict[str, Any]:
     torch.manual_seed(0)
     inputs = kda_decode_inputs(4, 1, 5, 32, 16, padding=0, device=CPU)
     inputs["state"][0], inputs["conv_state"][0] = 0, 0  # the null block, which is NaN
-    f = some(ends(SIZES, BF16), *inputs["f"].shape)
-    return inputs | heads(f.shape[3]) | {"f": f, "lower_bound": lower_bound}
+    f = some(ends(SIZES, BF16), *inputs["raw_gate"].shape)
+    return inputs | heads(f.shape[3]) | {"raw_gate": f, "lower_bound": lower_bound}
 
 
 def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -200,8 +200,8 @@ def test_gate_compiled(lower_bound: float | None) -> None:
     assert_gradients_are_finite(torch.compile(kda_ops.gate, fullgraph=True), inputs)
 
 
-def plain(x: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
-    g = -A_log.exp()[:, None] * torch.nn.functional.softplus(x.float() + dt_bias)
+def plain(raw_gate: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
+    g = -A_log.exp()[:, None] * torch.nn.functional.softplus(raw_gate.float() + dt_bias)
     return kda_ops.chunk_cumsum(g) * RCP_LN2
 
 
@@ -292,13 +292,13 @@ def test_chunks(dtype: torch.dtype, lower_bound: float | None) -> None:
 
 
 def of_parts(
-    q: Tensor, k: Tensor, v: Tensor, x: Tensor, beta: Tensor, A_log: Tensor, dt_bias: Tensor,
-    lower_bound: float | None, initial_state: Tensor, **rest: Any,
+    q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, raw_beta: Tensor, A_log: Tensor,
+    dt_bias: Tensor, lower_bound: float | None, initial_state: Tensor, **rest: Any,
 ) -> Any:  # fmt: skip
     """The same from the small operators, as a layer computes it."""
-    G = kda_ops.gate_cumsum(x, A_log, dt_bias, lower_bound=lower_bound)
+    g_cumsum = kda_ops.gate_cumsum(raw_gate, A_log, dt_bias, lower_bound=lower_bound)
     return kda_ops.chunk_kda(
-        kda_ops.l2norm(q), kda_ops.l2norm(k), v, G, torch.sigmoid(beta),
+        kda_ops.l2norm(q), kda_ops.l2norm(k), v, g_cumsum, torch.sigmoid(raw_beta),
         initial_state=initial_state, output_final_state=True,
     )  # fmt: skip
 
@@ -402,12 +402,12 @@ def test_infinite_sums_are_refused(compile: bool, pages: bool) -> None:
     """Behind -inf nothing is left of the gates of a chunk."""
     inputs = chunk_kda_inputs(CPU, T=80, K=16, V=8, cu_seqlens=[0, 70])
     inputs = with_pages(inputs, [1], []) if pages else inputs
-    inputs["G"][:, 70:] = -torch.inf  # not read
+    inputs["g_cumsum"][:, 70:] = -torch.inf  # not read
     function = torch.compile(kda_ops.chunk_kda, backend="eager") if compile else kda_ops.chunk_kda
     function(**inputs)
-    inputs["G"][:, 20:64, 0, 3] = -torch.inf
+    inputs["g_cumsum"][:, 20:64, 0, 3] = -torch.inf
     before = copy_inputs(inputs)
-    with pytest.raises(ValueError, match="G must be finite, got -inf at token 20"):
+    with pytest.raises(ValueError, match="g_cumsum must be finite, got -inf at token 20"):
         function(**inputs)
     if pages:
         assert torch.equal(inputs["state"].nan_to_num(), before["state"].nan_to_num())

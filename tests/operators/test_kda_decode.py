@@ -345,7 +345,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"norm_eps": lambda x: -1.0}, "norm_eps must not be negative, got -1.0"),
     ({"qk_norm_eps": lambda x: -1.0}, "qk_norm_eps must not be negative, got -1.0"),
     ({"state": lambda x: x.transpose(2, 3)}, "state must have shape [18, 3, 32, 48]"),
-    ({"state": lambda x: x.half()}, "state must have dtype float32, bfloat16, float64"),
+    ({"state": lambda x: x.half()}, "state must have dtype bfloat16, float32, float64"),
     ({"state_indices": lambda x: x[1:]}, "state_indices must have shape [5, 3], got (4, 3)"),
     (
         {"state_indices": lambda x: x[:, :0]},
@@ -379,7 +379,7 @@ def test_heads_must_fit() -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         kda_ops.fused.kda_decode(**inputs | wide)
     inputs["raw_gate"] = inputs["raw_gate"].requires_grad_()
-    with pytest.raises(RuntimeError, match="argument f requires grad"):
+    with pytest.raises(RuntimeError, match="argument raw_gate requires grad"):
         kda_ops.fused.kda_decode(**inputs)
 
 

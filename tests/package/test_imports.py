@@ -19,7 +19,8 @@ MAY_HAVE = {"backward"}
 # The rooms of `kda_ops` from the ground up. A room imports from rooms below it, and from those
 # beside it that are named here.
 FLOORS = (
-    {"_numerics", "_roles", "kernel", "_launch", "_progress", "_gradients", "_tracing", "config"},
+    {"_numerics", "_roles", "_launch", "_progress", "_gradients", "_tracing", "config"},
+    {"kernel"},
     {"_checks"},
     {"varlen", "_cases"},
     {"tuning"},

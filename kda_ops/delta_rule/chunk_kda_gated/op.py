@@ -146,7 +146,7 @@ def chunk_kda_gated(
             also offsets, chunks or slots with wrong values.
         RuntimeError: `state` is given and an input requires grad.
     """
-    check_attention_inputs(q, k, v, raw_beta)
+    check_attention_inputs(q, k, v, raw_beta, "raw_beta")
     check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
     check_shape("raw_gate", raw_gate, (*v.shape[:3], q.shape[3]))
     check_device(q=q, k=k, v=v, raw_gate=raw_gate, raw_beta=raw_beta)
