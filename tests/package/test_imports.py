@@ -19,8 +19,8 @@ MAY_HAVE = {"backward"}
 # The rooms of `kda_ops` from the ground up. A room imports from rooms below it, and from those
 # beside it that are named here.
 FLOORS = (
-    {"_numerics", "kernel", "_launch", "_progress", "_gradients", "_tracing", "config"},
-    {"_checks"},
+    {"_numerics", "_launch", "_progress", "_gradients", "_tracing", "config"},
+    {"_checks", "kernel"},
     {"varlen", "_cases"},
     {"tuning"},
     {"_registry"},
