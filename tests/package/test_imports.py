@@ -20,8 +20,7 @@ MAY_HAVE = {"backward"}
 # beside it that are named here.
 FLOORS = (
     {"_numerics", "_roles", "_launch", "_progress", "_gradients", "_tracing", "config"},
-    {"kernel"},
-    {"_checks"},
+    {"_checks", "kernel"},
     {"varlen", "_cases"},
     {"tuning"},
     {"_registry"},
