@@ -175,7 +175,7 @@ def test_changed_rewrite_with_a_warm_cache(tmp_path: Path) -> None:
     changed = changed_copy(
         tmp_path / "changed",
         "lowering/rewrites/fuse_plain_gate.py",
-        'found.values["bound"])}',
+        'match.values["bound"])}',
         "-2.0)}",
     )
     result = run_process(PLAIN_GATE, path=changed, cache=cache)

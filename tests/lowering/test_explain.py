@@ -59,7 +59,7 @@ def test_a_layer_shows_what_fired_and_what_it_launches(prefill: Explanation) -> 
         assert layer.fired[0].removed == ("gate_cumsum", "chunk_kda")
         assert layer.fired[1].removed == ("l2norm", "l2norm", "chunk_kda_gated")
         assert "kda_ops/nn/mixing.py" in layer.fired[0].source
-        assert layer.fired[0].source.endswith("in _prefill: o, _ = chunk_kda(...)")
+        assert layer.fired[0].source.endswith("in prefill: o, _ = chunk_kda(...)")
         assert layer.near_misses == ()
         for name, part in zip(layer.after.launches, PREFILL, strict=True):
             assert part in name
@@ -337,7 +337,7 @@ def test_the_page_is_whole_and_loads_nothing(prefill: Explanation) -> None:
         assert f">{operator}" in where
     assert ">chunk_kda_gated<" not in before
     assert "16 -> 8 launches" in page.text
-    for name in ("chunk_gated_prepare_kernel", "3 x extern_kernels.mm", "in _prefill"):
+    for name in ("chunk_gated_prepare_kernel", "3 x extern_kernels.mm", "in prefill"):
         assert name in page.text
 
 
