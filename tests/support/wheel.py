@@ -22,7 +22,11 @@ from typing import NamedTuple
 import kda_ops
 
 ROOT = Path(kda_ops.__file__).parent.parent
-PACKAGES = ("kda_ops", "lowering")
+LINK = ROOT / "kda_ops" / "lowering"
+FOLDERS = {  # where they are in the wheel
+    ROOT / "kda_ops": Path("kda_ops"),
+    ROOT / "lowering": Path("kda_ops", "lowering"),
+}
 SOURCES = (".py", ".cpp", ".h")
 MODEL = """
 import torch
@@ -78,8 +82,12 @@ def check_contents(wheel: Path) -> None:
         metadata = email.message_from_bytes(archive.read(about))
         (scripts,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
         assert "kda-ops = kda_ops.__main__:main" in archive.read(scripts).decode()
-    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*"))
-    sources = {f.relative_to(ROOT).as_posix() for f in files if f.suffix in SOURCES}
+    sources = {
+        (under / path.relative_to(folder)).as_posix()
+        for folder, under in FOLDERS.items()
+        for path in folder.rglob("*")
+        if path.suffix in SOURCES and LINK not in path.parents
+    }
     assert set(names) == sources, set(names) ^ sources
     assert metadata["Name"] == "kda-ops"
     needs = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
