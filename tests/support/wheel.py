@@ -60,7 +60,10 @@ WRONG = [
     Command("pd-demo --tokens 3", (r"must be a whole number from 17, got '3'",), 2),
 ]
 RIGHT = [
-    Command("demo --device cpu --tokens 70 --heads 1", (r"demo\.py, 70 bytes", r"all is well\n$")),
+    Command(
+        "demo --device cpu --tokens 70 --heads 1",
+        (r"compiled_layer\.py, 70 bytes", r"all is well\n$"),
+    ),
     Command("explain my_model:factory --html my_model.html", (r"chunk_kda_gated", r"8 -> 4")),
 ]
 PD_DEMO = Command(
