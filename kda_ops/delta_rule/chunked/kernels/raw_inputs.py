@@ -39,13 +39,13 @@ def gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
     """
     z = x.to(tl.float32) + bias[None, :]
     if BOUND != 0.0:
-        r = tl.rsqrt(1.0 + tl.exp2((a * -LOG2E) * z))
+        r = tl.rsqrt(1.0 + tl.exp2(z * (a * -LOG2E)))
         return (BOUND * LOG2E) * (r * r)
     elif FP16:
-        y = (a * -LOG2E) * quick_softplus(z)
+        y = quick_softplus(z) * (a * -LOG2E)
         return within_fp16(y)
     else:
-        y = (a * -LOG2E) * softplus(z)
+        y = softplus(z) * (a * -LOG2E)
         return tl.where(y < LEAST_GATE, LEAST_GATE, y)
 
 
