@@ -39,13 +39,14 @@ def gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
     """
     z = x.to(tl.float32) + bias[None, :]
     if BOUND != 0.0:
+        # z first: a may be a number, and a constexpr times a tensor fails in the interpreter
         r = tl.rsqrt(1.0 + tl.exp2(z * (a * -LOG2E)))
         return (BOUND * LOG2E) * (r * r)
     elif FP16:
-        y = quick_softplus(z) * (a * -LOG2E)
+        y = (a * -LOG2E) * quick_softplus(z)
         return within_fp16(y)
     else:
-        y = softplus(z) * (a * -LOG2E)
+        y = (a * -LOG2E) * softplus(z)
         return tl.where(y < LEAST_GATE, LEAST_GATE, y)
 
 
