@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kda_ops.formulas import accumulation_dtype, even_length, known, sequence_offsets
+from kda_ops.formulas import accumulation_dtype, even_length, known, page_index, sequence_offsets
 
 SHORT = 8  # tokens: below, rows are gathered sooner than a sequence is convolved by itself
 
@@ -224,7 +224,7 @@ def known_history(
     """The `past` rows before each sequence, `[N, past, D]`: its slot's, or zeros."""
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)  # [slots, L, D]
     read = (slots != 0) & (False if has_initial_state is None else has_initial_state)
-    rows = state[slots.long(), :past].to(accumulation_dtype(x))
+    rows = state[page_index(slots.long()), :past].to(accumulation_dtype(x))
     return torch.where(read[:, None, None], rows, 0.0)
 
 
@@ -242,10 +242,15 @@ def keep_last(
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)
     offsets = sequence_offsets(x, cu_seqlens)
     slots, past = slots.long(), history.shape[1]
+    active = slots != 0
+    even = even_length(offsets, x.shape[0] * x.shape[1])
+    if even is not None and bool(active.all()):
+        last = x.reshape(len(slots), even, -1)[:, -past:]
+        state[page_index(slots), :past] = torch.cat([history, last], dim=1)[:, -past:].to(state.dtype)
+        return
     index = (offsets[1:] - offsets[:-1])[:, None] + torch.arange(past, device=x.device)
     sequence = torch.arange(len(slots), device=x.device)[:, None].expand_as(index)
     new = extended_rows(history, x.reshape(-1, x.shape[-1]), offsets, sequence, index)
-    active = slots != 0
     state[slots[active], :past] = new[active].to(state.dtype)
 
 
@@ -282,7 +287,7 @@ def conv_update(
     sequences, L = slots.shape[0], state.shape[1]
     active = slots != 0
     if num_accepted is None:
-        history = state[slots, :past]
+        history = state[page_index(slots), :past]
     else:
         first = torch.where(active, num_accepted.long() - 1, 0)
         window = first[:, None] + torch.arange(past, device=x.device)
@@ -294,7 +299,7 @@ def conv_update(
         rows = x.reshape(sequences, tokens, -1)
         y = conv_sequences(rows, history, weight, bias, activation, None, None)
         new = torch.cat([history, rows], dim=1)[:, 1:]
-        state[slots, : new.shape[1]] = new.to(state.dtype)
+        state[page_index(slots), : new.shape[1]] = new.to(state.dtype)
         return y.view(x.shape)
     y = short_convolution(x, history, weight, bias, activation, offsets, active)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from kda_ops.conv_formulas import conv_update, packed_bias, packed_state
 from kda_ops.formulas import (
     accumulation_dtype,
+    even_length,
     gated_rms_norm,
     l2_normalized,
     recurrence,
@@ -72,8 +73,11 @@ def kda_decode_reference(
     )
     normed = gated_rms_norm(o, z.reshape(1, T, HV, V), norm_weight, norm_eps)
     source = source_slots(state_indices, num_accepted)
+    live = (source > 0) & (source < len(state))
+    if even_length(offsets, T) is not None and bool(live.all()):
+        return normed.to(x.dtype)
     sequence = torch.searchsorted(offsets, torch.arange(T, device=x.device), right=True) - 1
-    live = F.pad((source > 0) & (source < len(state)), (0, 1))[sequence]
+    live = F.pad(live, (0, 1))[sequence]
     return torch.where(live[:, None, None], normed, 0.0).to(x.dtype)
 
 

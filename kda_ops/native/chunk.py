@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kda_ops.formulas import sequence_offsets
+from kda_ops.formulas import page_index, sequence_offsets
 from kda_ops.native import address, dense, fp32, kernel
 
 _INPUT = (c_void_p, c_int64, c_int64)
@@ -133,13 +133,14 @@ def _paged(
 ) -> Tensor:
     offsets = sequence_offsets(inputs[0][:, :, 0], cu_seqlens)
     live = state_indices > 0
-    slots = state_indices[live].long()
-    S = state.new_zeros(len(live), *state.shape[1:], dtype=torch.float32)
-    S[live] = state[slots].to(torch.float32)
-    if has_initial_state is not None:
-        S[~has_initial_state] = 0
+    read = live if has_initial_state is None else live & has_initial_state
+    pages = page_index(state_indices.long().where(live, 0))
+    S = torch.where(read[:, None, None, None], state[pages], 0.0).to(torch.float32).contiguous()
     o = _run(inputs, S, offsets, live, raw, scale)
-    state[slots] = S[live].to(state.dtype)
+    if bool(live.all()):
+        state[pages] = S.to(state.dtype)
+    else:
+        state[state_indices[live].long()] = S[live].to(state.dtype)
     return o
 
 
