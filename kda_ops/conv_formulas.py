@@ -123,7 +123,9 @@ def convolved(
         if x.shape[1] > past:
             first, y = y, depthwise(x, weight, bias)
             y[:, :past] = first
-    return F.silu(y) if activation == "silu" else y.contiguous()
+    if activation == "silu":  # in place: what is freed beside it would be new memory in every call
+        y = F.silu(y, inplace=y.is_contiguous() and not y.requires_grad)
+    return y.contiguous()
 
 
 def conv_sequences(
@@ -246,7 +248,8 @@ def keep_last(
     even = even_length(offsets, x.shape[0] * x.shape[1])
     if even is not None and bool(active.all()):
         last = x.reshape(len(slots), even, -1)[:, -past:]
-        state[page_index(slots), :past] = torch.cat([history, last], dim=1)[:, -past:].to(state.dtype)
+        kept = torch.cat([history, last], dim=1)[:, -past:]
+        state[page_index(slots), :past] = kept.to(state.dtype)
         return
     index = (offsets[1:] - offsets[:-1])[:, None] + torch.arange(past, device=x.device)
     sequence = torch.arange(len(slots), device=x.device)[:, None].expand_as(index)

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from lowering.matching import same_shape, value, values
 from lowering.provenance import inherit
 
-
 CPP_ERRORS = (InvalidCxxCompiler, CppCompileError)  # what `load_cpp` raises without a compiler
 
 

@@ -36,9 +36,7 @@ def gathers(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str
     return sorted(
         name
         for name in names
-        if name.startswith("aten::")
-        and name not in INSIDE
-        and any(kind in name for kind in KINDS)
+        if name.startswith("aten::") and name not in INSIDE and any(kind in name for kind in KINDS)
     )
 
 
@@ -148,9 +146,15 @@ def test_an_eager_decode_step_of_a_layer() -> None:
     assert gathers(module, **layer_inputs("decode", module)) == []
 
 
-@pytest.mark.parametrize("kind", ["whole", "pages", "decode"])
-def test_a_compiled_layer(kind: str) -> None:
-    """Neither its generated loops nor the operators that it calls."""
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("whole", []), ("pages", ["aten::index"]), ("decode", [])],
+    ids=["whole", "pages", "decode"],
+)
+def test_a_compiled_layer(kind: str, expected: list[str]) -> None:
+    """Neither its generated loops nor the operators that it calls, but for the check of a chunk
+    table, which makes it anew.
+    """
     from torch._inductor.utils import run_and_get_code
 
     module = layer()
@@ -158,8 +162,10 @@ def test_a_compiled_layer(kind: str) -> None:
     fast = torch.compile(module, fullgraph=True)
     with torch.no_grad():
         _, (source,) = run_and_get_code(fast, **inputs)
-    assert gathers(fast, **inputs) == []
-    assert [kind for kind in ("aten.index", "aten.gather", "aten.embedding") if kind in source] == []
+    assert gathers(fast, **inputs) == expected
+    assert [
+        kind for kind in ("aten.index", "aten.gather", "aten.embedding") if kind in source
+    ] == []
 
 
 def test_the_numbers_are_those_of_scattered_pages() -> None:

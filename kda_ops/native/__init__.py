@@ -1,8 +1,8 @@
 """C++ kernels that compiled graphs call on a CPU, in the place of the references.
 
 They are written with PyTorch's own vectors (`at::vec`) for fp32, and compiled on first use by what
-compiles Inductor's kernels, into its cache. Eager calls are the references and need no compiler; without
-one, compiled graphs call the references too, after a warning.
+compiles Inductor's kernels, into its cache. Eager calls are the references and need no compiler;
+without one, compiled graphs call the references too, after a warning.
 """
 
 import ctypes
