@@ -1,4 +1,4 @@
-"""What a user of a CPU sees: `short_conv` beside a copy of its bytes, and a compiled layer beside its
+"""What a user of a CPU sees: `short_conv` beside a copy of its bytes, a compiled layer beside its
 eager self. fp32, hidden 512, 8 heads of 64, two threads. Needs no GPU.
 
 The two sides of a ratio take turns, so that whatever else the machine does meets both.
