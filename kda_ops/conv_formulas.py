@@ -93,8 +93,10 @@ def packed_state(states: tuple[Tensor, Tensor, Tensor], layout: str) -> Iterator
         state.copy_(part)
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution of `x [B, T, D]` along T with zeros before it, `weight [D, W]`.
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Tensor:
+    """The convolution of `x [B, T, D]` along T with zeros before it, `weight [D, W]`, activated.
 
     oneDNN has it for fp32 in the layout that x has, in one pass over memory.
     """
@@ -102,13 +104,27 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     on_cpu = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
     if on_cpu and torch.backends.mkldnn.is_available():
         image = x.unsqueeze(1).permute(0, 3, 1, 2)  # [B, D, 1, T], channels last
-        y = F.conv2d(image, weight[:, None, None], bias, padding=(0, W - 1), groups=D)
-        return y.permute(0, 2, 3, 1)[:, 0, :T]
+        filters = weight.contiguous()[:, None, None]
+        if activation == "silu" and _fuses(x, weight, bias):
+            bias = None if bias is None else bias.contiguous()
+            sizes = ([0, W - 1], [1, 1], [1, 1], D)  # padding, strides, dilation, groups
+            convolve = torch.ops.mkldnn._convolution_pointwise
+            y = convolve(image, filters, bias, *sizes, "swish", [], "")
+            return y.permute(0, 2, 3, 1)[:, 0, :T]
+        y = F.conv2d(image, filters, bias, padding=(0, W - 1), groups=D)
+        y = y.permute(0, 2, 3, 1)[:, 0, :T]
+        return F.silu(y) if activation == "silu" else y
     last = weight[:, W - 1]
     y = x * last if bias is None else torch.addcmul(bias, x, last)
     for back in range(1, min(W, T)):
         y[:, back:].addcmul_(x[:, : T - back], weight[:, W - 1 - back])
-    return y
+    return F.silu(y) if activation == "silu" else y
+
+
+def _fuses(*inputs: Tensor | None) -> bool:
+    """Whether oneDNN's convolution with SiLU behind it may be called: it has no gradient."""
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return not recorded and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 def convolved(
@@ -116,16 +132,15 @@ def convolved(
 ) -> Tensor:
     """`x [B, T, D]` convolved behind `history [B, W - 1, D]`, None for zeros, and activated."""
     past = weight.shape[1] - 1
+    kernel = (weight, bias, activation)
     if history is None:
-        y = depthwise(x, weight, bias)
-    else:
-        y = depthwise(torch.cat([history, x[:, :past]], dim=1), weight, bias)[:, past:]
-        if x.shape[1] > past:
-            first, y = y, depthwise(x, weight, bias)
-            y[:, :past] = first
-    if activation == "silu":  # in place: what is freed beside it would be new memory in every call
-        y = F.silu(y, inplace=y.is_contiguous() and not y.requires_grad)
-    return y.contiguous()
+        return depthwise(x, *kernel).contiguous()
+    first = depthwise(torch.cat([history, x[:, :past]], dim=1), *kernel)[:, past:]
+    if x.shape[1] <= past:
+        return first.contiguous()
+    y = depthwise(x, *kernel).contiguous()
+    y[:, :past] = first
+    return y
 
 
 def conv_sequences(

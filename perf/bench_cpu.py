@@ -5,6 +5,7 @@ The two sides of a ratio take turns, so that whatever else the machine does meet
 """
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.host
 
 HIDDEN, HEADS, HEAD_DIM, TOKENS, TAPS = 512, 8, 64, 1024, 4
 THREADS, ROUNDS, WARM_UP = 2, 200, 10
+SETS = 24  # 6 MB each: more than the last cache of most machines, targets counted too
 CHANNELS = 3 * HEADS * HEAD_DIM
 CONV_TARGET, PREFILL_TARGET, DECODE_TARGET = 3.0, 1.5, 3.0
 Pair = Callable[..., None]
@@ -89,15 +91,25 @@ def pair(benchmark: Any) -> Pair:
     return functools.partial(measure_pair, benchmark)
 
 
-def bench_short_conv(pair: Pair) -> None:
-    x, weight = torch.randn(1, TOKENS, CHANNELS), torch.randn(CHANNELS, TAPS)
-    target = torch.empty_like(x)
+@pytest.mark.parametrize("sets", [1, SETS], ids=["in-cache", "in-memory"])
+def bench_short_conv(pair: Pair, sets: int) -> None:
+    """One input over and over, which a cache may hold, and so many in turn that none does."""
+    weight = torch.randn(CHANNELS, TAPS)
+    inputs = [torch.randn(1, TOKENS, CHANNELS) for _ in range(sets)]
+    targets = [torch.empty_like(x) for x in inputs]
+    copies = itertools.cycle(zip(targets, inputs, strict=True))
+    convolved = itertools.cycle(inputs[1:] + inputs[:1])
+
+    def copy() -> None:
+        target, x = next(copies)
+        target.copy_(x)
+
     pair(
         "short_conv",
-        f"T{TOKENS}-D{CHANNELS}",
-        lambda: kda_ops.short_conv(x, weight),
+        f"T{TOKENS}-D{CHANNELS}-in-{'cache' if sets == 1 else 'memory'}",
+        lambda: kda_ops.short_conv(next(convolved), weight),
         "copy of its bytes",
-        lambda: target.copy_(x),
+        copy,
         CONV_TARGET,
         at_most=True,
     )
