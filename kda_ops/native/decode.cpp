@@ -28,7 +28,8 @@ struct Step { // `_Step` of decode.py
   int64_t activated, columns, per_token;
   Integers slots, accepted, offsets;
   Gate gate;
-  const float *f, *beta, *z, *norm_weight; // dense, by token
+  const float *f, *beta, *z, *norm_weight; // f and z dense, by token
+  int64_t beta_token;
   void* state;
   int64_t conv_slots, state_slots, state_slot, state_head, state_v, state_k;
   float* o; // [tokens, HV, V], dense
@@ -199,7 +200,7 @@ void sequence_head(const Step& s, int64_t n, int64_t h, Workspace& work) {
       const int64_t row = (first + j) * s.HV + head;
       const float* q = &rows[j * width];
       s.gate.decay(s.f + row * K, head, K, decay.data());
-      const float beta = float(s.beta_scale) * sigmoid(s.beta[row]);
+      const float beta = float(s.beta_scale) * sigmoid(s.beta[(first + j) * s.beta_token + head]);
       advance(s, S, S_row, q, q + KP, q + 2 * KP + (head - h * groups) * V, decay.data(), beta,
               o.data());
       const float squares = dot(o.data(), o.data(), padded(V));
