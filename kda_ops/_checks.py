@@ -261,10 +261,10 @@ def check_slot_values(name: str, slots: Tensor, num_slots: int) -> None:
 
 def check_distinct_slots(name: str, slots: Tensor) -> None:
     """No slot but the null block occurs twice: two sequences would write it at once."""
-    used = slots[slots != 0]
-    found, counts = used.unique(return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(f"{name} must not repeat, got {int(found[counts > 1][0])} more than once")
+    used = sorted(slot for slot in slots.flatten().tolist() if slot != 0)
+    for slot, following in itertools.pairwise(used):
+        if slot == following:
+            raise ValueError(f"{name} must not repeat, got {slot} more than once")
 
 
 def check_unshared_slots(table: Tensor) -> None:

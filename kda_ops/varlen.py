@@ -2,6 +2,8 @@
 of that), and the memory that chunked KDA takes for them.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -102,6 +104,17 @@ def even_length(offsets: Tensor, rows: int) -> int | None:
     if rest or tokens == 0:
         return None
     return tokens if offsets.tolist() == [*range(0, rows + 1, tokens)] else None
+
+
+def page_index(slots: Tensor) -> Any:
+    """What to index pages with for `slots [N]`, int64: a slice where they are `known` to follow one
+    another, which gathers nothing.
+    """
+    if known(slots) and len(slots):
+        first, *rest = slots.tolist()
+        if first >= 0 and rest == [*range(first + 1, first + len(slots))]:
+            return slice(first, first + len(slots))
+    return slots
 
 
 def check_varlen_values(

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from kda_ops.lowering.graph.matching import same_shape, value, values
 from kda_ops.lowering.graph.provenance import inherit
+
+CPP_ERRORS = (InvalidCxxCompiler, CppCompileError)  # what `load_cpp` raises without a compiler
 
 
 def inline_subgraph(gm: Any, inputs: list[Any]) -> Any:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kda_ops._numerics import accumulation_dtype
-from kda_ops.varlen import even_length, known, sequence_offsets
+from kda_ops.varlen import even_length, known, page_index, sequence_offsets
 
 SHORT = 8  # tokens: below, rows are gathered sooner than a sequence is convolved by itself
 
@@ -89,8 +89,10 @@ def packed_state(states: tuple[Tensor, Tensor, Tensor], layout: str) -> Iterator
         state.copy_(part)
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution of `x [B, T, D]` along T with zeros before it, `weight [D, W]`.
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Tensor:
+    """The convolution of `x [B, T, D]` along T with zeros before it, `weight [D, W]`, activated.
 
     oneDNN has it for fp32 in the layout that x has, in one pass over memory.
     """
@@ -98,13 +100,27 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     on_cpu = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
     if on_cpu and torch.backends.mkldnn.is_available():
         image = x.unsqueeze(1).permute(0, 3, 1, 2)  # [B, D, 1, T], channels last
-        y = F.conv2d(image, weight[:, None, None], bias, padding=(0, W - 1), groups=D)
-        return y.permute(0, 2, 3, 1)[:, 0, :T]
+        filters = weight.contiguous()[:, None, None]
+        if activation == "silu" and _fuses(x, weight, bias):
+            bias = None if bias is None else bias.contiguous()
+            sizes = ([0, W - 1], [1, 1], [1, 1], D)  # padding, strides, dilation, groups
+            convolve = torch.ops.mkldnn._convolution_pointwise
+            y = convolve(image, filters, bias, *sizes, "swish", [], "")
+            return y.permute(0, 2, 3, 1)[:, 0, :T]
+        y = F.conv2d(image, filters, bias, padding=(0, W - 1), groups=D)
+        y = y.permute(0, 2, 3, 1)[:, 0, :T]
+        return F.silu(y) if activation == "silu" else y
     last = weight[:, W - 1]
     y = x * last if bias is None else torch.addcmul(bias, x, last)
     for back in range(1, min(W, T)):
         y[:, back:].addcmul_(x[:, : T - back], weight[:, W - 1 - back])
-    return y
+    return F.silu(y) if activation == "silu" else y
+
+
+def _fuses(*inputs: Tensor | None) -> bool:
+    """Whether oneDNN's convolution with SiLU behind it may be called: it has no gradient."""
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return not recorded and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 def convolved(
@@ -112,14 +128,15 @@ def convolved(
 ) -> Tensor:
     """`x [B, T, D]` convolved behind `history [B, W - 1, D]`, None for zeros, and activated."""
     past = weight.shape[1] - 1
+    kernel = (weight, bias, activation)
     if history is None:
-        y = depthwise(x, weight, bias)
-    else:
-        y = depthwise(torch.cat([history, x[:, :past]], dim=1), weight, bias)[:, past:]
-        if x.shape[1] > past:
-            first, y = y, depthwise(x, weight, bias)
-            y[:, :past] = first
-    return F.silu(y) if activation == "silu" else y.contiguous()
+        return depthwise(x, *kernel).contiguous()
+    first = depthwise(torch.cat([history, x[:, :past]], dim=1), *kernel)[:, past:]
+    if x.shape[1] <= past:
+        return first.contiguous()
+    y = depthwise(x, *kernel).contiguous()
+    y[:, :past] = first
+    return y
 
 
 def conv_sequences(
@@ -201,7 +218,7 @@ def known_history(
     """The `past` rows before each sequence, `[N, past, D]`: its slot's, or zeros."""
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)  # [slots, L, D]
     read = (state_indices != 0) & (False if has_initial_state is None else has_initial_state)
-    rows = state[state_indices.long(), :past].to(accumulation_dtype(x))
+    rows = state[page_index(state_indices.long()), :past].to(accumulation_dtype(x))
     return torch.where(read[:, None, None], rows, 0.0)
 
 
@@ -215,10 +232,16 @@ def keep_last(
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)
     offsets = sequence_offsets(x, cu_seqlens)
     state_indices, past = state_indices.long(), history.shape[1]
+    active = state_indices != 0
+    even = even_length(offsets, x.shape[0] * x.shape[1])
+    if even is not None and bool(active.all()):
+        last = x.reshape(len(state_indices), even, -1)[:, -past:]
+        kept = torch.cat([history, last], dim=1)[:, -past:]
+        state[page_index(state_indices), :past] = kept.to(state.dtype)
+        return
     index = (offsets[1:] - offsets[:-1])[:, None] + torch.arange(past, device=x.device)
     sequence = torch.arange(len(state_indices), device=x.device)[:, None].expand_as(index)
     new = extended_rows(history, x.reshape(-1, x.shape[-1]), offsets, sequence, index)
-    active = state_indices != 0
     state[state_indices[active], :past] = new[active].to(state.dtype)
 
 
@@ -248,7 +271,7 @@ def conv_update(
     sequences, L = state_indices.shape[0], state.shape[1]
     active = state_indices != 0
     if num_accepted is None:
-        history = state[state_indices, :past]
+        history = state[page_index(state_indices), :past]
     else:
         first = torch.where(active, num_accepted.long() - 1, 0)
         window = first[:, None] + torch.arange(past, device=x.device)
@@ -260,7 +283,7 @@ def conv_update(
         rows = x.reshape(sequences, tokens, -1)
         y = conv_sequences(rows, history, weight, bias, activation, None, None)
         new = torch.cat([history, rows], dim=1)[:, 1:]
-        state[state_indices, : new.shape[1]] = new.to(state.dtype)
+        state[page_index(state_indices), : new.shape[1]] = new.to(state.dtype)
         return y.view(x.shape)
     y = short_convolution(x, history, weight, bias, activation, offsets, active)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._numerics import accumulation_dtype
-from kda_ops.varlen import even_length
+from kda_ops.varlen import even_length, page_index
 
 
 def source_slots(state_indices: Tensor, num_accepted: Tensor | None) -> Tensor:
@@ -41,10 +41,11 @@ def recurrence(
 
     source = source_slots(state_indices, num_accepted)
     live = (source > 0) & (source < len(state)) & (lengths > 0)
-    S = state[source.where(live, 0)].to(acc)  # [N, HV, V, K]
-    o = torch.zeros(len(q), HV, V, dtype=acc, device=q.device)
     even = even_length(offsets, len(q))
     alike = even is not None and bool(live.all())  # then rows and states are slices
+    pages = page_index(source) if alike else source.where(live, 0)
+    S = state[pages].to(acc)  # [N, HV, V, K]
+    o = torch.zeros(len(q), HV, V, dtype=acc, device=q.device)
     for j in range(max(lengths.tolist(), default=0)):
         n: Any = slice(None) if alike else (live & (lengths > j)).nonzero()[:, 0]
         row: Any = slice(j, None, even) if alike else starts[n] + j
@@ -55,11 +56,16 @@ def recurrence(
         delta = beta[row][..., None] * (v[row] - torch.einsum("nhvk,nhk->nhv", S_j, k_j))
         S_j = S_j + delta[..., None] * k_j[:, :, None, :]
         o[row] = scale * torch.einsum("nhvk,nhk->nhv", S_j, q_j)
-        S[n] = S_j
+        if alike:
+            S = S_j  # before, it may be the pages themselves
+        else:
+            S[n] = S_j
         if per_token and j < slots.shape[1]:
             target = slots[n, j]
             kept = (target > 0) & (target < len(state))
             state[target[kept]] = S_j[kept].to(state.dtype)
-    if not per_token:
+    if not per_token and alike:
+        state[pages] = S.to(state.dtype)
+    elif not per_token:
         state[source[live]] = S[live].to(state.dtype)
     return o.to(dtype).reshape(shape)

@@ -50,7 +50,9 @@ class _Step(ctypes.Structure):
         *((name, c_int64) for name in ("activated", "columns", "per_token")),
         *((name, _Integers) for name in ("slots", "accepted", "offsets")),
         ("gate", _Gate),
-        *((name, c_void_p) for name in ("f", "beta", "z", "norm_weight", "state")),
+        *((name, c_void_p) for name in ("f", "beta", "z", "norm_weight")),
+        ("beta_token", c_int64),
+        ("state", c_void_p),
         *((name, c_int64) for name in ("conv_slots", "state_slots", "slot", "head", "v", "k")),
         ("o", c_void_p),
         *((name, c_double) for name in ("beta_scale", "norm_eps", "qk_norm_eps", "scale")),
@@ -90,7 +92,8 @@ def _run(
     x, conv_state, weight, *_ = parts[0]
     T, (HV, K), V = x.shape[0], f.shape[-2:], z.shape[-1]
     row, channel = (1, 2) if layout == "SD" else (2, 1)
-    f, beta, z, norm_weight, A_log, dt_bias = map(dense, (f, beta, z, norm_weight, A_log, dt_bias))
+    f, z, norm_weight, A_log, dt_bias = map(dense, (f, z, norm_weight, A_log, dt_bias))
+    beta = fp32(beta.reshape(T, HV))  # a slice of a projection is read where it lies
     tables = [
         None if table is None else table.contiguous()
         for table in (state_indices, num_accepted, cu_seqlens)
@@ -106,7 +109,7 @@ def _run(
         *((1, 0) if state_indices.dim() == 1 else (state_indices.shape[1], 1)),
         *((address(table), table is not None and table.dtype == torch.int64) for table in tables),
         (address(A_log), address(dt_bias), lower_bound is not None, lower_bound or 0.0),
-        *map(address, (f, beta, z, norm_weight, state)),
+        *map(address, (f, beta, z, norm_weight)), *(beta.stride(0), state.data_ptr()),
         *(conv_state.shape[0], state.shape[0], *state.stride()), o.data_ptr(),
         *(beta_scale, norm_eps, qk_norm_eps, scale),
     )  # fmt: skip

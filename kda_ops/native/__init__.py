@@ -1,12 +1,14 @@
 """C++ kernels that compiled graphs call on a CPU, in the place of the references.
 
 They are written with PyTorch's own vectors (`at::vec`) for fp32, and compiled on first use by what
-compiles Inductor's kernels, into its cache. Eager calls are the references and need no compiler.
+compiles Inductor's kernels, into its cache. Eager calls are the references and need no compiler;
+without one, compiled graphs call the references too, after a warning.
 """
 
 import ctypes
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,10 +55,13 @@ def define_native(op: Any, target: str, *, looks_itself: bool = False) -> None:
         if not found:
             found.append(getattr(importlib.import_module(module), attribute))
         exact = any(isinstance(x, Tensor) and x.dtype is torch.float64 for x in args)
-        if exact or not looks_itself:
+        if exact or not compiles():
+            check(args)
+            return operator.reference(*args)
+        if not looks_itself:
             check(args)
         try:
-            return (operator.reference if exact else found[0])(*args)
+            return found[0](*args)
         except InvalidValues:
             check(args)
             raise
@@ -80,6 +85,17 @@ def kernel(name: str, *argtypes: Any, result: Any = None) -> Any:
     function = getattr(_library(), name)
     function.argtypes, function.restype = argtypes, result
     return function
+
+
+@functools.cache
+def compiles() -> bool:
+    """Whether there is a C++ compiler that takes the kernels; warns once where there is none."""
+    try:
+        _library()
+    except lowering_module("compat").CPP_ERRORS as error:
+        warnings.warn(f"kda_ops computes on the CPU without its C++ kernels: {error}", stacklevel=2)
+        return False
+    return True
 
 
 @functools.cache

@@ -163,7 +163,7 @@ EXPORT void chunk_kda(
             normalize(qi, c.KP, norm_eps);
             normalize(ki, c.KP, norm_eps);
           }
-          for (int64_t x = 0; x < K; x++) qi[x] *= float(scale);
+          scale_row(qi, c.KP, scale);
           const float b = *betas.at(t, h);
           c.beta[i] = raw ? float(beta_scale) * sigmoid(b) : b;
           load_row(vs.at(t, h), V, c.beta[i], &c.uw[i * c.W]);

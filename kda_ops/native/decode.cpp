@@ -28,7 +28,8 @@ struct Step { // `_Step` of decode.py
   int64_t activated, columns, per_token;
   Integers slots, accepted, offsets;
   Gate gate;
-  const float *f, *beta, *z, *norm_weight; // dense, by token
+  const float *f, *beta, *z, *norm_weight; // f and z dense, by token
+  int64_t beta_token;
   void* state;
   int64_t conv_slots, state_slots, state_slot, state_head, state_v, state_k;
   float* o; // [tokens, HV, V], dense
@@ -73,30 +74,48 @@ void copy(const From* x, int64_t step, int64_t n, To* y, int64_t y_step) {
     for (int64_t i = 0; i < n; i++) y[i * y_step] = x[i * step];
 }
 
-// The channels of one part and head, convolved: rows of `y`, `y_row` apart. `continued`: how many
-// tokens the state is ahead.
+// What a thread keeps from one sequence to the next.
+struct Workspace {
+  int64_t head = -1; // whose taps these are
+  std::vector<float> taps[3]; // of q, k and v: [W + 1, padded], the bias last
+  std::vector<float> window, rows, own, decay, o;
+};
+
+// The taps of a part for `size` channels from `base` on, channels side by side.
+void load_taps(const Step& s, const Channels& c, int64_t base, int64_t size, std::vector<float>& taps) {
+  const int64_t wide = padded(size);
+  taps.assign((s.W + 1) * wide, 0.f);
+  for (int64_t i = 0; i < size; i++) {
+    for (int64_t w = 0; w < s.W; w++) taps[w * wide + i] = c.weight[(base + i) * s.W + w];
+    if (c.bias) taps[s.W * wide + i] = c.bias[base + i];
+  }
+}
+
+// The channels of one part and head, convolved: padded rows of `y`, `y_row` apart. `continued`: how
+// many tokens the state is ahead.
 template <typename State>
 void convolve(
-    const Step& s, const Channels& c, int64_t slot, int64_t continued, int64_t first,
-    int64_t tokens, int64_t base, int64_t size, float* y, int64_t y_row) {
-  const int64_t past = s.W - 1;
+    const Step& s, const Channels& c, const std::vector<float>& taps, int64_t slot,
+    int64_t continued, int64_t first, int64_t tokens, int64_t base, int64_t size,
+    std::vector<float>& window, float* y, int64_t y_row) {
+  const int64_t past = s.W - 1, wide = padded(size);
   State* state = static_cast<State*>(c.state) + slot * c.state_slot + base * c.state_channel;
-  std::vector<float> rows((past + tokens) * size);
+  window.assign((past + tokens) * wide, 0.f);
   for (int64_t r = 0; r < past; r++)
-    copy(state + (continued + r) * c.state_row, c.state_channel, size, &rows[r * size], 1);
+    copy(state + (continued + r) * c.state_row, c.state_channel, size, &window[r * wide], 1);
   for (int64_t j = 0; j < tokens; j++) {
-    std::copy_n(c.x + (first + j) * c.x_token + base, size, &rows[(past + j) * size]);
+    std::copy_n(c.x + (first + j) * c.x_token + base, size, &window[(past + j) * wide]);
     float* out = y + j * y_row;
-    for (int64_t i = 0; i < size; i++) {
-      float total = c.bias ? c.bias[base + i] : 0.f;
+    for (int64_t i = 0; i < wide; i += LANES) {
+      Vec total = Vec::loadu(&taps[s.W * wide + i]);
       for (int64_t w = 0; w < s.W; w++)
-        total += c.weight[(base + i) * s.W + w] * rows[(j + w) * size + i];
-      out[i] = total;
+        total = fmadd(Vec::loadu(&taps[w * wide + i]), Vec::loadu(&window[(j + w) * wide + i]), total);
+      total.store(out + i);
     }
-    if (s.activated) silu(out, size);
+    if (s.activated) silu(out, wide);
   }
   for (int64_t r = 0; r < std::min(s.L, past - 1 + tokens); r++)
-    copy(&rows[(r + 1) * size], 1, size, state + r * c.state_row, c.state_channel);
+    copy(&window[(r + 1) * wide], 1, size, state + r * c.state_row, c.state_channel);
 }
 
 // One token of a head with the state in `S`, rows of V, `S_row` apart; gives o [V].
@@ -121,8 +140,17 @@ void advance(
   }
 }
 
+// out = norm * o * norm_weight * sigmoid(z) of one row
+void gate_output(const float* o, float norm, const float* weight, const float* z, int64_t V, float* out) {
+  const Vec n(norm);
+  int64_t v = 0;
+  for (; v + LANES <= V; v += LANES)
+    (n * Vec::loadu(o + v) * Vec::loadu(weight + v) * sigmoid(Vec::loadu(z + v))).store(out + v);
+  for (; v < V; v++) out[v] = norm * o[v] * weight[v] * sigmoid(z[v]);
+}
+
 template <typename State, typename ConvState>
-void sequence_head(const Step& s, int64_t n, int64_t h) {
+void sequence_head(const Step& s, int64_t n, int64_t h, Workspace& work) {
   const int64_t K = s.K, V = s.V, KP = padded(K), groups = s.HV / s.H;
   const int64_t first = s.first(n), tokens = s.first(n + 1) - first;
   if (tokens == 0) return;
@@ -132,12 +160,17 @@ void sequence_head(const Step& s, int64_t n, int64_t h) {
 
   // q, k and v of each token, padded
   const int64_t sizes[3] = {K, K, groups * V}, places[3] = {0, KP, 2 * KP};
-  const int64_t width = 2 * KP + groups * V;
-  std::vector<float> rows(tokens * width, 0.f);
+  const int64_t width = 2 * KP + padded(groups * V);
+  if (work.head != h)
+    for (int p = 0; p < 3; p++)
+      load_taps(s, s.channels[p], h * sizes[p], sizes[p], work.taps[p]);
+  work.head = h;
+  auto& [head_of_taps, taps, window, rows, own, decay, o] = work;
+  rows.assign(tokens * width, 0.f);
   for (int p = 0; p < 3 && slot(0) != 0; p++)
     convolve<ConvState>(
-        s, s.channels[p], slot(0), continued, first, tokens, h * sizes[p], sizes[p],
-        &rows[places[p]], width);
+        s, s.channels[p], taps[p], slot(0), continued, first, tokens, h * sizes[p], sizes[p],
+        window, &rows[places[p]], width);
   for (int64_t j = 0; j < tokens; j++)
     for (int p = 0; p < 2; p++) normalize(&rows[j * width + places[p]], KP, s.qk_norm_eps);
 
@@ -149,7 +182,9 @@ void sequence_head(const Step& s, int64_t n, int64_t h) {
   };
   const bool in_place = std::is_same_v<State, float> && tokens == 1 && target(0) == source &&
       s.state_k == 1 && K % TILE == 0;
-  std::vector<float> own(in_place ? 0 : V * KP, 0.f), decay(KP), o(V);
+  own.assign(in_place ? 0 : V * KP, 0.f);
+  decay.resize(KP);
+  o.assign(padded(V), 0.f);
   for (int64_t head = h * groups; head < (h + 1) * groups; head++) {
     State* pages = static_cast<State*>(s.state) + head * s.state_head;
     float* S = own.data();
@@ -165,14 +200,12 @@ void sequence_head(const Step& s, int64_t n, int64_t h) {
       const int64_t row = (first + j) * s.HV + head;
       const float* q = &rows[j * width];
       s.gate.decay(s.f + row * K, head, K, decay.data());
-      const float beta = float(s.beta_scale) * sigmoid(s.beta[row]);
+      const float beta = float(s.beta_scale) * sigmoid(s.beta[(first + j) * s.beta_token + head]);
       advance(s, S, S_row, q, q + KP, q + 2 * KP + (head - h * groups) * V, decay.data(), beta,
               o.data());
-      float squares = 0;
-      for (int64_t v = 0; v < V; v++) squares += o[v] * o[v];
+      const float squares = dot(o.data(), o.data(), padded(V));
       const float norm = 1 / std::sqrt(squares / V + float(s.norm_eps));
-      for (int64_t v = 0; v < V; v++)
-        s.o[row * V + v] = o[v] * norm * s.norm_weight[v] * sigmoid(s.z[row * V + v]);
+      gate_output(o.data(), norm, s.norm_weight, s.z + row * V, V, s.o + row * V);
       if (in_place || target(j) == 0) continue;
       for (int64_t v = 0; v < V; v++)
         copy(S + v * KP, 1, K, pages + target(j) * s.state_slot + v * s.state_v, s.state_k);
@@ -181,10 +214,10 @@ void sequence_head(const Step& s, int64_t n, int64_t h) {
 }
 
 template <typename State>
-void sequence_head(const Step& s, int64_t n, int64_t h) {
-  if (s.conv_dtype == 0) sequence_head<State, float>(s, n, h);
-  if (s.conv_dtype == 1) sequence_head<State, c10::BFloat16>(s, n, h);
-  if (s.conv_dtype == 2) sequence_head<State, c10::Half>(s, n, h);
+void sequence_head(const Step& s, int64_t n, int64_t h, Workspace& work) {
+  if (s.conv_dtype == 0) sequence_head<State, float>(s, n, h, work);
+  if (s.conv_dtype == 1) sequence_head<State, c10::BFloat16>(s, n, h, work);
+  if (s.conv_dtype == 2) sequence_head<State, c10::Half>(s, n, h, work);
 }
 
 } // namespace
@@ -193,10 +226,15 @@ void sequence_head(const Step& s, int64_t n, int64_t h) {
 EXPORT int kda_decode(const Step* step, int64_t threads) {
   const Step& s = *step;
   if (!valid(s)) return 0;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t task = 0; task < s.N * s.H; task++) {
-    if (s.state_dtype == 0) sequence_head<float>(s, task / s.H, task % s.H);
-    if (s.state_dtype == 1) sequence_head<c10::BFloat16>(s, task / s.H, task % s.H);
+#pragma omp parallel num_threads(threads)
+  {
+    Workspace work;
+#pragma omp for schedule(static) // the sequences of a head in a row, as they share its taps
+    for (int64_t task = 0; task < s.N * s.H; task++) {
+      const int64_t h = task / s.N, n = task % s.N;
+      if (s.state_dtype == 0) sequence_head<float>(s, n, h, work);
+      if (s.state_dtype == 1) sequence_head<c10::BFloat16>(s, n, h, work);
+    }
   }
   return 1;
 }

@@ -53,10 +53,21 @@ inline void prefetch(const float* x, int64_t n) {
 #endif
 }
 
+// x *= factor; n is padded
+inline void scale_row(float* x, int64_t n, float factor) {
+  const Vec f(factor);
+  for (int64_t i = 0; i < n; i += LANES) (f * Vec::loadu(x + i)).store(x + i);
+}
+
 // y = factor * x, and zeros up to the padded width
 inline void load_row(const float* x, int64_t n, float factor, float* y) {
-  for (int64_t i = 0; i < n; i++) y[i] = factor * x[i];
+  std::copy_n(x, n, y);
   std::fill(y + n, y + padded(n), 0.f);
+  if (factor != 1) scale_row(y, padded(n), factor);
+}
+
+inline Vec sigmoid(Vec x) {
+  return Vec(1.f) / (Vec(1.f) + x.neg().exp());
 }
 
 inline void silu(float* x, int64_t n) {
@@ -70,8 +81,7 @@ inline void silu(float* x, int64_t n) {
 
 // x = x / sqrt(sum(x^2) + eps); n is padded
 inline void normalize(float* x, int64_t n, float eps) {
-  const float norm = 1 / std::sqrt(dot(x, x, n) + eps);
-  for (int64_t i = 0; i < n; i++) x[i] *= norm;
+  scale_row(x, n, 1 / std::sqrt(dot(x, x, n) + eps));
 }
 
 inline float sigmoid(float x) {
@@ -89,8 +99,13 @@ struct Gate {
     const float a = A_log ? std::exp(std::min(std::max(A_log[head], -87.f), 88.f)) : 1.f;
     const Vec rate(a), one(1.f), linear(20.f), limit(bound);
     load_row(x, K, 1, out);
-    if (dt_bias)
-      for (int64_t i = 0; i < K; i++) out[i] += dt_bias[head * K + i];
+    int64_t biased = 0;
+    if (dt_bias) {
+      const float* bias = dt_bias + head * K;
+      for (; biased + LANES <= K; biased += LANES)
+        (Vec::loadu(out + biased) + Vec::loadu(bias + biased)).store(out + biased);
+      for (; biased < K; biased++) out[biased] += bias[biased];
+    }
     for (int64_t i = 0; i < padded(K); i += LANES) {
       const Vec z = Vec::loadu(out + i);
       const Vec g = bounded ? limit / (one + (rate * z).neg().exp())

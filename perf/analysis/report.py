@@ -44,6 +44,32 @@ def rate_table(found: Iterable[Result]) -> str:
     return "\n".join(lines)
 
 
+def pairs(run: dict[str, Any]) -> list[Result]:
+    """What has been measured on a CPU, each beside what it is held against, in their order."""
+    return [b["extra_info"] for b in run["benchmarks"] if "against_us" in b.get("extra_info", {})]
+
+
+def pair_table(found: Sequence[Result]) -> str:
+    """Markdown: the machine, and how many times as long or as fast each is as what it is held
+    against, with its target.
+    """
+    first = found[0]
+    lines = [
+        f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}.\n",
+        "| on a CPU | case | us | against | us | ratio | target | |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | --- |",
+    ]
+    for r in found:
+        sign = "at most" if r["at_most"] else "at least"
+        cells = (
+            *(r["work"], r["case"], short_number(r["us"]), r["against"]),
+            *(short_number(r["against_us"]), f"{r['ratio']:.2f}", f"{sign} {r['target']:g}"),
+            "met" if r["met"] else "**missed**",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def short_number(value: float) -> str:
     if value == 0:
         return ""
@@ -155,9 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [read_run(path) for path in options.runs]
     rows = newest(runs)
     counted = list({(r["step"], r["case"]): r for run in runs for r in rates(run)}.values())
+    paired = list({(r["work"], r["case"]): r for run in runs for r in pairs(run)}.values())
     if counted:
         print(f"{rate_table(counted)}\n")
-    if not rows and not counted:
+    if paired:
+        print(f"{pair_table(paired)}\n")
+    if not rows and not counted and not paired:
         print(
             "perf.analysis.report: no rows in " + ", ".join(map(str, options.runs)), file=sys.stderr
         )

@@ -70,6 +70,14 @@ def software() -> dict[str, Any]:
     }
 
 
+@functools.cache
+def cpu() -> str:
+    """The name of the processor, or of its architecture where it has none."""
+    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
+
+    return str(get_cpu_info().get("brand_raw", platform.machine()))
+
+
 def gpu() -> dict[str, Any]:
     """Facts about the current GPU. Clocks are read, never set."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

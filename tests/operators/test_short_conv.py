@@ -316,3 +316,19 @@ def test_equal_sequences_before_padding() -> None:
     y = short_conv(x, weight, cu_seqlens=cu_seqlens)
     torch.testing.assert_close(y[:6], short_conv(x[:6], weight, cu_seqlens=cu_seqlens))
     assert (y[6:] == 0).all()
+
+
+def test_an_eager_layer_convolves_and_activates_in_one_pass() -> None:
+    """Weights are parameters, which require gradients also where none are recorded."""
+    x, weight = torch.randn(2, 20, 16), torch.nn.Parameter(torch.randn(16, 4))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=activities) as profile:
+        y = short_conv(x, weight)
+    names = {event.name for event in profile.events()}
+    assert "mkldnn::_convolution_pointwise" in names
+    assert not names & {"aten::silu", "aten::silu_"}
+    with torch.enable_grad():
+        recorded = short_conv(x, weight)
+    torch.testing.assert_close(recorded.detach(), y)
+    (gradient,) = torch.autograd.grad(recorded.sum(), weight)
+    assert gradient.abs().sum() > 0

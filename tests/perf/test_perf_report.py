@@ -241,6 +241,9 @@ def test_a_run_without_rows_is_an_error(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_committed_runs_make_a_table() -> None:
     for path in machine.HISTORY.glob("*/*.json"):
-        found = report.results(read_run(path))
-        assert found, f"{path} holds no rows"
+        run = read_run(path)
+        found, paired = report.results(run), report.pairs(run)
+        assert found or paired, f"{path} holds no rows"
+        if paired:
+            assert len(report.pair_table(paired).splitlines()) == len(paired) + 4
         assert len(report.table(found).splitlines()) == len(found) + 2

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kda_ops.delta_rule.chunked.states import NOT_RAW, Raw
 from kda_ops.native import address, dense, fp32, kernel
-from kda_ops.varlen import sequence_offsets
+from kda_ops.varlen import page_index, sequence_offsets
 
 _INPUT = (c_void_p, c_int64, c_int64)
 _ARGUMENTS = (*5 * _INPUT, *6 * (c_void_p,), *7 * (c_int64,), *4 * (c_double,), c_int64)
@@ -75,13 +75,14 @@ def _paged(
 ) -> Tensor:  # fmt: skip
     offsets = sequence_offsets(inputs[0][:, :, 0], cu_seqlens)
     live = state_indices > 0
-    slots = state_indices[live].long()
-    S = state.new_zeros(len(live), *state.shape[1:], dtype=torch.float32)
-    S[live] = state[slots].to(torch.float32)
-    if has_initial_state is not None:
-        S[~has_initial_state] = 0
+    read = live if has_initial_state is None else live & has_initial_state
+    pages = page_index(state_indices.long().where(live, 0))
+    S = torch.where(read[:, None, None, None], state[pages], 0.0).to(torch.float32).contiguous()
     o = _run(inputs, S, offsets, live, raw, scale)
-    state[slots] = S[live].to(state.dtype)
+    if bool(live.all()):
+        state[pages] = S.to(state.dtype)
+    else:
+        state[state_indices[live].long()] = S[live].to(state.dtype)
     return o
 
 

@@ -11,6 +11,7 @@ from kda_ops.conv.formulas import conv_update, packed_bias, packed_state
 from kda_ops.delta_rule.formulas import recurrence, source_slots
 from kda_ops.gating.formulas import gate_nats
 from kda_ops.norm.formulas import gated_rms_norm, l2_normalized
+from kda_ops.varlen import even_length
 
 
 def kda_decode_reference(
@@ -39,8 +40,11 @@ def kda_decode_reference(
     )  # fmt: skip
     normed = gated_rms_norm(o, output_gate.reshape(1, T, HV, V), norm_weight, norm_eps)
     source = source_slots(state_indices, num_accepted)
+    live = (source > 0) & (source < len(state))
+    if even_length(offsets, T) is not None and bool(live.all()):
+        return normed.to(x.dtype)
     sequence = torch.searchsorted(offsets, torch.arange(T, device=x.device), right=True) - 1
-    live = F.pad((source > 0) & (source < len(state)), (0, 1))[sequence]
+    live = F.pad(live, (0, 1))[sequence]
     return torch.where(live[:, None, None], normed, 0.0).to(x.dtype)
 
 
