@@ -209,7 +209,7 @@ ERRORS = {
     "v": (lambda x: x[:, :, :1], "v must have a multiple of 2 heads like q, got 1"),
     "g": (lambda x: x[..., 0], "g must have shape [4, 3, 2, 64], got (4, 3, 2)"),
     "beta": (lambda x: x.int(), "beta must have dtype float16, bfloat16, float32, float64"),
-    "state": (lambda x: x.half(), "state must have dtype float32, bfloat16, float64, got float16"),
+    "state": (lambda x: x.half(), "state must have dtype bfloat16, float32, float64, got float16"),
     "state_indices": (lambda x: x[:, :2], "state_indices must have a column for each of 3 tokens"),
     "num_accepted": (lambda x: x[:3], "num_accepted must have shape [4], got (3,)"),
 }
