@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perf.analysis.report import short_number
 from perf.analysis.targets import TARGETS
 from perf.harness.rows import OURS
+from perf.harness.runs import short_number
 
 Row = dict[str, Any]
 # Stages of a layer and the kernels that do them, ours and the baselines'; the first that fits

@@ -15,7 +15,7 @@ from typing import Any
 
 from perf.analysis import targets
 from perf.harness.rows import OURS
-from perf.harness.runs import read_run
+from perf.harness.runs import read_run, short_number
 
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 COLUMNS = (
@@ -68,12 +68,6 @@ def pair_table(found: Sequence[Result]) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def short_number(value: float) -> str:
-    if value == 0:
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(rows: Iterable[Result]) -> str:

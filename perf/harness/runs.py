@@ -1,4 +1,6 @@
-"""Reads the JSON of a run, also one from before rows had the names that they have now."""
+"""Reads the JSON of a run, also one from before rows had the names that they have now, and writes
+its numbers.
+"""
 
 import json
 from pathlib import Path
@@ -30,3 +32,9 @@ def _name(key: str) -> str:
     if key.startswith(OLD_PREFIX):
         return PREFIX + key.removeprefix(OLD_PREFIX)
     return OLD_NAMES.get(key, key)
+
+
+def short_number(value: float) -> str:
+    if value == 0:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
