@@ -109,7 +109,7 @@ X, A, BIAS = torch.zeros(1, 5, 2, 4), torch.zeros(2), torch.zeros(2, 4)
         ((X, None), {}, r"A_log must be given unless lower_bound is, got None"),
         ((X, A, torch.zeros(4, 2)), {}, r"dt_bias must have shape \[2, 4\] or \[8\], got \(4, 2\)"),
         ((X, A, BIAS.bool()), {}, r"dt_bias must have dtype .*, got bool"),
-        ((X, A, BIAS.to("meta")), {}, r"dt_bias must be on cpu like x, got meta"),
+        ((X, A, BIAS.to("meta")), {}, r"dt_bias must be on cpu like raw_gate, got meta"),
         ((X, A), {"lower_bound": 0.0}, r"lower_bound must be None or in \[-5, 0\), got 0.0"),
         ((X, A), {"lower_bound": -6.0}, r"lower_bound must be None or in \[-5, 0\), got -6.0"),
     ],
