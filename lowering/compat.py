@@ -3,6 +3,7 @@ nothing else.
 """
 
 import ctypes
+import functools
 import operator
 from contextlib import nullcontext
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._inductor.dependencies import StarDep, WeakDep
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
+from torch._inductor.scheduler import SchedulerNode
 from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._ordered_set import OrderedSet
 from torch.utils._pytree import tree_leaves
 
 from kda_ops.lowering.graph.matching import same_shape, value, values
@@ -160,3 +165,39 @@ def lower_storage_offset() -> None:
     lowering.fallbacks.discard(op)
     lowering.lowerings.pop(op, None)
     lowering.register_lowering(op, type_promotion_kind=None)(storage_offset)
+
+
+def keep_order_when_recomputed() -> None:
+    """Lets a node whose loops are computed anew keep the order of its writes behind others.
+
+    On a CPU torch 2.11 then forgets all that a node waits for but what it reads, and a state is put
+    back before the step that it is to undo.
+    """
+    recompute = SchedulerNode.recompute_size_and_body
+
+    @functools.wraps(recompute)
+    def recompute_size_and_body(self: SchedulerNode, *args: Any, **kwargs: Any) -> None:
+        order = OrderedSet(x for x in self.read_writes.reads if isinstance(x, (StarDep, WeakDep)))
+        recompute(self, *args, **kwargs)
+        if order - self.read_writes.reads:
+            self.set_read_writes(self.read_writes.with_read(order))
+
+    SchedulerNode.recompute_size_and_body = recompute_size_and_body
+
+
+def fold_no_views_of_other_sizes() -> None:
+    """Keeps constant folding from viewing one element as one of another size.
+
+    Torch 2.11 raises there, such as at fresh pages of bytes that are viewed as states.
+    """
+    deduce = UniformValueConstantFolder._deduce_value
+
+    @functools.wraps(deduce)
+    def _deduce_value(self: UniformValueConstantFolder, node: fx.Node) -> Any:
+        if node.target is torch.ops.aten.view.dtype:
+            old, new = value(node.args[0]), value(node)
+            if old.element_size() != new.element_size():
+                return self.unknown_value
+        return deduce(self, node)
+
+    UniformValueConstantFolder._deduce_value = _deduce_value

@@ -367,7 +367,7 @@ def _unflatten(tensors: Iterable[Any], kind: str) -> KDABatch:
         batch._set(name, size)
     batch._set("kind", kind)
     known = not torch.compiler.is_compiling() and all(type(size) is int for size in sizes)
-    batch._set("_small", bool(sizes) and known and batch._is_small())
+    batch._set("_small", len(sizes) > 0 and known and batch._is_small())
     return batch
 
 
