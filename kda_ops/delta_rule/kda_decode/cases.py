@@ -48,7 +48,7 @@ def kda_decode_inputs(
     strided: bool = False,
     padding: int = 24,
     index_dtype: torch.dtype = torch.int32,
-    apart: bool = False,
+    unpack: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
     """Arguments of `kda_decode`.
@@ -81,7 +81,7 @@ def kda_decode_inputs(
         strided: The activations are slices of one wide row.
         padding: Elements behind each page.
         index_dtype: Of slots, counts and offsets.
-        apart: Whether q, k and v have tensors of their own in the convolution.
+        unpack: Whether q, k and v are separate tensors in the convolution.
         device: Where to make them.
     """
     tokens = N if lengths is None else sum(lengths)
@@ -130,7 +130,7 @@ def kda_decode_inputs(
     if lengths is not None:
         offsets = F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0))
         inputs["cu_seqlens"] = offsets.to(device=device, dtype=index_dtype)
-    return unpacked(inputs, (H * K, H * K, HV * V)) if apart else inputs
+    return unpacked(inputs, (H * K, H * K, HV * V)) if unpack else inputs
 
 
 def _case(name: str, *sizes: int, perf: bool = False, **options: Any) -> Case:
@@ -154,10 +154,10 @@ def _case(name: str, *sizes: int, perf: bool = False, **options: Any) -> Case:
 
 FP16, FP32, BF16 = torch.float16, torch.float32, torch.bfloat16
 CASES = [
-    _case("apart-SD-bf16", 3, 2, 2, 64, 64, null=(1,), bias=True, apart=True),
+    _case("apart-SD-bf16", 3, 2, 2, 64, 64, null=(1,), bias=True, unpack=True),
     _case("apart-DS-fp32-gva-ragged", 3, 2, 4, 16, 24, layout="DS", dtype=FP32, W=3, room=2,
-          lengths=(2, 3, 0), padding_rows=1, bias=True, conv_dtype=BF16, strided=True, apart=True),
-    _case("apart-SD-V-blocks", 1, 1, 2, 160, 256, dtype=FP32, apart=True),
+          lengths=(2, 3, 0), padding_rows=1, bias=True, conv_dtype=BF16, strided=True, unpack=True),
+    _case("apart-SD-V-blocks", 1, 1, 2, 160, 256, dtype=FP32, unpack=True),
     _case("SD-bf16", 3, 2, 2, 64, 64, null=(1,)),
     _case("DS-fp16-gva-K24-V40", 3, 2, 4, 24, 40, layout="DS", dtype=FP16, bias=True, null=(2,)),
     _case("SD-fp32-strided-W2", 2, 2, 2, 32, 16, dtype=FP32, W=2, strided=True, activation=None),
@@ -186,7 +186,7 @@ CASES = [
         for layout in ("SD", "DS")
         for N in (1, 16, 64, 256)
     ],
-    _case("apart-SD-batch64-H32", 64, 32, 32, 128, 128, padding=0, apart=True, perf=True),
+    _case("apart-SD-batch64-H32", 64, 32, 32, 128, 128, padding=0, unpack=True, perf=True),
     _case("SD-batch64-H32-spec3", 64, 32, 32, 128, 128, lengths=(4,) * 64, num_spec=3,
           accepted=(2,) * 64, padding=0, perf=True),
 ]  # fmt: skip
