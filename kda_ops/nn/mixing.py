@@ -79,7 +79,7 @@ def decode(layer: Layer, inputs: Projected, state: State, batch: KDABatch, layou
         cu_seqlens=cu_seqlens,
     )
     # padding follows the last sequence of the whole batch
-    return normalised(layer, o, inputs.output_gate, None if batch.kind == "mixed" else cu_seqlens)
+    return normalized(layer, o, inputs.output_gate, None if batch.kind == "mixed" else cu_seqlens)
 
 
 def prefill_pages(
@@ -145,7 +145,7 @@ def prefill(
         state_indices=state_indices,
         has_initial_state=has_initial_state,
     )
-    return normalised(layer, o, inputs.output_gate, cu_seqlens)
+    return normalized(layer, o, inputs.output_gate, cu_seqlens)
 
 
 def step_size(layer: Layer, raw_beta: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def step_size(layer: Layer, raw_beta: Tensor) -> Tensor:
     return 2 * beta if layer.allow_neg_eigval else beta
 
 
-def normalised(layer: Layer, o: Tensor, output_gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def normalized(layer: Layer, o: Tensor, output_gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The output norm; rows past the last sequence are zero whatever their gate."""
     o = rms_norm_gated(o, output_gate, layer.o_norm_weight, eps=layer.norm_eps)
     if cu_seqlens is None:

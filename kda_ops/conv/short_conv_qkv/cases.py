@@ -32,7 +32,7 @@ def short_conv_qkv_inputs(
     unpack: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Arguments of `short_conv_qkv`, with a state where a layout is given.
+    """Arguments of `short_conv_qkv`, with a state if a layout is given.
 
     Args:
         B: Sequences of a dense batch.
@@ -40,23 +40,23 @@ def short_conv_qkv_inputs(
         H: Heads of q and k.
         K: Channels of a head.
         value_dim: Channels of v.
-        dtype: Of x, weight and bias.
+        dtype: Dtype of x, weight and bias.
         W: Taps.
         bias: Whether there is a bias.
-        strided: Whether the rows of x lie further apart than D.
+        strided: Whether x has a row stride above D.
         zero: Whether the first half of the tokens is zero.
         activation: As in `short_conv_qkv`.
         norm_eps: As in `short_conv_qkv`.
-        lengths: Tokens of each sequence; what is left of T is padding, which holds NaN.
-        layout: Of the state; None for a call without one.
-        state_indices: Of each sequence.
+        lengths: Tokens of each sequence; the rest of T is padding, filled with NaN.
+        layout: Layout of the state; None for a call without one.
+        state_indices: Slot of each sequence.
         initial: 0 or 1 for each sequence, or None for none.
         num_spec: Rows of the state beyond W - 1.
         num_slots: Slots of the state.
-        state_dtype: Of the state, None for that of x.
-        index_dtype: Of offsets and slots.
+        state_dtype: Dtype of the state, None for that of x.
+        index_dtype: Dtype of offsets and slots.
         unpack: Whether q, k and v are separate tensors.
-        device: Where.
+        device: Device of the tensors.
     """
     D = 2 * H * K + value_dim
     wide = torch.randn(B, T, 2 * D if strided else D, device=device).to(dtype)

@@ -12,7 +12,7 @@ from kda_ops._cases import Case, paged_conv_state, unpacked
 def paged_states(
     slots: int, shape: tuple[int, ...], dtype: torch.dtype, padding: int, device: torch.device
 ) -> Tensor:
-    """`[slots, *shape]` random states in pages with `padding` NaN elements behind each."""
+    """`[slots, *shape]` random states in pages, each followed by `padding` NaN elements."""
     elements = torch.Size(shape).numel()
     pages = torch.full((slots, elements + padding), float("nan"), dtype=dtype, device=device)
     view = pages[:, :elements].unflatten(1, shape)
@@ -59,30 +59,30 @@ def kda_decode_inputs(
         HV: Value heads.
         K: Key dimension.
         V: Value dimension.
-        layout: Of the convolution state.
-        dtype: Of the activations, the convolution's weights and its state.
+        layout: Layout of the convolution state.
+        dtype: Dtype of the activations, the convolution's weights and its state.
         W: Taps.
         bias: Whether the convolution has a bias.
-        activation: Of the convolution.
+        activation: Activation of the convolution.
         rate: Whether there is an `A_log`.
         dt_bias: Whether there is a `dt_bias`.
         bounded: Whether the gate is bounded.
         harsh: Decays down to e^-60 a token.
         beta_scale: As in `kda_decode`.
-        conv_dtype: Of the convolution state, None for `dtype`.
-        state_dtype: Of the recurrent state.
+        conv_dtype: Dtype of the convolution state, None for `dtype`.
+        state_dtype: Dtype of the recurrent state.
         lengths: Tokens of each sequence, for `cu_seqlens`; None is one each.
-        padding_rows: Rows behind the last sequence, which hold NaN.
-        num_spec: Makes `state_indices` two-dimensional with that many columns more than one.
+        padding_rows: Rows after the last sequence, filled with NaN.
+        num_spec: Makes `state_indices` two-dimensional, with `1 + num_spec` columns.
         accepted: `num_accepted`.
         null: Sequences on the null block.
         null_tokens: (sequence, token) pairs whose state is not kept.
         room: Rows of the convolution state beyond those of the speculative tokens.
-        strided: The activations are slices of one wide row.
-        padding: Elements behind each page.
-        index_dtype: Of slots, counts and offsets.
+        strided: Whether the activations are slices of one wide row.
+        padding: Elements after each page.
+        index_dtype: Dtype of slots, counts and offsets.
         unpack: Whether q, k and v are separate tensors in the convolution.
-        device: Where to make them.
+        device: Device of the tensors.
     """
     tokens = N if lengths is None else sum(lengths)
     rows, D = tokens + padding_rows, 2 * H * K + HV * V
