@@ -1,4 +1,4 @@
-"""The chunk operator from normalised q and k and the cumulative gate, against FLA's chunk kernels;
+"""The chunk operator from normalized q and k and the cumulative gate, against FLA's chunk kernels;
 the whole core is in `bench_core`.
 """
 
@@ -15,7 +15,7 @@ from perf.harness.rows import Row, operator_rows
 
 
 def with_chunk_table(row: Row) -> Row:
-    """The row with the chunk table made beforehand: a batch has one, shared by all its layers."""
+    """The row with a precomputed chunk table, which all layers of a batch share."""
 
     def make(device: torch.device) -> dict[str, Any]:
         inputs = row.make(device)

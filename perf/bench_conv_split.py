@@ -1,4 +1,4 @@
-"""Splitting a convolution state: eager it copies, compiled it is to cost nothing of its own."""
+"""Splitting a convolution state: a copy in eager mode, ideally free when compiled."""
 
 from collections.abc import Callable
 

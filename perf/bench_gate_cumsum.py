@@ -1,5 +1,5 @@
-"""Gate and cumsum against FLA's fused kernel, and the same written as three small operators for the
-compiler to fuse.
+"""Gate and cumsum against FLA's fused kernel, also as three small operators for the compiler to
+fuse.
 """
 
 import dataclasses

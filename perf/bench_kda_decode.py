@@ -1,4 +1,4 @@
-"""A whole decode step between the projections, against FLA's kernels for the same."""
+"""A whole decode step between the projections, against FLA's kernels."""
 
 from collections.abc import Callable
 

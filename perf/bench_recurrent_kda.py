@@ -1,4 +1,4 @@
-"""Decode from paged states against FLA's step kernel."""
+"""Decode on paged states against FLA's step kernel."""
 
 from collections.abc import Callable
 

@@ -1,6 +1,4 @@
-"""The prefill convolution of q, k and v with the norms of q and k, against FLA's kernels for the
-same.
-"""
+"""The prefill convolution of q, k and v with the norms of q and k, against FLA's kernels."""
 
 from collections.abc import Callable
 

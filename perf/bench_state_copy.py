@@ -1,5 +1,5 @@
-"""Moving states between blocks of one engine; no baseline has this operator, so the copy ceiling is
-its measure.
+"""Copying states between blocks of one engine; no baseline has this operator, so it is compared
+with the copy ceiling.
 """
 
 from collections.abc import Callable

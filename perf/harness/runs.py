@@ -1,4 +1,4 @@
-"""Reads the JSON of a run, also one from before rows had the names that they have now."""
+"""Reads the JSON of a run, including old ones with former names of fields."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ OLD_PREFIX, PREFIX = "peer_", "baseline_"
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """A run of pytest-benchmark, with the rows' names of today."""
+    """A run of pytest-benchmark, with current field names."""
     run = json.loads(path.read_text())
     for benchmark in run["benchmarks"]:
         if "extra_info" in benchmark:
