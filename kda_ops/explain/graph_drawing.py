@@ -149,14 +149,14 @@ def box(node: GraphNode, place: Place, marked: bool) -> list[str]:
     """A rectangle with its text; pointing at it shows the node's name, rewrite and source."""
     x, y, w, h = place
     kind = "input" if node.operator == "input" else "fused" if node.rewrite else "plain"
-    told = [node.name, f"rewrite {node.rewrite}" if node.rewrite else "", node.source]
+    tooltip = [node.name, f"rewrite {node.rewrite}" if node.rewrite else "", node.source]
     shapes = [f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="4"/>']
     for i, text in enumerate(lines(node)):
         baseline = y + PADDING / 2 + LINE * (i + 0.8)
         shapes.append(f'<text x="{x + w / 2:.1f}" y="{baseline:.1f}">{escape(text)}</text>')
     return [
         f'<g class="{kind}{" marked" if marked else ""}">',
-        f"<title>{escape(chr(10).join(filter(None, told)))}</title>",
+        f"<title>{escape(chr(10).join(filter(None, tooltip)))}</title>",
         *shapes,
         "</g>",
     ]

@@ -89,9 +89,9 @@ def cumulative_gate(
 ) -> Tensor:
     """The chunks' prefix sums of the gate in log2, `x [B, T, HV, K]`, in the accumulation dtype.
 
-    Finite, since infinite sums have no difference. Sums `to_be_seen` are exact, bounded by the
-    least finite number. Others are only used as differences of tokens in exponents, so a token that
-    decays to 0 counts as `FORGOTTEN`, next to which smaller gates keep their digits.
+    Finite, since infinite sums have no difference. Sums `to_be_seen` are results in themselves, and
+    at least the least finite number. Others are only used as differences of tokens in exponents, so
+    a token that decays to 0 counts as `FORGOTTEN`, next to which smaller gates keep their digits.
     """
     g = gate_nats(real_rows(x, cu_seqlens, 0.0), A_log, dt_bias, lower_bound)
     if lower_bound is None and not to_be_seen:

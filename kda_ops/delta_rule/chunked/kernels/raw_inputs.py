@@ -11,7 +11,7 @@ from kda_ops.kernel import LOG2E, quick_sigmoid
 
 @triton.jit
 def within_fp16(y):
-    """Gates in log2, clamped at -30000 for fp16: any lower gate decays to zero as well."""
+    """Gates in log2, at least -30000 to fit fp16: any lower gate decays to zero as well."""
     return tl.where(y < -30000.0, -30000.0, y)
 
 
