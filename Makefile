@@ -1,5 +1,5 @@
-# Everything works on a machine with Python 3.11 and nothing else: the first target that needs it
-# makes .venv from pyproject.toml and constraints.txt.
+# Python 3.11 is the only requirement: the first target that needs it
+# creates .venv from pyproject.toml and constraints.txt.
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell \
 	$(p) -c 'import sys, venv; print("$(p)") if sys.version_info >= (3, 11) else None' 2>/dev/null)))
@@ -15,13 +15,13 @@ help:
 	@echo 'make demo           compile a Kimi Linear layer, prefill a text and decode, checked against fp64'
 	@echo 'make test           all tests that need no GPU (ARGS="-k gate" for some of them)'
 	@echo 'make docs           the documentation, into build/site'
-	@echo 'make check          format, lint, types, docs, tests; after make nixl wheel-check, all that continuous integration runs'
+	@echo 'make check          format, lint, types, docs, tests; after make nixl wheel-check, everything that continuous integration runs'
 	@echo 'make format         rewrite the sources in the one format'
 	@echo 'make nixl           install NIXL (Linux, 70 MB): make test then also runs the transfers over it'
-	@echo 'make test-nixl      the transfers over NIXL alone'
+	@echo 'make test-nixl      only the transfers over NIXL'
 	@echo 'make test-gpu       the same cases on a CUDA device'
 	@echo 'make perf           benchmarks on a CUDA device against flash-linear-attention'
-	@echo 'make perf-compare   fails where the newest run is 5 % worse than the committed ones (FILE=one.json)'
+	@echo 'make perf-compare   fails if the newest run is 5 % worse than the committed ones (FILE=one.json)'
 	@echo 'make perf-report    tables and pictures of the documentation from the runs in perf/history/h200'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -68,7 +68,7 @@ wheel-check: $(VENV)/.installed
 	$(RUN) -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir build/wheel .
 	$(RUN) -m tests.support.wheel build/wheel
 
-# --no-deps: the meta-package asks for the libraries of every CUDA version, and takes those of torch's
+# --no-deps: the meta-package requires the libraries of all CUDA versions
 $(VENV)/.nixl-installed: $(VENV)/.installed
 	cuda=$$($(RUN) -c 'import torch; print((torch.version.cuda or "12").split(".")[0])') && \
 	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps nixl nixl-cu$$cuda
@@ -83,13 +83,13 @@ test-nixl: $(VENV)/.nixl-installed
 test-gpu: $(VENV)/.installed
 	$(RUN) -m tests --gpu $(ARGS)
 
-# a whole run is kept with those of its GPU, a part of one (ARGS="-k gate") in build/
+# a whole run is saved with its GPU's runs, a partial one (ARGS="-k gate") in build/
 perf: $(VENV)/.perf-installed
 	@json="$(PERF_JSON)"; \
 	if [ -z "$$json" ]; then json=$(if $(ARGS),build/perf.json,$$($(RUN) -m perf.harness.machine)); fi; \
 	mkdir -p "$$(dirname "$$json")"; status=0; \
 	$(RUN) -m pytest perf -q --durations=15 --benchmark-json="$$json" $(ARGS) || status=$$?; \
-	$(RUN) -m perf.analysis.report "$$json" && echo "run kept in $$json" && exit $$status
+	$(RUN) -m perf.analysis.report "$$json" && echo "run saved in $$json" && exit $$status
 
 perf-compare: $(VENV)/.perf-installed
 	$(RUN) -m perf.analysis.compare $(FILE)

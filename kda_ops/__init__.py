@@ -1,7 +1,7 @@
 """Kimi Delta Attention, native to `torch.compile`.
 
-Importing this package loads neither Triton nor Inductor. `kda_ops.fused` has what graph rewrites
-reach; modules and what a server needs are imported on first use.
+Importing this package loads neither Triton nor Inductor. `kda_ops.fused` has the operators that
+graph rewrites produce; modules and serving classes are imported on first use.
 """
 
 import importlib

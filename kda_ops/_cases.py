@@ -1,4 +1,4 @@
-"""What a case is: one input of one operator, shared by the tests and the benchmarks."""
+"""A case: one input of one operator, shared by the tests and the benchmarks."""
 
 import importlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 
 
 def operator_packages() -> dict[str, str]:
-    """The package of each operator by its name, such as `kda_ops.gating.gate` of `gate`."""
+    """Maps operator names to packages, such as `gate` to `kda_ops.gating.gate`."""
     root = Path(__file__).parent
     folders = [path.parent for path in sorted(root.glob("*/*/cases.py"))]
     return {x.name: ".".join((root.name, *x.relative_to(root).parts)) for x in folders}
@@ -28,15 +28,15 @@ class Case:
 
     Attributes:
         name: Unique among the operator's cases; part of the test's name.
-        make: Makes the arguments of the public function on a device, from torch's global generator
+        make: Makes the public function's arguments on a device, from torch's global generator
             (which the caller has seeded).
         mutated: Names of the arguments that the call writes.
         bytes_moved: Bytes that any implementation must read and write.
-        flops: Floating-point operations of the operator's matrix products (0 where memory alone
+        flops: Floating-point operations of the operator's GEMMs (0 where only memory traffic
             counts).
         operand_dtype: The dtype that kernels round matrix operands to, where it is coarser than a
             result's; the tolerance rule takes its eps from it.
-        cpu_only: Has no kernel: fp64.
+        cpu_only: Not for kernels: fp64.
         perf: A benchmark size, not run by the tests.
     """
 
@@ -53,7 +53,7 @@ class Case:
 def paged_conv_state(
     slots: int, L: int, D: int, layout: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """A convolution state as a cache holds it: a view into pages with more bytes than it needs.
+    """A convolution state as in a cache: a view into pages larger than the state.
 
     `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS; the rest of each page is random too.
     """
@@ -62,24 +62,24 @@ def paged_conv_state(
 
 
 def unpacked(inputs: dict[str, Any], widths: tuple[int, int, int]) -> dict[str, Any]:
-    """Arguments of a packed convolution with three tensors for x, weight, bias and conv_state, as a
-    model holds them that keeps q, k and v apart: each state in pages of its own.
+    """Arguments of a packed convolution with x, weight, bias and conv_state split into q, k and v,
+    as in a model that does not pack them: each state in its own pages.
     """
     x = inputs["x"].split(widths, dim=-1)
     if inputs["x"].is_contiguous():
         x = tuple(part.contiguous() for part in x)
-    apart = {"x": x, "weight": tuple(w.clone() for w in inputs["weight"].split(widths))}
+    parts = {"x": x, "weight": tuple(w.clone() for w in inputs["weight"].split(widths))}
     if inputs.get("bias") is not None:
-        apart["bias"] = tuple(b.clone() for b in inputs["bias"].split(widths))
+        parts["bias"] = tuple(b.clone() for b in inputs["bias"].split(widths))
     if "conv_state" in inputs:
         state, layout = inputs["conv_state"], inputs["layout"]
         slots, L = state.shape[0], state.shape[1 if layout == "SD" else 2]
         states = state.split(widths, dim=2 if layout == "SD" else 1)
-        apart["conv_state"] = tuple(
+        parts["conv_state"] = tuple(
             paged_conv_state(slots, L, width, layout, state.dtype, state.device).copy_(part)
             for part, width in zip(states, widths, strict=True)
         )
-    return inputs | apart
+    return inputs | parts
 
 
 def with_states(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -93,8 +93,8 @@ def with_states(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> d
 def with_pages(
     inputs: dict[str, Any], slots: list[int], fresh: list[int], dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Adds paged states with padded pages; the null block is NaN and so are the pages of sequences
-    that start `fresh`.
+    """Adds paged states with padded pages; the null block and the pages of `fresh` sequences are
+    NaN.
     """
     (HV, V), K = inputs["v"].shape[2:], inputs["q"].shape[3]
     device = inputs["q"].device

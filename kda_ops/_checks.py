@@ -1,10 +1,10 @@
 """Argument checks that more than one operator uses.
 
-Every error names the argument, what was expected and what came.
+Every error names the argument, what was expected and what was passed.
 
-The functions without `_values` look at shapes, dtypes and devices only and run in traced code.
-Those with `_values` read tensor contents; they are passed to `define_op(check_values=...)` and
-never run while tracing.
+Functions without `_values` check only shapes, dtypes and devices, and run in traced code. Those
+with `_values` read tensor contents; they are passed to `define_op(check_values=...)` and never run
+while tracing.
 """
 
 import itertools
@@ -21,7 +21,7 @@ MAX_HEAD_DIM = 256
 
 
 def check_tensor(name: str, x: Any) -> None:
-    """`x` is a tensor; every check of a shape, dtype or device begins with it."""
+    """`x` is a tensor; every check of a shape, dtype or device starts here."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
 
@@ -38,7 +38,7 @@ def check_at_least(name: str, value: Any, least: int) -> None:
 
 
 def check_multiple(name: str, value: int, of: str, unit: int) -> None:
-    """`value` is a multiple of `unit`, an argument by the name `of`."""
+    """`value` is a multiple of `unit`, the value of the argument `of`."""
     if value % unit:
         raise ValueError(f"{name} must be a multiple of {of} = {unit}, got {value}")
 
@@ -73,7 +73,7 @@ def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype] = FLOATS) -
 
 
 def check_kernel_dtype(name: str, x: Tensor) -> None:
-    """Kernels compute in fp32: fp64 is for the CPU, and no fp64 result comes from them."""
+    """Kernels compute in fp32, so fp64 is for the CPU only."""
     if x.dtype is torch.float64:
         raise ValueError(
             f"{name} must have dtype float16, bfloat16 or float32 on a GPU, got float64"
@@ -81,7 +81,7 @@ def check_kernel_dtype(name: str, x: Tensor) -> None:
 
 
 def check_device(**tensors: Tensor | None) -> None:
-    """All given tensors are on the device of the first one."""
+    """All tensors are on the device of the first one."""
     first: tuple[str, Tensor] | None = None
     for name, x in tensors.items():
         if x is None:
@@ -94,14 +94,14 @@ def check_device(**tensors: Tensor | None) -> None:
 
 
 def check_head_dim(name: str, size: int) -> None:
-    """`size`, a head's width, is one that the kernels take."""
+    """`size`, a head dimension, is supported by the kernels."""
     check_integer(name, size)
     if not 1 <= size <= MAX_HEAD_DIM:
         raise ValueError(f"{name} must be in [1, {MAX_HEAD_DIM}], got {size}")
 
 
 def check_width(name: str, size: int) -> None:
-    """`size` is the width of a tensor's heads; see `check_head_dim`."""
+    """`size` is the head dimension of a tensor; see `check_head_dim`."""
     if not 1 <= size <= MAX_HEAD_DIM:
         raise ValueError(f"{name} must have a head dimension in [1, {MAX_HEAD_DIM}], got {size}")
 
@@ -132,7 +132,7 @@ def check_gate_parameters(
     lower_bound: float | None,
     name: str = "raw_gate",
 ) -> None:
-    """The arguments of the gate, `x [..., HV, K]`, which the caller knows by `name`."""
+    """The arguments of the gate; errors call `x [..., HV, K]` by `name`."""
     check_dtype(name, x)
     if x.dim() < 2:
         raise ValueError(f"{name} must have shape [..., HV, K], got {tuple(x.shape)}")
@@ -199,7 +199,7 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, total_tokens: int) -> None:
 
 
 def check_writable(**states: Tensor | None) -> None:
-    """PyTorch lets states that were made in inference mode be written there only."""
+    """PyTorch allows writes to tensors made in inference mode only in inference mode."""
     if torch.is_inference_mode_enabled():
         return
     for name, x in states.items():
@@ -240,7 +240,7 @@ def check_accepted(num_accepted: Tensor, sequences: int) -> None:
 def check_step_tables(
     state_indices: Tensor, num_accepted: Tensor | None, sequences: int, fewest_columns: int = 1
 ) -> None:
-    """The tables of a step on paged states, of which a column is a token."""
+    """The tables of a step on paged states; each column is a token."""
     check_slot_table(state_indices, sequences, fewest_columns)
     if num_accepted is None:
         return
@@ -260,7 +260,7 @@ def check_slot_values(name: str, slots: Tensor, num_slots: int) -> None:
 
 
 def check_distinct_slots(name: str, slots: Tensor) -> None:
-    """No slot but the null block occurs twice: two sequences would write it at once."""
+    """Slots are unique, except the null slot 0: else two sequences would write the same one."""
     used = sorted(slot for slot in slots.flatten().tolist() if slot != 0)
     for slot, following in itertools.pairwise(used):
         if slot == following:
@@ -268,7 +268,7 @@ def check_distinct_slots(name: str, slots: Tensor) -> None:
 
 
 def check_unshared_slots(table: Tensor) -> None:
-    """No slot of `state_indices [N, columns]` but the null block is that of two sequences."""
+    """No two sequences of `state_indices [N, columns]` share a slot, except the null slot 0."""
     owners: dict[int, int] = {}
     for n, slots in enumerate(table.tolist()):
         for slot in set(slots) - {0}:
@@ -280,7 +280,7 @@ def check_unshared_slots(table: Tensor) -> None:
 
 
 def check_accepted_values(name: str, counts: Tensor, most: int, ignored: Tensor) -> None:
-    """Accepted tokens of each sequence, where the sequence is not `ignored`."""
+    """Accepted tokens of each sequence that is not `ignored`."""
     bad = ((counts < 1) | (counts > most)) & ~ignored
     if bad.any():
         raise ValueError(f"{name} must be in [1, {most}], got {int(counts[bad][0])}")
@@ -312,7 +312,7 @@ def check_chunk_states(
     state: Tensor | None, state_indices: Tensor | None, has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:  # fmt: skip
-    """The states of whole sequences: initial and final ones, or paged ones written in place."""
+    """The states of whole sequences: initial and final, or paged and written in place."""
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     HV, V, K = v.shape[2], v.shape[3], q.shape[3]
     if state is None:

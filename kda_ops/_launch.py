@@ -1,6 +1,4 @@
-"""How a launcher reaches its Triton kernel, in eager mode and while a lowering traces the
-launcher.
-"""
+"""How a launcher calls its Triton kernel, eagerly and while a lowering traces the launcher."""
 
 from typing import Any
 
@@ -10,11 +8,11 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def traceable(kernel: Any) -> Any:
-    """The kernel itself, or while a lowering traces the launcher a stand-in that records the
-    launch in the graph.
+    """The kernel itself, or, while a lowering traces the launcher, a proxy that records the launch
+    in the graph.
 
-    A launcher writes `traceable(x_kernel)[grid](...)`. Run eagerly it launches. Traced
-    (`kda_ops.lowering.inline`), the launch becomes an Inductor node of its own: the generated code
+    A launcher writes `traceable(x_kernel)[grid](...)`. Run eagerly, it launches. Traced
+    (`kda_ops.lowering.inline`), the launch becomes its own Inductor node: the generated code
     launches the kernel directly, by name, and allocates its outputs and workspace from the graph's
     memory plan.
     """

@@ -1,4 +1,4 @@
-"""Numbers and dtypes that every family shares."""
+"""Constants and dtypes shared by all families."""
 
 import torch
 from torch import Tensor

@@ -1,22 +1,23 @@
-"""One way to register an operator, and the one seam through which `kda_ops` reaches `lowering`.
+"""The one way to register an operator, and the only place where `kda_ops` imports `lowering`.
 
 `define_op` turns a schema, a reference and a fake implementation into `torch.ops.kda_ops.<name>`:
 
-* CPU runs the reference, CUDA runs the launcher (imported on the first launch, so that importing
-  the package never loads Triton), which takes no fp64;
-* the fake implementation calls `lowering.install()` as soon as something is traced, which is before
-  anything is lowered or looked up in a cache;
-* autocast ends at the operator: it computes in the dtypes of its inputs, and so does its gradient;
-* a functional operator differentiates through an operator of its own, `<name>_backward`: the
-  vector-Jacobian product of the reference, or on CUDA kernels of its own (see `_gradients`);
-* an operator that writes to an argument refuses arguments that require grad;
-* `check_values` runs before the implementation, so it also runs in compiled graphs that fall back
-  to the implementation.
+* the CPU runs the reference, CUDA runs the launcher (imported on the first launch, so that
+  importing the package never loads Triton), which does not take fp64;
+* the fake implementation calls `lowering.install()` as soon as anything is traced, before it is
+  lowered or looked up in a cache;
+* autocast is disabled inside the operator: it computes in the dtypes of its inputs, and so does its
+  gradient;
+* a functional operator differentiates through its own operator `<name>_backward`: the
+  vector-Jacobian product of the reference, or dedicated kernels on CUDA (see `_gradients`);
+* an operator that writes to an argument rejects arguments that require grad;
+* `check_values` runs before the implementation, also in compiled graphs that call the
+  implementation.
 
-Beside it stands `torch.ops.kda_ops_reference.<name>`, the same operator with its reference on every
-device. Public functions call what `selected` returns: with `kda_ops.config.impl = "reference"` that
-one. It is an operator of its own since a graph must hold the decision, for its backward too: that
-is compiled and runs later, when the configuration may be another one.
+`torch.ops.kda_ops_reference.<name>` is the same operator with its reference on every device. Public
+functions call what `selected` returns, which is that one with `kda_ops.config.impl = "reference"`.
+It is a separate operator since the decision must be recorded in the graph, also for the backward,
+which is compiled and run later, when the configuration may have changed.
 
 `torch.library.Library.define` / `impl` are used directly since a call through them costs 1-2
 microseconds, a call through `torch.library.custom_op` 7-9.
@@ -60,11 +61,10 @@ Parameters = dict[str, Role | None]  # the arguments of an operator, in order, w
 
 @dataclass(frozen=True)
 class Operator:
-    """What stands behind one operator; see `define_op`.
+    """The implementations of one operator; see `define_op`.
 
-    `cpu` is the reference behind its checks. `cuda` is the whole CUDA implementation, of which
-    `launcher` is the part that a compiled graph holds. `backward` is None for an operator that
-    writes.
+    `cpu` is the reference with its checks. `cuda` is the whole CUDA implementation; `launcher` is
+    the part of it that a compiled graph contains. `backward` is None for an operator that writes.
     """
 
     op: Any
@@ -80,11 +80,11 @@ class Operator:
 
 
 OPERATORS: dict[Any, Operator] = {}
-REFERENCES: dict[Any, Any] = {}  # the operator of `kda_ops_reference` by that of `kda_ops`
+REFERENCES: dict[Any, Any] = {}  # operator of `kda_ops` -> that of `kda_ops_reference`
 
 
 def selected(op: Any) -> Any:
-    """The operator that public functions call for `op`: itself, or with `config.impl =
+    """The operator that public functions call for `op`: `op` itself, or with `config.impl =
     "reference"` its definition on any device. Dynamo traces this and guards on the configuration.
 
     Raises:
@@ -106,9 +106,9 @@ def activate_lowerings() -> None:
     """Installs the Inductor lowerings while something is being compiled (idempotent, cheap).
 
     On the first compile of a process Dynamo traces before Inductor is imported, and AOTAutograd
-    takes its cache key before it calls a fake implementation again. Waiting for Inductor would
-    leave our sources out of that key, and a changed lowering would be served old code. So a trace
-    is enough; it loads Inductor also for another backend, which costs seconds, once.
+    computes its cache key before it calls a fake implementation again. Waiting for Inductor would
+    leave our sources out of that key, so that a changed lowering would be served stale code. So any
+    trace installs them; with another backend that loads Inductor needlessly, seconds, once.
     """
     if "torch._inductor.lowering" in sys.modules or TracingContext.try_get() is not None:
         from kda_ops import lowering
@@ -117,7 +117,7 @@ def activate_lowerings() -> None:
 
 
 def lowering_module(name: str) -> Any:
-    """`kda_ops.lowering.<name>`, imported now: costs seconds, as it loads Inductor."""
+    """`kda_ops.lowering.<name>`; the first import loads Inductor and takes seconds."""
     return importlib.import_module(f"kda_ops.lowering.{name}")
 
 
@@ -138,26 +138,26 @@ def define_op(
     Args:
         schema: The operator's schema without a namespace, such as
             `"gate(Tensor x, Tensor? A_log) -> Tensor"`: every argument positional and without a
-            default. Written arguments carry `(a!)`.
+            default. Written arguments are marked `(a!)`.
         reference: The definition in eager PyTorch, called with the schema's arguments in order. It
             is the CPU implementation and the source of gradients. It never returns an input or a
             view of one.
         fake: Shapes, dtypes and strides of the result. Like the launcher and `check_values` it
-            declares the parameters that it uses, named as in the schema, in any order.
+            declares only the parameters it uses, named as in the schema, in any order.
         cuda: `"module:function"` of the kernel launcher.
-        cuda_backward: `"module:function"` of what launches the kernels of the gradient on CUDA, in
-            the place of the vector-Jacobian product of the reference. Like `cuda` it declares the
-            arguments that it uses, and of `output_gradients` (a list, one per result, None where
-            there is none) and `needs_gradient` (a bool per argument of the schema). It returns the
-            list of the needed gradients in the order of the arguments: dense, none of them an input
-            or a view of one. Its fake implementation follows from the schema, a gradient has the
-            shape of its argument; compiled graphs call it whole unless `lowering` has more.
-        roles: What arguments stand for, by name: pages, slots, offsets, chunk tables, copies. A
-            kernel is timed on arguments that are made by it; integers without a role are ones.
+        cuda_backward: `"module:function"` of the launcher of the gradient's CUDA kernels, instead
+            of the vector-Jacobian product of the reference. Like `cuda` it declares the arguments
+            it uses, which include `output_gradients` (a list, one per result, None where there is
+            none) and `needs_gradient` (a bool per argument of the schema). It returns the list of
+            the needed gradients in the order of the arguments: dense, none of them an input or a
+            view of one. Its fake implementation follows from the schema: a gradient has the shape
+            of its argument. In compiled graphs it is one opaque call unless `lowering` inlines it.
+        roles: Roles of arguments, by name: pages, slots, offsets, chunk tables, copies. Autotuning
+            generates arguments accordingly; integers without a role are ones.
         check_values: Raises `ValueError` for bad tensor *values*. Called before the implementation,
-            for CPU tensors always, for CUDA tensors when `kda_ops.config.check_values`.
-        moves_only: Whether the kernel copies elements and computes nothing, so that fp64 is a dtype
-            like any other. All other operators refuse fp64 on a GPU, also while they are traced.
+            always for CPU tensors, for CUDA tensors with `kda_ops.config.check_values`.
+        moves_only: Whether the kernel only copies elements, so that fp64 is a dtype like any other.
+            All other operators reject fp64 on a GPU, also while they are traced.
         tags: Extra operator tags.
     """
     name = schema[: schema.index("(")]
@@ -220,8 +220,8 @@ def define_op(
 
 
 def _define_references(*_: Any) -> None:
-    """Registers what is missing of `torch.ops.kda_ops_reference`: on first use, as that takes as
-    long as the package may take to import. (Dynamo passes what it knows of the call.)
+    """Registers the missing operators of `torch.ops.kda_ops_reference`, on first use, since that
+    takes as long as the whole import may take. (Dynamo passes what it knows of the call.)
     """
     for op, operator in OPERATORS.items():
         if op not in REFERENCES:
@@ -231,7 +231,7 @@ def _define_references(*_: Any) -> None:
 def _define_reference(op: Any, operator: Operator) -> Any:
     """The operator whose implementation is the reference of another one, on every device.
 
-    It takes fp64 on a GPU, and checks tensor values there too: a reference reads them anyway.
+    It takes fp64 on a GPU and checks tensor values there too, as a reference reads them anyway.
     """
 
     def fake_impl(*args: Any) -> Any:
@@ -272,7 +272,7 @@ def _define_backward(
 def _backward_launcher(
     target: str, op: Any, signature: Signature, parameters: Parameters
 ) -> Callable[..., Any]:
-    """What launches the kernels of a gradient, called like the backward operator."""
+    """The launcher of a gradient's kernels, called like the backward operator."""
     load = _lazy(target, {**parameters, "output_gradients": None, "needs_gradient": None})
     names = [x.name for x in op._schema.arguments]
     tensors = [i for i, x in enumerate(op._schema.arguments) if "Tensor" in str(x.type)]
@@ -288,7 +288,7 @@ def _backward_launcher(
 def _define(
     schema: str, tags: tuple[torch.Tag, ...] = (), library: torch.library.Library = _LIBRARY
 ) -> Any:
-    """A new operator that has no implementation yet."""
+    """A new operator, not yet implemented."""
     library.define(schema, tags=tuple(dict.fromkeys((torch.Tag.pt2_compliant_tag, *tags))))
     packet, _, overload = schema[: schema.index("(")].partition(".")
     return getattr(getattr(getattr(torch.ops, library.ns), packet), overload or "default")
@@ -320,7 +320,7 @@ def _implement(
 
 
 def _tensors_at(op: Any, places: list[int]) -> Callable[[tuple[Any, ...]], Any]:
-    """A function that takes the tensors at some places from an operator's arguments."""
+    """A function that picks the tensors at some positions of an operator's arguments."""
     if places and all(str(op._schema.arguments[i].type) == "Tensor" for i in places):
         return itemgetter(*places)
 
@@ -332,8 +332,8 @@ def _tensors_at(op: Any, places: list[int]) -> Callable[[tuple[Any, ...]], Any]:
 
 
 def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
-    """A function of all of an operator's arguments, in order, that passes on those that another one
-    declares. Raises `TypeError` for a parameter that is no argument of the operator.
+    """Wraps a function to take all of an operator's arguments, in order, and pass on those that it
+    declares. Raises `TypeError` for a parameter that is not an argument of the operator.
     """
     declared = list(inspect.signature(function).parameters.values())
     if any(x.kind is x.VAR_POSITIONAL for x in declared) or [x.name for x in declared] == names:
@@ -361,7 +361,7 @@ def _with_roles(op: Any, roles: Mapping[str, Role]) -> Parameters:
 def _lazy(target: str, parameters: Parameters) -> Callable[..., Any]:
     """A function that imports `module:function` on its first call.
 
-    While the function runs, kernels are chosen for it and its `parameters`.
+    While the function runs, kernels are tuned for its call.
     """
     module, _, attribute = target.partition(":")
     found: list[Callable[..., Any]] = []

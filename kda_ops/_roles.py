@@ -1,6 +1,5 @@
-"""What an argument of an operator stands for, where its dtype and shape do not say it: declared in
-`define_op(roles=...)`, for what must make arguments on which a call has work to do
-(`kda_ops.tuning.example_inputs`).
+"""Roles of operator arguments, where dtype and shape do not say what they mean: declared in
+`define_op(roles=...)`, so that `kda_ops.tuning.example_inputs` can make realistic arguments.
 """
 
 from dataclasses import dataclass
@@ -9,13 +8,13 @@ from enum import Enum
 
 @dataclass(frozen=True)
 class Pages:
-    """States in pages; `axis` is that of the slots, counted from the end."""
+    """Paged states; `axis` is the axis of the slots, counted from the end."""
 
     axis: int
 
 
 class Table(Enum):
-    """Integers with a meaning."""
+    """Tables of integers."""
 
     SLOTS = "the page of each sequence"
     OFFSETS = "where sequences begin and end, N + 1 of them"

@@ -1,5 +1,5 @@
-"""What a call does differently while it is traced: no values are read, and the sizes of a server's
-batch do not become constants.
+"""What a call does differently while it is traced: it reads no values, and keeps the sizes of a
+server's batch from being specialized.
 """
 
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# what a step of each kind reads of its batch
+# the fields of its batch that each kind of step reads
 DECODE = ("counts", "state_indices", "cu_seqlens", "num_accepted")
 PREFILL = (
     "counts",
@@ -26,7 +26,7 @@ READ = {
 
 
 def reads_values(x: Tensor) -> bool:
-    """Whether the values of `x` can be read: it is no part of a trace, and not fake."""
+    """Whether the values of `x` can be read: it is neither traced nor fake."""
     if torch.compiler.is_compiling() or x.is_meta:
         return False
     if type(x) is Tensor:
@@ -37,11 +37,11 @@ def reads_values(x: Tensor) -> bool:
 
 
 def open_sizes(batch: Any, hidden_states: Tensor) -> None:
-    """Makes the sizes that change from step to step unknown to Dynamo, which traces this.
+    """Makes the sizes that change from step to step unbacked for Dynamo, which traces this.
 
-    By itself it takes a size for a constant, then for a number from 2: counts of 0 and 1, and
-    counts that happen to be equal, get a graph of their own. Nothing is done with `dynamic=False`,
-    and for tensors that the graph has read before or computes.
+    By default Dynamo specializes a size to a constant, then to a symbol of at least 2: counts of 0
+    and 1, and counts that happen to be equal, get their own graphs. Does nothing with
+    `dynamic=False`, or for tensors that the graph has already read or computes itself.
     """
     from torch._dynamo.comptime import comptime
 
@@ -49,7 +49,7 @@ def open_sizes(batch: Any, hidden_states: Tensor) -> None:
 
 
 def _open_sizes(context: Any) -> None:
-    """Runs while `open_sizes` is traced, on what Dynamo knows of its arguments."""
+    """Runs while `open_sizes` is traced, on Dynamo's variables for its arguments."""
     from torch._dynamo import config, exc
 
     if config.assume_static_by_default and not config.automatic_dynamic_shapes:
@@ -75,7 +75,7 @@ def _open_sizes(context: Any) -> None:
 
 
 def _unread(variable: Any) -> Tensor | None:
-    """The tensor behind a variable, if the graph has not read it yet."""
+    """The tensor of a variable, if the graph has not read it yet."""
     from torch._dynamo.variables.lazy import LazyVariableTracker
 
     if type(variable) is not LazyVariableTracker or variable.is_realized():
@@ -85,7 +85,7 @@ def _unread(variable: Any) -> Tensor | None:
 
 
 def _open(variable: Any, axes: Iterable[int]) -> None:
-    """Makes a tensor an input of the graph, with unknown sizes on these axes."""
+    """Makes a tensor an input of the graph, with unbacked sizes on these axes."""
     from torch._dynamo.decorators import mark_unbacked
 
     x = _unread(variable)
@@ -105,10 +105,10 @@ def _open(variable: Any, axes: Iterable[int]) -> None:
 
 
 def _free_stride(inputs: Iterable[Any], source: Any, axis: int) -> None:
-    """Takes the stride of an axis of size 1 out of the guards of an input.
+    """Removes the stride of an axis of size 1 from the guards of an input.
 
-    Where the rows are part of a larger buffer, or none, it is not what the sizes say; nothing that
-    is computed depends on it.
+    Where the rows are part of a larger buffer, or empty, it does not follow from the sizes; no
+    result depends on it.
     """
     for tracked in inputs:
         fake = tracked.fake
@@ -123,7 +123,7 @@ def _free_stride(inputs: Iterable[Any], source: Any, axis: int) -> None:
 
 
 def hint(size: torch.SymInt) -> int | None:
-    """The number that stands for a symbolic size while code is chosen, None if there is none."""
+    """The hint of a symbolic size, None if it has none."""
     if size.node.hint is not None:
         return int(size.node.hint)
     marked = size.node.shape_env.var_to_hint_override

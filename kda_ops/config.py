@@ -1,25 +1,25 @@
 """Compile-time configuration, read in traced code.
 
 Each value is a plain attribute of this module. `torch.compile` guards on `impl`, `conv_layout` and
-`check_values`: assign to them and the next call of a compiled function recompiles once and gives
-the answer of the new value. Values are checked where they are used, not where they are set.
+`check_values`: assign one, and the next call of a compiled function recompiles once with the new
+value. Values are checked when used, not when set.
 
 Attributes:
-    impl: What stands behind every public operator. `"auto"` is the fastest there is: hand-written
-        kernels on a GPU, rewrites and lowerings in compiled code. `"reference"` is the definition
-        in eager PyTorch, on any device, as one opaque call in compiled code that no rewrite
-        touches; it takes fp64 on a GPU too, is slow there and checks tensor values always. See
-        `reference`.
-    conv_layout: Layout of every short-convolution state whose call does not name one. `"SD"` is
-        `(slots, L, D)`, `"DS"` is `(slots, D, L)`. `"auto"` is decided when a state is allocated
-        (see `KDAStateSpec.decide_layout`); calls then go by the shape of the state that they get.
-        Taken from the environment variable `KDA_OPS_CONV_LAYOUT` at import, `"SD"` without it.
+    impl: The implementation of every public operator. `"auto"` is the fastest available:
+        hand-written kernels on a GPU, rewrites and lowerings in compiled code. `"reference"` is the
+        definition in eager PyTorch, on any device, as one opaque call in compiled code that no
+        rewrite touches; it takes fp64 on a GPU too, is slow there and always checks tensor values.
+        See `reference`.
+    conv_layout: Layout of a short-convolution state where the call does not name one. `"SD"` is
+        `(slots, L, D)`, `"DS"` is `(slots, D, L)`. `"auto"` is resolved when a state is allocated
+        (see `KDAStateSpec.decide_layout`); calls then infer it from the shape of the state. Read
+        from the environment variable `KDA_OPS_CONV_LAYOUT` at import, else `"SD"`.
     check_values: Also check tensor *values* (offsets, slots, counts) of CUDA tensors. Costs a
-        synchronisation per operator, off by default. Values of CPU tensors are always checked.
-        Without it every kernel stays memory-safe for any values.
-    deterministic_tuning: Take kernel choices and the layout `"auto"` from the shipped table alone
-        (`kda_ops.tuning`), never from timing. It counts where something is chosen: eager calls and
-        compilations from then on, with caches of their own. What is compiled already stays.
+        synchronization per operator; off by default. Values of CPU tensors are always checked.
+        Without it every kernel is still memory-safe for any values.
+    deterministic_tuning: Take kernel choices and the layout `"auto"` only from the shipped table
+        (`kda_ops.tuning`), never from timing. Applies to later eager calls and compilations, which
+        have separate caches; code that is already compiled is unchanged.
 """
 
 import os
@@ -48,11 +48,11 @@ def check_impl() -> None:
 
 @contextmanager
 def reference() -> Iterator[None]:
-    """While it is open, every operator is its definition in eager PyTorch, on any device: sets
-    `impl` and puts it back.
+    """Context manager: runs every operator as its definition in eager PyTorch, on any device, by
+    setting and restoring `impl`.
 
-    For the process, as all configuration is. A gradient is that of what ran forward, whenever it is
-    taken. Operators called past their public functions (`torch.ops.kda_ops`) do not obey.
+    Process-wide, like all configuration. The gradient is that of the implementation that ran
+    forward, whenever it is computed. Direct calls of `torch.ops.kda_ops` are not affected.
     """
     global impl
     before, impl = impl, "reference"
@@ -63,7 +63,7 @@ def reference() -> Iterator[None]:
 
 
 def configured_layout(layout: str | None) -> str:
-    """A layout as it was asked for, which may be `"auto"`: the argument, else `conv_layout`.
+    """The requested layout, possibly `"auto"`: the argument, else `conv_layout`.
 
     Raises:
         ValueError: The layout is neither `"auto"` nor one of `LAYOUTS`.
@@ -80,8 +80,8 @@ def resolve_layout(
 ) -> str:
     """The layout a call uses: its own argument, else `conv_layout`.
 
-    For `"auto"` it is read off the state: the axis of `channels` is D. A state that has no such
-    axis counts as SD (checks of its shape follow), and so does a call without a state.
+    `"auto"` is inferred from the state: the axis of size `channels` is D. A state without such an
+    axis counts as SD (its shape is checked later), and so does a call without a state.
 
     Args:
         layout: The call's argument.
@@ -89,7 +89,7 @@ def resolve_layout(
         channels: D, or None where the call does not know it.
 
     Raises:
-        ValueError: The layout is not allowed, or `"auto"` for a state that does not tell: D is not
+        ValueError: The layout is not allowed, or is `"auto"` for an ambiguous state: D is not
             known, or equal to L.
     """
     layout = configured_layout(layout)

@@ -1,7 +1,7 @@
-"""Fused operators: what graph rewrites reach, and experts may call by hand.
+"""Fused operators: produced by graph rewrites; experts may call them directly.
 
-They take raw projections (`raw_gate`, `raw_beta`) where the operators of `kda_ops` take what their
-names say.
+They take raw projections (`raw_gate`, `raw_beta`) where the operators of `kda_ops` take activated
+values (`g`, `beta`).
 """
 
 from kda_ops.conv.short_conv_qkv import short_conv_qkv

@@ -1,5 +1,5 @@
-"""The chunks of a batch: the table of a variable-length one (each program's sequence, and its chunk
-of that), and the memory that chunked KDA takes for them.
+"""The chunks of a batch: for a variable-length one, the table of each program's sequence and its
+chunk of that sequence.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ EMPTY = -1
 
 
 def prepare_chunk_indices(cu_seqlens: Tensor, total_tokens: int, chunk_size: int = CHUNK) -> Tensor:
-    """Maps chunk programs to sequences, on the device of `cu_seqlens` and without synchronising
+    """Maps chunk programs to sequences, on the device of `cu_seqlens` and without synchronizing
     with it.
 
-    Compute it once per batch and hand it to every operator and layer that takes `chunk_indices`. It
-    is made of ordinary tensor operations: it compiles, and it can be captured in a CUDA graph and
+    Compute it once per batch and pass it to every operator and layer that takes `chunk_indices`. It
+    consists of ordinary tensor operations: it compiles, and can be captured in a CUDA graph and
     replayed with other `cu_seqlens` of the same length.
 
     Args:
@@ -29,8 +29,8 @@ def prepare_chunk_indices(cu_seqlens: Tensor, total_tokens: int, chunk_size: int
 
     Returns:
         `[T // chunk_size + N, 2]`, int32: (sequence, chunk of that sequence), in order. That many
-        rows always suffice; rows past the real count hold `(-1, -1)` and a program that reads one
-        returns at once.
+        rows always suffice; unused rows hold `(-1, -1)`, and a program that reads one returns at
+        once.
 
     Raises:
         ValueError: Wrong shape or dtype, a negative `total_tokens` or a `chunk_size` below 1.
@@ -45,7 +45,7 @@ def prepare_chunk_indices(cu_seqlens: Tensor, total_tokens: int, chunk_size: int
     sequences = cu_seqlens.shape[0] - 1
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     ends = ((lengths + (chunk_size - 1)) // chunk_size).cumsum(0)
-    # never empty, also without sequences: a search in nothing does not compile for a GPU
+    # never empty, even without sequences: searchsorted in nothing does not compile for a GPU
     starts = torch.nn.functional.pad(ends, (1, 0))
     row = torch.arange(total_tokens // chunk_size + sequences, device=cu_seqlens.device)
     sequence = torch.searchsorted(starts, row, right=True) - 1
@@ -58,9 +58,8 @@ def prepare_chunk_indices(cu_seqlens: Tensor, total_tokens: int, chunk_size: int
 def chunk_tokens(
     cu_seqlens: Tensor, chunk_indices: Tensor, chunk_size: int, total_tokens: int
 ) -> Tensor:
-    """The token at each place of each row of a chunk table, `[rows, chunk_size]`.
-
-    `total_tokens` stands where there is none.
+    """The token at each position of each row of a chunk table, `[rows, chunk_size]`; `total_tokens`
+    where there is none.
     """
     sequence, chunk = chunk_indices.to(torch.int64).unbind(1)
     real = sequence >= 0
@@ -74,7 +73,7 @@ def chunk_tokens(
 def real_rows(x: Tensor, cu_seqlens: Tensor | None, fill: float) -> Tensor:
     """`x [B, T, ...]` with `fill` in the rows past the last sequence.
 
-    What is computed of padding is discarded, but its derivatives would be NaN where it holds NaN.
+    Results from padding are discarded, but their derivatives would be NaN where it holds NaN.
     """
     if cu_seqlens is None:
         return x
@@ -83,7 +82,7 @@ def real_rows(x: Tensor, cu_seqlens: Tensor | None, fill: float) -> Tensor:
 
 
 def sequence_offsets(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """`[N + 1]`, int64: `cu_seqlens`, or those of the equally long sequences of a dense batch."""
+    """`[N + 1]`, int64: `cu_seqlens`, or the offsets of the rows of a dense batch."""
     if cu_seqlens is not None:
         return cu_seqlens.long()
     sequences = x.shape[0] if x.dim() == 3 else 1
@@ -91,12 +90,12 @@ def sequence_offsets(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def known(x: Tensor) -> bool:
-    """Whether values can be read: traced tensors have none, and nobody waits for those of a GPU."""
+    """Whether values can be read without synchronizing: the tensor is real, and not on a GPU."""
     return type(x) is Tensor and x.device.type == "cpu"
 
 
 def even_length(offsets: Tensor, rows: int) -> int | None:
-    """How many tokens each sequence has, where all have as many, fill all rows, and are `known`."""
+    """The length of each sequence, if all are equally long, fill all rows, and are `known`."""
     sequences = len(offsets) - 1
     if not known(offsets) or rows == 0 or sequences == 0:
         return None
@@ -131,7 +130,7 @@ def check_varlen_values(
 def check_chunk_indices_values(
     chunk_indices: Tensor, cu_seqlens: Tensor, total_tokens: int, chunk_size: int
 ) -> None:
-    """`chunk_indices` is the chunk table of right `cu_seqlens`."""
+    """`chunk_indices` is the chunk table of valid `cu_seqlens`."""
     from kda_ops.varlen import prepare_chunk_indices
 
     expected = prepare_chunk_indices(cu_seqlens, total_tokens, chunk_size)

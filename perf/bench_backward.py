@@ -1,8 +1,8 @@
-"""The core from raw projections, forward and backward together and the backward alone, against
-FLA's: gradients of q, k, v, the gate's input and parameters, and beta.
+"""The core from raw projections, forward plus backward and backward alone, against FLA: gradients
+of q, k, v, the gate's input and parameters, and beta.
 
-The eager references are no row: their gradient takes 60 times as long. `peak_MB` counts arguments
-and results too.
+There is no row for the eager references: their gradient takes 60 times as long. `peak_MB` includes
+arguments and results.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""The two ceilings as rows of their own: a device copy, and a bf16 matrix product. Every other row
-of the run is read against them.
+"""The two ceilings as rows: a device copy and a bf16 GEMM, to which all other rows of the run are
+compared.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ ROWS = [
         prepare=direct(lambda target, source: target.copy_(source)),
         expected=lambda inputs: inputs["source"].clone,
         bytes_moved=2 * COPY_BYTES,
-        graph=False,  # as a node of a graph a copy takes another, slower way
+        graph=False,  # a copy node in a CUDA graph takes a slower path
     ),
     Row(
         stage="matmul",

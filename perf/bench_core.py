@@ -1,4 +1,4 @@
-"""The prefill core from raw projections, against whole cores of others, at the sizes of the
+"""The prefill core from raw projections, against the baselines' whole cores, at the sizes of the
 targets: q, k, v, gate input and beta in, output and final states out.
 """
 
@@ -27,8 +27,8 @@ RAGGED = (1300, 547, 2048, 963, 271, 3063)
 
 @functools.cache
 def offsets(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Offsets and chunk table of a batch, the same tensors for every set of inputs: FLA keeps what
-    it derives from offsets by their identity, and would synchronise while a graph is captured.
+    """Offsets and chunk table of a batch, the same tensors for every set of inputs: FLA caches what
+    it derives from offsets by identity, and would otherwise synchronize during graph capture.
     """
     sums = [0, *itertools.accumulate(lengths)]
     cu_seqlens = torch.tensor(sums, dtype=torch.int32, device=device)
@@ -38,7 +38,7 @@ def offsets(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
 def core_inputs(
     device: torch.device, lengths: tuple[int, ...], H: int, lower_bound: float | None
 ) -> dict[str, Any]:
-    """Raw projections of a layer, `[1, T, H, D]`, with rates and biases as FLA initialises them."""
+    """Raw projections of a layer, `[1, T, H, D]`, with rates and biases initialized like FLA's."""
     T = sum(lengths)
     q, k, v, x = (torch.randn(1, T, H, D, device=device, dtype=torch.bfloat16) for _ in range(4))
     step = torch.empty(H, D, device=device).uniform_(-6.9, -2.3).exp()
@@ -80,9 +80,7 @@ def fused_core(**inputs: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def core_flops(chunks: int, H: int) -> int:
-    """Matrix products of the chunked form: the two C x C score tiles, u and w, and the scan's four
-    products.
-    """
+    """FLOPs of the chunked form: two C x C score tiles, u and w, and the scan's four GEMMs."""
     return chunks * H * 2 * (2 * CHUNK**2 * D + 2 * CHUNK**2 * D + 3 * CHUNK * D**2 + CHUNK**2 * D)
 
 
@@ -112,7 +110,7 @@ COMPILED_TOO = ("softplus-T8192-H32", "softplus-T1024-H32")
 
 
 def core_rows(case: Case) -> list[Row]:
-    """The baselines, the small operators called one by one (and compiled), all in one operator."""
+    """The baselines, the small operators called separately and compiled, the fused operator."""
     compile_too = case.name in COMPILED_TOO
     baselines = fla(fla_core) | more_baselines()
     rows = function_rows("core", case, core, baselines=baselines, compile_too=compile_too)

@@ -1,10 +1,10 @@
-"""How exact the prefill core is: relative Frobenius errors of the output and of the final state to
-the recurrence itself, token by token in fp64, ours beside FLA's on the same inputs.
+"""Accuracy of the prefill core: relative Frobenius errors of the output and of the final state
+against the recurrence, token by token in fp64, ours and FLA's on the same inputs.
 
-Where a token forgets everything before it a final state is of few roundings, and between two ways
-of rounding alike one sample decides by a percent: the errors are those of several samples together.
+If tokens forget everything before them, a final state depends on few roundings, and a single sample
+decides by a percent between equally good ones: errors are over several samples together.
 
-Runs after `bench_core`: FLA tunes itself at the first size it meets, and these are short.
+Runs after `bench_core`: FLA autotunes at the first size it sees, and these are short.
 """
 
 from collections.abc import Callable
@@ -38,8 +38,8 @@ def harsh(inputs: Inputs) -> Inputs:
 
 
 def near_identical_keys(inputs: Inputs) -> Inputs:
-    """Keys a percent apart that decay by about a thousandth a token: every token corrects what the
-    one before it wrote.
+    """Keys that differ by a percent, decaying by about a thousandth per token: every token corrects
+    what the previous one wrote.
     """
     k = inputs["k"]
     log_rate = -2.3 if inputs["lower_bound"] is None else 0.7  # the bounded gate has it inside
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[float | None, Callable[[Inputs], Inputs]]] = {
 
 
 def make(name: str, sample: int, device: torch.device) -> Inputs:
-    """The same inputs for everyone, `[1, T, H, 128]`."""
+    """The same inputs for all providers, `[1, T, H, 128]`."""
     lower_bound, change = CASES[name]
     torch.manual_seed(SEED + sample)
     return change(core_inputs(device, (T,), H, lower_bound))
@@ -94,7 +94,7 @@ def step_recurrence(
 
 
 def providers() -> dict[str, Prepare]:
-    """Baselines first, so that ours can be held against them."""
+    """Baselines first, so that ours can be compared with them."""
     return {
         **{provider: baseline(None) for provider, baseline in fla(fla_core).items()},
         OURS: direct(core),

@@ -1,7 +1,7 @@
-"""A whole layer at Kimi-Linear's sizes: hidden 2304, 32 heads of 128.
+"""A whole layer at Kimi-Linear's sizes: hidden 2304, 32 heads, head size 128.
 
 Prefill of 8192 tokens against FLA's layer with the same weights, eager and compiled, and one decode
-step from paged states, which FLA's layer does not have.
+step on paged states, which FLA's layer does not have.
 """
 
 import functools
@@ -18,7 +18,7 @@ from perf.harness.rows import COMPILED, OURS, Call, Inputs, Row, RunReferences
 
 HIDDEN, HEADS, HEAD_DIM, TOKENS = 2304, 32, 128, 8192
 WIDTH = HEADS * HEAD_DIM
-# FLA's layer breaks into some fourteen graphs when it is compiled; past this the row is given up
+# FLA's compiled layer breaks into some fourteen graphs; after this time the row is abandoned
 COMPILE_SECONDS = 150
 # q, k, v, o; the low-rank pairs of the two gates; beta
 WEIGHTS = 4 * HIDDEN * WIDTH + 2 * (HIDDEN * HEAD_DIM + HEAD_DIM * WIDTH) + HIDDEN * HEADS
@@ -26,7 +26,7 @@ WEIGHTS = 4 * HIDDEN * WIDTH + 2 * (HIDDEN * HEAD_DIM + HEAD_DIM * WIDTH) + HIDD
 
 @functools.cache
 def layer() -> KimiDeltaAttention:
-    """bf16 weights; rates and biases of the gate stay fp32. Made once: all rows have the same."""
+    """bf16 weights; rates and biases of the gate stay fp32. Made once, shared by all rows."""
     torch.manual_seed(0)
     return KimiDeltaAttention(HIDDEN, HEAD_DIM, HEADS, device="cuda", dtype=torch.bfloat16).eval()
 
@@ -36,7 +36,7 @@ def prefill_inputs(device: torch.device) -> Inputs:
 
 
 def decode_inputs(device: torch.device, sequences: int) -> Inputs:
-    """One token of each sequence, states of its own in a page each."""
+    """One token per sequence, with one page per sequence."""
     state = layer().state_spec().allocate(sequences + 1, device=device)
     for pages in state:
         pages.normal_()
@@ -152,7 +152,7 @@ ROWS = [
 
 
 def with_limit(row: Row) -> Any:
-    """The row as a parameter of the benchmark, limited in time where it compiles FLA's layer."""
+    """The row as a benchmark parameter, with a time limit if it compiles FLA's layer."""
     slow = row.prepare is theirs_compiled
     marks = [pytest.mark.timeout(COMPILE_SECONDS)] if slow else []
     return pytest.param(row, id=str(row), marks=marks)

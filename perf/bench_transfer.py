@@ -1,7 +1,7 @@
-"""What the host does of a transfer: planning, matching blocks, posting reads. Needs no GPU.
+"""The host's part of a transfer: planning, matching blocks, posting reads. Needs no GPU.
 
-Descriptors per second: ranges that a transport is given. A hybrid model at Kimi-Linear's sizes, 20
-KDA layers and 7 of attention with 8 KV heads, prompts of 16384 tokens, no prefix hit.
+Descriptors per second: ranges passed to a transport. A hybrid model at Kimi-Linear's sizes, 20 KDA
+layers and 7 attention layers with 8 KV heads, prompts of 16384 tokens, no prefix hit.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def geometry(tp: int) -> EngineGeometry:
 
 
 def blocks(request: int) -> list[list[int]]:
-    """Blocks of a request: the running state, and all its keys and values."""
+    """Blocks of a request: the running state, and all keys and values."""
     count = PROMPT // BLOCK
     first = 1 + request * count
     return [[0] * (count - 1) + [request + 1], list(range(first, first + count))]
@@ -55,7 +55,7 @@ def blocks(request: int) -> list[list[int]]:
 
 @dataclass(eq=False)
 class Weightless(InProcessTransport):
-    """Takes pages that do not exist, and reads of them that are done at once; boards are read."""
+    """Accepts nonexistent pages, whose reads complete at once; boards are really read."""
 
     def register(self, regions: Any, memory: str) -> Any:
         return super().register(regions, "cpu")
@@ -81,7 +81,7 @@ class Weightless(InProcessTransport):
 
 @pytest.fixture
 def count(benchmark: Any) -> Callable[..., None]:
-    """Measures a call and writes down how much of something it makes per second."""
+    """Measures a call and records how many items it processes per second."""
 
     def measure(
         step: str,
@@ -128,13 +128,13 @@ def bench_match(count: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize(("p", "d"), PAIRS, ids=ids)
 def bench_read(count: Callable[..., None], p: int, d: int) -> None:
-    """Requests of one reading rank from `read` to their end, boards included, but for the pages."""
+    """Requests of one reading rank from `read` to their end, including boards but not pages."""
     network = InProcessNetwork()
 
     def engine(tp: int, rank: int, name: str) -> TransferEngine:
         shape = geometry(tp)
         pages = []
-        for group in shape.groups:  # one buffer for all layers, and never touched
+        for group in shape.groups:  # one buffer for all layers, never touched
             buffer = torch.empty(group.pages, group.page_bytes, dtype=torch.uint8)
             pages.append([buffer] * group.layers)
         return TransferEngine(Weightless(network, f"{name}{rank}"), shape, rank, pages, name=name)

@@ -1,5 +1,5 @@
-"""Benchmarks need a CUDA device, but those marked `host`; without one they are deselected, and the
-run says so.
+"""Benchmarks need a CUDA device unless marked `host`; without one they are deselected, and the run
+says so.
 """
 
 import gc
@@ -51,13 +51,13 @@ def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]
 ) -> None:
     for benchmark in output_json["benchmarks"]:
-        benchmark["params"] = None  # a row holds functions; `extra_info` says all of it
+        benchmark["params"] = None  # a row contains functions; `extra_info` has everything
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quickly() -> Iterator[None]:
-    """Baselines tune on every core; collecting after each row leaves what was imported before
-    alone.
+    """Baselines autotune on every core; garbage collection after each row skips what was imported
+    before.
     """
     gc.collect()
     gc.freeze()
@@ -77,5 +77,5 @@ def measurer() -> Measurer:
 
 @pytest.fixture
 def measure(measurer: Measurer, benchmark: Any) -> Callable[[Row], None]:
-    """Checks one row, measures it and writes down what follows from its time."""
+    """Checks one row, measures it and records the derived figures."""
     return lambda row: measurer(row, benchmark)

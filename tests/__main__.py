@@ -1,7 +1,7 @@
 """Runs every test that needs no GPU, or those that need one: `python -m tests [--gpu] [pytest
 arguments]`.
 
-Three processes, one after the other. Triton decides at import whether its kernels are interpreted:
+Three sequential processes. Triton decides at import whether its kernels are interpreted:
 one with kernels compiled, one with `TRITON_INTERPRET=1`, each with a worker per core. Then, where
 NIXL is installed, the transfers between processes, which have the machine to themselves. Fails when
 any fails; ends with pytest's own summary line of each. The tests on a CUDA device are one pass.

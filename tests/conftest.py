@@ -47,6 +47,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> None:
-    """Each test compiles from nothing."""
+    """Each test compiles from scratch."""
     torch.manual_seed(0)
     torch._dynamo.reset()

@@ -1,1 +1,1 @@
-"""What a server owns: states, batches, checkpoints at block boundaries."""
+"""For servers: states, batches, checkpoints at block boundaries."""

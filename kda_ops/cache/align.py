@@ -1,13 +1,13 @@
 """Checkpoints of states at block boundaries ("align" mode), with speculative decode.
 
-Prefix caching keeps a KDA state only where a block of `block_tokens` tokens ends. A request runs in
-the block at its position `running`; with `num_spec` speculative tokens the recurrent state after
-token j of a step lies in the block at `running + j`, while the conv state in block `running` is a
-window that holds all of them. Two planners say what to copy, `before_forward` and `after_sampling`;
-both return the plan that `kda_ops.state_copy` takes. They are tensor operations of static shape:
-they run on any device without a synchronisation, compile, and can be captured in a CUDA graph.
+Prefix caching keeps a KDA state only at the end of each block of `block_tokens` tokens. A request
+runs in the block at position `running`; with `num_spec` speculative tokens the recurrent state
+after token j of a step is in the block at `running + j`, while the conv state in block `running` is
+a window over all of them. Two planners, `before_forward` and `after_sampling`, return plans for
+`kda_ops.state_copy`. They are tensor operations of static shape: they run on any device without
+synchronization, compile, and can be captured in a CUDA graph.
 
-Source: the "align" mode of Mamba states in vLLM. That the two source blocks differ is on purpose.
+Source: the "align" mode of Mamba states in vLLM. The two source blocks differ on purpose.
 """
 
 from typing import NamedTuple
@@ -27,13 +27,13 @@ from kda_ops._checks import (
 
 
 class AlignStep(NamedTuple):
-    """What one planner decides.
+    """The result of a planner.
 
     Attributes:
         plan: `[R, 4]`, int32: rows `(conv_src, recurrent_src, dst, bias)` for
             `kda_ops.state_copy`; `(-1, -1, 0, 0)` for a request with nothing to copy.
-        num_accepted: `[R]`, the accepted counts from here on.
-        running_block: `[R]`, position of the running block in each request's list, from here on.
+        num_accepted: `[R]`, the new accepted counts.
+        running_block: `[R]`, the new position of the running block in each request's list.
     """
 
     plan: Tensor
@@ -50,33 +50,33 @@ def before_forward(
     running_block: Tensor,
     block_tokens: int,
 ) -> AlignStep:
-    """Moves states into the blocks that the coming forward runs in.
+    """Plans the moves of states into the blocks of the next forward.
 
-    A request runs in block `cur = ceil((computed + scheduled) / block_tokens) - 1`. Where its last
-    running block was another one, the state after its last accepted token is copied: conv rows
+    A request runs in block `cur = ceil((computed + scheduled) / block_tokens) - 1`. If its last
+    running block was a different one, the state after its last accepted token is copied: conv rows
     from that block, shifted by `bias = num_accepted - 1`, and the recurrent state from the block
-    `bias` positions behind it. Its accepted count is then 1. Where nothing is copied the count
-    stays as it was, and the forward needs it, for a prefill as for a decode: `num_accepted` and
+    `bias` positions after it. Its accepted count is then 1. Where nothing is copied the count is
+    unchanged, and the forward needs it, for prefills and decodes: `num_accepted` and
     `prefill_num_accepted` of `kda_ops.cache.batch.KDABatch`.
 
     Args:
         block_table: `[R, blocks]`, int32 or int64: slots of each request in order of position, 0
-            for the null block. Holds the blocks up to `cur + num_spec`.
-        num_computed: `[R]`, integers: tokens that the state stands for.
-        num_scheduled: `[R]`, tokens of the coming forward, speculative ones included; 0 for a row
-            that is padding.
-        num_accepted: `[R]`, tokens of the last step that were kept, from 1.
-        running_block: `[R]`, positions after the last step, `-1` for a request that is new,
-            resumed or was preempted: then the block of its last computed token counts, without a
-            bias, and with nothing computed there is nothing to copy.
+            for the null block. Has the blocks up to `cur + num_spec`.
+        num_computed: `[R]`, integers: tokens included in the state.
+        num_scheduled: `[R]`, tokens of the next forward, including speculative ones; 0 for a
+            padding row.
+        num_accepted: `[R]`, accepted tokens of the last step, at least 1.
+        running_block: `[R]`, positions after the last step; `-1` for a request that is new,
+            resumed or preempted: then the block of its last computed token is used, without a
+            bias, and with nothing computed nothing is copied.
         block_tokens: Tokens between two checkpoints.
 
     Returns:
         Plan, accepted counts, running blocks. The inputs are not written.
 
     Raises:
-        ValueError: Shapes, dtypes or devices that do not fit; on the CPU, or with
-            `kda_ops.config.check_values`, also a count out of range and a block that is missing.
+        ValueError: Invalid shapes, dtypes or devices; on the CPU, or with
+            `kda_ops.config.check_values`, also a count out of range or a missing block.
     """
     counts = {
         "num_computed": num_computed,
@@ -87,7 +87,7 @@ def before_forward(
     _check(block_table, counts, block_tokens)
     known = running_block >= 0
     bias = torch.where(known, num_accepted - 1, 0)
-    # floor: nothing computed gives -1, nothing to copy from
+    # floor division: nothing computed gives -1, no source
     last = torch.div(num_computed - 1, block_tokens, rounding_mode="floor")
     previous = torch.where(known, running_block, last)
     current = (num_computed + num_scheduled + (block_tokens - 1)) // block_tokens - 1
@@ -111,28 +111,28 @@ def after_sampling(
     running_block: Tensor,
     block_tokens: int,
 ) -> AlignStep:
-    """Checkpoints the block boundary that accepted speculative tokens have passed.
+    """Plans the checkpoint of a block boundary that accepted speculative tokens have passed.
 
-    With `running = computed + scheduled - draft` tokens behind the running block's own state and
-    `new = running + accepted - 1` tokens kept, the boundary is `aligned = new // block_tokens *
+    With `running = computed + scheduled - draft` tokens in the running block's own state and `new =
+    running + accepted - 1` tokens accepted, the boundary is `aligned = new // block_tokens *
     block_tokens`. If it is not before `running`, the state `aligned - running` tokens later is
-    copied to the block that ends there. If that is the running block itself the state has moved in
-    place, and the accepted count becomes 1. Without drafts there is never anything to copy.
+    copied to the block that ends there. If that is the running block itself, the state has moved in
+    place, and the accepted count becomes 1. Without drafts there is nothing to copy.
 
     Args:
         block_table: As for `before_forward`.
         num_computed: `[R]`, integers: tokens before this step's forward.
-        num_scheduled: `[R]`, tokens of this step's forward, drafts included; 0 for padding.
+        num_scheduled: `[R]`, tokens of this step's forward, including drafts; 0 for padding.
         num_draft: `[R]`, how many of them were drafts.
-        num_accepted: `[R]`, tokens of this step that were kept, from 1 to `1 + num_draft`.
-        running_block: `[R]`, as `before_forward` returned it.
+        num_accepted: `[R]`, accepted tokens of this step, from 1 to `1 + num_draft`.
+        running_block: `[R]`, as returned by `before_forward`.
         block_tokens: Tokens between two checkpoints.
 
     Returns:
-        Plan, accepted counts, running blocks (as they were).
+        Plan, accepted counts, running blocks (unchanged).
 
     Raises:
-        ValueError: As `before_forward`.
+        ValueError: As for `before_forward`.
     """
     counts = {
         "num_computed": num_computed,
@@ -155,7 +155,7 @@ def after_sampling(
 def _plan(
     block_table: Tensor, copies: Tensor, source: Tensor, target: Tensor, bias: Tensor
 ) -> Tensor:
-    """Plan rows of positions; `(-1, -1, 0, 0)` where `copies` is false."""
+    """Plan rows from positions; `(-1, -1, 0, 0)` where `copies` is false."""
     blocks = block_table.shape[1]
     positions = torch.stack([source, source + bias, target], dim=1)
     if _reads_values(block_table):
@@ -168,7 +168,7 @@ def _plan(
 
 
 def _reads_values(x: Tensor) -> bool:
-    """Values are checked where that costs no synchronisation, and never while tracing."""
+    """Values are checked where that needs no synchronization, and never while tracing."""
     if torch.compiler.is_compiling():
         return False
     return config.check_values or x.device.type == "cpu"

@@ -35,73 +35,71 @@ TENSORS = (
     "chunk_indices",
     "counts",
 )
-SMALL = 2**15  # rows, and sequences: with what a layer keeps of one, indices fit 32 bits
+SMALL = 2**15  # rows, and sequences: up to here a layer's indices fit 32 bits
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class KDABatch:
     """Which rows of `hidden_states [1, num_tokens, hidden]` belong to which sequence, and where its
-    state lives.
+    state is.
 
-    Rows are in the order **decode tokens | prefill tokens | padding**, sequences in the order
-    decodes | prefills. A decode continues from its state with a few tokens (one, or up to `1 +
-    num_spec` speculative ones); a prefill brings a prompt or the next chunk of one. Make the
-    description once per step and give it to every layer; `decode`, `prefill` and `mixed` make it
-    from lengths.
+    Rows are ordered **decode tokens | prefill tokens | padding**, sequences decodes | prefills. A
+    decode continues from its state with a few tokens (one, or up to `1 + num_spec` speculative
+    ones); a prefill has a prompt or the next chunk of one. Make one batch per step and pass it to
+    every layer; `decode`, `prefill` and `mixed` make it from lengths.
 
-    The constructor launches device work only and never synchronises with a GPU: it can be called
+    The constructor only launches device work and never synchronizes with a GPU: it can be called
     under CUDA-graph capture on buffers that are refilled before each replay. The row counts are
     Python ints.
 
-    A compiled layer has three graphs at the most, one for each `kind`, with `torch.compile`'s
-    defaults and with `dynamic=True`. No count and no number of rows becomes a constant of a graph,
-    not even 0 or 1; what does not fit together is refused before anything is written. This holds
-    where the layer is the first to read the batch and `hidden_states`. In a model whose rows
-    come from another input, such as tokens, mark that one:
-    `torch._dynamo.decorators.mark_unbacked(tokens, 1)`. (Steps of more than 32767 rows, whose
-    elements take indices of 64 bits, have graphs of their own.)
+    A compiled layer has at most three graphs, one for each `kind`, with `torch.compile`'s defaults
+    and with `dynamic=True`. No count and no number of rows is specialized, not even 0 or 1;
+    inconsistent arguments are rejected before anything is written. This requires that the layer is
+    the first to read the batch and `hidden_states`. In a model whose rows come from another input,
+    such as tokens, mark that input: `torch._dynamo.decorators.mark_unbacked(tokens, 1)`. (Steps of
+    more than 32767 rows, which need 64-bit indices, have their own graphs.)
 
-    A batch is a pytree of its tensors: `torch.export` takes it, and
+    A batch is a pytree of its tensors: `torch.export` accepts it, and
     `torch.utils._pytree.tree_map` moves it to another device.
 
     Attributes:
         cu_seqlens: `[N + 1]`, int32 or int64, first row of each sequence; empty sequences are
             allowed. Rows past the last one are padding.
-        state_indices: `[N]` or `[N, 1 + num_spec]`, int32 or int64, pages of the state. With the
-            second form, speculative token j of a decode leaves the recurrent state after it in page
-            j of its row, and the convolution state and prefills use page 0. Slot 0 is the null
-            block: nothing is read or written there and the sequence's output is zero.
+        state_indices: `[N]` or `[N, 1 + num_spec]`, int32 or int64, pages of the state. In the
+            second form, the recurrent state after speculative token j of a decode goes to page j of
+            its row, and the convolution state and prefills use page 0. Slot 0 is the null block:
+            nothing is read or written there and the sequence's output is zero.
         has_initial_state: `[N]`, bool, whether a prefill continues from its slot instead of
             starting from zeros. Decodes always continue.
-        num_accepted: `[num_decodes]`, int32 or int64: how many tokens of the decode's last step
-            were kept, from 1. Needs the second form of `state_indices`, for which None means 1 (and
-            is replaced by ones).
-        prefill_num_accepted: `[num_prefills]`, likewise, for prefills that may come after a
-            speculative step: their state is moved to page 0 and row 0 first, by a launch of
+        num_accepted: `[num_decodes]`, int32 or int64: accepted tokens of the decode's last step, at
+            least 1. Needs the second form of `state_indices`, with which None means 1 (and is
+            replaced by ones).
+        prefill_num_accepted: `[num_prefills]`, likewise, for prefills that may follow a speculative
+            step: their state is first moved to page 0 and row 0, by one launch of
             `kda_ops.state_copy` per layer. After the step the count is 1, as after every prefill.
-            Counts only where `has_initial_state`. **None means that every prefill continues from
-            the state of a prefill, or of a decode of which one token was kept.** Where only some
-            steps have it, those with prefills have a graph with it and one without.
+            Used only where `has_initial_state`. **None means that every prefill continues from the
+            state of a prefill, or of a decode with one accepted token.** If only some steps have
+            it, those with prefills have a graph with it and one without.
         num_decodes: Decode sequences.
         num_decode_tokens: Rows of the decodes.
         num_prefills: Prefill sequences.
         num_prefill_tokens: Rows of the prefills.
-        num_tokens: Rows of `hidden_states`, padding included.
-        num_prefill_rows: Rows of the prefills and the padding. Not an argument; a number of its own
-            so that compiled code has a symbol for it instead of a difference of two, whose products
-            Inductor does not find equal when it decides what fuses.
+        num_tokens: Rows of `hidden_states`, including padding.
+        num_prefill_rows: Rows of the prefills and the padding. Not an argument; stored so that
+            compiled code has a symbol for it instead of a difference of two, whose products
+            Inductor cannot prove equal when it decides what fuses.
         counts: Not an argument. An empty tensor whose first sizes are the six counts, in the order
-            of `COUNTS`: what traced code takes them from.
+            of `COUNTS`, for traced code to read.
         kind: Not an argument. `"decode"` without prefills, `"prefill"` without decodes, `"mixed"`.
         prefill_cu_seqlens: `[num_prefills + 1]`, `cu_seqlens` of the prefills counted from their
-            first row. Made from `cu_seqlens` where not given.
+            first row. Computed from `cu_seqlens` if not given.
         prefill_copies: Not an argument. `[num_prefills, 4]`, the plan of those moves, or None.
         chunk_indices: Chunk table of the prefills and the padding after them
-            (`kda_ops.varlen.prepare_chunk_indices`). Made from `cu_seqlens` where not given.
+            (`kda_ops.varlen.prepare_chunk_indices`). Computed from `cu_seqlens` if not given.
 
     Raises:
-        ValueError: Shapes, dtypes, devices or counts that do not fit together; for CPU tensors (and
-            with `kda_ops.config.check_values` for all) also values.
+        ValueError: Inconsistent shapes, dtypes, devices or counts; for CPU tensors (and with
+            `kda_ops.config.check_values` for all) also values.
     """
 
     cu_seqlens: Tensor
@@ -130,7 +128,7 @@ class KDABatch:
         if (on_cpu or config.check_values) and reads_values(self.cu_seqlens):
             check_batch_values(self)
         sizes = (*(getattr(self, name) for name in COUNTS), 0)
-        # strides of nothing: products of counts need not fit 64 bits
+        # zero strides: products of counts may overflow 64 bits
         counts = torch.empty_strided(sizes, (0,) * len(sizes), device=self.cu_seqlens.device)
         self._set("counts", counts)
         has = {"decode": self.num_decodes > 0, "prefill": self.num_prefills > 0}
@@ -154,7 +152,7 @@ class KDABatch:
             )
 
     def _copies(self, num_accepted: Tensor) -> Tensor:
-        """What `state_copy` does for prefills before they run; negative rows do nothing."""
+        """The `state_copy` plan for prefills before they run; negative rows do nothing."""
         state_indices, continues = self.prefills()
         bias = num_accepted - 1
         column = bias.clamp(0, state_indices.shape[1] - 1).long()
@@ -179,7 +177,7 @@ class KDABatch:
         num_tokens: int | None = None,
         device: torch.device | str | None = None,
     ) -> "KDABatch":
-        """A batch of decodes, one token each unless `lengths` says otherwise; see `mixed`."""
+        """A batch of decodes, one token each without `lengths`; see `mixed`."""
         if lengths is None:
             lengths = [1] * len(state_indices)
         return cls.mixed(
@@ -202,10 +200,10 @@ class KDABatch:
         num_tokens: int | None = None,
         device: torch.device | str | None = None,
     ) -> "KDABatch":
-        """A batch of prompts, or of chunks of prompts where `has_initial_state`; see `mixed`.
+        """A batch of prompts, or chunks of prompts where `has_initial_state`; see `mixed`.
 
-        `num_accepted` is the `prefill_num_accepted` of `mixed`: after a speculative step a chunk
-        needs it.
+        `num_accepted` is `prefill_num_accepted` of `mixed`, needed for a chunk after a speculative
+        step.
         """
         return cls.mixed(
             (),
@@ -230,7 +228,7 @@ class KDABatch:
         num_tokens: int | None = None,
         device: torch.device | str | None = None,
     ) -> "KDABatch":
-        """A batch of decodes and prefills from the lengths that a scheduler knows on the host.
+        """A batch of decodes and prefills from the scheduler's lengths on the host.
 
         Args:
             decode_lengths: Tokens of each decode.
@@ -241,12 +239,12 @@ class KDABatch:
                 that all start from zeros.
             num_accepted: `[num_decodes]`, see the class.
             prefill_num_accepted: `[num_prefills]`, see the class.
-            num_tokens: Rows of `hidden_states`, padding included. None means no padding.
-            device: Where the description lives. None means the device of `state_indices`, the CPU
-                for lists.
+            num_tokens: Rows of `hidden_states`, including padding. None means no padding.
+            device: Device of the batch. None means the device of `state_indices`, the CPU for
+                lists.
 
         Raises:
-            ValueError: As the class.
+            ValueError: As for the class.
         """
         if device is None:
             device = (
@@ -277,13 +275,13 @@ class KDABatch:
         )
 
     def check_rows(self, hidden_states: Tensor) -> None:
-        """The batch is one of these rows `[1, num_tokens, hidden]`.
+        """Checks that the batch describes these rows `[1, num_tokens, hidden]`.
 
-        In a trace, where sizes may be unknown, this also says which of them are equal; the graph
-        asserts it.
+        In a trace, where sizes may be unbacked, this also establishes which of them are equal; the
+        graph asserts it.
 
         Raises:
-            ValueError: The batch has another number of rows.
+            ValueError: The batch has a different number of rows.
         """
         _, T, hidden = hidden_states.shape
         decodes, decode_rows, prefills, _, prefill_rows, tokens = self.counts.shape[:-1]
@@ -338,11 +336,11 @@ class KDABatch:
         )
 
     def check_slots(self, num_slots: int) -> None:
-        """Every slot exists in a state of `num_slots` pages, and tensors that were refilled hold
-        what the constructor takes. Reads tensor values.
+        """Checks that every slot exists in a state of `num_slots` pages, and that refilled tensors
+        are still valid. Reads tensor values.
 
         Raises:
-            ValueError: They are not.
+            ValueError: A slot does not exist or a tensor is invalid.
         """
         check_batch_values(self)
         check_slot_values("state_indices", self.state_indices, num_slots)
@@ -358,7 +356,7 @@ def _flatten_with_keys(batch: KDABatch) -> tuple[list[tuple[Any, Tensor | None]]
 
 
 def _unflatten(tensors: Iterable[Any], kind: str) -> KDABatch:
-    """A batch as it is in a trace: of tensors that were checked, or of what stands for them."""
+    """A batch in a trace: of tensors that were checked, or of their proxies."""
     batch = object.__new__(KDABatch)
     for name, x in zip(TENSORS, tensors, strict=True):
         batch._set(name, x)
@@ -378,7 +376,7 @@ register_pytree_node(
     serialized_type_name="kda_ops.cache.batch.KDABatch",
     flatten_with_keys_fn=_flatten_with_keys,
 )
-add_safe_globals([KDABatch])  # `torch.export.load` reads the inputs that a program came with
+add_safe_globals([KDABatch])  # `torch.export.load` reads a program's example inputs
 
 
 def _counts(

@@ -1,4 +1,4 @@
-"""What `KDABatch` refuses. Every error names the field, what was expected and what came."""
+"""Checks of `KDABatch`. Every error names the field, what was expected and what was passed."""
 
 from typing import TYPE_CHECKING
 
@@ -117,7 +117,7 @@ def check_batch_values(batch: "KDABatch") -> None:
 
 
 def accepted_counts(batch: "KDABatch") -> dict[str, range]:
-    """The accepted counts that are given, and which sequences they are of."""
+    """The accepted counts that are given, and their sequences."""
     N = batch.num_decodes + batch.num_prefills
     found = {
         "num_accepted": range(batch.num_decodes),

@@ -1,4 +1,4 @@
-"""Which layout of the convolution state is faster, by the kernels that read and write it."""
+"""Autotunes the layout of the convolution state on the kernels that read and write it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,10 +25,10 @@ def faster_layout(
     recurrent_dtype: str,
     device: str,
 ) -> str:
-    """`"SD"` or `"DS"`, whichever takes less time for a decode step and the convolution of a batch
-    of prompts at these sizes. SD where nothing can be timed.
+    """`"SD"` or `"DS"`, whichever is faster for a decode step and the convolution of a batch of
+    prompts at these sizes. SD where nothing can be timed.
 
-    Also in traced code, where it is a constant: the arguments are numbers and names.
+    A constant in traced code: the arguments are numbers and names.
     """
     on = torch.device(device)
 

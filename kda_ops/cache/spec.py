@@ -1,10 +1,10 @@
-"""The two states of a KDA layer: what they are made of, and how they lie in a page.
+"""The two states of a KDA layer: their segments, and their layout in a page.
 
 A layer keeps exactly two states per sequence: the last inputs of its short convolution and the
-recurrent matrix of every value head. Both live in one page, `conv | recurrent | padding`, and one
-page is one slot. `KDAStateSpec` holds the ordered segments q, k, v, recurrent, each as a number of
-heads and the bytes of one; whoever allocates, copies, splits or ships a state asks it, and nothing
-infers a size from a total: q, k and v are no equal thirds as soon as heads or dimensions differ.
+recurrent matrix of every value head. Both are in one page, `conv | recurrent | padding`, and one
+page is one slot. `KDAStateSpec` has the ordered segments q, k, v, recurrent, each as a number of
+heads and the bytes of one. Code that allocates, copies, splits or transfers a state asks the spec
+and never infers a size from a total: q, k and v are not equal thirds if heads or dimensions differ.
 """
 
 from dataclasses import dataclass, field, replace
@@ -46,8 +46,8 @@ class Segment:
 def units_held(units: int, tp_size: int, rank: int) -> range:
     """The heads of a segment that a tensor-parallel rank holds.
 
-    At least as many heads as ranks: a contiguous shard of `units / tp_size`. Fewer: the one head
-    `rank * units // tp_size`, replicated over contiguous groups of ranks.
+    With at least as many heads as ranks, a contiguous shard of `units / tp_size`. With fewer, the
+    one head `rank * units // tp_size`, replicated over contiguous groups of ranks.
 
     Args:
         units: Heads of the whole segment.
@@ -83,7 +83,7 @@ def mamba2_segments(
     conv_dtype: torch.dtype,
     state_dtype: torch.dtype = torch.float32,
 ) -> tuple[Segment, Segment, Segment, Segment]:
-    """The states of a Mamba2 layer, which hybrid models keep beside their KDA layers.
+    """The states of a Mamba2 layer, for hybrid models with KDA layers.
 
     For `kda_ops.transfer.geometry.packed_geometry`. Fewer groups than ranks are replicated.
 
@@ -94,14 +94,14 @@ def mamba2_segments(
         state_size: Channels of a group of B or C.
         conv_size: Width of the short convolution.
         num_spec: Speculative tokens per step; each adds a row to the conv state.
-        conv_dtype: Of the conv state.
-        state_dtype: Of the recurrent state.
+        conv_dtype: Dtype of the conv state.
+        state_dtype: Dtype of the recurrent state.
 
     Returns:
         x, B, C (conv, layout DS) and ssm `[heads, head_dim, state_size]`, in page order.
 
     Raises:
-        ValueError: A size below its minimum, or heads that the groups do not divide.
+        ValueError: A size below its minimum, or heads that are not a multiple of the groups.
     """
     for name, size, least in (
         ("num_heads", num_heads, 1),
@@ -126,12 +126,12 @@ def mamba2_segments(
 class KDAStateSpec:
     """Shapes, dtypes, segments and page of the two states of a KDA layer.
 
-    A Gated DeltaNet layer, whose gate is one number per head, keeps the same two states: this spec
-    describes it as well.
+    It also describes a Gated DeltaNet layer, whose gate is one number per head and whose states are
+    the same.
 
     Head counts and segments are those of the whole layer; shapes, `conv_dim`, `conv_sizes`,
-    `offset` and `page_bytes` are those of one tensor-parallel rank (all ranks hold equally much).
-    The spec is a value: it is frozen, compares by its fields and can be a dictionary key.
+    `offset` and `page_bytes` are those of one tensor-parallel rank (the same on all ranks). The
+    spec is a value: frozen, compared by its fields, hashable.
 
     Args:
         num_k_heads: H, query and key heads.
@@ -139,22 +139,22 @@ class KDAStateSpec:
         head_k_dim: K.
         head_v_dim: V.
         conv_size: W, the width of the short convolution. None for a layer without one: its only
-            state is the recurrent one, and `allocate` gives None in the place of the other.
+            state is the recurrent one, and `allocate` returns None for the other.
         num_spec: Speculative tokens per step; each adds a row to the conv state.
         conv_dtype: bf16, fp16 or fp32: the dtype of the model.
         recurrent_dtype: fp32 or bf16, as a dtype or its name; `"auto"` is fp32. Resolved on
             construction.
         layout: `"SD"`, `"DS"` or `"auto"`; None means `kda_ops.config.conv_layout`. Resolved on
-            construction, `"auto"` only for more than one rank (to DS), else by `decide_layout`.
-            Without a convolution it means nothing, and is DS, whose pages any TP size may read.
+            construction; `"auto"` only for more than one rank (to DS), else by `decide_layout`.
+            Without a convolution it has no effect, and is DS, whose pages any TP size may read.
         tp_size: Tensor-parallel ranks.
-        page_bytes: Size of a page, where a caller needs it larger than the two states (an
-            allocator shared with attention layers, for one). None means the states rounded up to
-            512 bytes. Resolved on construction.
+        page_bytes: Size of a page, if it must be larger than the two states (for example in an
+            allocator shared with attention layers). None means the states rounded up to 512 bytes.
+            Resolved on construction.
 
     Raises:
-        ValueError: A size below its minimum, heads that do not divide, a dtype or layout that is
-            not allowed, a `page_bytes` too small or not a multiple of both element sizes.
+        ValueError: A size below its minimum, heads that do not divide, an invalid dtype or layout,
+            a `page_bytes` that is too small or not a multiple of both element sizes.
     """
 
     num_k_heads: int
@@ -207,15 +207,15 @@ class KDAStateSpec:
     def decide_layout(
         self, device: torch.device | str | None = None, *, transfer: bool = False
     ) -> "KDAStateSpec":
-        """This spec with its layout decided; itself, unless that is `"auto"`.
+        """This spec with `"auto"` resolved; itself if the layout is already decided.
 
-        DS for states that will be transferred: each of q, k and v is one range of a page there.
-        Else the faster of the two, timed once per GPU and shapes (see `kda_ops.tuning`), SD on the
-        CPU. The answer stays the same for the life of the process.
+        DS for states to be transferred, in which each of q, k and v is one range of a page. Else
+        the faster of the two, timed once per GPU and shapes (see `kda_ops.tuning`), SD on the CPU.
+        The answer is fixed for the life of the process.
 
         Args:
-            device: Where the state will be; None is the default device.
-            transfer: The state will be moved between ranks or engines.
+            device: Device of the state; None is the default device.
+            transfer: Whether the state will be moved between ranks or engines.
         """
         if self.layout != AUTO:
             return self
@@ -247,7 +247,7 @@ class KDAStateSpec:
 
     @property
     def conv_length(self) -> int:
-        """L, rows of the conv state: the last `W - 1` inputs and one per speculative token; 0
+        """L, rows of the conv state: the last `W - 1` inputs, and one per speculative token; 0
         without a convolution.
         """
         return 0 if self.conv_size is None else self.conv_size - 1 + self.num_spec
@@ -313,7 +313,7 @@ class KDAStateSpec:
         raise ValueError(f"name must be {names}, got {name!r}")
 
     def units_held(self, name: str, rank: int) -> range:
-        """The heads of a segment that a rank holds; see the function of the same name."""
+        """The heads of a segment that a rank holds; see the module's `units_held`."""
         return units_held(self.segment(name).units, self.tp_size, rank)
 
     def local_units(self, name: str) -> int:
@@ -328,12 +328,12 @@ class KDAStateSpec:
         """Byte offset of a segment in a page.
 
         The recurrent state starts at a multiple of 128 bytes, so that every state in a buffer is
-        fit for vector loads. In layout DS each of q, k and v is one range of `local_bytes` from its
-        offset. In SD they are interleaved row by row: there the offset is that of the segment's
+        aligned for vector loads. In layout DS each of q, k and v is one range of `local_bytes` from
+        its offset. In SD they are interleaved row by row, and the offset is that of the segment's
         first row.
 
         Raises:
-            ValueError: There is no such segment, or its place depends on a layout that is `"auto"`.
+            ValueError: There is no such segment, or its place depends on the layout `"auto"`.
         """
         if name != "recurrent":
             self._check_decided()
@@ -356,15 +356,15 @@ class KDAStateSpec:
     ) -> tuple[Tensor | None, Tensor]:
         """Both states of every slot, zeroed, as views of one buffer of pages.
 
-        Slot 0 is the null block: operators map padding to it and never write it. The views have
+        Slot 0 is the null block: padding maps to it, and operators never write it. The views have
         the strides of the pages; the buffer lives as long as either.
 
         Args:
-            num_slots: Slots, the null block included.
+            num_slots: Slots, including the null block.
             layers: Layers to allocate in one buffer, layer first; None is one layer without the
                 axis.
             device: Where to allocate.
-            transfer: For layout `"auto"`: the states will be moved; see `decide_layout`.
+            transfer: For layout `"auto"`: whether states will be moved; see `decide_layout`.
 
         Returns:
             conv `[slots, *conv_shape]` and recurrent `[slots, *recurrent_shape]`, or with `layers`
@@ -383,9 +383,9 @@ class KDAStateSpec:
             return decided.allocate(num_slots, layers=layers, device=device)
         lead = (num_slots,) if layers is None else (layers, num_slots)
         pages = torch.zeros(*lead, self.page_bytes, dtype=torch.uint8, device=device)
-        # the recurrent states view the same bytes through a storage object of their own: compiled
-        # graphs do not accept two written inputs of different dtypes in one storage (what a graph
-        # allocates is no input)
+        # the recurrent states view the same bytes through a second storage object: compiled graphs
+        # reject two mutated inputs of different dtypes in one storage (what a graph allocates is
+        # not an input)
         twin = torch.from_dlpack(pages) if reads_values(pages) else pages
 
         def view(buffer: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -60,8 +60,8 @@ def check_conv_sequences(
     state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
     layout: str,
 ) -> None:  # fmt: skip
-    """The arguments of a convolution of whole sequences `x [B, T, D]` or `[T, D]`, with a state or
-    without.
+    """The arguments of a convolution of whole sequences `x [B, T, D]` or `[T, D]`, with or without
+    a state.
     """
     check_conv(x, weight, bias)
     sequences = 1 if x.dim() == 2 else x.shape[0]
@@ -93,8 +93,8 @@ def check_conv_sequences(
 
 
 def state_channels(x: Any, conv_state: Any) -> tuple[Tensor | None, int]:
-    """A convolution state and its channels, from which an unknown layout can be told; of q where q,
-    k and v are apart.
+    """A convolution state and its channels, to infer an unknown layout; those of q if q, k and v
+    are unpacked.
     """
     if isinstance(x, (tuple, list)) and isinstance(conv_state, (tuple, list)):
         x, conv_state = x[0], conv_state[0]
@@ -105,11 +105,11 @@ def state_channels(x: Any, conv_state: Any) -> tuple[Tensor | None, int]:
 def conv_parts(
     x: Any, weight: Any, bias: Any, conv_state: Any, layout: str
 ) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """`(x, weight, bias, conv_state)` of q | k | v together, or of each of q, k and v where every
+    """`(x, weight, bias, conv_state)` of packed q | k | v, or of each of q, k and v if every
     argument is three tensors.
 
-    What a kernel takes as one is checked: three of an argument agree in dtype, the inputs in their
-    tokens, the weights in their taps, the states in slots, rows and the distance of channels.
+    Checks what a kernel assumes to be the same for q, k and v: dtypes, tokens of the inputs, taps
+    of the weights, and slots, rows and channel strides of the states.
     """
     given = {"x": x, "weight": weight, "bias": bias, "conv_state": conv_state}
     if not any(isinstance(value, (tuple, list)) for value in given.values()):
@@ -157,7 +157,7 @@ def conv_parts(
 def check_conv_values(
     x: Tensor, cu_seqlens: Tensor | None, conv_state: Tensor | None, state_indices: Tensor | None
 ) -> None:
-    """Contents of the offsets and slots of a convolution of whole sequences."""
+    """Values of the offsets and slots of a convolution of whole sequences."""
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, x.shape[-2])
     if conv_state is not None and state_indices is not None:

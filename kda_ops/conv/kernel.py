@@ -14,7 +14,7 @@ from kda_ops.kernel import quick_sigmoid
 def conv_taps(weight_ptr, d, D, W: tl.constexpr, BLOCK_W: tl.constexpr):
     """The W taps of the channels `d` as a tuple of fp32 vectors, from a contiguous weight [D, W].
 
-    Read as one tile and transposed in registers: a load per tap would touch each cache line W
+    Loaded as one tile and transposed in registers: a load per tap would touch each cache line W
     times.
     """
     w = tl.arange(0, BLOCK_W)
@@ -43,7 +43,7 @@ def conv_row(rows, i: tl.constexpr, taps, bias, W: tl.constexpr, SILU: tl.conste
 
 @triton.jit
 def rows_at(ptr, stride, count, ok, ROWS: tl.constexpr):
-    """The first `count` of ROWS rows as a tuple of vectors, zeros behind."""
+    """The first `count` of ROWS rows as a tuple of vectors, then zeros."""
     rows = ()
     for i in tl.static_range(ROWS):
         rows += (tl.load(ptr + i * stride, mask=ok & (i < count), other=0.0),)
@@ -52,7 +52,7 @@ def rows_at(ptr, stride, count, ok, ROWS: tl.constexpr):
 
 @triton.jit
 def convolved(rows, tokens, taps, bias, W: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr):
-    """The outputs of `tokens` of TOKENS tokens as a tuple of fp32 vectors, zeros behind."""
+    """The outputs of `tokens` of TOKENS tokens as a tuple of fp32 vectors, then zeros."""
     outputs = ()
     for i in tl.static_range(TOKENS):
         y = conv_row(rows, i, taps, bias, W, SILU)
@@ -62,7 +62,7 @@ def convolved(rows, tokens, taps, bias, W: tl.constexpr, TOKENS: tl.constexpr, S
 
 @triton.jit
 def shift_history(ptr, stride, rows, tokens, ok, W: tl.constexpr, TOKENS: tl.constexpr):
-    """Writes `concat(history[1:], x_0 .. x_{tokens-1})`, nothing without tokens."""
+    """Writes `concat(history[1:], x_0 .. x_{tokens-1})`; without tokens, nothing."""
     ok &= tokens > 0
     for keep in tl.static_range(W - 2 + TOKENS):
         new = rows[keep + 1].to(ptr.dtype.element_ty)
@@ -73,7 +73,7 @@ def shift_history(ptr, stride, rows, tokens, ok, W: tl.constexpr, TOKENS: tl.con
 def unit_heads(y, ok, normed, EPS: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr):
     """`y / sqrt(sum(y^2) + EPS)` over each of the HEADS equal parts of y, or y if not `normed`.
 
-    With PADDED, a part ends in channels that are not `ok`, which do not count.
+    With PADDED, a part ends in channels that are not `ok` and are ignored.
     """
     heads = tl.where(ok, y, 0.0) if PADDED else y
     heads = heads.reshape(HEADS, y.shape[0] // HEADS)
@@ -93,17 +93,17 @@ def conv_sequence(
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr,
     VARLEN: tl.constexpr, EPS: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Convolves block_t tokens of one sequence, the BLOCK_D channels `c` of x, where `ok`, into
-    those of y, which has `width` and is dense. All pointers are those of channel 0. HEADS is 0 for
-    no norm; else `unit_heads` of each row where `normed`.
+    """Convolves block_t tokens of one sequence, from the BLOCK_D channels `c` of x, where `ok`, to
+    those of y, which is dense with `width` channels. All pointers are to channel 0. HEADS is 0 for
+    no norm; else each row gets `unit_heads` where `normed`.
 
     The token block is `pid` (int64). In a dense batch every sequence has `blocks_per_sequence`
-    token blocks. With `cu_seqlens`, sequence n owns those from `cu_seqlens[n] // block_t + n` on,
-    which are always enough and are found by bisection; the rows past the last sequence are sequence
-    N, which is skipped.
+    token blocks. With `cu_seqlens`, sequence n owns the blocks from `cu_seqlens[n] // block_t + n`
+    on, which are always enough and are found by bisection; the rows past the last sequence are
+    sequence N, which is skipped.
 
     The program of a sequence's first tokens reads the history and also writes the new state,
-    straight from the end of x, so that no other program ever touches the slot.
+    directly from the end of x, so that no other program touches the slot.
     """
     if VARLEN:
         n = tl.zeros((), tl.int64)
@@ -117,7 +117,7 @@ def conv_sequence(
         first_row = tl.minimum(tl.maximum(offset, 0), T)
         end = tl.load(cu_seqlens_ptr + n + 1, mask=n < N, other=T).to(tl.int64)
         length = tl.minimum(tl.maximum(end, first_row), T) - first_row
-        start = tl.maximum(pid - (offset // block_t + n), 0) * block_t  # token of the sequence
+        start = tl.maximum(pid - (offset // block_t + n), 0) * block_t  # token in the sequence
         x_ptr += first_row * stride_x_row
         active = n < N
     else:
@@ -161,7 +161,7 @@ def conv_sequence(
         window += (row,)
 
     if HAS_STATE and start == 0:
-        tl.debug_barrier()  # a row is not always written by the thread that read it
+        tl.debug_barrier()  # a row may be written by another thread than read it
         for keep in tl.static_range(W - 1):
             i = length + keep - (W - 1)
             new = tl.load(x_ptr + i * stride_x_row + c, mask=ok & (i >= 0), other=0.0).to(wide)
@@ -188,10 +188,10 @@ def conv_sequence(
 def conv_blocks(
     batch: Any, T: Any, cu_seqlens: Any, d_blocks: Any, step_t: int, max_steps: int, programs: int
 ) -> tuple[Any, Any, Any, Any]:
-    """The token blocks that `conv_sequence` walks: tokens of each, blocks of a sequence of a dense
-    batch, sequences, blocks in all.
+    """The token blocks of `conv_sequence`: tokens per block, blocks per sequence of a dense batch,
+    sequences, total blocks.
 
-    A block is up to max_steps steps, fewer where there would not be that many programs.
+    A block is up to max_steps steps, fewer if there would be too few programs.
     """
     steps = batch * T * d_blocks // (programs * step_t)
     block_t = torch.sym_max(1, torch.sym_min(steps, max_steps)) * step_t
@@ -203,7 +203,7 @@ def conv_blocks(
 
 
 def conv_state_strides(conv_state: Any, layout: str) -> tuple[Any, Any, Any]:
-    """Strides of a convolution state along slots, rows and channels; zeros for None."""
+    """Strides of a convolution state for slots, rows and channels; zeros for None."""
     if conv_state is None:
         return 0, 0, 0
     stride_slot, *strides = conv_state.stride()
@@ -218,5 +218,5 @@ def of_part(part, q, k, v):
 
 
 def three(items: Sequence[Any], missing: Any) -> tuple[Any, ...]:
-    """The items, which are three or one, as three: the others `missing`."""
+    """One or three items, padded to three with `missing`."""
     return (*items, *[missing] * (3 - len(items)))

@@ -10,7 +10,7 @@ from kda_ops.varlen import even_length, page_index
 
 
 def source_slots(state_indices: Tensor, num_accepted: Tensor | None) -> Tensor:
-    """The slot that each sequence continues from, `[N]`, int64, from `[N]` or `[N, columns]`."""
+    """The slot each sequence continues from, `[N]`, int64, from `[N]` or `[N, columns]`."""
     slots = (state_indices if state_indices.dim() == 2 else state_indices[:, None]).long()
     if num_accepted is None:
         return slots[:, 0]
@@ -22,9 +22,8 @@ def recurrence(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, state_indices: Tensor,
     num_accepted: Tensor | None, scale: float, cu_seqlens: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`recurrent_kda` for all sequences and heads at once, states in place.
-
-    The loop is over the tokens of the longest sequence.
+    """`recurrent_kda`, batched over sequences and heads, states in place; loops over the tokens of
+    the longest sequence.
     """
     acc = accumulation_dtype(v)
     shape, dtype, (HV, V) = v.shape, v.dtype, v.shape[-2:]

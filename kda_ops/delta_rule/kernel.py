@@ -11,18 +11,18 @@ from kda_ops.gating.kernel import gate_nats
 
 @triton.jit
 def rounded_product(a, b):
-    """The product, rounded by itself, for a sum over what the lanes of a warp hold.
+    """The product, rounded separately, for a sum across the lanes of a warp.
 
-    Where a thread holds one product of the sum, the compiler contracts it with the first addition
-    across lanes: lane i then has fma(a_i, b_i, a_j * b_j) and lane j the other way round. They
-    differ in the last bit, and which of them is stored is left to a race. An fma is not contracted.
+    If a thread holds one product of the sum, the compiler contracts it with the first addition
+    across lanes: lane i then has fma(a_i, b_i, a_j * b_j) and lane j the reverse. They differ in
+    the last bit, and a race decides which is stored. An fma is not contracted.
     """
     return tl.fma(a, b, 0.0)
 
 
 @triton.jit
 def over_k(x, OUTER_K: tl.constexpr, INNER_K: tl.constexpr, V_FIRST: tl.constexpr):
-    """A vector over K as it lies in a tile of the state."""
+    """A vector over K, broadcastable to a tile of the state."""
     x = x.reshape(OUTER_K, INNER_K)
     return x[None, :, :] if V_FIRST else x[:, None, :]
 
@@ -35,7 +35,7 @@ def over_v(x, V_FIRST: tl.constexpr):
 
 @triton.jit
 def row_sums(S, x, OUTER_K: tl.constexpr, V_FIRST: tl.constexpr):
-    """The sums of S x over K; a thread may hold one product of a row where OUTER_K is 1."""
+    """The sums of S x over K; with OUTER_K of 1 a thread may hold one product of a row."""
     products = rounded_product(S, x) if OUTER_K == 1 else S * x
     return tl.sum(tl.sum(products, axis=1 if V_FIRST else 0), axis=1)
 

@@ -1,1 +1,1 @@
-"""What `python -m kda_ops` runs."""
+"""The demos of `python -m kda_ops`."""

@@ -1,12 +1,12 @@
-"""A Kimi Linear layer, compiled: prefills a text, then decodes from paged state, held against fp64.
+"""A compiled Kimi Linear layer: prefills a text, decodes from paged state, checked against fp64.
 
 The bytes of a text file go through a random embedding and one layer of Kimi Linear's sizes (hidden
-2304, heads of 128, softplus gate, bf16). The prompt is prefilled in one call, the 16 bytes after it
-are decoded one by one from the pages that the prefill left. Everything is compared with the same
-layer in fp64, which sees all bytes at once and starts from no state.
+2304, head size 128, softplus gate, bf16). The prompt is prefilled in one call, the next 16 bytes
+are decoded one by one from the prefilled pages. Everything is compared with the same layer in fp64,
+run over all bytes at once without a state.
 
-Exits with 1 if a graph breaks, if the prefill or the decode needs more than one graph, or if an
-error is above twice what the eager CPU layer's own error and the rounding of its dtype add up to.
+Exits with 1 if a graph breaks, if prefill or decode needs more than one graph, or if an error
+exceeds twice the sum of the eager CPU layer's error and its dtype's rounding.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SUMMARY = "compile a Kimi Linear layer, prefill a text and decode, checked again
 HIDDEN, HEAD_DIM, DTYPE = 2304, 128, torch.bfloat16
 STEPS, REPEATS = 16, 3
 SLOT, SLOTS = 1, 4
-TEXT = Path(__file__)  # a text that is wherever the package is
+TEXT = Path(__file__)  # a text that every installation has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,15 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         type=_device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where the layer runs, cpu or cuda",
+        help="device of the layer, cpu or cuda",
     )
     parser.add_argument(
         "--tokens",
         type=_positive,
         default=argparse.SUPPRESS,
-        help="bytes of the prompt (default: 256 on the CPU, 2048 elsewhere)",
+        help="prompt length in bytes (default: 256 on the CPU, 2048 elsewhere)",
     )
-    parser.add_argument("--heads", type=_positive, default=32, help="heads of the layer")
+    parser.add_argument("--heads", type=_positive, default=32, help="number of heads")
     parser.add_argument(
         "--layout",
         choices=(*config.LAYOUTS, config.AUTO),
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         type=_text,
         metavar="FILE",
-        help="the prompt and what follows it (default: the source of this command)",
+        help="file with the prompt and its continuation (default: the source of this command)",
     )
 
 
@@ -96,7 +96,7 @@ def _text(name: str) -> Path:
 
 @dataclass(frozen=True)
 class Phase:
-    """What was measured of one of the two phases; times in milliseconds, per step of a decode."""
+    """Measurements of prefill or decode; times in milliseconds, per step for decode."""
 
     name: str
     graphs: int
@@ -108,7 +108,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The largest error of one result against fp64, and what the tolerance rule allows."""
+    """The largest error of one result against fp64, and the allowed tolerance."""
 
     name: str
     error: float
@@ -116,7 +116,7 @@ class Accuracy:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo and prints its table; 0 if all is well, else 1."""
+    """Runs the demo and prints its table; returns 0 on success, else 1."""
     tokens = getattr(args, "tokens", 256 if args.device.type == "cpu" else 2048)
     source = args.text or TEXT
     print(f"layer   hidden {HIDDEN}, {args.heads} heads of {HEAD_DIM}, softplus gate, bf16")
@@ -231,10 +231,9 @@ def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _launches(call: Callable[[], object], device: torch.device) -> Counter[str]:
-    """What one call of a compiled function launches, by name, as the profiler sees it.
+    """What one call of a compiled function launches, by name, according to the profiler.
 
-    On a GPU all kernels; on the CPU the generated loops, operators and matrix products that the
-    graph calls.
+    On a GPU all kernels; on the CPU the generated loops, operators and GEMMs that the graph calls.
     """
     from torch.autograd import DeviceType
     from torch.autograd.profiler import profile
@@ -258,7 +257,7 @@ def _launches(call: Callable[[], object], device: torch.device) -> Counter[str]:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """The profiler's library reports its start and stop on the file descriptor itself."""
+    """The profiler's library logs its start and stop directly to the file descriptor."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -273,7 +272,7 @@ def _quiet_stderr() -> Iterator[None]:
 def _check(
     layer: KimiDeltaAttention, hidden: Tensor, tokens: int, outputs: list[Tensor], state: State
 ) -> list[Accuracy]:
-    """Outputs and the final state against the layer in fp64, on the CPU and without pages."""
+    """Compares outputs and final state with the layer in fp64, on the CPU and without pages."""
     reference, (_, reference_state) = layer(hidden, output_state=True)
     exact, (_, exact_state) = copy.deepcopy(layer).double()(hidden.double(), output_state=True)
     parts = {"prefill": slice(0, tokens), "decode": slice(tokens, None)}

@@ -1,4 +1,4 @@
-"""`explain`: what the graph rewrites make of a model, layer by layer."""
+"""`explain`: what the graph rewrites change in a model, layer by layer."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,32 +14,32 @@ __all__ = ["explain"]
 def explain(
     model: Callable[..., Any], /, *args: Any, dynamic: bool = False, **kwargs: Any
 ) -> "Explanation":
-    """Says what `torch.compile(model, fullgraph=True)` makes of `model(*args, **kwargs)`.
+    """Explains how `torch.compile(model, fullgraph=True)` compiles `model(*args, **kwargs)`.
 
-    The model is traced once, in the caller's grad mode, and its graph compiled twice, without and
-    with this package's graph rewrites, as far as the generated source; the code outside of a
-    compiled forward graph (backward, optimiser) is not looked at. Nothing is run: no result is
-    computed, no state is written, and code that was compiled before stays as it is.
+    The model is traced once, in the caller's grad mode, and its graph is compiled twice, without
+    and with this package's graph rewrites, down to the generated source. Only the forward graph is
+    covered, not the backward or the optimizer. Nothing is run: no result is computed, no state is
+    written, and code compiled before is unaffected.
 
-    Where a parameter, buffer or argument is on a CUDA device, code is generated for that device.
-    Else it is generated for an H200 that need not be there, from the graph that is traced on the
-    CPU: what a model or PyTorch itself decides by device is decided for the CPU. If no code can be
-    generated, the explanation says why and what the rewrites made of the graph.
+    If a parameter, buffer or argument is on a CUDA device, code is generated for that device. Else
+    it is generated for a virtual H200, from the graph traced on the CPU: where a model or PyTorch
+    branches on the device, it takes the branch of the CPU. If no code can be generated, the
+    explanation says why, and still reports the rewrites.
 
     Args:
         model: A module or function that compiles as one graph.
         args: Its arguments.
-        dynamic: Whether sizes are symbolic, as in `torch.compile(model, dynamic=True)`. A size of
-            bytes then counts with the number that it has in this call. (An argument of the model
-            that is itself named `dynamic` cannot be passed by name.)
+        dynamic: Whether sizes are symbolic, as in `torch.compile(model, dynamic=True)`. Byte counts
+            then use the sizes of this call. (An argument of the model that is itself named
+            `dynamic` cannot be passed by name.)
         kwargs: Its keyword arguments.
 
     Returns:
         An `Explanation`: per layer the rewrites that fired and those that nearly fired, kernels,
-        launches, other calls and bytes of intermediate results, before and after. `str()` of it
-        is a report, `.to_html()` a page with the graphs drawn. A layer is a module that calls a
-        recurrence, with all that is inside of it; a kernel counts for the layer that most of its
-        operations are in.
+        launches, other calls and bytes of intermediates, before and after. `str()` gives a report,
+        `.to_html()` a page with drawings of the graphs. A layer is a module that calls a
+        recurrence, with everything inside it; a kernel is attributed to the layer of most of its
+        operations.
 
     Raises:
         ValueError: `model` is not callable, or there is nothing to compile.

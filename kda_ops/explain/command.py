@@ -1,13 +1,13 @@
 """Explaining fusions: what the rewrites change, layer by layer.
 
 Compiles the model as one graph, twice: without the rewrites and with them. Prints for each layer
-which rewrites fired; which nearly fired, what rejected them, and the line of source it is about;
-kernel launches and other calls (GEMMs); and the bytes of intermediate results that no longer go
-through memory. The model is not run, and no GPU is needed: code is generated for an H200 unless
-`--device cuda` takes the one at hand.
+which rewrites fired; which nearly fired, what rejected them, and at which line of source; kernel
+launches and other calls (GEMMs); and the bytes of intermediates that no longer go through memory.
+The model is not run, and no GPU is needed: code is generated for an H200, or with `--device cuda`
+for the GPU in the machine.
 
 `factory` is called without arguments and returns `(model, args)` or `(model, args, kwargs)`: a
-module or a function, and what to call it with. With a file my_model.py in this directory,
+module or a function and its arguments. With a file my_model.py in this directory,
 
     def factory():
         return torch.nn.Linear(8, 8), (torch.randn(4, 8),)
@@ -41,16 +41,16 @@ SUMMARY = "say which rewrites fire in a model, which nearly do, and what they sa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m kda_ops explain`."""
     parser.add_argument(
-        "factory", type=_factory, metavar="module:factory", help="what makes the model"
+        "factory", type=_factory, metavar="module:factory", help="function that makes the model"
     )
     parser.add_argument(
-        "--html", type=_file, metavar="FILE", help="also write a page with the graphs drawn"
+        "--html", type=_file, metavar="FILE", help="also write a page with drawings of the graphs"
     )
     parser.add_argument(
         "--device",
         choices=("described", "cuda"),
         default="described",
-        help="generate code for an H200 that need not be there, or move the model to the GPU",
+        help="generate code for a virtual H200, or move the model to the GPU",
     )
     parser.add_argument("--dynamic", action="store_true", help="compile with symbolic sizes")
     parser.add_argument(
@@ -68,7 +68,7 @@ def _factory(spec: str) -> Callable[[], Any]:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise _raised(f"the module {module!r}", error) from None  # it imports one that is not
+            raise _raised(f"the module {module!r}", error) from None  # it imports a missing one
         raise argparse.ArgumentTypeError(f"there is no module {error.name!r}") from None
     except Exception as error:
         raise _raised(f"the module {module!r}", error) from None
@@ -82,7 +82,7 @@ def _factory(spec: str) -> Callable[[], Any]:
 
 
 def _raised(what: str, error: Exception) -> argparse.ArgumentTypeError:
-    """Prints where a part of the model went wrong; argparse would hide some errors and why."""
+    """Prints the traceback of the user's code; argparse would hide some errors and their causes."""
     traceback.print_exception(error)
     return argparse.ArgumentTypeError(f"{what} raised {type(error).__name__}: {error}")
 
@@ -95,7 +95,7 @@ def _file(name: str) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Explains the model and prints the report; 0, or the exit code of what is wrong."""
+    """Explains the model and prints the report; returns the exit code."""
     if args.device == "cuda" and not torch.cuda.is_available():
         return _fail(2, "no CUDA device is available")
     on_cuda = args.device == "cuda"
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         grad = contextlib.nullcontext() if args.grad else torch.no_grad()
         with grad, progress("compiling without and with the rewrites", sys.stderr):
             explanation = explain(model, *call, dynamic=args.dynamic, **named)
-    except Exception as error:  # of the compiler's, or of the model's own
+    except Exception as error:  # the compiler's, or the model's own
         reason = f"{type(error).__name__}: {error}"
         return _fail(1, f"the model does not compile as one graph: {reason}")
     print(explanation)

@@ -1,7 +1,7 @@
 """A graph as an SVG: layers of boxes from the inputs down, made of plain shapes and text.
 
-A node stands one row below the lowest node that it reads. Within a row the nodes are ordered by
-where their neighbours stand, a few sweeps down and up.
+A node is placed one row below the lowest node it reads. Within a row, nodes are ordered by the
+positions of their neighbors, in a few sweeps down and up.
 """
 
 from dataclasses import dataclass, replace
@@ -14,15 +14,15 @@ SWEEPS = 4
 
 @dataclass(frozen=True)
 class GraphNode:
-    """One node of the graph that the rewrites see or leave.
+    """One node of the graph before or after the rewrites.
 
     Attributes:
         name: Its name in the graph.
         operator: What it calls, `input` for an input of the graph.
-        inputs: Names of the nodes that it reads.
+        inputs: Names of the nodes it reads.
         value: Dtype and shape of its result, empty if it is not one tensor.
         source: The model's line of source, empty if unknown.
-        rewrite: Before: the rewrite that removes it. After: the rewrite that made it. Else None.
+        rewrite: Before: the rewrite that removes it. After: the one that made it. Else None.
     """
 
     name: str
@@ -41,8 +41,8 @@ def drawing(graph: tuple[GraphNode, ...], label: str, marked: frozenset[str]) ->
     """An `<svg>` element.
 
     Args:
-        graph: The nodes in order. What they read beyond these is drawn as an input.
-        label: What the picture shows, for who cannot see it.
+        graph: The nodes in order. Other nodes that they read are drawn as inputs.
+        label: Text alternative for the picture.
         marked: Names of nodes that are outlined.
     """
     nodes = joined(graph)
@@ -69,7 +69,7 @@ def drawing(graph: tuple[GraphNode, ...], label: str, marked: frozenset[str]) ->
 
 
 def joined(graph: tuple[GraphNode, ...]) -> list[GraphNode]:
-    """The nodes without getitem nodes, and with all that they read."""
+    """The nodes without getitem nodes, with everything they read."""
     names: dict[str, str] = {}
     kept: dict[str, GraphNode] = {}
     for node in graph:
@@ -85,7 +85,7 @@ def joined(graph: tuple[GraphNode, ...]) -> list[GraphNode]:
 
 
 def rows_of(nodes: list[GraphNode]) -> Rows:
-    """The nodes by rows; an input stands just above the first that reads it."""
+    """The nodes by rows; an input is placed just above its first reader."""
     depth: dict[str, int] = {}
     for node in nodes:
         if node.operator != "input":
@@ -101,7 +101,7 @@ def rows_of(nodes: list[GraphNode]) -> Rows:
 
 
 def order(rows: Rows) -> None:
-    """Sorts every row by the mean position of what its nodes read, then of what reads them."""
+    """Sorts every row by the mean position of its nodes' inputs, then of their users."""
     above = {node.name: list(node.inputs) for row in rows for node in row}
     below: dict[str, list[str]] = {name: [] for name in above}
     for name, inputs in above.items():
@@ -149,14 +149,14 @@ def box(node: GraphNode, place: Place, marked: bool) -> list[str]:
     """A rectangle with its text; pointing at it shows the node's name, rewrite and source."""
     x, y, w, h = place
     kind = "input" if node.operator == "input" else "fused" if node.rewrite else "plain"
-    told = [node.name, f"rewrite {node.rewrite}" if node.rewrite else "", node.source]
+    tooltip = [node.name, f"rewrite {node.rewrite}" if node.rewrite else "", node.source]
     shapes = [f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="4"/>']
     for i, text in enumerate(lines(node)):
         baseline = y + PADDING / 2 + LINE * (i + 0.8)
         shapes.append(f'<text x="{x + w / 2:.1f}" y="{baseline:.1f}">{escape(text)}</text>')
     return [
         f'<g class="{kind}{" marked" if marked else ""}">',
-        f"<title>{escape(chr(10).join(filter(None, told)))}</title>",
+        f"<title>{escape(chr(10).join(filter(None, tooltip)))}</title>",
         *shapes,
         "</g>",
     ]

@@ -1,4 +1,4 @@
-"""An explanation as one HTML page that loads nothing."""
+"""An explanation as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def section(layer: Layer, others: list[str]) -> str:
 
 
 def listed(items: Iterable[tuple[str, ...]]) -> str:
-    """A list; each item's first line is set off from the rest."""
+    """A list; the first line of each item stands out."""
     rows = [
         f"<li><strong>{escape(first)}</strong>"
         + "".join(f"<br><code>{escape(line)}</code>" for line in rest if line)

@@ -13,10 +13,10 @@ class Fired:
 
     Attributes:
         rewrite: Its name.
-        operator: The operator at whose call it was found.
+        operator: The operator whose call it matched.
         node: That call.
         source: The model's line of source of that call, empty if unknown.
-        removed: Operators of the calls that it replaced.
+        removed: Operators of the calls it replaced.
     """
 
     rewrite: str
@@ -28,11 +28,11 @@ class Fired:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A rewrite that recognised its pattern and did not fire.
+    """A rewrite that matched its pattern but did not fire.
 
     Attributes:
         rewrite: Its name.
-        operator: The operator at whose call it was found.
+        operator: The operator whose call it matched.
         node: That call.
         source: The model's line of source of that call, empty if unknown.
         rejected_by: The check that rejected it, a key of `kda_ops.explain.text.CHECKS`.
@@ -53,16 +53,15 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class Side:
-    """A layer as it is compiled, without or with the rewrites.
+    """A layer compiled without or with the rewrites.
 
     Attributes:
-        launches: Names of the kernels that it launches, in order: generated ones and our own.
-        calls: What it calls besides, in order: matrix products and operators without a kernel.
-        bytes_moved: Bytes of its intermediate results through memory: each buffer that one kernel
-            leaves for another, written once and read once. Symbolic sizes count with the number
-            they had when traced.
+        launches: Names of the kernels it launches, in order: generated and hand-written.
+        calls: Other calls, in order: GEMMs and operators without a kernel.
+        bytes_moved: Bytes of intermediates through memory: each buffer that one kernel passes to
+            another, written once and read once. Symbolic sizes count as their traced values.
         graph: Its nodes, in order.
-        failed: Whether no code could be generated: then there is no more than the graph.
+        failed: Whether no code could be generated: then only the graph is known.
     """
 
     launches: tuple[str, ...] = ()
@@ -74,11 +73,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Layer:
-    """One module that holds a recurrence, or what is outside of all of them.
+    """One module with a recurrence, or everything outside of such modules.
 
     Attributes:
-        path: As in `named_modules()`; empty for the model itself and for what is outside.
-        kind: Its class, empty for what is outside of every layer.
+        path: As in `named_modules()`; empty for the model itself and outside of all layers.
+        kind: Its class; empty outside of all layers.
         fired: Rewrites that fired in it.
         near_misses: Rewrites that nearly fired.
         before: Compiled without the rewrites.
@@ -112,7 +111,7 @@ class Layer:
         return self.before.failed or self.after.failed
 
     def equal_but_for_names(self, other: "Layer") -> bool:
-        """Whether the report of another layer is the same but for the names of nodes."""
+        """Whether another layer's report is the same except for node names."""
 
         def content(layer: Layer) -> tuple[object, ...]:
             sides = (layer.before, layer.after)
@@ -128,12 +127,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the graph rewrites make of a model; `str()` of it is a report.
+    """What the graph rewrites change in a model; `str()` gives a report.
 
     Attributes:
-        device: The device that the code was generated for.
+        device: The device for which code was generated.
         shapes: `static` or `dynamic`.
-        layers: In the order of the graph; what is outside of every layer comes last.
+        layers: In the order of the graph; the part outside of all layers comes last.
         failures: Why no code could be generated without and with the rewrites; empty if it was.
     """
 
@@ -154,7 +153,7 @@ class Explanation:
         return sum(layer.bytes_saved for layer in self.layers)
 
     def distinct_layers(self) -> list[tuple[Layer, list[Layer]]]:
-        """Each layer that differs from those before it, with the later ones that are like it."""
+        """Each layer that differs from those before it, with the later ones equal to it."""
         groups: list[tuple[Layer, list[Layer]]] = []
         for layer in self.layers:
             for first, others in groups:
@@ -174,7 +173,7 @@ class Explanation:
         return f"whole graph: {before} -> {after} launches, {saved} through memory"
 
     def without_code(self) -> list[str]:
-        """For what no code could be generated, and why."""
+        """Which sides have no generated code, and why."""
         before, after = self.failures
         if before == after:
             return [f"no code with or without the rewrites: {before}"] if before else []
@@ -190,5 +189,5 @@ class Explanation:
         return "\n".join([*lines, "", self.summary()])
 
     def to_html(self) -> str:
-        """The same as one page that needs nothing else, with the graphs before and after drawn."""
+        """The same as a self-contained page, with drawings of the graphs before and after."""
         return page(self)

@@ -57,7 +57,7 @@ def bytes_moved(side: Side) -> str:
 
 
 def row(name: str, *values: str) -> list[str]:
-    """Lines with a name in front of the first; what is empty is left out."""
+    """Lines with a name in front of the first; empty values are left out."""
     shown = [value for value in values if value]
     return [f"{name if not i else '':<15}{value}" for i, value in enumerate(shown)]
 
@@ -76,7 +76,7 @@ def refusal(miss: NearMiss) -> str:
 
 
 def blame(miss: NearMiss) -> tuple[str, ...]:
-    """Where the node is that a reason names, if it is another one than the call."""
+    """The source of the node that a reason names, if it is not the call itself."""
     if miss.blamed == miss.node or miss.blamed_source in ("", miss.source):
         return ()
     return (f"{miss.blamed} is {miss.blamed_source}",)
@@ -88,7 +88,7 @@ def moved(layer: Layer) -> str:
 
 
 def counted(names: Iterable[str]) -> list[str]:
-    """Names with how often each comes."""
+    """Names with their counts."""
     counts = Counter(names)
     return [f"{n} x {name}" if n > 1 else name for name, n in counts.items()] or ["none"]
 

@@ -12,20 +12,20 @@ from torch import Tensor
 from kda_ops._numerics import RCP_LN2, accumulation_dtype
 from kda_ops.varlen import chunk_tokens, real_rows
 
-# What `A_log` is clamped to: the rate, also times 1 / ln 2, is a normal number, so neither
-# 0 * inf nor inf * 0 is NaN. Rates above count as e^88: what they decay is gone either way.
+# The range to which `A_log` is clamped: the rate, also times 1 / ln 2, is a normal number, so that
+# no 0 * inf gives NaN. Rates above count as e^88, which decays everything to 0 as well.
 RATES = {torch.float32: (-87.0, 88.0), torch.float64: (-708.0, 709.0)}
-# A decay in log2 that leaves 0 of every number of the dtype.
+# A decay in log2 that takes every number of the dtype to 0.
 FORGOTTEN = {torch.float32: -300.0, torch.float64: -2100.0}
-# Gates below and rates above its size have no gradient: its sums over tokens could overflow.
+# Gates and rates of larger magnitude have no gradient: its sums over tokens could overflow.
 STEEPEST = 2.0**64
 
 
 class _Gate(torch.autograd.Function):
     """The gate of `z [..., HV, K]` and the clamped `A_log [HV, 1]`.
 
-    Autograd would take the gradient through a rate and a slope, of which one may overflow where
-    the other is 0; here they are multiplied first.
+    Autograd would multiply the gradient by a rate and a slope in turn, of which one may overflow
+    where the other is 0; here they are multiplied first.
     """
 
     @staticmethod
@@ -89,9 +89,9 @@ def cumulative_gate(
 ) -> Tensor:
     """The chunks' prefix sums of the gate in log2, `x [B, T, HV, K]`, in the accumulation dtype.
 
-    Finite, since of infinite sums there is no difference. Sums `to_be_seen` are right as such and
-    at least the least finite number. Others are used only as differences of tokens in exponents,
-    so a token that decays to 0 counts as `FORGOTTEN`, beside which smaller gates keep their digits.
+    Finite, since infinite sums have no difference. Sums `to_be_seen` are results in themselves, and
+    at least the least finite number. Others are only used as differences of tokens in exponents, so
+    a token that decays to 0 counts as `FORGOTTEN`, next to which smaller gates keep their digits.
     """
     g = gate_nats(real_rows(x, cu_seqlens, 0.0), A_log, dt_bias, lower_bound)
     if lower_bound is None and not to_be_seen:
@@ -105,9 +105,8 @@ def chunk_local_cumsum(
 ) -> Tensor:
     """Inclusive prefix sum of `g [B, T, ...]` along T that restarts with every chunk, in g's dtype.
 
-    Each chunk is summed by itself: a difference of sums over the whole length would lose the small
-    terms. With `cu_seqlens` the chunk_indices are those of the chunk table, and rows that belong to
-    no sequence are zero.
+    Each chunk is summed separately: a difference of sums over the whole length would lose small
+    terms. With `cu_seqlens`, the chunks are those of the chunk table, and padding rows are zero.
     """
     B, T = g.shape[:2]
     if cu_seqlens is None:

@@ -18,11 +18,11 @@ LEAST_SUM = tl.constexpr(torch.finfo(torch.float32).min)
 
 @triton.jit
 def softplus(z):
-    """log(1 + exp(z)), right relative to the result: no flush for z << 0, linear for z > 20.
+    """log(1 + exp(z)), with a small relative error: no flush for z << 0, linear for z > 20.
 
     With e = exp(-|z|) in [0, 1] it is max(z, 0) + e * P(e), where P is a least-squares fit of
     log1p(e) / e of degree 8. One hardware exp2 and no division: a library log costs more than the
-    rest of a gate kernel.
+    rest of the gate kernel.
     """
     e = tl.exp2(tl.abs(z) * -LOG2E)
     p = 0.0051058256067335606
@@ -49,7 +49,7 @@ def rate(A_log):
 
 @triton.jit
 def gate_rate(A_log_ptr, h, HAS_A: tl.constexpr):
-    """The rate of head h, 1 where there is none."""
+    """The rate of head h, 1 without A_log."""
     if HAS_A:
         return rate(tl.load(A_log_ptr + h))
     else:
@@ -69,7 +69,7 @@ def gate_nats(z, a, lower_bound, BOUNDED: tl.constexpr):
 def chunk_span(cu_seqlens_ptr, chunk_indices_ptr, row, sequences, T, C: tl.constexpr):
     """First token (int64) of row `row` of a chunk table, and one past the last.
 
-    Empty (end <= start) for an unused row. `0 <= start` and `end <= T` whatever the tables hold.
+    Empty (end <= start) for an unused row. `0 <= start` and `end <= T` for any table values.
     """
     n = tl.load(chunk_indices_ptr + row * 2)
     c = tl.load(chunk_indices_ptr + row * 2 + 1)
@@ -84,7 +84,7 @@ def chunk_span(cu_seqlens_ptr, chunk_indices_ptr, row, sequences, T, C: tl.const
 
 @triton.jit
 def padding_start(cu_seqlens_ptr, sequences, T):
-    """First token (int64) of no sequence, within [0, T] whatever `cu_seqlens` holds."""
+    """First padding token (int64), within [0, T] for any values of `cu_seqlens`."""
     last = tl.load(cu_seqlens_ptr + sequences).to(tl.int64)
     return tl.minimum(tl.maximum(last, 0), T)
 
@@ -118,12 +118,12 @@ def running_sums(
     x_ptr, out_ptr, d, start, end, stride_token, D, factor, a, bias, C: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, GATED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the BLOCK channels d of one chunk, times factor: of x or, if GATED, of the part of a
-    gate that depends on the token, with the rate a. Gates whose sum overflows get the least finite
-    number: of infinite sums there is no difference.
+    """Running sums of the BLOCK channels d of one chunk, times factor: of x or, if GATED, of the
+    token-dependent part of a gate, with the rate a. Sums that overflow become the least finite
+    number: infinite sums have no difference.
 
-    It walks down the tokens with the running sums in registers, so nothing is exchanged between
-    threads. STEP tokens are read at once, summed by themselves and put on top of the sum so far: as
+    It walks down the tokens with the running sums in registers, without communication between
+    threads. STEP tokens are loaded at once, summed separately and added to the sum so far: that
     many loads are in flight, and the rounding error is that of STEP + C / STEP terms, not of C.
     """
     before = tl.zeros([BLOCK], tl.float32)

@@ -1,1 +1,1 @@
-"""Modules: the layer, and the checkpoints it loads."""
+"""The layer module and its checkpoints."""

@@ -1,4 +1,4 @@
-"""What a call of a layer refuses, before anything is written."""
+"""Checks of a layer's call, before anything is written."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_call(
     cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
 ) -> None:
-    """What does not fit together in a call, before anything is computed."""
+    """Rejects inconsistent arguments before anything is computed."""
     check_rank("hidden_states", hidden_states, 3)
     check_dtype("hidden_states", hidden_states)
     check_device(A_log=layer.A_log, hidden_states=hidden_states)
@@ -92,7 +92,7 @@ def check_call(
     )
     if (
         recurrent.is_cuda and config.impl == "auto"
-    ):  # what the operators behind the first write would refuse
+    ):  # what operators after the first write would reject
         for name, x in (
             ("recurrent", recurrent),
             ("A_log", layer.A_log),
@@ -106,8 +106,8 @@ def check_call(
 
 
 def check_step(layer: Layer, hidden_states: Tensor, inputs: Projected, state: State) -> None:
-    """What the operators behind the first write of a state would refuse. (In compiled code they
-    do while they are traced.)
+    """Rejects what the operators after the first write of a state would reject. (In compiled code
+    they do so at trace time.)
     """
     if torch.compiler.is_compiling():
         return

@@ -1,6 +1,6 @@
 """Checkpoints of other KDA layers, renamed and packed into the parameters of `KimiDeltaAttention`.
 
-Four namings are known and told apart by the names themselves:
+Four naming schemes are recognized by their names:
 
 * FLA: `f_proj.0`, `f_proj.1`, `A_log [HV]`, `dt_bias`, `g_proj.0`, `g_proj.1`, `q_conv1d`,
   `k_conv1d`, `v_conv1d`;
@@ -10,8 +10,8 @@ Four namings are known and told apart by the names themselves:
   `forget_gate.dt_bias`, `g_a_proj`, `g_b_proj`, one `conv1d`;
 * kda_ops: the layer's own, `in_proj`, `conv_weight`, ...
 
-A full-rank gate is one `f_proj` or `g_proj` in all but the last. What is one matrix there,
-`in_proj`, is one for each of q, k, v, the gates and beta elsewhere.
+A full-rank gate is a single `f_proj` or `g_proj` in all but the last. The last has one matrix,
+`in_proj`, where the others have one each for q, k, v, the gates and beta.
 """
 
 import re
@@ -40,22 +40,22 @@ def detect_naming(names: Mapping[str, Tensor]) -> str:
 def convert_state_dict(
     state_dict: Mapping[str, Tensor], layer: "KimiDeltaAttention", prefix: str = ""
 ) -> dict[str, Tensor]:
-    """A state dict of one KDA layer, in the names and shapes that `layer.load_state_dict` takes.
+    """A state dict of one KDA layer, with the names and shapes of `layer.load_state_dict`.
 
     Args:
-        state_dict: Tensors by name, in any of the namings of this module. May hold other layers too
+        state_dict: Tensors by name, in any naming scheme of this module. May contain other layers
             if `prefix` is given.
-        layer: The layer to load into; its sizes say what must be there. Moonshot's and Hugging
+        layer: The layer to load into; its sizes determine what is expected. Moonshot's and Hugging
             Face's layers have no bias on the output gate: make the layer with
             `output_gate_bias=False` for them.
-        prefix: What the names of this layer start with, such as `"model.layers.0.self_attn."`.
+        prefix: The prefix of this layer's names, such as `"model.layers.0.self_attn."`.
 
     Returns:
-        The layer's own names. Dtypes and devices are the checkpoint's.
+        Tensors by the layer's own names, with the checkpoint's dtypes and devices.
 
     Raises:
-        ValueError: Everything that is missing, that nothing stands for, or that has another shape,
-            in the checkpoint's own names.
+        ValueError: Lists everything that is missing, unexpected or of the wrong shape, by the
+            checkpoint's names.
     """
     found = {
         name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)
@@ -83,7 +83,7 @@ def convert_state_dict(
         raise ValueError(
             f"state_dict ({naming} naming) does not fit the layer: " + "; ".join(problems)
         )
-    # the first allowed shape is the one that the layer keeps
+    # the first allowed shape is the layer's
     converted = {
         name: torch.cat([found[source].reshape(allowed[0]) for source, allowed in sources.items()])
         for name, sources in parts.items()
@@ -96,7 +96,7 @@ def convert_state_dict(
 def _sources(
     name: str, shape: tuple[int, ...], layer: "KimiDeltaAttention", naming: str
 ) -> dict[str, list[tuple[int, ...]]]:
-    """What one parameter is made of: the checkpoint's names, in order, with allowed shapes."""
+    """The sources of one parameter: the checkpoint's names, in order, with allowed shapes."""
     if naming == "kda_ops":
         return {name: [shape]}
     rows = {x: layer.in_sizes[x] for x in "qkv"}
@@ -130,7 +130,7 @@ def _sources(
 
 
 def _elsewhere(name: str, naming: str) -> str:
-    """FLA's name of a parameter in another naming."""
+    """Translates FLA's name of a parameter to another naming scheme."""
     if naming != "FLA":
         name = re.sub(r"^([fg])_proj\.([01])\.", lambda m: f"{m[1]}_{'ab'[int(m[2])]}_proj.", name)
     if naming == "Hugging Face" and name.startswith(("f_", "A_log", "dt_bias")):

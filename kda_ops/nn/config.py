@@ -1,5 +1,5 @@
-"""What a layer may be configured to be. Every error names the argument, what was expected and what
-came.
+"""Checks of a layer's configuration. Every error names the argument, what was expected and what was
+passed.
 """
 
 import math
@@ -18,7 +18,7 @@ MODES = ("chunk", "fused_recurrent")
 
 
 def value_head_dim(head_dim: int, expand_v: float) -> int:
-    """V, from K and V / K."""
+    """V from K and V / K."""
     check_number("expand_v", expand_v)
     width = head_dim * float(expand_v)
     found = round(width) if math.isfinite(width) else 0

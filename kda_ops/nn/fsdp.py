@@ -1,9 +1,9 @@
 """`A_log` and `dt_bias` in fp32 under FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-FSDP2 gathers and reduces parameters in groups of one dtype. It refuses a group of bf16 weights with
-a gate in fp32, and under a `MixedPrecisionPolicy` it hands the gate bf16 as well. Here the gate's
-parameters are taken out of that: they are gathered as they are, in the same collective as the
-others, and only their gradients are reduced in the dtype of the group and widened afterwards.
+FSDP2 gathers and reduces parameters in groups of one dtype. It rejects a group of bf16 weights with
+a gate in fp32, and under a `MixedPrecisionPolicy` it casts the gate to bf16 as well. The gate's
+parameters are exempted here: they are gathered unchanged, in the same collective as the others, and
+only their gradients are reduced in the group's dtype and widened afterwards.
 """
 
 import functools
@@ -16,10 +16,10 @@ EXACT = ("A_log", "dt_bias")
 
 
 def keep_exact(hook: Callable[..., Any]) -> None:
-    """Marks the parameter whose hook this is, if it is one of FSDP2's and of the gate.
+    """Marks the hook's parameter, if it is FSDP2's and a parameter of the gate.
 
-    FSDP2 registers a hook with the module of each parameter that it takes, and names itself nowhere
-    else before it has made its groups: what it keeps of the parameter is in the hook's closure.
+    FSDP2 registers a hook with the module of each parameter it manages, which is the only place to
+    reach it before its groups are made: its parameter object is in the hook's closure.
     """
     for cell in getattr(hook, "__closure__", None) or ():
         taken = cell.cell_contents
@@ -32,11 +32,11 @@ def _exact_param() -> Any:
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
     class ExactFSDPParam(FSDPParam):
-        """A parameter that keeps its dtype in a group of parameters of another one."""
+        """A parameter that keeps its dtype in a group of another dtype."""
 
         def init_dtype_attrs(self, mp_policy: Any) -> None:
             super().init_dtype_attrs(mp_policy)
-            # one of the same group: it is in the same module, and no gate
+            # another parameter of the same group: same module, not a gate's
             group = self._module_info.module.o_norm_weight.dtype
             self.group_dtype = mp_policy.param_dtype or group
             self.orig_dtype, self.param_dtype = group, None

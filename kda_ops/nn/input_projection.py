@@ -1,4 +1,4 @@
-"""All input projections are one GEMM: the rows of its weight, and what each of its results is."""
+"""All input projections are one GEMM: the rows of its weight, and its results."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kda_ops.nn.layer import KimiDeltaAttention as Layer
 
-ROW = 64  # elements: rows that are read in parts begin at whole memory transactions
+ROW = 64  # elements: rows that are read in parts start at aligned memory transactions
 
 
 class Projected(NamedTuple):
-    """What is projected from the hidden states, `[B, T, ...]` each.
+    """The projections of the hidden states, `[B, T, ...]` each.
 
     Attributes:
         x: `[B, T, D]`, into the convolution.
@@ -29,7 +29,7 @@ class Projected(NamedTuple):
     raw_beta: Tensor
 
     def split(self, rows: tuple[int, int]) -> tuple[Projected, Projected]:
-        """The first tokens and the others."""
+        """Splits off the first tokens."""
         first, second = zip(*(y.split(rows, dim=1) for y in self), strict=True)
         return Projected(*first), Projected(*second)
 
@@ -43,10 +43,10 @@ def input_sizes(
     output_rank: int | None,
     output_gate_bias: bool,
 ) -> dict[str, int]:
-    """Rows of the projection by what is projected: q | k | v | f | g | b | pad.
+    """Rows of the projection by part: q | k | v | f | g | b | pad.
 
-    A gate of low rank has its first factor there. A full-rank output gate with a bias is a
-    projection of its own.
+    It includes only the first factor of a low-rank gate. A full-rank output gate with a bias is a
+    separate projection.
     """
     sizes = {
         "q": key_dim,
@@ -70,16 +70,16 @@ def parts_of(weight: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
 
 
 def padded(rows: Tensor, sizes: dict[str, int]) -> Tensor:
-    """A weight from the rows of its parts, one behind the other."""
+    """A weight from the concatenated rows of its parts."""
     return F.pad(rows, (0, 0, 0, sizes["pad"]))
 
 
 def project(layer: Layer, hidden_states: Tensor) -> Projected:
-    """What goes into the convolution, both gates by head, and beta before its sigmoid."""
+    """The convolution's input, both gates by head, and beta before its sigmoid."""
     sizes = layer.in_sizes
     names = [name for name in sizes if name not in "qkv"]
     widths = [layer.conv_dim, *(sizes[name] for name in names)]
-    # products of rows: `nn.Linear` would add the bias of a slice with more axes on its own
+    # 2-d GEMMs: on a slice with more axes `nn.Linear` would add the bias separately
     rows = hidden_states.flatten(0, 1)
     x, *rest = layer.in_proj(rows).split(widths, dim=-1)
     parts = dict(zip(names, rest, strict=True))

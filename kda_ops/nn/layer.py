@@ -34,16 +34,16 @@ class KimiDeltaAttention(nn.Module):
         y = W_o (rms_norm(o) * sigmoid(W_g x))
 
     All input projections are one GEMM, `in_proj`, with the rows of `in_sizes`: q | k | v | f | g |
-    b | pad, of a gate of low rank its first factor, the second being `f_proj` or `g_proj` (and a
-    full-rank output gate with a bias is `g_proj` alone); `pad` rows, zero in a checkpoint that is
-    loaded and never read, make a multiple of 64. A decode step is bound by the number of GEMMs,
-    not their size. The convolutions are one weight `conv_weight [D, conv_size]` with
-    `D = H*K + H*K + HV*V`, in the order q | k | v. `load_checkpoint` packs the checkpoints of FLA,
-    Hugging Face and Moonshot that way. `A_log` and `dt_bias` stay in fp32 when the layer is cast to
-    a 16-bit dtype, and when FSDP2 (`fully_shard`) shards it, in whatever dtypes.
+    b | pad. It includes the first factor of a low-rank gate; the second is `f_proj` or `g_proj` (a
+    full-rank output gate with a bias is `g_proj` alone). `pad` rows, zero in a loaded checkpoint
+    and never read, round up to a multiple of 64. A decode step is bound by the number of GEMMs, not
+    their size. The convolutions are one weight `conv_weight [D, conv_size]` with `D = H*K + H*K +
+    HV*V`, in the order q | k | v. `load_checkpoint` packs the checkpoints of FLA, Hugging Face and
+    Moonshot accordingly. `A_log` and `dt_bias` stay in fp32 when the layer is cast to a 16-bit
+    dtype, and when FSDP2 (`fully_shard`) shards it, in any dtypes.
 
     Source: Kimi Linear (arXiv:2510.26692), section 4. The arguments up to `norm_eps` are those of
-    FLA's layer of this name.
+    FLA's layer of the same name.
 
     Args:
         hidden_size: Width of the input and output.
@@ -51,8 +51,8 @@ class KimiDeltaAttention(nn.Module):
         num_heads: H, query and key heads.
         num_v_heads: HV, value heads, a multiple of `num_heads`. None means `num_heads`.
         expand_v: V / K.
-        mode: `"chunk"` or `"fused_recurrent"`, for configurations written for FLA. The batch
-            decides here: decode rows step, all other rows go by chunks.
+        mode: `"chunk"` or `"fused_recurrent"`, accepted for configurations written for FLA, without
+            effect: decode rows use the recurrent form, all other rows the chunked one.
         use_short_conv: Convolve q, k and v; without it they are only activated, and the convolution
             state is None.
         allow_neg_eigval: `beta = 2 * sigmoid(...)`.
@@ -66,15 +66,15 @@ class KimiDeltaAttention(nn.Module):
         forget_gate_rank: Rank of the forget gate: a number, `"head"` for V (FLA, Kimi Linear), or
             None for one full-rank matrix.
         output_gate_rank: Rank of the output gate, likewise (None: Kimi K3).
-        output_gate_bias: Whether the output gate ends in a bias (FLA has one, Moonshot's
+        output_gate_bias: Whether the output gate has a bias (FLA has one, Moonshot's
             checkpoints have none).
         conv_layout: `"SD"`, `"DS"`, `"auto"`, or None to follow `kda_ops.config.conv_layout`.
-            `"auto"` goes by the shape of the state that a call gets.
-        device: Where the parameters are made.
-        dtype: Of all parameters but `A_log` and `dt_bias`.
+            `"auto"` infers it from the shape of a call's state.
+        device: Device of the parameters.
+        dtype: Dtype of all parameters but `A_log` and `dt_bias`.
 
     Raises:
-        ValueError: Sizes that do not fit, an unknown mode or layout, a `lower_bound` outside
+        ValueError: Inconsistent sizes, an unknown mode or layout, a `lower_bound` outside
             `[-5, 0)`.
     """
 
@@ -160,7 +160,7 @@ class KimiDeltaAttention(nn.Module):
 
     @property
     def conv_dim(self) -> int:
-        """D, the channels of q, k and v together."""
+        """D, the total channels of q, k and v."""
         return 2 * self.key_dim + self.value_dim
 
     def in_parts(self) -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ class KimiDeltaAttention(nn.Module):
         return parts_of(self.in_proj.weight, self.in_sizes)
 
     def in_padded(self, rows: Tensor) -> Tensor:
-        """A weight for `in_proj` from the rows of its parts, one behind the other."""
+        """A weight for `in_proj` from the concatenated rows of its parts."""
         return padded(rows, self.in_sizes)
 
     def extra_repr(self) -> str:
@@ -180,7 +180,7 @@ class KimiDeltaAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialises the non-Linear parameters as FLA does."""
+        """Initializes the non-Linear parameters like FLA."""
         if self.safe_gate:
             self.A_log.zero_()
         else:
@@ -206,20 +206,19 @@ class KimiDeltaAttention(nn.Module):
         return super()._apply(apply, recurse)
 
     def register_load_state_dict_post_hook(self, hook: Callable[..., Any]) -> Any:
-        """As in `nn.Module`. FSDP2 does so for each parameter that it shards."""
+        """As in `nn.Module`. FSDP2 calls it for each parameter that it shards."""
         keep_exact(hook)
         return super().register_load_state_dict_post_hook(hook)
 
     def load_checkpoint(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
-        """Loads the layer's weights from a checkpoint of FLA, Hugging Face or Moonshot, or from
-        this class's own.
+        """Loads the layer's weights from a checkpoint of FLA, Hugging Face, Moonshot or this class.
 
         Args:
             state_dict: Tensors by name.
-            prefix: What the layer's names start with in it, such as `"model.layers.0.self_attn."`.
+            prefix: The prefix of the layer's names, such as `"model.layers.0.self_attn."`.
 
         Raises:
-            ValueError: Missing or unexpected names, or shapes that do not fit; see
+            ValueError: Missing or unexpected names, or wrong shapes; see
                 `kda_ops.nn.checkpoints.convert_state_dict`.
         """
         self.load_state_dict(convert_state_dict(state_dict, self, prefix))
@@ -227,10 +226,10 @@ class KimiDeltaAttention(nn.Module):
     def state_spec(
         self, *, num_spec: int = 0, recurrent_dtype: Any = "auto", transfer: bool = False
     ) -> KDAStateSpec:
-        """The states of this layer; its `allocate` makes what `forward` takes as `state`.
+        """The spec of this layer's states; its `allocate` returns the `state` of `forward`.
 
-        Layout `"auto"` is decided here, for the device of the weights. `transfer`: the states will
-        be moved between ranks or engines.
+        Layout `"auto"` is resolved here, for the device of the weights. `transfer`: whether the
+        states will be moved between ranks or engines.
         """
         conv_size: Any = self.conv_size if self.use_short_conv else None
         spec = KDAStateSpec(
@@ -266,25 +265,24 @@ class KimiDeltaAttention(nn.Module):
 
         Args:
             hidden_states: `[B, T, hidden_size]`; B is 1 with `batch` or `cu_seqlens`.
-            state: `(conv, recurrent)` as `state_spec().allocate(...)` makes it: `conv [slots, L,
-                D]` in layout SD or `[slots, D, L]` in DS with `L = conv_size - 1 + num_spec`, and
+            state: `(conv, recurrent)` from `state_spec().allocate(...)`: `conv [slots, L, D]` in
+                layout SD or `[slots, D, L]` in DS with `L = conv_size - 1 + num_spec`, and
                 `recurrent [slots, HV, V, K]`. Pages may be padded. Without a convolution conv is
                 None. Needs `batch`.
             batch: Rows, sequences and slots of the step. Needs `state`.
             cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0,
                 non-decreasing, last at most T. Only without `batch`.
-            chunk_indices: `prepare_chunk_indices(cu_seqlens, T)` if the caller has it already.
-            output_state: Also return the states: those passed, or without any, fresh pages in which
-                sequence n ends in slot n + 1 (slot 0 is the null block).
+            chunk_indices: `prepare_chunk_indices(cu_seqlens, T)`, if already computed.
+            output_state: Also return the states: those passed, or else fresh pages with the final
+                state of sequence n in slot n + 1 (slot 0 is the null block).
 
         Returns:
-            `[B, T, hidden_size]`, and `(conv, recurrent)` with `output_state`. Rows that belong to
-            no sequence are zero.
+            `[B, T, hidden_size]`, and `(conv, recurrent)` with `output_state`. Padding rows are
+            zero.
 
         Raises:
-            ValueError: Shapes, devices or arguments that do not fit together, before anything is
-                written.
-            RuntimeError: Gradients were asked for together with a state.
+            ValueError: Inconsistent shapes, devices or arguments, before anything is written.
+            RuntimeError: Gradients were requested together with a state.
         """
         if isinstance(batch, KDABatch) and torch.compiler.is_dynamo_compiling():
             open_sizes(batch, hidden_states)

@@ -1,4 +1,4 @@
-"""What the layer does between its projections: along the tokens, from and into states."""
+"""The layer's token mixing, between its projections."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def step(layer: Layer, inputs: Projected, state: State, batch: KDABatch, layout:
     if batch.prefill_copies is not None:
         conv, recurrent = state
         window = layout
-        if conv is None:  # the copy takes two states
+        if conv is None:  # state_copy needs two states
             conv, window = (
                 recurrent.new_zeros(len(recurrent), batch.state_indices.shape[1], 1),
                 "SD",
@@ -49,7 +49,7 @@ def step(layer: Layer, inputs: Projected, state: State, batch: KDABatch, layout:
 
 
 def decode(layer: Layer, inputs: Projected, state: State, batch: KDABatch, layout: str) -> Tensor:
-    """A few tokens of each decode, step by step from its pages."""
+    """A few tokens of each decode, with the recurrent form on its pages."""
     conv, recurrent = state
     cu_seqlens, state_indices = batch.decodes()
     if layer.use_short_conv:
@@ -79,13 +79,13 @@ def decode(layer: Layer, inputs: Projected, state: State, batch: KDABatch, layou
         cu_seqlens=cu_seqlens,
     )
     # padding follows the last sequence of the whole batch
-    return normalised(layer, o, inputs.output_gate, None if batch.kind == "mixed" else cu_seqlens)
+    return normalized(layer, o, inputs.output_gate, None if batch.kind == "mixed" else cu_seqlens)
 
 
 def prefill_pages(
     layer: Layer, inputs: Projected, state: State, batch: KDABatch, layout: str
 ) -> Tensor:
-    """The prompts of a step, from and into their pages."""
+    """The prompts of a step, on their pages."""
     state_indices, continues = batch.prefills()
     return prefill(
         layer,
@@ -109,7 +109,7 @@ def prefill(
     chunk_indices: Tensor | None,
     layout: str,
 ) -> Tensor:
-    """Whole sequences, chunk by chunk; with a state from and into its slots."""
+    """Whole sequences, in chunked form; with a state on its slots."""
     conv, recurrent = (None, None) if state is None else state
     if layer.use_short_conv:
         x = short_conv(
@@ -145,7 +145,7 @@ def prefill(
         state_indices=state_indices,
         has_initial_state=has_initial_state,
     )
-    return normalised(layer, o, inputs.output_gate, cu_seqlens)
+    return normalized(layer, o, inputs.output_gate, cu_seqlens)
 
 
 def step_size(layer: Layer, raw_beta: Tensor) -> Tensor:
@@ -154,18 +154,18 @@ def step_size(layer: Layer, raw_beta: Tensor) -> Tensor:
     return 2 * beta if layer.allow_neg_eigval else beta
 
 
-def normalised(layer: Layer, o: Tensor, output_gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The output norm; rows past the last sequence are zero whatever their gate is."""
+def normalized(layer: Layer, o: Tensor, output_gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The output norm; rows past the last sequence are zero whatever their gate."""
     o = rms_norm_gated(o, output_gate, layer.o_norm_weight, eps=layer.norm_eps)
     if cu_seqlens is None:
         return o
     real = torch.arange(o.shape[1], device=o.device) < cu_seqlens[-1]
-    # expanded, as torch 2.11 computes what is unsqueezed at an unknown size on its own
+    # expanded: torch 2.11 computes an unsqueeze at an unbacked size in its own kernel
     return torch.where(real.expand(1, 1, -1).permute(2, 0, 1), o, 0)
 
 
 def heads(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised q and k, and v, of the convolved channels."""
+    """Normalized q and k, and v, from the convolved channels."""
     q, k, v = x.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
     q, k = (y.unflatten(-1, (layer.num_heads, layer.head_k_dim)) for y in (q, k))
     return l2norm(q), l2norm(k), v.unflatten(-1, (layer.num_v_heads, layer.head_v_dim))

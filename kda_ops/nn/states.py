@@ -1,4 +1,4 @@
-"""The states that a layer allocates for itself, where a call asks for them and brings none."""
+"""The states that a layer allocates when a call requests states without passing any."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ State = tuple[Tensor | None, Tensor]
 
 
 def fresh_layout(layer: Layer, x: Tensor) -> str:
-    """The layout of a state that is allocated here."""
+    """The layout of a fresh state."""
     layout = configured_layout(layer.conv_layout)
     if layout != AUTO or not layer.use_short_conv:
         return layout
@@ -37,7 +37,7 @@ def fresh_layout(layer: Layer, x: Tensor) -> str:
 
 
 def conv_state_dtype(layer: Layer, x: Tensor) -> torch.dtype:
-    """The dtype of a convolution state that is allocated here: the weights', as in the spec."""
+    """The dtype of a fresh convolution state: that of the weights, as in the spec."""
     autocast = torch.is_autocast_enabled(x.device.type)
     return layer.in_proj.weight.dtype if autocast else x.dtype
 

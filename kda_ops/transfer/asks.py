@@ -1,4 +1,4 @@
-"""Asking a source rank what it holds: small one-sided reads of its board."""
+"""Asking a source rank what it offers: small one-sided reads of its board."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,11 @@ from kda_ops.transfer.peers import Source
 from kda_ops.transfer.results import Counters
 from kda_ops.transfer.transport import Region, Transport, TransportError
 
-SLOTS = 1024  # answers on their way at once, from all sources
+SLOTS = 1024  # answers in flight, from all sources
 
 
 class Landing:
-    """Where buckets arrive; `region` is to be registered."""
+    """Landing area of buckets; register its `region`."""
 
     def __init__(self) -> None:
         self._memory = np.zeros((SLOTS, BUCKET_BYTES), np.uint8)
@@ -22,35 +22,35 @@ class Landing:
 
     @property
     def region(self) -> Region:
-        """Where it is, in host memory."""
+        """Its place in host memory."""
         return Region(self._memory.ctypes.data, self._memory.nbytes, 0)
 
     def take(self) -> int | None:
-        """A slot for one answer, None if all are waiting for theirs."""
+        """A slot for one answer, None if all are in use."""
         return self._free.pop() if self._free else None
 
     def give(self, slot: int) -> bytes:
-        """What is in a slot, which is free again."""
+        """The contents of a slot, which is freed."""
         self._free.append(slot)
         return self._memory[slot].tobytes()
 
 
 @dataclass(eq=False)
 class Ask:
-    """A bucket on its way into a slot."""
+    """A bucket in flight into a slot."""
 
     read: Any
     slot: int
 
 
 class Asks:
-    """Asks on behalf of a rank."""
+    """The asks of a rank."""
 
     def __init__(self, transport: Transport, landing: Landing, counters: Counters) -> None:
         self._transport, self._landing, self._counters = transport, landing, counters
 
     def post(self, source: Source, request: str) -> Ask | None:
-        """Starts to ask what a source rank offers as a request; None if that must wait for a slot.
+        """Starts asking what a source rank offers for a request; None if no slot is free.
 
         Raises:
             TransportError: The source is gone.
@@ -68,11 +68,11 @@ class Asks:
         return Ask(read, slot)
 
     def status(self, ask: Ask) -> str:
-        """As that of any read."""
+        """As of any read."""
         return self._transport.status(ask.read)
 
     def take(self, ask: Ask, request: str) -> Entry | None:
-        """The answer, of an ask that is no longer active; its slot is free again.
+        """The answer to an ask that is no longer active; frees its slot.
 
         Raises:
             TransportError: The transport cannot free the read.
@@ -80,7 +80,7 @@ class Asks:
         return find_entry(self.drop(ask), request)
 
     def drop(self, ask: Ask) -> bytes:
-        """Gives back what an ask has that is no longer active; what has come of its answer.
+        """Frees an ask that is no longer active; returns what has arrived of its answer.
 
         Raises:
             TransportError: The transport cannot free the read.

@@ -1,8 +1,8 @@
-"""Which local pages take which remote pages of a request, with prefix caching on the local side.
+"""Matches the local and remote pages of a request, with prefix caching on the local side.
 
-Each side has one list of block ids per group, positional: entry i of the remote list holds tokens
-from `i * remote_block_tokens`. The local list may lack blocks at its front: those that a prefix
-hit found. Pure data in, data out; what bytes a page contains is `kda_ops.transfer.plan`'s business.
+Each side has one list of block ids per group, by position: entry i of the remote list holds tokens
+from `i * remote_block_tokens`. The local list may lack blocks at its front: those of a prefix hit.
+Pure functions of data; the bytes of a page are up to `kda_ops.transfer.plan`.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ NULL_BLOCK = 0
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """What one group of layers keeps in its blocks.
+    """The blocks of one group of layers.
 
     Attributes:
         kind: `"state"` (a block is one running state) or `"attention"`.
@@ -24,8 +24,8 @@ class BlockGroup:
         remote_block_tokens: Tokens of a remote block.
         local_pages_per_block: Pages that one local block id stands for: block b is pages
             `b * ratio` to `b * ratio + ratio - 1`. States never expand.
-        remote_pages_per_block: The same of the remote engine, which may have another ratio.
-        num_spec: Speculative tokens per step: a state list may end in as many blocks behind the
+        remote_pages_per_block: The same for the remote engine, whose ratio may differ.
+        num_spec: Speculative tokens per step: a state list may end in as many blocks after the
             running one.
 
     Raises:
@@ -60,7 +60,7 @@ class BlockGroup:
 
 
 class PageCopy(NamedTuple):
-    """Tokens of a remote page that belong into a local page; a whole page where sizes agree."""
+    """Tokens of a remote page that go into a local page; a whole page if sizes agree."""
 
     local_page: int
     remote_page: int
@@ -106,38 +106,38 @@ def match_blocks(
 ) -> list[GroupMatch]:
     """Matches the block lists of one request, group by group.
 
-    * State: the running block of each list, with all accepted tokens in it. It is the one that
-      `local_running` or `remote_running` names; else the last one, and earlier ones are
-      placeholders: either list may be clipped to its last block. Blocks behind a named one
-      (speculative tokens of a step) and in front of it (checkpoints) are left alone. A list of
-      several blocks is ambiguous without a name where the group has speculative tokens, or where
-      null blocks show that its placeholders are null.
-    * Attention: by token offset. Blocks of equal size match one to one; of a list shorter than the
-      remote one, its blocks are the request's last. Where sizes differ, what the remote blocks do
-      not cover of the last local block is reported for zeroing.
+    * State: the running block of each list, which includes all accepted tokens. `local_running` or
+      `remote_running` names it; else it is the last one, and earlier ones are placeholders: either
+      list may be clipped to its last block. Blocks after a named one (speculative tokens of a step)
+      and before it (checkpoints) are left alone. A list of several blocks is ambiguous without a
+      name if the group has speculative tokens, or if null blocks show that its placeholders are
+      null.
+    * Attention: by token offset. Blocks of equal size match one to one; a list shorter than the
+      remote one has the request's last blocks. Where sizes differ, the part of the last local block
+      that the remote blocks do not cover is reported for zeroing.
     * A list that is one block longer than needed has a block for the last prompt token, which is
-      computed again locally: the extra block is dropped.
-    * Any group may be empty, alone or with all others, without an effect on the others.
+      recomputed locally: the extra block is dropped.
+    * Any group may be empty without affecting the others.
 
     Args:
-        local: Block ids to fill, per group, in order: without those of a prefix hit.
+        local: Block ids to fill, per group, in order, without those of a prefix hit.
         remote: Block ids of the whole request on the remote engine, per group.
         groups: One per list.
-        computed: Tokens in front of the first local block (the prefix hit), one number or one per
-            group. None derives it from the ends of the lists, which is right as long as the
-            request ends in the same block on both sides; required where a remote attention block
-            is larger than a local one, since the end of the lists is then ambiguous.
+        computed: Tokens before the first local block (the prefix hit), one number or one per group.
+            None derives it from the ends of the lists, which is right if the request ends in the
+            same block on both sides; required if a remote attention block is larger than a local
+            one, since the end of the lists is then ambiguous.
         local_running: Index of the running block in a local list of states, one number for all
             lists of states or one entry per group (None for attention).
-        remote_running: The same of the remote lists.
+        remote_running: The same for the remote lists.
 
     Returns:
         One match per group, copies in token order.
 
     Raises:
-        ValueError: Numbers of lists that differ, a list that is too long, a `computed` that is
-            missing or no block boundary or leaves a list that ends before the remote one, the null
-            block as a state, a state list that does not say which block is the running one.
+        ValueError: Different numbers of lists, a list that is too long, a `computed` that is
+            missing, not a block boundary or leaves a list that ends before the remote one, the null
+            block as a state, a state list with an ambiguous running block.
     """
     for name, lists in (("local", local), ("remote", remote)):
         if len(lists) != len(groups):
@@ -168,16 +168,16 @@ def held_blocks(
     geometry: EngineGeometry,
     running: int | Sequence[int | None] | None = None,
 ) -> list[list[int]]:
-    """Of a request's blocks those that a reader may need: of a state only the running one.
+    """The blocks of a request that a reader may need: of a state only the running one.
 
     Args:
-        side: Whose blocks, for errors: `"remote"`, or `"offered"`.
+        side: The owner of the blocks, for errors: `"remote"`, or `"offered"`.
         blocks: Per group.
-        geometry: Of their engine.
+        geometry: Geometry of their engine.
         running: See `match_blocks`.
 
     Raises:
-        ValueError: A number of lists that differs, a state list as `match_blocks` refuses it.
+        ValueError: A wrong number of lists, or a state list that `match_blocks` rejects.
     """
     groups = geometry.groups
     if len(blocks) != len(groups):
@@ -212,7 +212,7 @@ def _per_state(
 def _running_index(
     side: str, i: int, blocks: Sequence[int], num_spec: int, running: int | None
 ) -> int:
-    """Where the running block is in a state list that is not empty."""
+    """Index of the running block in a nonempty state list."""
     if running is not None and not 0 <= running < len(blocks):
         raise ValueError(
             f"{_argument(side)} must be in [0, {len(blocks)}) for group {i}, got {running}"

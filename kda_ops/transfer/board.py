@@ -1,9 +1,9 @@
-"""The board of a rank: which offers it holds right now, in memory that readers can read one-sided.
+"""The board of a rank: the offers it currently holds, in memory that readers can read one-sided.
 
-An entry is put up before a request's blocks are told to anybody, and taken down before its pages
-may change. It has a number that its rank never uses again, and a tag over everything in it: an
-entry that is read while it is written is no entry. A request's entry is in the bucket that its name
-says, so that a reader finds it with one small read.
+An entry is posted before anybody learns a request's blocks, and removed before its pages may
+change. It has a number that its rank never reuses, and a tag over its contents: an entry that is
+read while being written does not count. A request's name determines its bucket, so that a reader
+finds the entry with one small read.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from kda_ops.transfer.results import TransferError
 from kda_ops.transfer.transport import Ranges, Region
 
 ENTRY = struct.Struct("<Q8s16s")  # number, digest of the blocks, tag
-ENTRIES = 32  # of a bucket; 8192 offers at once overflow none but by a chance of 1e-8
+ENTRIES = 32  # per bucket; with 8192 offers at once one overflows with probability 1e-8
 BUCKETS = 1024
 BUCKET_BYTES = ENTRIES * ENTRY.size
 BOARD_BYTES = BUCKETS * BUCKET_BYTES
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     """An offer as a reader sees it.
 
     Attributes:
-        number: Of this offer alone.
+        number: Unique to this offer.
         blocks: `blocks_digest` of what is offered, or `ANY_BLOCKS`.
     """
 
@@ -38,10 +38,10 @@ class Entry(NamedTuple):
 
 
 def blocks_digest(blocks: Sequence[Sequence[int]]) -> bytes:
-    """8 bytes that stand for the blocks of a request; see `held_blocks`.
+    """An 8-byte digest of the blocks of a request; see `held_blocks`.
 
     Raises:
-        ValueError: Blocks that are no integers of 64 bits.
+        ValueError: Blocks that are not 64-bit integers.
     """
     digest = hashlib.blake2b(digest_size=len(ANY_BLOCKS))
     for group in blocks:
@@ -53,12 +53,12 @@ def blocks_digest(blocks: Sequence[Sequence[int]]) -> bytes:
 
 
 def bucket_of(request: str) -> int:
-    """Where on a board a request's entry is."""
+    """The bucket of a request's entry."""
     return int.from_bytes(hashlib.sha256(request.encode()).digest()[:4], "little") % BUCKETS
 
 
 def find_entry(bucket: bytes, request: str) -> Entry | None:
-    """The entry of a request in its bucket, from a peer and not trusted."""
+    """The entry of a request in its bucket, from an untrusted peer."""
     for number, blocks, tag in ENTRY.iter_unpack(bucket):
         if number and tag == _tag(number, blocks, request):
             return Entry(number, blocks)
@@ -70,21 +70,21 @@ def _tag(number: int, blocks: bytes, request: str) -> bytes:
 
 
 class Board:
-    """What a rank puts up; `region` is to be registered for its peers."""
+    """The offers that a rank publishes; register its `region` for its peers."""
 
     def __init__(self) -> None:
         self._memory = np.zeros(BOARD_BYTES, np.uint8)
         self._places: dict[str, int] = {}
         self._taken: set[int] = set()
-        self._next = secrets.randbelow(1 << 39) + 1  # no number of an engine of the same name
+        self._next = secrets.randbelow(1 << 39) + 1  # unlike an earlier engine's of this name
 
     @property
     def region(self) -> Region:
-        """Where it is, in host memory."""
+        """Its place in host memory."""
         return Region(self._memory.ctypes.data, BOARD_BYTES, 0)
 
     def put_up(self, request: str, blocks: bytes) -> int:
-        """Shows an offer and returns its number.
+        """Publishes an offer and returns its number.
 
         Raises:
             TransferError: There are too many offers.
@@ -101,7 +101,7 @@ class Board:
         return number
 
     def take_down(self, request: str) -> None:
-        """Ends an offer for all readers that have not asked for the second time."""
+        """Ends an offer for all readers that have not asked a second time."""
         place = self._places.pop(request)
         self._taken.remove(place)
         self._entry(place)[:] = 0
@@ -111,6 +111,6 @@ class Board:
 
 
 def bucket_ranges(region: Region) -> list[Ranges]:
-    """A region as the buckets in it, or slots for such: what a transport prepares."""
+    """A region as ranges of one bucket each, for the transport to prepare."""
     number = region.nbytes // BUCKET_BYTES
     return [Ranges(region.address, BUCKET_BYTES, region.device, BUCKET_BYTES, number)]

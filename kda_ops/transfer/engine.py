@@ -1,16 +1,16 @@
-"""A rank's end of all transfers: connections, reads, offers and their release.
+"""A rank's endpoint of all transfers: connections, reads, offers and their release.
 
 One `TransferEngine` per rank, on either side. The reading side connects (a handshake with every
 source rank, checked on both sides), then `read`s requests; the other side `offer`s them and keeps
-their pages until every consumer has sent its notice or a time to live has passed. Nothing blocks:
-`poll` moves everything on, and every read ends within its timeout.
+their pages until every consumer has sent its notice or the offer expires. Nothing blocks: `poll`
+advances everything, and every read ends within its timeout.
 
-No read ends `done` unless its sources held the offer until its last byte was there: the protocol is
-in `kda_ops.transfer.reads`.
+A read ends `done` only if its sources held the offer until its last byte had arrived: the protocol
+is in `kda_ops.transfer.reads`.
 
-A read that is cancelled, timed out or lost a sibling may still be written by the transport: NIXL
-frees a running read without stopping it. Its result says `in_flight`, and its local pages must not
-be used again before `poll` reports the request as `drained`.
+The transport may still be writing the pages of a read that was cancelled, timed out or lost a
+sibling: NIXL frees a running read without stopping it. Its result is `in_flight`, and its local
+pages must not be reused before `poll` reports the request as `drained`.
 """
 
 import logging
@@ -39,30 +39,30 @@ Running = int | Sequence[int | None] | None
 
 log = logging.getLogger(__name__)
 
-_unclosed: list["TransferEngine"] = []  # their memory may still be written: it is never freed
+_unclosed: list["TransferEngine"] = []  # their memory may still be written, so it is never freed
 
 
 class TransferEngine:
-    """One rank's end of all transfers.
+    """One rank's endpoint of all transfers.
 
     Args:
         transport: Not shared with another engine.
-        geometry: Of this engine; every rank has the same.
+        geometry: Geometry of this engine, the same on every rank.
         rank: Tensor-parallel rank in `[0, geometry.tp_size)`.
         pages: Per group and layer, uint8 `[pages, page_bytes]`: the bytes of the pages, rows
             without gaps, all on the CPU or all on CUDA devices. `buffer_pages` makes them from a
             state.
-        name: Of the engine, the same on every rank. Must change when an engine restarts. None
-            makes one, for an engine of one rank.
-        timeout_s: Of a read, and the default time to live of an offer.
-        clock: Seconds that never go back.
-        secret: Shared by all engines that may meet, 16 bytes or more: handshakes are sealed with it
-            (not encrypted). Empty, whoever reaches a handshake is believed. Every field is checked
-            but for the transport's own metadata, and NIXL 1.5 does not survive all bytes of those:
-            let only a network that you trust do without a secret.
+        name: Name of the engine, the same on every rank. Must change when an engine restarts. None
+            generates one, for an engine of one rank.
+        timeout_s: Timeout of a read, and the default time to live of an offer.
+        clock: A monotonic clock in seconds.
+        secret: Shared by all engines that may connect, at least 16 bytes: authenticates handshakes
+            (without encryption). If empty, anyone who can send a handshake is trusted. Every field
+            is checked except the transport's own metadata, which NIXL 1.5 does not parse safely: go
+            without a secret only on a trusted network.
 
     Raises:
-        ValueError: A rank, or pages, that do not fit the geometry; a secret that is too short.
+        ValueError: A rank or pages that do not fit the geometry; a secret that is too short.
         TransportError: The transport cannot register the pages. Nothing stays registered.
     """
 
@@ -123,10 +123,10 @@ class TransferEngine:
     def answer(self, message: bytes) -> bytes:
         """The answer to a reader's handshake: this rank's description, or an error.
 
-        May be called from another thread than everything else.
+        May be called from a different thread than everything else.
 
         Args:
-            message: From a peer, not trusted.
+            message: From an untrusted peer.
         """
         return self._offers.answer(message)
 
@@ -136,12 +136,11 @@ class TransferEngine:
         Args:
             engine: The name of the engine.
             tp_size: Its ranks.
-            call: Sends a handshake to one of its ranks and returns the answer, within a time
-                limit of its own.
+            call: Sends a handshake to one of its ranks and returns the answer, with its own
+                timeout.
 
         Raises:
-            ValueError: The engines do not fit together (`GeometryError`), or an answer is
-                malformed.
+            ValueError: The engines are incompatible (`GeometryError`), or an answer is malformed.
             TransferError: A rank cannot be reached.
         """
         if self._closed:
@@ -151,7 +150,7 @@ class TransferEngine:
             self.counters.handshakes += 1
 
     def disconnect(self, engine: str) -> None:
-        """Forgets an engine; reads that are running end first."""
+        """Disconnects an engine, once its running reads have ended."""
         self._peers.disconnect(engine)
 
     # ------------------------------------------------------------------ reading
@@ -168,13 +167,13 @@ class TransferEngine:
         remote_running: Running = None,
         timeout_s: float | None = None,
     ) -> None:
-        """Starts to read a request's pages. `poll` reports the end.
+        """Starts reading a request's pages. `poll` reports the end.
 
-        It fails unless every rank that bytes come from holds an offer of the request, of these
-        remote blocks if the offer names any, from before the first byte until after the last one.
-        When all reads are done every source rank gets a notice, also where nothing was to be read
-        (a full prefix hit). A read that fails sends none, and `ReadResult.spoiled` names the blocks
-        that may hold anything now.
+        It fails unless every rank it reads from holds an offer of the request, of these remote
+        blocks if the offer names any, from before the first byte until after the last one. When all
+        reads are done every source rank gets a notice, even if nothing had to be read (a full
+        prefix hit). A failed read sends none, and `ReadResult.spoiled` names the blocks whose
+        contents are now undefined.
 
         Args:
             request: Its id on the other engine.
@@ -185,13 +184,13 @@ class TransferEngine:
             computed: See `match_blocks`.
             local_running: Likewise.
             remote_running: Likewise.
-            timeout_s: None means the engine's own. Beyond the offer's time to live it is of no use,
+            timeout_s: None means the engine's own. More than the offer's time to live is useless
                 unless the offer is renewed.
 
         Raises:
             ValueError: Blocks that do not match, do not exist, are on offer themselves or may still
-                be written by another read, a request that is being read or has been read already.
-                Nothing was read.
+                be written by another read; a request that is being or has been read. Nothing was
+                read.
             TransferError: The engine is not connected.
         """
         take_name("request", request)
@@ -236,10 +235,10 @@ class TransferEngine:
         self._reads.cancel(request)
 
     def poll(self) -> Progress:
-        """Moves everything on, without waiting.
+        """Advances everything, without waiting.
 
-        Ends offers whose time is over: until it has reported that, their pages must not change. On
-        a GPU, tokens that no remote page covers are zeroed on the current stream.
+        Ends expired offers: until that is reported, their pages must not change. On a GPU, tokens
+        that no remote page covers are zeroed on the current stream.
         """
         self._reads.advance()
         try:
@@ -262,21 +261,22 @@ class TransferEngine:
         running: Running = None,
         ttl_s: float | None = None,
     ) -> None:
-        """Promises that a request's pages stay as they are until `poll` releases them.
+        """Promises that a request's pages stay unchanged until `poll` releases them.
 
-        They are read without regard to a GPU's streams: what writes them must have ended.
+        They are read regardless of GPU streams: all writes to them must have completed.
 
         Args:
             request: An id. Readers learn its blocks by other means, and not before this returns.
-            blocks: The request's block ids, per group, as readers are told. Reads of other blocks
-                under this id fail, such as those of an earlier offer. None leaves that to whoever
-                chooses ids: then an id is offered only once.
+            blocks: The request's block ids, per group, as told to readers. Reads of other blocks
+                under this id fail, such as those of an earlier offer. With None that is up to the
+                caller's ids: then an id is offered only once.
             running: Index of the running block in lists of states, as in `match_blocks`.
-            ttl_s: Seconds until the promise ends without notices; None means the engine's timeout.
+            ttl_s: Seconds until the offer expires without notices; None means the engine's timeout.
 
         Raises:
-            ValueError: The request is offered already, was offered before and has no blocks now, or
-                is no printable string; blocks that do not exist or may still be written by a read.
+            ValueError: The request is already offered, was offered before and has no blocks now, or
+                is not a printable string; blocks that do not exist or may still be written by a
+                read.
             TransferError: There are too many offers.
         """
         take_name("request", request)
@@ -292,20 +292,20 @@ class TransferEngine:
         self._offers.offer(request, held, pages, self._clock() + limit)
 
     def renew(self, request: str, ttl_s: float | None = None) -> None:
-        """Makes an offer last longer, or end sooner.
+        """Extends or shortens an offer.
 
         Args:
             request: Its id.
             ttl_s: Seconds from now; None means the engine's timeout.
 
         Raises:
-            ValueError: It is not offered, or no more.
+            ValueError: It is not offered, or no longer.
         """
         limit = self.timeout_s if ttl_s is None else ttl_s
         self._offers.renew(request, self._clock() + limit)
 
     def withdraw(self, request: str) -> None:
-        """Ends an offer early: reads of it fail. Its pages are free when `poll` reports it.
+        """Ends an offer early: its reads fail. Its pages are free when `poll` reports it.
 
         Raises:
             ValueError: It is not offered.
@@ -313,14 +313,13 @@ class TransferEngine:
         self._offers.withdraw(request)
 
     def close(self, *, timeout_s: float | None = None) -> list[str]:
-        """Cancels what runs, ends all offers, gives everything back, leaves the network.
+        """Cancels running reads, ends all offers, frees everything and leaves the network.
 
         Args:
             timeout_s: How long to wait for reads in flight; None means the engine's timeout.
 
         Returns:
-            Requests whose reads did not end: their pages may still be written, and stay
-            registered.
+            Requests whose reads did not end: their pages may still be written and stay registered.
         """
         if self._closed:
             return []

@@ -1,7 +1,7 @@
-"""What the pages of an engine look like, as data that two engines exchange before they share any.
+"""The layout of an engine's pages, as data that two engines exchange in a handshake.
 
-A page is one block of one layer on one rank. `PageGeometry` says where every segment lies in it;
-`EngineGeometry` is all groups of an engine and what a handshake carries.
+A page is one block of one layer on one rank. `PageGeometry` has the place of every segment in it;
+`EngineGeometry` has all groups of an engine and is what a handshake carries.
 """
 
 import math
@@ -18,7 +18,7 @@ KINDS = ("state", "attention")
 
 @dataclass(frozen=True)
 class PlacedSegment:
-    """A segment and where it begins in a page.
+    """A segment and its place in a page.
 
     Attributes:
         name: Such as `"q"` or `"recurrent"`; unique in its page.
@@ -26,8 +26,8 @@ class PlacedSegment:
         bytes_per_unit: Bytes of one head in one page, the same on every rank.
         dtype: Name of the element type, such as `"bfloat16"`.
         offset: Byte offset in a page, the same on every rank.
-        shape: Of one head, without rows and tokens: `(K,)` for q and k, `(V, K)` for the recurrent
-            state. Empty where only bytes are known: then nothing but their number is compared.
+        shape: Shape of one head, without rows and tokens: `(K,)` for q and k, `(V, K)` for the
+            recurrent state. Empty if only bytes are known: then only their number is compared.
     """
 
     name: str
@@ -43,26 +43,26 @@ class PageGeometry:
     """The pages of one group of layers on every rank of an engine.
 
     Attributes:
-        name: Of the group; unique in its engine.
+        name: Name of the group; unique in its engine.
         kind: `"state"` (a page is a whole running state) or `"attention"` (a page holds keys and
             values of `block_tokens` tokens, heads first: a unit is all tokens of one head).
         segments: In page order. In layout SD the channels of the conv segments are interleaved row
-            by row; their ranges then only say which bytes the conv state covers, which is why SD
-            needs equal TP sizes.
+            by row, and their ranges only say which bytes the conv state covers; therefore SD needs
+            equal TP sizes.
         tp_size: Tensor-parallel ranks.
         layout: `"DS"` or `"SD"`; attention pages are `"DS"`.
         conv_size: Width of a state's short convolution, 0 where there is none.
         num_spec: Speculative tokens per step of a state: each adds a row to the conv state, and its
-            block ids may end in as many blocks behind the running one. 0 for attention.
+            block ids may end in as many blocks after the running one. 0 for attention.
         block_tokens: Tokens between two block boundaries.
         pages_per_block: Pages that one block id stands for. State blocks are always one page.
-        page_bytes: From one page to the next, padding included.
+        page_bytes: From one page to the next, including padding.
         pages: Pages of each layer.
         layers: Layers in the group.
 
     Raises:
-        GeometryError: A field that is not allowed, segments that overlap or do not fit a page,
-            heads that do not divide over the ranks.
+        GeometryError: An invalid field, segments that overlap or exceed a page, heads that do not
+            divide over the ranks.
     """
 
     name: str
@@ -169,7 +169,7 @@ class EngineGeometry:
         groups: One per list of block ids, in the order of the lists.
 
     Raises:
-        GeometryError: No group, two of one name, or groups of different `tp_size`.
+        GeometryError: No group, duplicate names, or groups with different `tp_size`.
     """
 
     groups: tuple[PageGeometry, ...]
@@ -196,13 +196,13 @@ def state_geometry(
 
     Args:
         spec: The states.
-        name: Of the group.
-        pages: Slots of each layer, the null block included.
+        name: Name of the group.
+        pages: Slots of each layer, including the null block.
         layers: Layers of the group.
         block_tokens: Tokens between two checkpoints of the state.
 
     Raises:
-        ValueError: The spec's layout is `"auto"`, or as `PageGeometry`.
+        ValueError: The spec's layout is `"auto"`, or as for `PageGeometry`.
     """
     layout, page_bytes = spec.layout, spec.page_bytes
     if layout is None or page_bytes is None:
@@ -268,8 +268,8 @@ def packed_geometry(
     and `C` is one of the `n_groups`) and Gated DeltaNet.
 
     Args:
-        segments: In page order, whole layer.
-        name: Of the group.
+        segments: In page order, of the whole layer.
+        name: Name of the group.
         kind: `"state"` or `"attention"`.
         dtypes: Name of the element type of every segment.
         tp_size: Tensor-parallel ranks.
@@ -278,13 +278,13 @@ def packed_geometry(
         layout: See `PageGeometry`.
         conv_size: See `PageGeometry`.
         num_spec: Likewise.
-        shapes: Per segment, see `PlacedSegment`; may lack some.
+        shapes: Per segment, see `PlacedSegment`; may omit some.
         pages_per_block: See `PageGeometry`.
         page_bytes: None means no padding.
         layers: Layers of the group.
 
     Raises:
-        GeometryError: As `PageGeometry`, or a segment without a dtype.
+        GeometryError: As for `PageGeometry`, or a segment without a dtype.
     """
     placed, end, shapes = [], 0, shapes or {}
     for segment in segments:
@@ -324,11 +324,11 @@ def packed_geometry(
 
 
 def check_compatible(local: EngineGeometry, remote: EngineGeometry) -> None:
-    """Two engines can share pages.
+    """Checks that two engines can share pages.
 
-    What bytes mean is compared part by part, never only what is computed of the parts: equal bytes
-    may be other rows, other elements or another shape. Sizes, numbers and places of pages, blocks
-    and segments may differ, and `tp_size` in layout DS: a plan takes them into account.
+    The meaning of bytes is compared field by field, never by a total: equal byte counts may be
+    other rows, elements or shapes. Sizes, numbers and places of pages, blocks and segments may
+    differ, and `tp_size` in layout DS: a plan accounts for them.
 
     Raises:
         GeometryError: They cannot; names the first field that differs and both values.

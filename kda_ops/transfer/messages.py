@@ -1,7 +1,7 @@
-"""What engines say to one another: a reader's hello, a source rank's card, a consumer's notice.
+"""Messages between engines: a reader's hello, a source rank's card, a consumer's notice.
 
-JSON, versioned, of limited length, every field checked by name and type, nothing ever executed.
-What comes from a peer is not trusted.
+Versioned JSON of limited length from untrusted peers: every field is checked by name and type,
+nothing is executed.
 """
 
 import base64
@@ -25,7 +25,7 @@ from kda_ops.transfer.schema import (
 )
 from kda_ops.transfer.transport import MEMORIES, Region
 
-MAX_HELLO = 1 << 20  # from anyone who connects; as objects it takes twenty times as much
+MAX_HELLO = 1 << 20  # from anyone who connects; decoded it takes twenty times as much
 MAX_HANDSHAKE = 16 << 20
 MAX_NOTICE = 4096
 MAX_ERROR = 1000
@@ -36,9 +36,9 @@ class Hello(NamedTuple):
 
     Attributes:
         engine: Name of its engine.
-        rank: Of the reader.
+        rank: Rank of the reader.
         agent: Name of its transport.
-        geometry: Of its engine.
+        geometry: Geometry of its engine.
     """
 
     engine: str
@@ -52,12 +52,12 @@ class Card(NamedTuple):
 
     Attributes:
         engine: Name of its engine.
-        rank: Of the source.
-        geometry: Of its engine.
+        rank: Rank of the source.
+        geometry: Geometry of its engine.
         agent: Metadata of its transport.
-        memory: `"cpu"` or `"cuda"`, where its pages are.
-        regions: Per group and layer, where its pages are.
-        board: Where it shows what it offers.
+        memory: Memory of its pages, `"cpu"` or `"cuda"`.
+        regions: Regions of its pages, per group and layer.
+        board: Region of its board.
     """
 
     engine: str
@@ -70,13 +70,13 @@ class Card(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """That a consumer rank has read a request.
+    """Tells a source that a consumer rank has read a request.
 
     Attributes:
         engine: Name of the consumer's engine.
-        rank: Of the consumer.
-        request: Id of what it has read.
-        offer: Number of the offer that it was read from, 0 where nothing was read.
+        rank: Rank of the consumer.
+        request: Id of the request.
+        offer: Number of the offer it was read from, 0 if nothing was read.
         blocks: `blocks_digest` of the request, in hexadecimal.
     """
 
@@ -105,7 +105,7 @@ def encode_geometry(geometry: EngineGeometry) -> dict[str, Any]:
 
 
 def decode_geometry(value: Any) -> EngineGeometry:
-    """A geometry from JSON values that a peer sent.
+    """A geometry from a peer's JSON values.
 
     Raises:
         GeometryError: Anything but a well-formed geometry of this version.
@@ -158,17 +158,17 @@ def encode_card(card: Card) -> bytes:
 
 
 def encode_refusal(error: Exception) -> bytes:
-    """The answer to a hello that does not fit."""
+    """The answer to a rejected hello."""
     return _encode({"error": str(error)[:MAX_ERROR]})
 
 
 def decode_card(answer: bytes, engine: str, rank: int) -> Card:
-    """The card of a rank that was asked for.
+    """The card that a rank answered with.
 
     Args:
         answer: From a peer.
-        engine: Whom the hello was sent to.
-        rank: Likewise.
+        engine: The engine that the hello was sent to.
+        rank: The rank that the hello was sent to.
 
     Raises:
         GeometryError: A refusal, the card of another rank, regions too short for the geometry, or
@@ -227,7 +227,7 @@ def _check(name: str, value: Any, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take_regions(geometry: EngineGeometry, value: Any) -> list[list[Region]]:
-    """Regions of a peer, long enough for what it says to have."""
+    """Regions of a peer, long enough for the pages it claims."""
     value = take_list("regions", value)
     if len(value) != len(geometry.groups):
         raise GeometryError(f"regions must have {len(geometry.groups)} groups, got {len(value)}")
@@ -256,7 +256,7 @@ def _take_region(name: str, value: Any, needed: int) -> Region:
 
 
 def _printable(error: Any) -> str:
-    """What a peer says is wrong, fit for a log."""
+    """A peer's error, made safe for a log."""
     if type(error) is not str:
         return shown(error)
     return "".join(c if c.isprintable() else "?" for c in error[:MAX_ERROR])

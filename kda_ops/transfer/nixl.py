@@ -1,4 +1,4 @@
-"""NIXL as the transport: the engine serving stacks move KV caches with (extra `nixl`)."""
+"""NIXL as the transport, with which serving stacks move KV caches (extra `nixl`)."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ SEGMENTS = {"cpu": "DRAM", "cuda": "VRAM"}
 
 @contextmanager
 def _errors(what: str) -> Iterator[None]:
-    """NIXL's exceptions share no base class of their own."""
+    """Converts NIXL's exceptions, which share no base class."""
     try:
         yield
     except Exception as error:
@@ -33,7 +33,7 @@ def _errors(what: str) -> Iterator[None]:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """UCX takes devices and transports from the environment of the moment it starts in."""
+    """Sets the environment from which UCX takes devices and transports when it starts."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -47,26 +47,26 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _with_gpu(environment: dict[str, str]) -> dict[str, str]:
-    """UCX warns of transports that a machine does not have: they are named where it has them."""
+    """Adds GPU transports if there is a GPU: UCX warns about transports a machine lacks."""
     if environment not in (LOOPBACK, SHARED_MEMORY) or not torch.cuda.is_available():
         return environment
     return {**environment, "UCX_TLS": ",".join((environment["UCX_TLS"], *GPU_TRANSPORTS))}
 
 
 class NixlTransport:
-    """A `Transport` of NIXL's UCX backend.
+    """A `Transport` over NIXL's UCX backend.
 
     Args:
-        name: Of the agent, unique among all that meet. None makes one.
-        environment: UCX settings for this agent. The default talks over loopback TCP and listens
-            nowhere else; `SHARED_MEMORY` between processes of one machine; `{}` leaves UCX as the
-            process's environment has it, which is what to use between machines. Where there is a
-            GPU, `UCX_TLS` of the first two also gets what UCX reaches its memory with.
-        error_handling: UCX's mode, `"peer"` or `"none"`. None is "peer", which notices the death
+        name: Name of the agent, unique among all that connect. None generates one.
+        environment: UCX settings for this agent. The default uses loopback TCP and listens nowhere
+            else; `SHARED_MEMORY` is for processes of one machine; `{}` leaves UCX to the process's
+            environment, as needed between machines. If there is a GPU, `UCX_TLS` of the first two
+            also gets the transports for its memory.
+        error_handling: UCX's mode, `"peer"` or `"none"`. None is "peer", which detects the death
             of a peer, except for shared memory, where UCX only has "none".
-        progress_thread: Whether NIXL moves things on by itself, with a thread that never sleeps.
-            Without it reads and notices move while engines are polled; over TCP and shared memory
-            that means the engines of both sides.
+        progress_thread: Whether NIXL makes progress by itself, with a thread that never sleeps.
+            Without it reads and notices progress while engines are polled; over TCP and shared
+            memory that means the engines of both sides.
 
     Raises:
         TransportError: NIXL or UCX cannot start.
@@ -102,7 +102,7 @@ class NixlTransport:
             return self._agent.get_agent_metadata()
 
     def add_peer(self, metadata: bytes) -> str:
-        # NIXL 1.5 never takes an agent's metadata again once it has got some of it cut off
+        # NIXL 1.5 never accepts an agent's metadata again after a truncated copy
         with _errors("add_peer"):
             name = self._agent.add_remote_agent(metadata)
             try:

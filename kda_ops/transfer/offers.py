@@ -1,4 +1,4 @@
-"""The source side of an engine: it answers handshakes, and keeps offers until all have read."""
+"""The source side of an engine: answers handshakes, and keeps offers until all have read them."""
 
 import logging
 import threading
@@ -40,10 +40,10 @@ class Offers:
     """What a rank has promised to keep.
 
     Args:
-        card: How the rank answers a handshake.
-        board: Where its readers see what is offered.
-        counters: Of the engine.
-        secret: Likewise.
+        card: The rank's answer to a handshake.
+        board: Publishes the offers to readers.
+        counters: The engine's counters.
+        secret: The engine's secret.
     """
 
     def __init__(self, card: Card, board: Board, counters: Counters, secret: bytes) -> None:
@@ -80,7 +80,7 @@ class Offers:
             with self._lock:
                 self._counters.refused += 1
             refusal = encode_refusal(error)
-            # who lacks the secret could not open it
+            # a peer without the secret could not open it
             return seal(self._secret, refusal, message) if known else refusal
         with self._lock:
             self._consumers.pop((reader.engine, reader.rank), None)
@@ -108,7 +108,7 @@ class Offers:
         digest = ANY_BLOCKS if blocks is None else blocks_digest(blocks)
         number = self._board.put_up(request, digest)
         self._offers[request] = _Offer(number, digest, pages, expires)
-        for page in pages:  # requests of one prefix share pages
+        for page in pages:  # requests with a common prefix share pages
             self._pages[page] = self._pages.get(page, 0) + 1
         self._names[request] = None
         self._names.move_to_end(request)
@@ -116,10 +116,10 @@ class Offers:
             self._names.popitem(last=False)
 
     def check_not_offered(self, pages: set[tuple[int, int]]) -> None:
-        """Pages, by group, that a read may write.
+        """Checks that a read may write these pages, by group.
 
         Raises:
-            ValueError: One is promised to stay as it is.
+            ValueError: One is on offer and must not change.
         """
         offered = pages & self._pages.keys()
         if offered:
@@ -146,7 +146,7 @@ class Offers:
         return self._offers[request]
 
     def count(self, notices: list[tuple[str, bytes]]) -> None:
-        """Takes notices of consumers, with the names of the agents that sent them."""
+        """Counts notices of consumers, given with the names of their senders' agents."""
         for agent, message in notices:
             try:
                 notice = decode_notice(message)
@@ -166,18 +166,18 @@ class Offers:
                 self._release(notice.request, "done")
 
     def expire(self, now: float) -> None:
-        """Ends the offers whose time is over."""
+        """Ends expired offers."""
         for request in [r for r, offer in self._offers.items() if now >= offer.expires]:
             log.warning("offer of %s expired", request)
             self._release(request, "expired")
 
     def take_released(self) -> list[Release]:
-        """What has been released since the last call."""
+        """The releases since the last call."""
         released, self._released = self._released, []
         return released
 
     def _release(self, request: str, outcome: str) -> None:
-        # first of all: whoever asks from now on is not told that the pages are as they were
+        # first: nobody who asks from now on may be told that the pages are unchanged
         self._board.take_down(request)
         offer = self._offers.pop(request)
         for page in offer.pages:
@@ -189,9 +189,9 @@ class Offers:
 
 
 def _is_of(notice: Notice, offer: _Offer) -> bool:
-    """Whether a notice is of this offer and not of an earlier one of the same name.
+    """Whether a notice is for this offer and not for an earlier one of the same name.
 
-    A reader that needed no byte has not asked for the number.
+    A reader that needed no bytes did not ask for the number.
     """
     if notice.offer:
         return notice.offer == offer.number

@@ -15,12 +15,12 @@ def buffer_pages(state: Tensor, page_bytes: int) -> list[Tensor]:
     """The pages of a state as bytes, one `[slots, page_bytes]` per layer.
 
     Args:
-        state: `conv` as `KDAStateSpec.allocate` makes it with `layers`, the first view of its
-            buffer; `recurrent` where there is no convolution.
-        page_bytes: Of the spec.
+        state: `conv` from `KDAStateSpec.allocate` with `layers`, the first view of its buffer;
+            `recurrent` if there is no convolution.
+        page_bytes: `page_bytes` of the spec.
 
     Raises:
-        ValueError: The state does not begin its buffer, or the buffer is shorter than its pages.
+        ValueError: The state is not at the start of its buffer, or the buffer is too short.
     """
     layers, slots = state.shape[:2]
     storage = state.untyped_storage()
@@ -35,10 +35,10 @@ def buffer_pages(state: Tensor, page_bytes: int) -> list[Tensor]:
 
 
 def page_regions(geometry: EngineGeometry, pages: Sequence[Sequence[Tensor]]) -> list[list[Region]]:
-    """Where the pages of every group and layer lie.
+    """The regions of the pages of every group and layer.
 
     Args:
-        geometry: What they must look like.
+        geometry: Their required geometry.
         pages: Per group and layer, uint8 `[pages, page_bytes]` without gaps.
 
     Raises:
@@ -72,10 +72,10 @@ def zero_tails(layers: Sequence[Tensor], geometry: PageGeometry, tails: Sequence
 
 
 def page_memory(pages: Sequence[Sequence[Tensor]]) -> str:
-    """Where the pages of an engine are, all of them: `"cpu"` or `"cuda"`.
+    """The memory of all pages of an engine: `"cpu"` or `"cuda"`.
 
     Raises:
-        ValueError: They are elsewhere, or not all in one kind of memory.
+        ValueError: They are elsewhere, or in different kinds of memory.
     """
     found = sorted({x.device.type for layers in pages for x in layers})
     if len(found) != 1 or found[0] not in MEMORIES:

@@ -1,4 +1,4 @@
-"""The engines that a rank reads from, and the lists of ranges prepared once for each."""
+"""The engines that a rank reads from, with lists of ranges prepared once for each."""
 
 import logging
 from collections import Counter
@@ -20,18 +20,18 @@ from kda_ops.transfer.transport import Ranges, Region, Transport, TransportError
 
 Call = Callable[[int, bytes], bytes]
 
-MAX_RANGES = 1 << 28  # of a prepared list: its indices are int32, and a peer names its length
+MAX_RANGES = 1 << 28  # per prepared list: its indices are int32, and a peer determines its length
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Rows:
-    """Where a group's ranges lie in the two prepared lists of a source.
+    """A group's ranges in the two prepared lists of a source.
 
     Attributes:
-        local: First index of every layer and read in the own list.
-        remote: The same in the list of the source.
+        local: First index of every layer and read in the reader's list.
+        remote: The same in the source's list.
         plan: The reads of one granule.
         tokens: Tokens of a granule.
     """
@@ -48,8 +48,8 @@ class Rows:
 
         Args:
             match: Pages to copy.
-            pages: Pages of each layer, of this rank.
-            remote_pages: Pages of each layer, of the source.
+            pages: Pages per layer of this rank.
+            remote_pages: Pages per layer of the source.
         """
         if self.plan.src_per_page == self.plan.dst_per_page == 1:
             both = [(c.local_page, c.remote_page) for c in match.copies]
@@ -68,11 +68,11 @@ class Rows:
 
 @dataclass(eq=False)
 class Source:
-    """One source rank as a reader knows it: its transport's agent, prepared lists.
+    """One source rank from a reader's view: its transport's agent, prepared lists.
 
     Attributes:
-        groups: Where each group's ranges are in `local` and `remote`, the lists of pages.
-        landing: List of own slots for buckets.
+        groups: Each group's ranges in `local` and `remote`, the lists of pages.
+        landing: List of the reader's slots for buckets.
         board: List of the source's buckets.
     """
 
@@ -87,7 +87,7 @@ class Source:
 
 @dataclass(eq=False)
 class Peer:
-    """A connected engine; `active` reads of it have not ended."""
+    """A connected engine with `active` unfinished reads."""
 
     name: str
     geometry: EngineGeometry
@@ -99,12 +99,12 @@ class Peers:
     """Connects a rank to engines and disconnects it.
 
     Args:
-        transport: Of the rank.
-        own: How the rank introduces itself.
+        transport: The rank's transport.
+        own: The rank's hello.
         regions: Its registered pages, per group and layer.
-        memory: Where they are, `"cpu"` or `"cuda"`.
-        landing: Where the buckets of boards that it reads are to arrive.
-        secret: Of the engine.
+        memory: Their memory, `"cpu"` or `"cuda"`.
+        landing: Landing area of the buckets it reads from boards.
+        secret: The engine's secret.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Peers:
         self._regions, self._memory, self._landing = regions, memory, landing
         self._connected: dict[str, Peer] = {}
         self._closing: list[Peer] = []
-        # an engine may be connected again while reads of its first connection still run
+        # an engine may be reconnected while reads of its first connection still run
         self._agents: Counter[str] = Counter()
 
     def __contains__(self, engine: str) -> bool:
@@ -207,7 +207,7 @@ class Peers:
         return source
 
     def _drop(self, sources: list[Source]) -> None:
-        """Gives back what `_prepare` took."""
+        """Frees what `_prepare` allocated."""
         for source in sources:
             self._agents[source.agent] -= 1
             last = self._agents[source.agent] == 0
@@ -227,24 +227,24 @@ class Peers:
                         log.warning("rank %d: %s", source.rank, error)
 
     def disconnect(self, engine: str) -> None:
-        """Forgets an engine, and drops its lists when no read of it is active any more."""
+        """Disconnects an engine, and drops its lists once none of its reads is active."""
         peer = self._connected.pop(engine, None)
         if peer is not None:
             self._closing.append(peer)
             self.drop_idle()
 
     def lose(self, peer: Peer) -> None:
-        """After a failed read an engine has to be connected again."""
+        """Disconnects an engine after a failed read; it must be connected again."""
         if self._connected.get(peer.name) is peer:
             self.disconnect(peer.name)
 
     def disconnect_all(self) -> None:
-        """Forgets all engines."""
+        """Disconnects all engines."""
         for engine in list(self._connected):
             self.disconnect(engine)
 
     def drop_idle(self) -> None:
-        """Drops the lists of forgotten engines whose last read is over."""
+        """Drops the lists of disconnected engines whose last read has ended."""
         for peer in [p for p in self._closing if p.active == 0]:
             self._closing.remove(peer)
             self._drop(peer.sources)

@@ -1,7 +1,7 @@
 """Which bytes a rank reads from which ranks, for any pair of tensor-parallel sizes.
 
-One rule serves conv segments, recurrent heads and attention KV heads: a read is the overlap of the
-units a rank needs with the units a source rank holds. Pure data in, data out.
+One rule covers conv segments, recurrent heads and attention KV heads: a read is the overlap of the
+units a rank needs with the units a source rank holds. Pure functions of data.
 """
 
 import math
@@ -13,7 +13,7 @@ from kda_ops.transfer.schema import MAX_ITEMS, GeometryError
 
 
 class Read(NamedTuple):
-    """One contiguous range, from a page of a source rank into a page of the reading rank.
+    """One contiguous range, from a page of a source rank to a page of the reading rank.
 
     Attributes:
         src_rank: Rank of the source engine.
@@ -41,7 +41,7 @@ class _Overlap(NamedTuple):
 def source_ranks(src_tp: int, dst_tp: int, dst_rank: int) -> range:
     """The ranks that hold what `dst_rank` needs, and to which it owes a completion notice.
 
-    With at least as many readers as sources the one rank `dst_rank * src_tp // dst_tp`, else the
+    With at least as many readers as sources, the one rank `dst_rank * src_tp // dst_tp`, else the
     `dst_rank`-th window of `src_tp / dst_tp` ranks.
 
     Raises:
@@ -79,8 +79,8 @@ def consumer_ranks(src_tp: int, dst_tp: int, src_rank: int) -> range:
 def plan_reads(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> list[Read]:
     """The reads that fill one page of `dst_rank`, ordered by destination.
 
-    Every byte of every segment is written exactly once. Where source ranks hold the same unit the
-    first of them provides it. Padding is not read.
+    Every byte of every segment is written exactly once. If several source ranks hold a unit, the
+    first provides it. Padding is not read.
 
     Args:
         src: Pages of the source engine.
@@ -88,7 +88,7 @@ def plan_reads(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> list[Read
         dst_rank: The reading rank.
 
     Raises:
-        GeometryError: The geometries do not fit together (`check_compatible`), or hold different
+        GeometryError: The geometries are incompatible (`check_compatible`), or hold different
             numbers of tokens per page: then see `plan_granules`.
     """
     _check(src, dst)
@@ -101,13 +101,13 @@ def plan_reads(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> list[Read
 
 
 class Granules(NamedTuple):
-    """Reads in pieces that suit both page sizes of an attention group.
+    """Reads in pieces that divide both page sizes of an attention group.
 
     Attributes:
         src_per_page: Granules in a page of the source.
         dst_per_page: Granules in a page of the reader.
         reads: Reads of one granule, with the offsets of granule 0 in both pages.
-        steps: Per read, bytes from one granule of a page to the next, on either side.
+        steps: Per read, bytes from one granule of a page to the next, on both sides.
     """
 
     src_per_page: int
@@ -124,14 +124,14 @@ class Granules(NamedTuple):
 
 
 def plan_granules(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> Granules:
-    """The reads of one granule: a whole page, or where page sizes differ a common part of both.
+    """The reads of one granule: a whole page, or if page sizes differ a common part of both.
 
     A granule is the greatest number of tokens that divides both page sizes. Read i of granule g of
     a page starts `g * steps[i]` bytes after the read's own offset.
 
     Raises:
-        GeometryError: As `plan_reads`, without its condition on page sizes; or page sizes with so
-            little in common that a page is more than 4096 granules.
+        GeometryError: As for `plan_reads`, without its condition on page sizes; or page sizes with
+            such a small common divisor that a page is more than 4096 granules.
     """
     _check(src, dst)
     if src.kind == "state" or src.page_tokens == dst.page_tokens:
@@ -162,7 +162,7 @@ def plan_zero(dst: PageGeometry, first_token: int, end_token: int) -> list[tuple
     """Byte ranges `(offset, nbytes)` of tokens `[first_token, end_token)` in an attention page.
 
     Raises:
-        GeometryError: The group is no attention, or the tokens are not in a page.
+        GeometryError: The group is not attention, or the tokens are not in a page.
     """
     if dst.kind != "attention":
         raise GeometryError(f"group {dst.name}: kind must be attention, got {dst.kind}")
@@ -190,7 +190,7 @@ def _overlaps(src: PageGeometry, dst: PageGeometry, dst_rank: int) -> Iterator[_
     for ours, theirs in zip(dst.segments, src.segments, strict=True):
         needed = dst.units_held(ours, dst_rank)
         start = needed.start
-        for rank in ranks:  # what they hold begins later from rank to rank, or is the same
+        for rank in ranks:  # their first units never decrease from rank to rank
             held = src.units_held(theirs, rank)
             stop = min(needed.stop, held.stop)
             if start >= stop:

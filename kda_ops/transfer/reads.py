@@ -1,29 +1,29 @@
 """Reads of a request's pages from the ranks of another engine: the reader's side of the protocol.
 
-A read is one-sided: its source takes no part in it and cannot stop it. So the reader finds out
-whether the bytes that it got were still the request's, from the board of the source
-(`kda_ops.transfer.board`), memory that it reads like pages.
+A read is one-sided: its source takes no part in it and cannot stop it. So the reader checks whether
+the bytes it got still belonged to the request on the source's board (`kda_ops.transfer.board`),
+memory that it reads like pages.
 
 Invariant: **a read ends `done` only if every source rank that gave it bytes held one and the same
 offer of the request and of its blocks from before the first byte was read until after the last.**
 
     reader                              source rank
-                                        offer: entry with a new number goes up, pages stay
+                                        offer: entry posted with a new number, pages kept
     1  ask: read the request's bucket   (takes no part)
-       no entry, or of other blocks: failed, nothing was read
+       no entry, or other blocks: failed, nothing was read
     2  read the pages                   (takes no part)
     3  ask again: the same number?      (takes no part)
        no: failed, the pages are spoiled
-    4  done; notice with the number --> counted; from all ranks of an engine: entry down, released
-                                        time to live over, or withdrawn: entry down, released
+    4  done; notice with the number --> counted; sent by all ranks of an engine, expired or
+                                        withdrawn: entry removed, then released
 
-Each step begins when the one before has ended on every source rank. A number is never used twice
-and an ended offer never comes back, so that the same number before and after says that the offer
-was there in between; and the source takes an entry down before it reports the release that lets
-pages change. Time plays no part in it: leases (time to live, `renew`) run on the source's clock
-alone, and an offer whose time is over is held until the source's `poll` has ended it. In the good
-case one message is sent per pair of ranks, the notice; lost, late and repeated ones cost a page its
-release, never a reader its bytes. `docs/transfer-protocol.md` says more.
+Each step begins when the previous one has ended on every source rank. A number is never used twice
+and an ended offer never returns, so that the same number before and after proves that the offer was
+posted in between; and the source removes an entry before it reports the release that lets pages
+change. Correctness does not depend on time: leases (time to live, `renew`) run on the source's
+clock alone, and an expired offer is held until the source's `poll` has ended it. A successful read
+sends one message per pair of ranks, the notice; lost, late and repeated notices delay the release
+of a page but never corrupt a read. See `docs/transfer-protocol.md`.
 """
 
 import logging
@@ -55,17 +55,17 @@ log = logging.getLogger(__name__)
 
 
 class _NotHeldError(Exception):
-    """A source rank does not hold the offer, or holds another one."""
+    """A source rank does not hold the offer, or holds a different one."""
 
 
 @dataclass(eq=False)
 class _Part:
-    """What a read takes from one source rank, as indices into its prepared lists.
+    """The part of a read from one source rank, as indices into its prepared lists.
 
     Attributes:
-        offer: Number of the offer, once it is known.
-        ask: The one on its way.
-        transfer: The read of the pages, once it is posted.
+        offer: Number of the offer, once known.
+        ask: The ask in flight.
+        transfer: The read of the pages, once posted.
     """
 
     source: Source
@@ -78,7 +78,7 @@ class _Part:
 
 @dataclass(eq=False)
 class _Reading:
-    """A read; `unasked` are the parts whose answer has not come in this step."""
+    """A read; `unasked` are the parts without an answer in this step."""
 
     request: str
     peer: Peer
@@ -98,14 +98,14 @@ class Reads:
     """The reads of a rank.
 
     Args:
-        transport: Of the engine, as all that follows.
+        transport: The engine's, like the following.
         geometry: Likewise.
         pages: Likewise.
         peers: Likewise.
         counters: Likewise.
         asks: Likewise.
         clock: Likewise.
-        who: Name of the engine and its rank.
+        reader: Name of the engine and its rank.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class Reads:
         counters: Counters,
         asks: Asks,
         clock: Callable[[], float],
-        who: tuple[str, int],
+        reader: tuple[str, int],
     ) -> None:
         self._transport, self._geometry, self._pages = transport, geometry, pages
         self._peers, self._counters, self._asks = peers, counters, asks
-        self._clock, self._who = clock, who
+        self._clock, self._reader = clock, reader
         self._running: dict[str, _Reading] = {}
         self._draining: list[_Reading] = []
         self._written: dict[tuple[int, int], str] = {}
@@ -130,7 +130,7 @@ class Reads:
         self._read_before: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def check_request(self, request: str, engine: str) -> None:
-        """A request that may be read.
+        """Checks that a request may be read.
 
         Raises:
             ValueError: It is being read, or has been read.
@@ -143,10 +143,10 @@ class Reads:
             raise ValueError(f"request must not be read again after its notice, got {request!r}")
 
     def check_unwritten(self, name: str, pages: set[tuple[int, int]]) -> None:
-        """Pages, by group, that no read may be writing.
+        """Checks that no read may be writing these pages, by group.
 
         Raises:
-            ValueError: One is.
+            ValueError: One may be written.
         """
         taken = pages & self._written.keys()
         if taken:
@@ -180,7 +180,7 @@ class Reads:
             self._lose(reading, error)
 
     def _plan(self, source: Source, reading: _Reading) -> _Part | None:
-        """What a request takes from one rank, None if nothing."""
+        """The part of a request from one rank, None if there is none."""
         ours, theirs = [], []
         for group, geometry, other, match in zip(
             source.groups,
@@ -201,7 +201,7 @@ class Reads:
     # ------------------------------------------------------------------ the steps
 
     def advance(self) -> None:
-        """Moves every read on, and ends those that are over."""
+        """Advances every read, and ends those that are over."""
         now = self._clock()
         for reading in list(self._running.values()):
             try:
@@ -228,7 +228,7 @@ class Reads:
                 self._finish(reading)
 
     def _advance(self, reading: _Reading) -> bool:
-        """Takes all steps that can be taken now; whether that was the last one."""
+        """Takes all possible steps; returns whether the read is complete."""
         while reading.step != OVER:
             ended = self._pages_are_here if reading.step == READING else self._is_answered
             if not ended(reading):
@@ -250,7 +250,7 @@ class Reads:
             self._counters.ranges += len(part.local)
 
     def _ask(self, part: _Part, request: str) -> None:
-        """Asks a source rank, unless too many have been asked: then later."""
+        """Asks a source rank, or later if no slot is free."""
         with _naming(part.source):
             part.ask = self._asks.post(part.source, request)
 
@@ -295,7 +295,7 @@ class Reads:
     # ------------------------------------------------------------------ the end
 
     def _complete(self, reading: _Reading) -> None:
-        """All bytes are right: zero what no remote page covered, tell every source rank."""
+        """All bytes are valid: zeroes what no remote page covered, notifies every source rank."""
         for geometry, layers, match in zip(
             self._geometry.groups, self._pages, reading.matches, strict=True
         ):
@@ -306,7 +306,7 @@ class Reads:
         numbers = {part.source.rank: part.offer for part in reading.parts}
         for source in reading.peer.sources:
             number = numbers.get(source.rank, 0)
-            notice = Notice(*self._who, reading.request, number, reading.blocks.hex())
+            notice = Notice(*self._reader, reading.request, number, reading.blocks.hex())
             try:
                 self._transport.notify(source.agent, encode_notice(notice))
             except TransportError as error:
@@ -354,7 +354,7 @@ class Reads:
         self._ended.append(ReadResult(reading.request, outcome, error, transfers, seconds, spoiled))
 
     def _spoiled(self, reading: _Reading, outcome: str) -> tuple[tuple[int, ...], ...]:
-        """Local blocks, per group, in which a read may have left anything."""
+        """Local blocks, per group, that a read may have left undefined."""
         if outcome == "done" or all(part.transfer is None for part in reading.parts):
             return tuple(() for _ in reading.matches)
         return tuple(
@@ -370,7 +370,7 @@ class Reads:
         return ACTIVE in asks, ACTIVE in transfers
 
     def _finish(self, reading: _Reading) -> None:
-        """Gives back what a read has, none of it active."""
+        """Frees the resources of a read, none of them active."""
         for part in reading.parts:
             for give_back, taken in (
                 (self._asks.drop, part.ask),
@@ -395,18 +395,18 @@ class Reads:
         return ended
 
     def take_drained(self) -> list[str]:
-        """Requests that ended in flight and are over since the last call."""
+        """Requests that ended in flight and have drained since the last call."""
         drained, self._drained = self._drained, []
         return drained
 
     def left(self) -> list[str]:
-        """Requests that have ended, but not for the transport."""
+        """Requests that have ended, but not yet in the transport."""
         return [reading.request for reading in self._draining]
 
 
 @contextmanager
 def _naming(source: Source) -> Iterator[None]:
-    """Errors of the transport say whom they are about."""
+    """Adds the rank to the transport's errors."""
     try:
         yield
     except TransportError as error:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class TransferError(RuntimeError):
-    """A connection or read that failed, not for a mistake in its arguments."""
+    """A connection or read that failed for another reason than its arguments."""
 
 
 class ReadResult(NamedTuple):
@@ -17,9 +17,9 @@ class ReadResult(NamedTuple):
         outcome: `"done"`, `"failed"`, `"timeout"` or `"cancelled"`.
         error: What went wrong, empty for `"done"`.
         in_flight: The transport may still write the request's local pages; see `Progress.drained`.
-        seconds: From `read` to the end.
-        spoiled: Local blocks, per group, that hold or may come to hold anything: never to be used
-            as they are. Empty lists where nothing had been read when it failed, and for `"done"`.
+        seconds: Time from `read` to the end.
+        spoiled: Local blocks, per group, whose contents are or may become undefined: never use them
+            as they are. Empty lists if nothing had been read when it failed, and for `"done"`.
     """
 
     request: str
@@ -31,12 +31,12 @@ class ReadResult(NamedTuple):
 
 
 class Release(NamedTuple):
-    """Pages of an offered request may be used again.
+    """The pages of an offered request may be reused.
 
     Attributes:
         request: Its id.
         outcome: `"done"` when all consumers sent their notice, `"expired"` when they did not in
-            time, `"withdrawn"` when the owner took it back.
+            time, `"withdrawn"` when the owner withdrew it.
     """
 
     request: str
@@ -63,15 +63,15 @@ class Counters:
 
     Attributes:
         handshakes: Answered as a source, completed as a reader.
-        refused: Handshakes that were answered with an error.
+        refused: Handshakes answered with an error.
         asks: Reads of a source rank's board, two per source rank and request.
-        reads: Reads of pages given to the transport; one per source rank and request.
+        reads: Reads of pages posted to the transport; one per source rank and request.
         ranges: Ranges in them.
-        bytes: Bytes that have come, per `group.segment`.
+        bytes: Bytes received, per `group.segment`.
         outcomes: Requests read, by outcome.
         releases: Offers, by outcome.
-        stray_notices: Notices that were malformed or of nothing that is on offer.
-        latency: Requests that were read, by `ceil(log2(milliseconds))`.
+        stray_notices: Notices that were malformed or matched no current offer.
+        latency: Requests read, by `ceil(log2(milliseconds))`.
     """
 
     handshakes: int = 0

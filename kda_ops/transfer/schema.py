@@ -1,4 +1,4 @@
-"""JSON from a peer, which is not trusted: limited in length, checked field by field."""
+"""JSON from an untrusted peer: limited in length, checked field by field."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -13,14 +13,14 @@ MAX_DIMENSIONS = 8
 
 
 class GeometryError(ValueError):
-    """Metadata that is malformed, or two geometries that do not fit together."""
+    """Malformed metadata, or two incompatible geometries."""
 
 
 def decode_json(message: bytes, *, limit: int = MAX_BYTES) -> Any:
     """JSON of at most `limit` bytes.
 
     Raises:
-        GeometryError: Too long, or no JSON.
+        GeometryError: Too long, or not JSON.
     """
     if len(message) > limit:
         raise GeometryError(f"message must have at most {limit} bytes, got {len(message)}")
@@ -31,7 +31,7 @@ def decode_json(message: bytes, *, limit: int = MAX_BYTES) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value for an error: short, printable, and never deeper than what Python can print."""
+    """A value for an error message: short, printable, and never too deep for Python to print."""
     if isinstance(value, (list, dict)):
         return f"a {type(value).__name__}"
     return f"{value!a:.80}"
@@ -40,7 +40,7 @@ def shown(value: Any) -> str:
 def take_fields(
     name: str, value: Any, schema: Mapping[str, Callable[[str, Any], Any]]
 ) -> dict[str, Any]:
-    """A JSON object with exactly the fields of `schema`, each through its own check."""
+    """A JSON object with exactly the fields of `schema`, each checked by its function."""
     if not isinstance(value, dict):
         raise GeometryError(f"{name} must be an object, got {type(value).__name__}")
     if value.keys() != schema.keys():

@@ -1,7 +1,7 @@
-"""Handshakes of engines that share a secret: who lacks it is refused before anything is parsed.
+"""Handshakes of engines that share a secret: without it, messages are rejected before parsing.
 
-A seal is the HMAC-SHA256 in front of a message. That of an answer also covers the hello it answers:
-an old answer fits no other hello.
+A seal is the HMAC-SHA256 in front of a message. That of an answer also covers the hello, so that an
+old answer matches no other hello.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ LEAST_SECRET = 16
 
 
 def check_secret(secret: bytes) -> bytes:
-    """The secret.
+    """Returns a valid secret.
 
     Raises:
-        ValueError: It is neither empty nor of at least 16 bytes.
+        ValueError: It is neither empty nor at least 16 bytes long.
     """
     if type(secret) is not bytes or 0 < len(secret) < LEAST_SECRET:
         given = f"{len(secret)} bytes" if type(secret) is bytes else type(secret).__name__
@@ -27,21 +27,21 @@ def check_secret(secret: bytes) -> bytes:
 
 
 def seal(secret: bytes, message: bytes, hello: bytes = b"") -> bytes:
-    """The message with its seal in front; as it is without a secret.
+    """The message with its seal in front; unchanged without a secret.
 
     Args:
-        secret: Of all engines that may meet.
+        secret: Shared by all engines that may connect.
         message: A hello, or the answer to one.
-        hello: What an answer answers, with its seal.
+        hello: The hello that an answer is for, with its seal.
     """
     return _digest(secret, message, hello) + message if secret else message
 
 
 def unseal(secret: bytes, sealed: bytes, hello: bytes = b"") -> bytes:
-    """The message of a seal.
+    """The message without its seal.
 
     Raises:
-        GeometryError: The seal is not that of the message.
+        GeometryError: The seal does not match the message.
     """
     if not secret:
         return sealed

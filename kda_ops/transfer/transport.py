@@ -1,4 +1,4 @@
-"""What the engine needs of a transport, and one that copies inside a process."""
+"""The transport protocol, and an implementation that copies within a process."""
 
 import ctypes
 import json
@@ -13,11 +13,11 @@ MEMORIES = ("cpu", "cuda")
 
 
 class TransportError(RuntimeError):
-    """The transport refused or lost something; the engine fails what depends on it."""
+    """The transport rejected or lost something; the engine fails what depends on it."""
 
 
 class Region(NamedTuple):
-    """Registered memory: `nbytes` from an address, of the GPU `device` if it is a GPU's."""
+    """Registered memory: `nbytes` from an address, on the GPU `device` if it is GPU memory."""
 
     address: int
     nbytes: int
@@ -38,34 +38,34 @@ class Transport(Protocol):
     """One-sided reads between registered memory of agents, and short messages.
 
     Calls come from one thread, `metadata` after all `register`. Everything but `status` and `close`
-    may raise `TransportError`. A memory is `"cpu"` or `"cuda"`; the ends of a read may differ.
+    may raise `TransportError`. A memory is `"cpu"` or `"cuda"`; both ends of a read may differ.
 
     Attributes:
-        name: Of this agent, unique among those that meet.
+        name: Name of this agent, unique among those that connect.
     """
 
     name: str
 
     def register(self, regions: Sequence[Region], memory: str) -> Any:
-        """Makes memory readable by peers and writable by own reads; returns a handle."""
+        """Makes memory readable by peers and writable by this agent's reads; returns a handle."""
 
     def deregister(self, registration: Any) -> None:
         """The inverse. No read may be active."""
 
     def metadata(self) -> bytes:
-        """What a peer needs for `add_peer`."""
+        """The argument for a peer's `add_peer`."""
 
     def add_peer(self, metadata: bytes) -> str:
-        """Makes an agent known, from metadata that is not trusted; returns its name.
+        """Adds an agent, from untrusted metadata; returns its name.
 
-        It may be known already; one `remove_peer` forgets it.
+        It may have been added before; one `remove_peer` removes it.
         """
 
     def remove_peer(self, peer: str) -> None:
-        """Forgets an agent. No read of it may be active."""
+        """Removes an agent. No read from it may be active."""
 
     def prepare(self, peer: str | None, ranges: Sequence[Ranges], memory: str) -> Any:
-        """A list of ranges to refer to by index, own ones with None; all must be registered.
+        """A list of registered ranges to refer to by index; with None this agent's own.
 
         Index i of the list is range `i - first` of the entry it falls into, entries in order.
         """
@@ -76,7 +76,7 @@ class Transport(Protocol):
     def read(self, local: Any, local_indices: Any, remote: Any, remote_indices: Any) -> Any:
         """Starts one read of pairs of ranges; returns a handle.
 
-        It gets what memory holds between this call and its end, never an earlier copy.
+        It reads memory as it is between this call and its end, never an earlier copy.
         """
 
     def status(self, read: Any) -> str:
@@ -89,7 +89,7 @@ class Transport(Protocol):
         """Sends a message; it may get lost."""
 
     def notices(self) -> list[tuple[str, bytes]]:
-        """Messages that have come since the last call, with their senders' names."""
+        """Messages received since the last call, with their senders' names."""
 
     def close(self) -> None:
         """Leaves the network."""
@@ -97,7 +97,7 @@ class Transport(Protocol):
 
 @dataclass(eq=False)
 class InProcessNetwork:
-    """Where transports of one process find each other."""
+    """Registry through which the transports of a process find each other."""
 
     agents: dict[str, "InProcessTransport"] = field(default_factory=dict)
 
@@ -112,14 +112,14 @@ class _Read:
 
 @dataclass(eq=False)
 class InProcessTransport:
-    """Copies bytes between addresses of this process. For tests, and to run both sides in one.
+    """Copies bytes between addresses of this process, for tests and for running both sides in one.
 
-    A read makes progress when its status is asked for.
+    A read progresses when its status is queried.
 
     Attributes:
-        network: Where to find peers.
-        name: Of this agent.
-        copies_per_poll: Ranges that one `status` call copies.
+        network: The registry of peers.
+        name: Name of this agent.
+        copies_per_poll: Ranges copied per `status` call.
     """
 
     network: InProcessNetwork

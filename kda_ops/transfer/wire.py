@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 
 class HandshakeServer:
-    """Answers handshakes from a thread of its own until it is closed.
+    """Answers handshakes in its own thread until it is closed.
 
     Args:
         answer: `TransferEngine.answer`.
         host: Interface to listen on.
         port: 0 takes a free one; see `address`.
-        timeout_s: Until a client that has not finished is disconnected.
-        clients: Connections at once; further ones are closed.
+        timeout_s: Time after which an unfinished client is disconnected.
+        clients: Maximum number of connections; further ones are closed.
 
     Raises:
         OSError: It cannot listen there.
@@ -60,7 +60,7 @@ class HandshakeServer:
                 client, _ = self._socket.accept()
             except TimeoutError:
                 continue
-            except OSError as error:  # no more descriptors, for one: others may still be served
+            except OSError as error:  # such as no more descriptors: others may still be served
                 log.warning("handshake server: %s", error)
                 self._stop.wait(0.1)
                 continue
@@ -81,8 +81,8 @@ class HandshakeServer:
                 message = receive(client, deadline, limit=MAX_HELLO)
                 send(client, self._answer(message), deadline)
         except OSError:
-            pass  # the client's loss: it sees its connection end
-        except Exception:  # nobody waits for this thread: what it says is all there is
+            pass  # the client sees its connection end
+        except Exception:  # nobody joins this thread: log everything
             log.exception("handshake server: no answer")
         finally:
             self._slots.release()
@@ -95,11 +95,11 @@ class HandshakeServer:
 
 
 def tcp_caller(addresses: Mapping[int, tuple[str, int]], *, timeout_s: float = 10.0) -> Call:
-    """What `TransferEngine.connect` calls ranks with.
+    """The `call` of `TransferEngine.connect`.
 
     Args:
         addresses: Host and port per rank.
-        timeout_s: Of one handshake.
+        timeout_s: Timeout of one handshake.
     """
 
     def call(rank: int, message: bytes) -> bytes:

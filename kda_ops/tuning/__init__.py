@@ -1,18 +1,18 @@
-"""Autotuning: one way to choose between forms of a kernel: block sizes and warps, one kernel or
+"""Autotuning: one way to choose between kernel variants: block sizes and warps, one kernel or
 several, a layout.
 
 A launcher asks `choose("gate", x.device, K=K)` and gets the values of its kernel as a dictionary:
 
-1. on a GPU of the shipped table, the row of the table (`configs.py`);
-2. elsewhere what was timed there before, remembered on disk (`disk_cache.py`);
-3. else the fastest of a few candidates, timed now. That happens where a launcher is traced while
-   `torch.compile` compiles, or at the first eager call: never while a stream is captured, and never
-   again for the same GPU, key and versions. Candidates are timed on arguments made after those of
-   the operator call that is going on (`example_inputs.py`).
+1. on a GPU in the shipped table, its row (`configs.py`);
+2. elsewhere the cached result of an earlier timing (`disk_cache.py`);
+3. else the fastest of a few candidates, timed now: when a launcher is traced while `torch.compile`
+   compiles, or at the first eager call, but never while a stream is captured, and never again for
+   the same GPU, key and versions. Candidates are timed on arguments modeled on those of the current
+   operator call (`example_inputs.py`).
 
-With `kda_ops.config.deterministic_tuning`, on the CPU, in a captured stream and where a size is not
-known, the default of the table stands in. What is chosen is static: one key, one answer, for the
-life of the process.
+With `kda_ops.config.deterministic_tuning`, on the CPU, in a captured stream and for an unknown
+size, the default of the table is used. Choices are static: one key, one answer, for the life of the
+process.
 
 Each choice is one line of the log `kda_ops.tuning`; `TORCH_LOGS="kda_ops.tuning"` prints it.
 """
@@ -35,12 +35,12 @@ from kda_ops.tuning.example_inputs import NoHintError, examples
 logger = logging.getLogger(__name__)
 
 Values = Mapping[str, Any]
-# Makes the call that is timed for a candidate.
+# Makes the call to time for a candidate.
 Bench = Callable[[dict[str, Any]], Callable[[], Any]]
 
 
 class Choice(NamedTuple):
-    """What was chosen and where it comes from."""
+    """What was chosen, and why."""
 
     values: Values
     source: str
@@ -48,7 +48,7 @@ class Choice(NamedTuple):
     final: bool = True
 
 
-# The operator call that is going on: its launcher, its parameters with their roles, the arguments.
+# The current operator call: its launcher, its parameters with their roles, the arguments.
 _call: ContextVar[tuple[Any, ...] | None] = ContextVar("kda_ops_call", default=None)
 _overrides: ContextVar[Mapping[str, Values] | None] = ContextVar("kda_ops_overrides", default=None)
 _chosen: dict[Any, Values] = {}
@@ -61,12 +61,12 @@ def choose(kernel: str, device: torch.device, *, bench: Bench | None = None, **k
     Args:
         kernel: Its name in the table.
         device: Where it runs.
-        bench: What to time for a candidate. None means the operator call that is going on.
+        bench: What to time for a candidate. None means the current operator call.
         key: What the choice depends on: numbers, strings, dtypes. A symbolic number becomes the
-            string "dynamic", it is not made static.
+            string "dynamic" rather than being specialized.
 
     Returns:
-        The values, to read only.
+        The values, read-only.
     """
     overrides = _overrides.get()
     if overrides and kernel in overrides:
@@ -79,7 +79,7 @@ def choose(kernel: str, device: torch.device, *, bench: Bench | None = None, **k
     key = {
         name: x if isinstance(x, (int, str)) else str(x) for name, x in zip(key, known, strict=True)
     }
-    # nothing is timed within an override, which may be in a thread that the lock waits for
+    # never time within an override, which may be in a thread that the lock waits for
     with _lock if overrides is None else nullcontext():
         if slot in _chosen:
             return _chosen[slot]
@@ -91,9 +91,9 @@ def choose(kernel: str, device: torch.device, *, bench: Bench | None = None, **k
 
 
 class calling:
-    """While it is open, choices without a `bench` are timed by calling the launcher.
+    """Context manager: choices without a `bench` are timed by calling the launcher.
 
-    A class, since it is on the way of every eager call: a generator costs a microsecond.
+    A class, since it is on the path of every eager call: a generator costs a microsecond.
     """
 
     def __init__(self, *call: Any) -> None:
@@ -108,7 +108,7 @@ class calling:
 
 @contextmanager
 def override(values: Mapping[str, Values]) -> Iterator[None]:
-    """While it is open, the named kernels take these values, and nothing is timed."""
+    """Context manager: the named kernels use these values, and nothing is timed."""
     token = _overrides.set(values)
     try:
         yield
@@ -117,14 +117,14 @@ def override(values: Mapping[str, Values]) -> Iterator[None]:
 
 
 def cache_key() -> str:
-    """What of the configuration decides on choices, for the keys of caches of compiled code."""
+    """The configuration that affects choices, for the cache keys of compiled code."""
     given = _overrides.get() or {}
     overrides = "".join(f", {name}: {_text(values)}" for name, values in given.items())
     return ("table" if config.deterministic_tuning else "timed") + overrides
 
 
 def clear_cache() -> None:
-    """Forgets the choices of this process; those on disk stay."""
+    """Clears the choices of this process; those on disk stay."""
     _chosen.clear()
     benchmark.gpu.cache_clear()
 
@@ -154,7 +154,7 @@ def _decide(kernel: str, device: torch.device, key: Values, bench: Bench | None)
             times = _measure(kernel, device, candidates, bench or _bench_of_call(kernel, device))
         except NoHintError as error:
             return Choice(default, f"default, {error}", final=False)
-        except RuntimeError as error:  # no memory for the arguments, for one
+        except RuntimeError as error:  # such as no memory for the arguments
             logger.warning("%s on %s cannot be timed: %s", kernel, device, error)
             return Choice(default, "default")
     if not times:
@@ -186,12 +186,12 @@ def _bench_of_call(kernel: str, device: torch.device) -> Bench:
 def _measure(
     kernel: str, device: torch.device, candidates: list[dict[str, Any]], bench: Bench
 ) -> dict[int, float]:
-    """Microseconds of each candidate that runs, by its number."""
+    """Microseconds of each candidate that runs, by index."""
     times = {}
     for n, values in enumerate(candidates):
         try:
             times[n] = benchmark.time_call(bench(values), device)
-        except Exception as error:  # more registers or shared memory than this GPU has, for one
+        except Exception as error:  # such as more shared memory than this GPU has
             logger.info("%s: %s does not run: %s", kernel, _text(values), error)
     return times
 

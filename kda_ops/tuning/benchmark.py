@@ -1,5 +1,5 @@
-"""What a choice needs to know of a GPU: which it is, whether it may be used now, and how long a
-call takes on it.
+"""What a choice needs to know about a GPU: its architecture, whether it may be used now, and how
+long a call takes on it.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def capturing() -> bool:
 
 
 def time_call(call: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call in microseconds, each with its inputs out of the L2 cache."""
+    """Median time of a call in microseconds, with a cold L2 cache."""
     with torch.cuda.device(device):
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         flush = torch.empty(max(2 * cache_bytes, 1 << 20), dtype=torch.uint8, device=device)

@@ -1,17 +1,16 @@
-"""The kernel choices that are shipped: what was measured on known GPUs, what to start from on
-others, and what is tried there.
+"""The shipped kernel choices: measured values for known GPUs, defaults and candidates for others.
 
-A kernel has a list of rows `(condition, values)`; the first row whose condition holds for the
-launcher's key counts. A condition names keys and what they must equal; an empty one always holds.
+A kernel has a list of rows `(condition, values)`; the first row whose condition matches the
+launcher's key is used. A condition maps keys to required values; an empty one always matches.
 
-Values in capitals that a kernel takes as constants go there unchanged. The others size them:
+Upper-case values that are constants of a kernel are passed unchanged. The others size them:
 
-* `TILE`: elements of the tile that one program holds; the launcher divides it by the row length.
+* `TILE`: elements of one program's tile; the launcher divides it by the row length.
 * `BYTES`: likewise, in bytes.
-* `LINE`: bytes of a row that lie side by side in the lanes of a warp.
-* `MAX_STEPS`, `PROGRAMS`: a program takes up to MAX_STEPS steps along the tokens, fewer where there
-  would not be PROGRAMS of them.
-* `STAGES`: chunks in shared memory at a time, fewer where they do not fit.
+* `LINE`: contiguous bytes of a row across the lanes of a warp.
+* `MAX_STEPS`, `PROGRAMS`: a program takes up to MAX_STEPS steps along the tokens, fewer if there
+  would be fewer than PROGRAMS programs.
+* `STAGES`: chunks in shared memory at a time, fewer if they do not fit.
 
 `perf/notes/` has the measurements behind the rows of SM90, at K = V = 128.
 """
@@ -27,24 +26,24 @@ SM90: dict[str, Rows] = {
     "backward_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
     "backward_tiles": [({}, {"num_warps": 4, "num_stages": 1})],
     "chunk_cumsum": [({}, {"BLOCK": 512, "STEP": 16, "num_warps": 4})],
-    # "fused": the gate inside prepare; "separate": a kernel for the gate alone, sums through memory
+    # "fused": the gate inside prepare; "separate": its own kernel, sums through memory
     "chunk_kda_gated.form": [({}, {"form": "fused"})],
     "chunk_gated_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
     "chunk_gradient": [({}, {"BK": 64, "num_warps": 4, "num_stages": 1})],
     "chunk_inputs": [({}, {"BLOCK": 32, "num_warps": 4})],
     "chunk_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
-    # the fewer (sequence, head) pairs there are, the narrower the blocks, to fill the GPU
+    # fewer (sequence, head) pairs need narrower blocks to fill the GPU
     "chunk_scan": [
         ({"programs": 16}, {"BV": 16, "STAGES": 3, "num_warps": 4}),
         ({"programs": 32}, {"BV": 32, "STAGES": 3, "num_warps": 4}),
         ({}, {"BV": 64, "STAGES": 3, "num_warps": 4}),
     ],
     "chunk_scan_fp32": [({}, {"BV": 32, "BLOCK": 32, "num_warps": 4})],
-    # with 32 columns the core takes 6 % more at 8 heads, with 128 10 %
+    # at 8 heads the core is 6 % slower with 32 columns, 10 % with 128
     "chunk_segments": [({}, {"BE": 64, "STAGES": 3, "num_warps": 4})],
     "conv_split": [({}, {"BLOCK": 1024, "num_warps": 4})],
     "gate": [({}, {"TILE": 4096, "num_warps": 4})],
-    # 32 loads in flight beat 16 by 6 %, 128 to 512 channels are alike
+    # 32 loads in flight beat 16 by 6 %; 128 to 512 channels are equally fast
     "gate_cumsum": [({}, {"BLOCK": 256, "STEP": 32, "num_warps": 4})],
     # the hand-written "kernel", or the "scan" that Inductor generates
     "gate_cumsum.form": [({}, {"form": "kernel"})],
@@ -55,7 +54,7 @@ SM90: dict[str, Rows] = {
         ({}, {"TILE": 16384, "LINE": 256, "num_warps": 4}),
     ],
     "l2norm": [({}, {"TILE": 2048, "num_warps": 4})],
-    # best at batch 1 to 64, 1 % is lost at 256
+    # best at batch 1 to 64, 1 % slower at 256
     "recurrent_kda": [({}, {"TILE": 2048, "num_warps": 8})],
     "rms_norm_gated": [
         ({"dense": True}, {"TILE": 1024, "num_warps": 4}),
@@ -78,8 +77,8 @@ SM90: dict[str, Rows] = {
 # By architecture: `sm_90`, or AMD's name such as `gfx942`.
 TABLE: dict[str, dict[str, Rows]] = {"sm_90": SM90}
 
-# Of a GPU that is not in the table before anything was timed, and of the CPU. The layout of the
-# convolution state is in no table: it depends on the sizes of the model.
+# For GPUs outside the table until something is timed, and for the CPU. The layout of the
+# convolution state is not in the table: it depends on the model's sizes.
 DEFAULTS: dict[str, Rows] = {
     **SM90,
     # 64 columns spill elsewhere
@@ -92,8 +91,8 @@ def _grid(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
     return [dict(zip(values, point, strict=True)) for point in product(*values.values())]
 
 
-# What is timed on a GPU that is not in the table, beside its default. Kernels without an entry
-# keep the default: their speed is secondary.
+# What is timed on GPUs outside the table, besides the default. Kernels without an entry keep the
+# default: their speed is secondary.
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "chunk_cumsum": _grid(BLOCK=(128, 256, 512), STEP=(16, 32), num_warps=(4,)),
     "chunk_gated_prepare": _grid(num_warps=(4, 8), num_stages=(1,)),
@@ -120,10 +119,10 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
 
 
 def row_for(rows: Rows, key: Values) -> Values:
-    """The values of the first row whose condition holds for the key.
+    """The values of the first row whose condition matches the key.
 
     Raises:
-        LookupError: No condition holds.
+        LookupError: No condition matches.
     """
     for condition, values in rows:
         if all(key.get(name) == wanted for name, wanted in condition.items()):

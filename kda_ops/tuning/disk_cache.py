@@ -1,9 +1,9 @@
-"""Choices that were timed, remembered on disk: one JSON file per choice.
+"""Autotuned choices, cached on disk: one JSON file per choice.
 
-A file is found by everything that a timing depends on: the GPU, the shapes, the candidates, the
-versions of torch and Triton and the sources of the kernels. What it holds is checked against that
-when it is read; a file that does not fit is as good as none. Files are replaced in one step, so
-processes may share the folder.
+A file is keyed by everything that a timing depends on: the GPU, the shapes, the candidates, the
+versions of torch and Triton and the sources of the kernels. Its contents are checked against that
+key when it is read; a mismatch counts as a miss. Files are replaced atomically, so processes may
+share the folder.
 """
 
 import getpass
@@ -25,8 +25,8 @@ TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-ro
 
 
 def folder() -> Path:
-    """`kda_ops` in Inductor's cache folder if `TORCHINDUCTOR_CACHE_DIR` names one, else in the
-    user's.
+    """`kda_ops` in Inductor's cache folder if `TORCHINDUCTOR_CACHE_DIR` is set, else in the user's
+    cache folder.
     """
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if inductor:
@@ -40,7 +40,7 @@ def folder() -> Path:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of torch and Triton, and a hash of what is timed and how."""
+    """Versions of torch and Triton, and a hash of the kernels and the timing code."""
     triton = "none"
     for package in TRITON_PACKAGES:
         try:
@@ -64,7 +64,7 @@ def path_of(question: Mapping[str, Any]) -> Path:
 
 
 def load(question: Mapping[str, Any], answers: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The remembered answer, one of `answers`; None if there is no file that says so."""
+    """The cached answer, one of `answers`; None on a miss."""
     path = path_of(question)
     try:
         found = json.loads(path.read_text())
@@ -84,7 +84,7 @@ def load(question: Mapping[str, Any], answers: list[dict[str, Any]]) -> dict[str
 
 
 def save(question: Mapping[str, Any], answer: Mapping[str, Any], times: Any) -> None:
-    """Remembers an answer. A folder that cannot be written costs the memory, nothing else."""
+    """Caches an answer. A folder that cannot be written is logged, not an error."""
     path = path_of(question)
     text = json.dumps(
         {"question": {**question, **versions()}, "answer": dict(answer), "microseconds": times},

@@ -1,10 +1,10 @@
-"""Arguments on which an operator can be timed, made from those of a call: the real ones, or the
-fake ones of a trace.
+"""Arguments for timing an operator, modeled on those of a call: real ones, or the fake ones of a
+trace.
 
-Shapes, strides and dtypes are those of the call, with the hint of a symbolic size. What an argument
-stands for is the role that its operator declares (`kda_ops._roles`). Floating-point values are
-random; the values of tables are such that every sequence, slot and row has work to do. Pages are as
-many as the call's slots: a copy of a whole cache might not fit.
+Shapes, strides and dtypes are those of the call, with hints for symbolic sizes. The operator
+declares the roles of its arguments (`kda_ops._roles`). Floating-point values are random; table
+values give every sequence, slot and row work to do. There are only as many pages as the call uses:
+a copy of a whole cache might not fit.
 """
 
 import math
@@ -23,7 +23,7 @@ Call = list[tuple[Role | None, Any]]  # the arguments with their roles
 
 
 class NoHintError(Exception):
-    """A size of which nothing is known yet."""
+    """A size without a hint."""
 
 
 def hint(x: Any) -> int:
@@ -43,7 +43,7 @@ def hint(x: Any) -> int:
 def examples(
     parameters: Mapping[str, Role | None], arguments: Sequence[Any], device: torch.device
 ) -> list[Any]:
-    """Arguments to time the call on; `parameters` are those of the operator, with their roles.
+    """Arguments for timing the call; `parameters` are the operator's, with their roles.
 
     Raises:
         NoHintError: A size is not known.
@@ -83,7 +83,7 @@ def _of_role(role: Role, call: Call) -> Any:
 
 
 def _slots_used(call: Call) -> int:
-    """Pages that the call reads and writes."""
+    """Number of pages that the call reads and writes."""
     slots, copies = _of_role(SLOTS, call), _of_role(COPIES, call)
     if slots is not None:
         return math.prod(hint(n) for n in slots.shape)

@@ -1,1 +1,1 @@
-"""What is concluded from runs."""
+"""Analysis of runs."""

@@ -1,11 +1,10 @@
-"""Whether a run is worse than the last committed ones of the same GPU: `python -m
-perf.analysis.compare`.
+"""Compares a run with the last committed ones of the same GPU: `python -m perf.analysis.compare`.
 
-Machines differ, so a row's time is first divided by what the same run measured of its machine: the
-time of a copy, and where matrix products make the roofline also theirs. A row is worse when every
-such measure says so by more than `LIMIT`; then the exit status is 1. (Baselines are no measure:
-what their tuning picks differs more from run to run than our times do.) Without a run named, the
-newest file in `perf/history/<gpu>/` that is not committed is taken.
+Machines differ, so a row's time is first normalized by what the same run measured on its machine:
+the time of a copy, and for compute-bound rows also that of a GEMM. A row is worse if every such
+measure says so by more than `LIMIT`; then the exit status is 1. (Baselines are not used: their
+autotuning varies more from run to run than our times.) By default the run is the newest uncommitted
+file in `perf/history/<gpu>/`.
 """
 
 import argparse
@@ -27,7 +26,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Change:
-    """One of our rows in two runs; `by` tells how much longer it takes, by each measure."""
+    """One of our rows in two runs; `by` is the relative increase of its time, by each measure."""
 
     key: Key
     before_us: float
@@ -36,7 +35,7 @@ class Change:
 
     @property
     def worse(self) -> float:
-        """How much worse it is by the measure that is kindest to it."""
+        """How much worse it is by the most favorable measure."""
         return min(self.by.values())
 
     def __str__(self) -> str:
@@ -47,13 +46,13 @@ class Change:
 
 
 def rows_by_key(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
-    """Each row from the newest of these runs that has it: a run may be of a part."""
+    """Each row from the newest of these runs that has it: a run may be partial."""
     rows = newest(read_run(path) for path in paths)
     return {(row["stage"], row["case"], row["provider"]): row for row in rows}
 
 
 def changes(before: dict[Key, dict[str, Any]], after: dict[Key, dict[str, Any]]) -> list[Change]:
-    """Our rows that both have, the worst first."""
+    """Our rows in both, worst first."""
     found = []
     for key, new in after.items():
         old = before.get(key)
@@ -61,25 +60,25 @@ def changes(before: dict[Key, dict[str, Any]], after: dict[Key, dict[str, Any]])
             continue
         by = {"the copy": _worse(old, new, "copy_TB_per_s")}
         if _bound_by_products(new):
-            by["the matrix product"] = _worse(old, new, "matmul_TFLOP_per_s")
+            by["the GEMM"] = _worse(old, new, "matmul_TFLOP_per_s")
         found.append(Change(key, old["us"], new["us"], by))
     return sorted(found, key=lambda change: -change.worse)
 
 
 def _worse(old: dict[str, Any], new: dict[str, Any], ceiling: str) -> float:
-    """How much longer the row takes, in what the ceiling of each run does in that time."""
+    """How much longer the row takes, in units of each run's ceiling."""
     return float(new["us"] * new[ceiling] / (old["us"] * old[ceiling]) - 1)
 
 
 def _bound_by_products(row: dict[str, Any]) -> bool:
-    """Whether the row's roofline is that of its matrix products."""
+    """Whether the row is compute-bound: its roofline is that of its GEMMs."""
     return bool(
         row["TFLOP_per_s"] * row["us"] > 0.99 * row["roofline_us"] * row["matmul_TFLOP_per_s"]
     )
 
 
 def committed(folder: Path) -> list[Path]:
-    """The runs of a folder that are in the repository, as they are on disk."""
+    """The runs in a folder that are in the repository, as they are on disk."""
     command = ["git", "ls-files", "--", str(folder)]
     names = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HISTORY).stdout
     changed = subprocess.run(
@@ -92,7 +91,7 @@ def committed(folder: Path) -> list[Path]:
 
 
 def choose_run() -> Path:
-    """The newest run that is not committed.
+    """The newest uncommitted run.
 
     Raises:
         FileNotFoundError: There is none.

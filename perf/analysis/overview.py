@@ -1,7 +1,7 @@
 """The picture at the top of the README: `python -m perf.analysis.overview RUN.json --svg FILE`.
 
-One row per way of running the layer. Every kernel of it is a box as wide as the time it takes, so
-that launches and time are seen at once; time that no kernel accounts for is left open.
+One row per way of running the layer. Every kernel is a box as wide as its time, so that launches
+and time are visible at once; time without a kernel is left blank.
 """
 
 import argparse
@@ -21,7 +21,7 @@ ROWS = (
     ("FLA 0.6.0, eager", "FLA, eager", "no graph"),
     ("kda_ops, compiled", "kda-ops, torch.compile", "one graph"),
 )
-KINDS = (  # what a kernel's name says it is, how it is called, its colour
+KINDS = (  # pattern of the kernel's name, label, color
     (r"nvjet|gemm|cutlass", "projections (GEMM)", "#9aa5b1"),
     (r"conv", "convolution", "#4c9be8"),
     (r"rms_norm|layer_norm|l2norm", "norms", "#2ca58d"),
@@ -35,12 +35,12 @@ Row = dict[str, Any]
 
 
 def kind_of(kernel: str) -> int:
-    """The first of `KINDS` whose pattern the kernel's name holds."""
+    """The first of `KINDS` whose pattern matches the kernel's name."""
     return next(i for i, (pattern, _, _) in enumerate(KINDS) if re.search(pattern, kernel))
 
 
 def boxes(row: Row) -> list[tuple[int, str, float]]:
-    """Kind, name and microseconds of each launch; those of a kind stand side by side."""
+    """Kind, name and microseconds of each launch, grouped by kind."""
     found = [
         (kind_of(name), name, us / count)
         for name, (count, us) in row["kernels"].items()
@@ -51,7 +51,7 @@ def boxes(row: Row) -> list[tuple[int, str, float]]:
 
 
 def bar(row: Row, y: int, scale: float) -> list[str]:
-    """The kernels of a row, and the time that none of them accounts for."""
+    """The kernels of a row, and the time without a kernel."""
     parts, x = [], float(LEFT)
     for kind, name, us in boxes(row):
         width = us * scale
@@ -89,7 +89,7 @@ def overview(rows: Sequence[Row]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'aria-label="Kernels and time of one KDA layer" font-family="{FONT}">',
         "<style>text{fill:#1f2933;font-size:13px}.head{font-size:16px;font-weight:600}"
-        ".who{font-weight:600}.dim{fill:#616e7c;font-size:12px}</style>",
+        ".label{font-weight:600}.dim{fill:#616e7c;font-size:12px}</style>",
         f'<rect width="{WIDTH}" height="{height}" rx="8" fill="#ffffff"/>',
         '<text x="20" y="32" class="head">One KDA layer, 8192 tokens, 32 heads of 128, bf16, '
         f"{escape(gpu)}</text>",
@@ -100,18 +100,18 @@ def overview(rows: Sequence[Row]) -> str:
         row, y = found[provider], TOP + STEP * i
         launches = len(boxes(row))
         parts += [
-            f'<text x="20" y="{y + 17}" class="who">{escape(title)}</text>',
+            f'<text x="20" y="{y + 17}" class="label">{escape(title)}</text>',
             f'<text x="20" y="{y + 35}" class="dim">{escape(note)}</text>',
             *bar(row, y, scale),
-            f'<text x="{LEFT + row["us"] * scale + 10:.0f}" y="{y + 17}" class="who">'
+            f'<text x="{LEFT + row["us"] * scale + 10:.0f}" y="{y + 17}" class="label">'
             f"{row['us'] / 1000:.2f} ms</text>",
             f'<text x="{LEFT + row["us"] * scale + 10:.0f}" y="{y + 35}" class="dim">'
             f"{launches} launches</text>",
         ]
     x = 20
-    for _, name, colour in KINDS:
+    for _, name, color in KINDS:
         parts.append(
-            f'<rect x="{x}" y="{height - 31}" width="12" height="12" rx="2" fill="{colour}"/>'
+            f'<rect x="{x}" y="{height - 31}" width="12" height="12" rx="2" fill="{color}"/>'
             f'<text x="{x + 18}" y="{height - 21}" class="dim">{escape(name)}</text>'
         )
         x += 38 + round(7.2 * len(name))
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="perf.analysis.overview", description=__doc__.splitlines()[0]
     )
     parser.add_argument("run", type=Path, help="JSON file of a run")
-    parser.add_argument("--svg", type=Path, required=True, help="where the picture goes")
+    parser.add_argument("--svg", type=Path, required=True, help="output file")
     options = parser.parse_args(arguments)
     try:
         picture = overview(results(read_run(options.run)))

@@ -1,5 +1,5 @@
-"""The picture of a run: for each work that has a target, stacked bars of what takes the time, ours
-beside the baseline's, and the roofline as a line.
+"""The picture of a run: for each workload with a target, stacked bars of its stages' times, ours
+and the baseline's, and the roofline as a line.
 """
 
 import re
@@ -12,8 +12,7 @@ from perf.harness.rows import OURS
 from perf.harness.runs import short_number
 
 Row = dict[str, Any]
-# Stages of a layer and the kernels that do them, ours and the baselines'; the first that fits
-# counts.
+# Stages of a layer and their kernels, ours and the baselines'; the first match counts.
 STAGES = {
     "projections": r"nvjet|gemm|cutlass|cublas|splitK|addmm|_mm_|Cijk",
     "convolution": r"conv",
@@ -45,8 +44,8 @@ def stage_of(kernel: str) -> str:
 
 
 def stacked(row: Row) -> dict[str, float]:
-    """Microseconds of each stage of a row, in order. The profile of one call gives the shares, the
-    measured time their sum.
+    """Microseconds of each stage of a row, in order. The profile of one call gives the shares; the
+    measured time is their sum.
     """
     total = sum(us for _, us in row["kernels"].values())
     shares = dict.fromkeys(STAGES, 0.0)
@@ -56,7 +55,7 @@ def stacked(row: Row) -> dict[str, float]:
 
 
 def panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Per work with a target: the baselines, the fastest first, then our fastest way."""
+    """For each workload with a target: the baselines, fastest first, then our fastest provider."""
     found = []
     for stage, case in dict.fromkeys((target.stage, target.case) for target in TARGETS):
         own = [r for r in rows if (r["stage"], r["case"]) == (stage, case) and r.get("kernels")]
@@ -68,10 +67,10 @@ def panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """Writes the PNG: the same rows and the same matplotlib give the same bytes.
+    """Writes the PNG; the same rows and the same matplotlib give the same bytes.
 
     Raises:
-        ValueError: No row belongs to a work with a target.
+        ValueError: No row belongs to a workload with a target.
     """
     import matplotlib
 

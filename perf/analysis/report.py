@@ -1,8 +1,8 @@
 """Turns runs into a report: `python -m perf.analysis.report RUN.json ... [--page FILE]
 [--picture PNG]`.
 
-Prints the targets, each from the newest run with ours and a baseline's row of it, and the table of
-all rows, each from the newest run that has it. `--page` puts them between that file's markers,
+Prints the targets, each from the newest run with both our row and a baseline's, and the table of
+all rows, each from the newest run that has it. `--page` writes them between that file's markers,
 `--picture` draws stacked bars (needs matplotlib).
 """
 
@@ -26,12 +26,12 @@ Result = dict[str, Any]
 
 
 def results(run: dict[str, Any]) -> list[Result]:
-    """The rows of a pytest-benchmark run, in its order; what is not one of ours is left out."""
+    """The rows of a pytest-benchmark run, in its order, without foreign benchmarks."""
     return [b["extra_info"] for b in run["benchmarks"] if "stage" in b.get("extra_info", {})]
 
 
 def rates(run: dict[str, Any]) -> list[Result]:
-    """What benchmarks of the host have counted, in their order."""
+    """Rates from the host benchmarks, in their order."""
     return [b["extra_info"] for b in run["benchmarks"] if "per_second" in b.get("extra_info", {})]
 
 
@@ -92,25 +92,25 @@ def table(rows: Iterable[Result]) -> str:
 
 
 def machine_line(rows: Sequence[Result]) -> str:
-    """One sentence on what the run was made with."""
+    """One line on the run's GPU, software and ceilings."""
     row = rows[0]
     baseline = f", FLA {row['fla']}" if row.get("fla") else ""
     return (
         f"{row['gpu']}, driver {row['driver']}, torch {row['torch']}, triton {row['triton']}"
-        f"{baseline}; copy {row['copy_TB_per_s']:.2f} TB/s, bf16 matrix product "
+        f"{baseline}; copy {row['copy_TB_per_s']:.2f} TB/s, bf16 GEMM "
         f"{row['matmul_TFLOP_per_s']:.0f} TFLOP/s in the same run."
     )
 
 
 def slower_than_baseline(rows: Iterable[Result]) -> list[Result]:
-    """Rows of ours that a baseline beats."""
+    """Our rows that are slower than a baseline."""
     return [
         row for row in rows if row.get("baseline_ratio") is not None and row["baseline_ratio"] < 1.0
     ]
 
 
 def slowest(rows: Iterable[Result], count: int = 10) -> list[tuple[Result, float]]:
-    """The rows that took longest to measure, with their seconds: where a run's minutes went."""
+    """The rows that took longest to measure, with their seconds."""
     timed = [(row, sum(row["host_seconds"].values())) for row in rows if "host_seconds" in row]
     return sorted(timed, key=lambda pair: -pair[1])[:count]
 
@@ -123,9 +123,8 @@ def newest(runs: Iterable[dict[str, Any]]) -> list[Result]:
 
 
 def measured_together(runs: Iterable[dict[str, Any]]) -> list[Result]:
-    """The rows of several runs, those of a case from one: the newest that has ours and a
-    baseline's, or the newest one where no run has both. A baseline is compared with what was
-    measured beside it.
+    """The rows of several runs, with all rows of a case from one run: the newest with both ours and
+    a baseline's, or else the newest one. Baselines are compared only within a run.
     """
     cases: dict[Any, list[list[Result]]] = {}
     for run in sorted(runs, key=lambda run: str(run.get("datetime", ""))):
@@ -143,7 +142,7 @@ def measured_together(runs: Iterable[dict[str, Any]]) -> list[Result]:
 
 
 def write_page(path: Path, rows: Sequence[Result], goals: str, picture: Path | None = None) -> None:
-    """Replaces what is between the markers of a Markdown file by the picture, the table of targets
+    """Replaces the text between the markers of a Markdown file by the picture, the table of targets
     (`goals`) and the folded table of all rows.
 
     Raises:
@@ -169,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="perf.analysis.report", description=__doc__.splitlines()[0]
     )
     parser.add_argument("runs", nargs="+", type=Path, help="JSON files")
-    parser.add_argument("--page", type=Path, help="put the report between this file's markers")
+    parser.add_argument("--page", type=Path, help="write the report between this file's markers")
     parser.add_argument("--picture", type=Path, help="draw stacked bars into this PNG")
     options = parser.parse_args(arguments)
     runs = [read_run(path) for path in options.runs]

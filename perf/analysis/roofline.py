@@ -1,17 +1,16 @@
-"""What other GPUs and tensor-parallel sizes should take: `python -m perf.analysis.roofline`.
-Predictions.
+"""Predicts times on other GPUs and tensor-parallel sizes: `python -m perf.analysis.roofline`.
 
-Bytes and operations come from the operators' `cases.py`, the time of each kernel on the H200 from
-the newest committed run that has it. Each is carried to another GPU by what limits it:
+Bytes and FLOPs come from the operators' `cases.py`, the time of each kernel on the H200 from the
+newest committed run that has it. Each is scaled to another GPU by its bottleneck:
 
-* `bytes`: by copy bandwidth; every head has its own bytes, so a rank of N has one Nth of them.
-* `flops`: by the rate of bf16 matrix products; one Nth likewise.
-* `work`: instructions of programs that fill the GPU, by multiprocessors and clock; one Nth.
-* `chain`: one chunk, or one launch, after the other, by clock alone: more ranks do not shorten it,
-  until 8 heads are left on each: then the chunks take what 8 heads were measured to, in segments.
+* `bytes`: by copy bandwidth; every head has its own bytes, so one of N ranks has 1/N of them.
+* `flops`: by the rate of bf16 GEMMs; 1/N likewise.
+* `work`: instructions of programs that fill the GPU, by multiprocessors and clock; 1/N.
+* `chain`: sequential chunks or launches, by clock alone: more ranks do not shorten it until each
+  has 8 heads left, which then take the measured time of 8 heads, in segments.
 
-Never less than the kernel's own roofline there. Other GPUs' ceilings are their data sheets', times
-the share of its data sheet that the H200 was measured to reach. None of the others was measured.
+Never less than the kernel's roofline on that GPU. Other GPUs' ceilings are their data sheets',
+times the fraction of its data sheet that the H200 reached. No other GPU was measured.
 """
 
 import argparse
@@ -38,7 +37,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Gpu:
-    """Bytes and bf16 operations a second, programs' speed, and one direction of its links."""
+    """Bytes and bf16 FLOPs per second, programs' speed, and link bandwidth per direction."""
 
     name: str
     bytes_per_second: float
@@ -56,14 +55,13 @@ SHEETS = [
     Gpu("B200", 8.0e12, 2250e12, 148, 1.965e9, 900e9),
 ]
 MEASURED = "H200"
-ALL_REDUCE_SECONDS = 8e-6  # of a small one; assumed
+ALL_REDUCE_SECONDS = 8e-6  # latency of a small one; assumed
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A kernel, or all kernels of a stage: what it moves and computes on one rank of one, how long
-    it takes on the measured GPU, and what limits it; of a chain also from how many ranks on it
-    takes how long instead.
+    """A kernel, or all kernels of a stage: bytes and FLOPs on a single rank, time on the measured
+    GPU, and bottleneck; for a chain also its time from some number of ranks on.
     """
 
     name: str
@@ -100,7 +98,7 @@ def case_of(operator: str, name: str) -> Any:
 
 
 def best(rows: Sequence[Row], stage: str, case: str) -> Row:
-    """Our fastest way of computing a case.
+    """Our fastest provider of a case.
 
     Raises:
         ValueError: It was not measured.
@@ -116,7 +114,7 @@ def best(rows: Sequence[Row], stage: str, case: str) -> Row:
 
 
 def gpus(rows: Sequence[Row]) -> list[Gpu]:
-    """The GPUs with the ceilings that they should reach; the measured one has its own."""
+    """The GPUs with their expected ceilings; those of the measured one are measured."""
     sheet = next(gpu for gpu in SHEETS if gpu.name == MEASURED)
     row = rows[-1]
     copy = row["copy_TB_per_s"] * 1e12 / sheet.bytes_per_second
@@ -134,7 +132,7 @@ def gpus(rows: Sequence[Row]) -> list[Gpu]:
     ]
 
 
-# How the core's stages (of `picture.STAGES`) are limited; their bytes are counted with the core's.
+# Bottlenecks of the core's stages (`picture.STAGES`); their bytes are counted with the core's.
 CORE = {"chunks: prepare": "work", "chunks: scan": "chain"}
 
 
@@ -171,9 +169,7 @@ def prefill_pieces(rows: Sequence[Row]) -> list[Piece]:
 
 
 def decode_pieces(rows: Sequence[Row], measured: Gpu, batch: int) -> list[Piece]:
-    """A decode step of the layer. Its small products take their bytes' time, and more that is
-    latency.
-    """
+    """A decode step of the layer. Its small GEMMs take the time of their bytes plus latency."""
     case = case_of("kda_decode", f"SD-batch{batch}-H32")
     weights, flops = 2 * WEIGHTS, 2 * batch * WEIGHTS
     seconds = max(weights / measured.bytes_per_second, flops / measured.flops_per_second)
@@ -186,7 +182,7 @@ def decode_pieces(rows: Sequence[Row], measured: Gpu, batch: int) -> list[Piece]
 
 
 def projections(layer: Row) -> float:
-    """Seconds of a layer's matrix products."""
+    """Seconds of a layer's GEMMs."""
     return stacked(layer)["projections"] * 1e-6
 
 
@@ -195,7 +191,7 @@ def _piece(name: str, case: Any, row: Row) -> Piece:
 
 
 def all_reduce(gpu: Gpu, tokens: int, ranks: int) -> float:
-    """Seconds to add up the layer's output, `[tokens, 2304]` in bf16, over the ranks."""
+    """Seconds to sum the layer's output, `[tokens, 2304]` in bf16, over the ranks."""
     if ranks == 1:
         return 0.0
     moved = 2 * (ranks - 1) / ranks * tokens * HIDDEN * 2
@@ -218,16 +214,16 @@ def report(rows: Sequence[Row]) -> str:
     """Both tables in Markdown.
 
     Raises:
-        ValueError: A row that the model starts from is missing.
+        ValueError: A row that the model needs is missing.
     """
     found = gpus(rows)
     measured = next(gpu for gpu in found if gpu.name == MEASURED)
     pieces = prefill_pieces(rows)
     heads = [f"{gpu.name}{' (measured)' if gpu is measured else ''}" for gpu in found]
     lines = [
-        f"Predictions, us, by `python -m perf.analysis.roofline`; "
-        f"the column of the {MEASURED} is what they "
-        "start from. In brackets the roofline.",
+        f"Predictions in us by `python -m perf.analysis.roofline`, "
+        f"extrapolated from the {MEASURED} column. "
+        "The roofline is in parentheses.",
         "",
         "| prefill, T = 8192, H = 32 | limit | " + " | ".join(heads) + " |",
         "| --- | --- |" + " ---: |" * len(found),
@@ -263,7 +259,7 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def write_notes(path: Path, text: str) -> None:
-    """Replaces what is between the markers of the notes.
+    """Replaces the text between the markers of the notes.
 
     Raises:
         ValueError: The file lacks the markers.
@@ -279,8 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="perf.analysis.roofline", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("runs", nargs="*", type=Path, help="JSON files; all committed ones if none")
-    parser.add_argument("--notes", type=Path, help="put the tables between this file's markers")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, help="JSON files; default: all committed ones"
+    )
+    parser.add_argument("--notes", type=Path, help="write the tables between this file's markers")
     options = parser.parse_args(arguments)
     paths = options.runs or sorted((HISTORY / MEASURED.lower()).glob("*.json"))
     text = report(newest(read_run(path) for path in paths))

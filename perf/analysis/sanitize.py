@@ -1,10 +1,10 @@
-"""Our kernels under NVIDIA's compute-sanitizer: `python -m perf.analysis.sanitize [--tools memcheck
-...]`.
+"""Runs our kernels under NVIDIA's compute-sanitizer: `python -m perf.analysis.sanitize [--tools
+memcheck ...]`.
 
-Runs the small cases of every operator, first alone, so that compiled kernels are found on disk,
-then once under each tool. Every allocation is one of CUDA's own, so that a read past a tensor's end
-is seen (not one past a tile of chunked KDA's workspace). Prints a table for
-`perf/notes/sanitizer.md` and keeps the logs; exits 1 when a tool found something.
+Runs the small cases of every operator, first without a tool, to fill the cache of compiled kernels,
+then once under each tool. Every tensor has its own CUDA allocation, so that a read past its end is
+detected (but not one past a tile of chunked KDA's workspace). Prints a table for
+`perf/notes/sanitizer.md` and keeps the logs; exits 1 if a tool found something.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 from kda_ops._cases import operator_packages, public_function
 
 TOOLS = ("memcheck", "racecheck")
-FINDING = 99  # exit status of the sanitizer when it found something
+FINDING = 99  # exit status of the sanitizer if it found something
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
 SEGMENTED = ("chunk_kda", "chunk_kda_gated")
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer",)
@@ -38,14 +38,14 @@ def operators() -> list[str]:
 
 @contextmanager
 def in_segments(count: int) -> Iterator[None]:
-    """Chunked KDA scans sequences in so many segments, however short they are."""
+    """Makes chunked KDA scan sequences of any length in that many segments."""
     module = importlib.import_module("kda_ops.delta_rule.chunked.kernels.scan")
     with mock.patch.object(module, "segment_count", return_value=count):
         yield
 
 
 def takes_segments(name: str, inputs: dict[str, Any]) -> bool:
-    """Whether an operator scans these inputs in segments where they are long and of few heads."""
+    """Whether an operator would scan such inputs in segments if long and with few heads."""
     if name not in SEGMENTED:
         return False
     from kda_ops.delta_rule.chunked.kernels.scan_segments import has_segments
@@ -54,8 +54,8 @@ def takes_segments(name: str, inputs: dict[str, Any]) -> bool:
 
 
 def run_cases(names: Sequence[str], device: torch.device) -> int:
-    """Calls each operator once on each of its small cases, chunked KDA in segments too; how many
-    calls that were.
+    """Calls each operator once on each of its small cases, chunked KDA also in segments; returns
+    the number of calls.
     """
     calls = 0
     for name in names:
@@ -90,7 +90,7 @@ def find_sanitizer() -> str:
 
 
 def call(command: Sequence[str], log: Path, seconds: float) -> int:
-    """Exit status of a command whose output goes to a file; 124 when it ran past its time."""
+    """Exit status of a command whose output goes to a file; 124 if it timed out."""
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with log.open("w") as file:
         try:
@@ -102,7 +102,7 @@ def call(command: Sequence[str], log: Path, seconds: float) -> int:
 
 
 def outcome(status: int, text: str) -> str:
-    """A tool's run in words: its own summary, or how it ended without one."""
+    """The result of a tool: its own summary, or how it ended without one."""
     summaries = SUMMARY.findall(text)
     if status in (0, FINDING) and summaries:
         return str(summaries[-1])
@@ -117,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--operators", nargs="+", default=operators(), metavar="NAME")
     parser.add_argument("--sanitizer", help="path of compute-sanitizer")
     parser.add_argument("--logs", type=Path, default=Path("build/sanitizer"))
-    parser.add_argument("--seconds", type=float, default=900, help="limit of one tool")
-    parser.add_argument("--run", action="store_true", help="run the cases, without a tool")
+    parser.add_argument("--seconds", type=float, default=900, help="time limit per tool")
+    parser.add_argument("--run", action="store_true", help="only run the cases, without a tool")
     options = parser.parse_args(arguments)
     if options.run:
         print(f"{run_cases(options.operators, torch.device('cuda'))} calls")

@@ -1,10 +1,9 @@
-"""What the kernels are to reach on an H200; `python -m perf.analysis.targets RUN.json` tells what
-they do.
+"""Performance targets on an H200; `python -m perf.analysis.targets RUN.json` checks a run.
 
-Every target is held against rows of one run, our best way of computing a case against the fastest
-baseline's: a ratio is of replayed CUDA graphs, `wall` of eager calls with their launches, `kernels`
-of sums of kernel times. Errors are our worst against the baseline's. Exits 1 when a "required" is
-missed or was not measured.
+Every target is checked within one run, our best provider of a case against the fastest baseline:
+`ratio` compares replayed CUDA graphs, `wall` eager calls including launches, `kernels` sums of
+kernel times. Errors are our worst against the baseline's. Exits 1 if a required target is missed or
+was not measured.
 """
 
 import argparse
@@ -23,16 +22,16 @@ NAMES = ("work", "measure", "required", "stretch", "measured", "")
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that a run is to reach.
+    """A figure that a run should reach.
 
     Attributes:
-        stage: Of the rows.
-        case: Of the rows.
+        stage: Stage of the rows.
+        case: Case of the rows.
         measure: What is compared: `ratio`, `wall` or `kernels` (at least), `roofline` or `us` (at
             most), or `error` (the baseline's over ours, at least).
-        required: The figure to reach.
-        stretch: The figure to hope for, None where there is none.
-        baseline: How the baseline's name ends, where there are several.
+        required: The required figure.
+        stretch: The stretch goal, or None.
+        baseline: Suffix of the baseline's name, if there are several.
     """
 
     stage: str
@@ -94,7 +93,7 @@ TARGETS = [
 
 
 def rows_of(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a run, those of accuracy as a stage of their own."""
+    """Rows of a run, with accuracy rows as a separate stage."""
     rows = [benchmark.get("extra_info", {}) for benchmark in run["benchmarks"]]
     accuracy = [
         {**row, "stage": "accuracy", "case": row["accuracy"]} for row in rows if "accuracy" in row
@@ -103,7 +102,7 @@ def rows_of(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def value_of(target: Target, rows: Rows) -> float | None:
-    """The measured figure of our best way of computing the case; None without the rows for it."""
+    """The measured figure of our best provider of the case; None if rows are missing."""
     own_rows = [row for row in rows if (row["stage"], row["case"]) == (target.stage, target.case)]
     ours = [row for row in own_rows if row["provider"].startswith(OURS)]
     baselines = [r for r in own_rows if r not in ours and r["provider"].endswith(target.baseline)]
@@ -126,7 +125,7 @@ def _ratio(baselines: Rows, ours: Rows, key: str) -> float:
 
 
 def _get(row: dict[str, Any], key: str) -> float:
-    """A row's figure; runs from before `kernel_us` have it by kernel."""
+    """A row's figure; runs from before `kernel_us` only have it per kernel."""
     if key == "kernel_us" and key not in row:
         return float(sum(us for _, us in row["kernels"].values()))
     return float(row[key])
@@ -137,7 +136,7 @@ def _number(x: float) -> str:
 
 
 def table(rows: Rows, targets: Sequence[Target] = TARGETS) -> str:
-    """Markdown: a line per target, with what the run measured and whether that is enough."""
+    """Markdown: a line per target, with the measured value and whether it is met."""
     lines = ["| " + " | ".join(NAMES) + " |", "| --- | --- | ---: | ---: | ---: | --- |"]
     for target in targets:
         value = value_of(target, rows)
@@ -162,7 +161,7 @@ def table(rows: Rows, targets: Sequence[Target] = TARGETS) -> str:
 
 
 def missed(rows: Rows, targets: Sequence[Target] = TARGETS) -> list[Target]:
-    """Targets that the rows do not show to be met."""
+    """Targets that are missed or not measured."""
     values = ((target, value_of(target, rows)) for target in targets)
     return [t for t, value in values if value is None or not t.met(value, t.required)]
 

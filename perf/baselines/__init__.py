@@ -1,1 +1,1 @@
-"""What users would pick instead."""
+"""Baselines: what users would use instead."""

@@ -1,7 +1,7 @@
-"""The baselines' autotuning, made quick: all configurations of a kernel compile at once, on every
+"""Faster autotuning for baselines: all configurations of a kernel compile in parallel, on every
 core, and each is timed for milliseconds.
 
-Which configuration wins is still measured, on the inputs of the row, as FLA itself would.
+The fastest configuration is still found by measuring on the row's inputs, as FLA itself would.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ WARM_UP_MS, REPEAT_MS = 5, 25  # Triton's own are 25 and 100
 
 
 def timed_briefly(call: Any, quantiles: Any) -> Any:
-    """Triton's benchmark of one configuration, a quarter as long."""
+    """Triton's benchmark of one configuration, in a quarter of the time."""
     import triton.testing
 
     return triton.testing.do_bench(call, warmup=WARM_UP_MS, rep=REPEAT_MS, quantiles=quantiles)
 
 
 def compile_together(tuner: Any, configs: Any, arguments: dict[str, Any], threads: int) -> None:
-    """Compiles a kernel's configurations at the same time, without running them.
+    """Compiles a kernel's configurations in parallel, without running them.
 
-    One that does not compile is left to the tuner, which drops it.
+    Those that do not compile are left to the autotuner, which drops them.
     """
     import triton
 
@@ -38,7 +38,7 @@ def compile_together(tuner: Any, configs: Any, arguments: dict[str, Any], thread
 
 @contextlib.contextmanager
 def quick_tuning(threads: int | None = None) -> Iterator[None]:
-    """While it lasts, Triton's autotuner compiles on `threads` cores (all if None) and times
+    """Context manager: Triton's autotuner compiles on `threads` cores (all if None) and times
     briefly.
     """
     from triton.runtime.autotuner import Autotuner

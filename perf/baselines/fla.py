@@ -1,9 +1,8 @@
-"""What a user would pick instead: flash-linear-attention (FLA), stage for stage, from the inputs of
-our own cases.
+"""Baselines from flash-linear-attention (FLA), stage by stage, on the inputs of our cases.
 
-Each function takes the case and returns how to prepare a call from the inputs: conversions to the
-baseline's argument layout happen there and are not timed. Where FLA is not installed there are no
-baseline rows.
+Each function takes the case and returns a function that prepares a call from the inputs:
+conversions to the baseline's argument layout happen there and are not timed. Without FLA installed
+there are no baseline rows.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ Baseline = Callable[[Case], Prepare]
 
 
 def fla(baseline: Any) -> dict[str, Any]:
-    """A baseline under the name that reports show, or nothing where FLA is not installed."""
+    """A baseline under its name in reports, or nothing if FLA is not installed."""
     installed = version("fla-core")
     return {} if installed is None else {f"FLA {installed}": baseline}
 
@@ -36,7 +35,7 @@ def _gate_arguments(inputs: Inputs) -> dict[str, Any]:
 
 
 def _chunk_arguments(inputs: Inputs, chunk_size: int) -> dict[str, Any]:
-    """The variable-length arguments, with FLA's own chunk table made beforehand."""
+    """The varlen arguments, with FLA's chunk table computed beforehand."""
     from fla.ops.utils.index import prepare_chunk_indices
 
     offsets = inputs.get("cu_seqlens")
@@ -98,7 +97,7 @@ def fla_rms_norm_gated(case: Case) -> Prepare:
 
 
 def _fla_conv_history(inputs: Inputs, width: int, keep: Tensor | None) -> Tensor | None:
-    """The sequences' histories as FLA keeps them: `[N, D, W]`, the newest input last."""
+    """The sequences' histories in FLA's layout: `[N, D, W]`, the newest input last."""
     state = inputs.get("conv_state")
     if state is None:
         return None
@@ -112,11 +111,11 @@ def _fla_conv_history(inputs: Inputs, width: int, keep: Tensor | None) -> Tensor
 def _fla_convolution(
     inputs: Inputs, x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None
 ) -> Call:
-    """FLA's convolution of some of a case's channels."""
+    """FLA's convolution of a part of a case's channels."""
     from fla.modules.causal_conv1d import causal_conv1d
 
     varlen = _chunk_arguments(inputs, 64)
-    del varlen["chunk_size"]  # its own choice
+    del varlen["chunk_size"]  # FLA chooses its own
     activation = inputs.get("activation", "silu")
 
     def call() -> Tensor:
@@ -134,7 +133,7 @@ def _fla_convolution(
 
 
 def fla_short_conv(case: Case) -> Prepare:
-    """One call over q | k | v packed: FLA's own layer makes three."""
+    """One call over packed q | k | v; FLA's own layer makes three."""
 
     def prepare(inputs: Inputs) -> Call:
         x, weight = inputs["x"], inputs["weight"]
@@ -146,8 +145,8 @@ def fla_short_conv(case: Case) -> Prepare:
 
 
 def fla_short_conv_qkv(case: Case) -> Prepare | None:
-    """A convolution each of q, k and v, and a norm each of q and k, as in FLA's own layer (its norm
-    does not take the slices of a packed result).
+    """Separate convolutions of q, k and v and norms of q and k, as in FLA's own layer (its norm
+    does not accept slices of a packed result).
     """
     if "apart" in case.name:  # the same for FLA
         return None
@@ -184,7 +183,7 @@ def fla_short_conv_qkv(case: Case) -> Prepare | None:
 
 
 def fla_short_conv_update(case: Case) -> Prepare:
-    """One token per sequence. FLA's state is dense, `[N, D, W]`: there is no slot to look up."""
+    """One token per sequence. FLA's state is dense, `[N, D, W]`, without slots."""
 
     def prepare(inputs: Inputs) -> Call:
         from fla.modules.causal_conv1d import causal_conv1d_update
@@ -202,8 +201,8 @@ def fla_short_conv_update(case: Case) -> Prepare:
 
 
 def fla_chunk_kda(case: Case) -> Prepare:
-    """FLA's chunk kernels from normalised q and k and the cumulative gate, as `chunk_kda` takes
-    them: its pipeline without l2norm, gate and cumsum.
+    """FLA's chunk kernels with `chunk_kda`'s inputs, normalized q and k and the cumulative gate:
+    its pipeline without l2norm, gate and cumsum.
     """
     bounded = "bounded" in case.name
 
@@ -312,8 +311,8 @@ def fla_recurrent_kda(case: Case) -> Prepare:
 
 
 def fla_kda_decode(case: Case) -> Prepare | None:
-    """A decode step as FLA's layer makes it: three convolutions, the recurrence with norm and gate
-    in its kernel, the gated norm. One token per sequence; the convolution state is dense.
+    """A decode step of FLA's layer: three convolutions, the recurrence with norm and gate in its
+    kernel, the gated norm. One token per sequence; the convolution state is dense.
     """
     if "spec" in case.name or "apart" in case.name:
         return None

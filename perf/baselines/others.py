@@ -1,5 +1,5 @@
-"""Baselines beside FLA, where they are installed: attention-gym, and what transformers computes
-without kernels. Each function is as in `perf.baselines.fla`.
+"""Baselines other than FLA, if installed: attention-gym, and transformers without kernels. The
+functions are like those of `perf.baselines.fla`.
 """
 
 import inspect
@@ -13,11 +13,11 @@ from kda_ops._numerics import CHUNK
 from perf.harness.machine import version
 from perf.harness.rows import Call, Inputs, Prepare
 
-LONGEST = 1024  # tokens: transformers' own path keeps [T / 64, H, 64, 64, K] tiles in fp32
+LONGEST = 1024  # tokens: transformers without kernels keeps [T / 64, H, 64, 64, K] fp32 tiles
 
 
 def more_baselines() -> dict[str, Any]:
-    """The baselines of the core that are installed, by the names that reports show."""
+    """The installed baselines of the core, by their names in reports."""
     found: dict[str, Any] = {}
     gym, kernels = version("attn-gym"), version("nvidia-cutlass-dsl")
     if gym is not None and kernels is not None:
@@ -59,7 +59,7 @@ def gym_core(case: Case) -> Prepare | None:
 
 
 def transformers_core(case: Case) -> Prepare | None:
-    """The gate and the chunks of transformers' Kimi-Linear in eager PyTorch, short inputs only."""
+    """The gate and chunks of transformers' Kimi-Linear in eager PyTorch, short inputs only."""
     if case.bytes_moved > LONGEST * 32 * 128 * 16 or "softplus" not in case.name:
         return None
 

@@ -1,1 +1,1 @@
-"""How rows are measured."""
+"""Measuring rows."""

@@ -1,6 +1,6 @@
-"""What a run was measured on: the GPU, its software, and the ceilings that make the rooflines.
+"""The machine of a run: the GPU, its software, and the ceilings for the rooflines.
 
-`python -m perf.harness.machine` prints where a run made now is kept.
+`python -m perf.harness.machine` prints the path for a new run.
 """
 
 import datetime
@@ -23,23 +23,23 @@ HISTORY = Path(__file__).parent.parent / "history"
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this GPU reaches in this run: bytes per second of a copy (read plus written) and
-    floating-point operations per second of a bf16 matrix product.
+    """What this GPU reaches in this run: bytes per second of a copy (read plus written) and FLOPs
+    per second of a bf16 GEMM.
     """
 
     bytes_per_second: float
     flops_per_second: float
 
     def roofline_seconds(self, bytes_moved: int, flops: int) -> float:
-        """The time under which no implementation goes: the slower of moving the bytes and doing the
-        matrix products.
+        """The lower bound for any implementation: the longer of the times for the bytes and for the
+        GEMMs.
         """
         return max(bytes_moved / self.bytes_per_second, flops / self.flops_per_second)
 
 
 @functools.cache
 def ceilings() -> Ceilings:
-    """Measured once per process, on random data (a product of zeros would run faster)."""
+    """Measured once per process, on random data (a GEMM of zeros would run faster)."""
     source = torch.randn(COPY_BYTES // 2, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
     copy = gpu_seconds(lambda: target.copy_(source))
@@ -59,7 +59,7 @@ def version(distribution: str) -> str | None:
 
 
 def software() -> dict[str, Any]:
-    """Versions of everything that decides a measurement."""
+    """Versions of everything that affects a measurement."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -92,9 +92,7 @@ def gpu() -> dict[str, Any]:
 
 
 def _nvidia_smi(*fields: str) -> dict[str, str]:
-    """Fields that only the driver's tool knows; nothing where that tool is missing (another
-    vendor's GPU).
-    """
+    """Fields that only nvidia-smi knows; nothing without it (another vendor's GPU)."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
     try:
         answer = subprocess.run(
@@ -106,12 +104,12 @@ def _nvidia_smi(*fields: str) -> dict[str, str]:
 
 
 def folder_of(gpu_name: str) -> Path:
-    """Where the runs of a GPU are kept: those of an `NVIDIA H200` in `history/h200`."""
+    """The folder of a GPU's runs: `history/h200` for an `NVIDIA H200`."""
     return HISTORY / "-".join(gpu_name.lower().replace("nvidia", "").replace("/", " ").split())
 
 
 def next_run() -> Path:
-    """A new file for a run made now, in the folder of this GPU; in `build/` without one."""
+    """A new file for a run, in the folder of this GPU; in `build/` without one."""
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d-%H%M")
     if not torch.cuda.is_available():
         return Path("build") / f"{now}.json"

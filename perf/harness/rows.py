@@ -1,6 +1,4 @@
-"""A row: one way of computing one case. How it is checked, measured, and what is written down about
-it.
-"""
+"""A row: one provider of one case; how it is checked and measured, and what is recorded."""
 
 import contextlib
 import gc
@@ -25,8 +23,8 @@ AGREEMENT = (
     0.02  # relative Frobenius error to the fp32-accumulating reference; bf16 operands reach 0.005
 )
 SEED = 0
-COMPARED_AT_ONCE = 1 << 28  # elements: caches of many pages would not fit in fp64
-REMEMBERED_BYTES = 4 << 30  # expected results that are kept for the next row of the same case
+COMPARED_AT_ONCE = 1 << 28  # elements: caches of many pages would not fit memory in fp64
+REMEMBERED_BYTES = 4 << 30  # expected results kept for the next row of the same case
 
 Inputs = dict[str, Any]
 Call = Callable[[], Any]
@@ -35,22 +33,22 @@ Prepare = Callable[[Inputs], Call]
 
 @dataclass(frozen=True)
 class Row:
-    """One way of computing one case.
+    """One provider of one case.
 
     Attributes:
         stage: What is computed; rows of one stage and case are compared with one another.
         case: Name of the input.
-        provider: Whose code computes it.
-        make: Draws the inputs on a device.
-        prepare: From inputs, a call without arguments; what it does itself is not timed.
-        expected: The same call through the eager references. None where there is nothing to check
+        provider: The implementation.
+        make: Makes random inputs on a device.
+        prepare: Returns a call without arguments from inputs; its own work is not timed.
+        expected: The same call through the eager references. None if there is nothing to check
             against.
         mutated: Inputs that the call writes and that are checked like results.
         bytes_moved: Bytes that any implementation reads and writes.
-        flops: Floating-point operations in matrix products.
-        poison: Fill uninitialised memory with NaN while checking. Not for compiled code, which it
+        flops: FLOPs in GEMMs.
+        poison: Fill uninitialized memory with NaN while checking. Not for compiled code, which it
             would recompile, nor for baselines, which may read what they then mask.
-        graph: Time replays of a CUDA graph; otherwise the calls queued behind a busy GPU.
+        graph: Time replays of a CUDA graph; otherwise calls queued behind a busy GPU.
     """
 
     stage: str
@@ -70,7 +68,7 @@ class Row:
 
 
 class RunReferences(TorchDispatchMode):
-    """Runs the eager reference of every operator, on whatever device."""
+    """Runs the eager reference of every operator, on any device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in OPERATORS:
@@ -111,9 +109,7 @@ def function_rows(
     baselines: dict[str, Callable[[Case], Prepare | None]],
     compile_too: bool,
 ) -> list[Row]:
-    """Rows of one function on one case: the baselines first, then ours, so that ours can be told as
-    a ratio.
-    """
+    """Rows of one function on one case: the baselines first, then ours, for its ratio to them."""
     common: dict[str, Any] = {
         "stage": stage,
         "case": case.name,
@@ -151,8 +147,8 @@ def operator_rows(
 
     Args:
         name: The operator, found in its `cases.py`.
-        baselines: Who else computes it: from the case, how to prepare a call (None: it cannot).
-        compile_too: Also measure the operator compiled (what its lowering generates).
+        baselines: By name, a function from the case to `prepare` (None if unsupported).
+        compile_too: Also measure the compiled operator (what its lowering generates).
     """
     function = public_function(name)
     cases = importlib.import_module(f"{operator_packages()[name]}.cases").CASES
@@ -176,7 +172,7 @@ def tensors(result: Any) -> list[Tensor]:
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
-    """‖out - expected‖ / ‖expected‖ in fp64; infinite when anything is not finite."""
+    """‖out - expected‖ / ‖expected‖ in fp64; infinite if anything is not finite."""
     error = scale = 0.0
     parts = (x.flatten().split(COMPARED_AT_ONCE) for x in (out, expected))
     for part, right in zip(*parts, strict=True):
@@ -189,7 +185,7 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 
 def expected_tensors(row: Row, device: torch.device) -> list[Tensor]:
-    """What the row is to compute, by the eager references."""
+    """The row's expected results, from the eager references."""
     if row.expected is None:
         return []
     torch.manual_seed(SEED)
@@ -198,8 +194,8 @@ def expected_tensors(row: Row, device: torch.device) -> list[Tensor]:
 
 
 def check(row: Row, device: torch.device, expected: list[Tensor] | None = None) -> float:
-    """The row's error against the eager references (`expected`, computed if None); raises when it
-    computes something else.
+    """The row's error against the eager references (`expected`, computed if None); raises if it is
+    too large.
     """
     if row.expected is None:
         return 0.0
@@ -234,7 +230,7 @@ def check(row: Row, device: torch.device, expected: list[Tensor] | None = None) 
 
 @dataclass
 class Stopwatch:
-    """Host seconds of each step of measuring a row: where a run's minutes go."""
+    """Host seconds of each step of measuring a row."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -249,8 +245,8 @@ class Stopwatch:
 
 @dataclass
 class Measurer:
-    """Checks and measures rows; remembers the baselines, so that ours can be told as a ratio, and
-    the last case's expected results, which its next row shares.
+    """Checks and measures rows; remembers the baselines, for our ratios to them, and the last
+    case's expected results, which its next row shares.
     """
 
     device: torch.device
@@ -268,7 +264,7 @@ class Measurer:
                 torch.cuda.empty_cache()
 
     def _expected(self, row: Row) -> list[Tensor]:
-        """The expected results, computed once for neighbouring rows of a case."""
+        """The expected results, computed once for consecutive rows of a case."""
         key = (row.stage, row.case, row.mutated, row.expected)
         if self.remembered is None or self.remembered[0] != key:
             self.remembered = None
@@ -350,8 +346,8 @@ def _input_bytes(inputs: Inputs) -> int:
 def describe(
     row: Row, seconds: float, ceiling: Ceilings, baseline_seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """What is derived from a row's time: rates, its share of the roofline, and how much slower the
-    fastest baseline is.
+    """Figures derived from a row's time: rates, its percentage of the roofline, and how much slower
+    the fastest baseline is.
     """
     roofline = ceiling.roofline_seconds(row.bytes_moved, row.flops)
     facts: dict[str, Any] = {

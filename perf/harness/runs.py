@@ -1,6 +1,4 @@
-"""Reads the JSON of a run, also one from before rows had the names that they have now, and writes
-its numbers.
-"""
+"""Reads the JSON of a run, including old ones with former names of fields; formats numbers."""
 
 import json
 from pathlib import Path
@@ -16,7 +14,7 @@ OLD_PREFIX, PREFIX = "peer_", "baseline_"
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """A run of pytest-benchmark, with the rows' names of today."""
+    """A run of pytest-benchmark, with current field names."""
     run = json.loads(path.read_text())
     for benchmark in run["benchmarks"]:
         if "extra_info" in benchmark:

@@ -1,6 +1,6 @@
-"""GPU time by events: CUDA-graph replays over rotating inputs, eager calls, kernels by name.
+"""GPU time from events: CUDA-graph replays over rotating inputs, eager calls, kernels by name.
 
-Host clocks are never read. Every figure is a median of many rounds after a warm-up.
+Host clocks are never used. Every figure is a median of many rounds after a warm-up.
 """
 
 import collections
@@ -13,11 +13,11 @@ import torch
 
 ROUNDS = 40
 WARM_UP_SECONDS = 0.05
-SPIN_CYCLES = 200_000  # about 100 us, in which the host gets ahead of the GPU
+SPIN_CYCLES = 200_000  # about 100 us, for the host to get ahead of the GPU
 
 
 class Clock:
-    """A clock that moves only by what GPU events measured: pytest-benchmark's timer."""
+    """A clock advanced only by GPU event times: pytest-benchmark's timer."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -35,7 +35,7 @@ CLOCK = Clock()
 def event_seconds(work: Callable[[], Any]) -> float:
     """GPU seconds of one piece of work.
 
-    The GPU spins while the host queues the work, so the host's own time is not counted.
+    The GPU spins while the host queues the work, so host time is not counted.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(SPIN_CYCLES)
@@ -53,7 +53,7 @@ def gpu_seconds(work: Callable[[], Any], rounds: int = ROUNDS) -> float:
 
 
 def warm_up(work: Callable[[], Any]) -> None:
-    """Runs `work` until kernels are compiled and tuned and the GPU's clocks have risen."""
+    """Runs `work` until kernels are compiled and tuned and the GPU's clocks have ramped up."""
     work()
     spent = 0.0
     while spent < WARM_UP_SECONDS:
@@ -61,7 +61,7 @@ def warm_up(work: Callable[[], Any]) -> None:
 
 
 def eager_seconds(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> float:
-    """Median seconds of one eager call on an idle GPU, launch costs included."""
+    """Median seconds of one eager call on an idle GPU, including launch costs."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for i in range(rounds):
@@ -77,7 +77,7 @@ def eager_seconds(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> f
 def capture(calls: Sequence[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
     """One CUDA graph that makes every call once, and their results.
 
-    The results are kept, so each call writes memory of its own, as its inputs are its own.
+    The results are kept alive, so each call has its own output memory, as it has its own inputs.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -94,7 +94,7 @@ def capture(calls: Sequence[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, l
 
 
 def rotations(bytes_per_call: int, l2_bytes: int, most: int = 64) -> int:
-    """How many input sets to rotate so that none is still in the L2 cache at its next turn."""
+    """Number of input sets to rotate so that none is still in the L2 cache when reused."""
     return max(2, min(most, -(-3 * l2_bytes // max(bytes_per_call, 1))))
 
 
@@ -116,7 +116,7 @@ def kernels(call: Callable[[], Any]) -> dict[str, tuple[int, float]]:
 
 
 def workspace_bytes(call: Callable[[], Any]) -> int:
-    """The most GPU memory that a call has beside its arguments and its results."""
+    """Peak GPU memory of a call besides its arguments and results."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     result = call()
@@ -128,7 +128,7 @@ def workspace_bytes(call: Callable[[], Any]) -> int:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Every uninitialised allocation is filled with NaN: an element never written shows."""
+    """Fills every uninitialized allocation with NaN, which exposes elements never written."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

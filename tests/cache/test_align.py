@@ -1,4 +1,4 @@
-"""The planners of state checkpoints, held against a simulation that counts tokens."""
+"""The planners of state checkpoints against a simulation that counts tokens."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ Copier = Callable[[np.ndarray, np.ndarray, torch.Tensor], None]
 
 
 def copy_naively(conv: np.ndarray, recurrent: np.ndarray, plan: torch.Tensor) -> None:
-    """The plan row by row: `conv [slots, L]`, `recurrent [slots]`."""
+    """Executes the plan row by row: `conv [slots, L]`, `recurrent [slots]`."""
     L = conv.shape[1]
     for conv_src, recurrent_src, dst, bias in plan.tolist():
         if conv_src < 0 or recurrent_src < 0:
@@ -42,9 +42,9 @@ def copy_by_operator(layout: str) -> Copier:
 
 
 class Server:
-    """Requests whose state is a list of what they have seen.
+    """Requests whose state is the list of tokens they have seen.
 
-    An input is a number of its own; the recurrent state after t tokens of request r is
+    Every input is unique; the recurrent state after t tokens of request r is
     `1000 * r + t`, the conv state the inputs themselves.
     """
 
@@ -68,7 +68,7 @@ class Server:
         return ([0] * HISTORY + self.inputs[r][:tokens])[-HISTORY:]
 
     def restart(self, r: int) -> None:
-        """Preempted: everything after some checkpoint is computed again, as a prompt."""
+        """Preemption: everything after some checkpoint is recomputed, as a prompt."""
         kept = [0, *self.checkpoints[r]]
         self.computed[r] = kept[self.rng.integers(len(kept))]
         self.tables[r] = [0] * (self.computed[r] // self.block)
@@ -133,7 +133,7 @@ class Server:
                 self.finish(r, scheduled[r] - draft[r], kept[r])
 
     def forward(self, r: int, scheduled: int, draft: int) -> None:
-        """Reads the state of `computed` tokens, and leaves that of every token of the step."""
+        """Reads the state of `computed` tokens, and writes that of every token of the step."""
         at, bias = self.running[r], self.accepted[r] - 1
         slots = self.tables[r][at:]
         prefill = len(self.inputs[r]) > self.computed[r]
@@ -204,7 +204,7 @@ def test_the_two_sources_differ_by_the_bias() -> None:
     assert counts["num_accepted"].tolist() == [3]
 
 
-def test_a_request_that_was_forgotten_continues_from_its_last_computed_block() -> None:
+def test_a_preempted_request_continues_from_its_last_computed_block() -> None:
     table = torch.tensor([[11, 12, 13, 14]] * 3)
     counts = columns(
         num_computed=[8, 0, 8],

@@ -1,5 +1,5 @@
-"""Requests on a server with checkpoints, prefix hits and speculative decode, on real layers: what
-they answer, and every state that is kept, is that of an undisturbed run.
+"""Requests on a server with checkpoints, prefix hits and speculative decode, on real layers: their
+answers and all cached states equal those of an undisturbed run.
 """
 
 import random
@@ -54,7 +54,7 @@ class Model(nn.Module):
 
 
 def assert_same(state: Tensor, expected: Tensor) -> None:
-    """Equal but for the order of sums in fp32, through layers and tokens."""
+    """Equal up to the order of fp32 sums, through layers and tokens."""
     assert state.shape == expected.shape
     error = (state - expected).abs().max()
     assert error <= 4096 * torch.finfo(torch.float32).eps * expected.abs().max(), error
@@ -75,7 +75,7 @@ def spec(layout: str, num_spec: int, page_bytes: int | None = None) -> KDAStateS
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, what an undisturbed run answers, and how far the server is.
+    """A prompt, the answer of an undisturbed run, and the server's progress.
 
     `table` are slots by position, `owned` those that are the request's own; the rest is align's.
     """
@@ -129,7 +129,7 @@ class Server:
         self.start(self.requests[-1])
 
     def start(self, request: Request) -> None:
-        """From nothing, or from a checkpoint of any request."""
+        """Starts from scratch, or from a checkpoint of any request."""
         ends = range(self.block, len(request.tokens), self.block)
         hits = [end for end in ends if tuple(request.tokens[:end]) in self.kept]
         end = self.rng.choice([0, *hits])
@@ -141,7 +141,7 @@ class Server:
             request.table[-1] = self.kept[tuple(request.tokens[:end])]
 
     def leave(self, request: Request) -> None:
-        """Gives back the slots that hold no checkpoint."""
+        """Frees the slots without a checkpoint."""
         kept = set(self.kept.values())
         self.free += [slot for slot in request.owned if slot not in kept]
         request.owned = []
@@ -234,7 +234,7 @@ class Server:
     def forward(
         self, steps: list[tuple[int, list[int], bool]], accepted: list[int], running: list[int]
     ) -> list[list[int]]:
-        """What the model picks after every token of the step, per request."""
+        """The model's next token after every token of the step, per request."""
         decodes = [r for r, (n, _, prefill) in enumerate(steps) if n and not prefill]
         prefills = [r for r, (n, _, prefill) in enumerate(steps) if n and prefill]
         picks: list[list[int]] = [[] for _ in steps]
@@ -304,7 +304,7 @@ class Server:
 
 @pytest.mark.parametrize("layout", ["SD", "DS"])
 @pytest.mark.parametrize(("block", "num_spec"), [(2, 3), (4, 2), (8, 3)])
-def test_answers_and_checkpoints_are_those_of_an_undisturbed_run(
+def test_answers_and_checkpoints_equal_an_undisturbed_run(
     layout: str, block: int, num_spec: int
 ) -> None:
     server = Server(block, layout, block, num_spec)

@@ -1,5 +1,5 @@
-"""Layout `"auto"`: decided when a state is allocated, by timing on a GPU (here with a timer that is
-told the answer), and read off the state afterwards.
+"""Layout `"auto"`: resolved when a state is allocated, by timing on a GPU (here with a fake timer),
+and inferred from the state afterwards.
 """
 
 import copy
@@ -27,7 +27,7 @@ SLOTS = 5
 
 
 class Timer:
-    """A GPU in the place of the CPU, on which one layout is faster; each is really run."""
+    """Pretends that the CPU is a GPU on which one layout is faster; both are really run."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, faster: str) -> None:
         self.faster = faster
@@ -88,7 +88,7 @@ def test_shards_and_transferred_states_are_ds(monkeypatch: pytest.MonkeyPatch) -
     assert timer.timed == 2
 
 
-def test_the_table_alone_and_the_cpu_are_sd(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_and_deterministic_tuning_give_sd(monkeypatch: pytest.MonkeyPatch) -> None:
     assert auto_spec().decide_layout().layout == "SD"
     timer = Timer(monkeypatch, "DS")
     monkeypatch.setattr(config, "deterministic_tuning", True)
@@ -101,7 +101,7 @@ def test_an_explicit_layout_stays() -> None:
     assert spec.decide_layout(transfer=True) is spec
 
 
-def test_an_undecided_spec_has_no_places() -> None:
+def test_an_undecided_spec_has_no_offsets() -> None:
     spec = auto_spec()
     assert spec.page_bytes == spec.decide_layout().page_bytes
     assert spec.offset("recurrent") == spec.decide_layout().offset("recurrent")
@@ -112,7 +112,7 @@ def test_an_undecided_spec_has_no_places() -> None:
         state_geometry(spec, pages=4, block_tokens=64)
 
 
-def test_operators_go_by_the_shape_of_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_infer_the_layout_from_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "conv_layout", "auto")
     x, weight, state_indices = torch.randn(2, 12), torch.randn(12, 4), torch.tensor([2, 1])
     state = torch.randn(3, 3, 12)
@@ -170,7 +170,7 @@ def test_each_layout_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_models_of_different_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one process, one graph each, with states of their own layouts."""
+    """In one process, one graph each, with states in different layouts."""
     first = KimiDeltaAttention(32, 8, 2, conv_layout="SD")
     second = KimiDeltaAttention(32, 8, 2, conv_layout="DS")
     second.load_state_dict(first.state_dict())

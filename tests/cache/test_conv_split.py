@@ -1,4 +1,4 @@
-"""conv_split: uneven parts, values and not views, no copy when compiled."""
+"""conv_split: uneven parts, copies instead of views, no copy when compiled."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def state_of(layout: str, D: int = 40, L: int = 3, slots: int = 5) -> torch.Tens
 
 
 def channels(state: torch.Tensor, layout: str) -> torch.Tensor:
-    """`[slots, L, D]` whatever the layout."""
+    """`[slots, L, D]` from either layout."""
     return state if layout == "SD" else state.transpose(1, 2)
 
 
@@ -34,7 +34,7 @@ def test_parts_are_the_channels_in_order(layout: str) -> None:
 
 
 @layouts
-def test_parts_are_not_views(layout: str) -> None:
+def test_parts_are_copies(layout: str) -> None:
     state = state_of(layout)
     parts = [*conv_split(state, (8, 32), layout=layout), *conv_split(state, (40,), layout=layout)]
     before = [part.clone() for part in parts]

@@ -21,7 +21,7 @@ TOKENS = ("x", "raw_gate", "raw_beta", "output_gate")
 
 @dataclass(frozen=True)
 class Steps:
-    """What changes from step to step, for all steps on the device; step i takes the tokens
+    """The inputs that change from step to step, for all steps, on the device; step i takes tokens
     `i % POOL`.
     """
 
@@ -31,7 +31,7 @@ class Steps:
     tokens: dict[str, Tensor]  # [POOL, ...]
 
     def write(self, i: int, inputs: dict[str, Any]) -> None:
-        """The step's values into the graph's inputs."""
+        """Copies the step's values into the graph's inputs."""
         inputs["cu_seqlens"].copy_(self.offsets[i])
         inputs["state_indices"].copy_(self.slots[i])
         if self.accepted is not None:
@@ -41,7 +41,7 @@ class Steps:
 
 
 def make(num_spec: int | None) -> dict[str, Any]:
-    """A step with all the tokens that it may have; its values are replaced before it counts."""
+    """A step with the most tokens; its values are replaced before it is used."""
     most = 1 + (num_spec or 0)
     return kda_decode_inputs(
         SEQUENCES,
@@ -54,7 +54,7 @@ def make(num_spec: int | None) -> dict[str, Any]:
 
 
 def draw_steps(steps: int, num_spec: int | None, inputs: dict[str, Any]) -> Steps:
-    """Every sequence in slots of its own, some in the null block, of 0 to 1 + num_spec tokens."""
+    """Every sequence in its own slots, some in the null block, with 0 to 1 + num_spec tokens."""
     columns, available = 1 + (num_spec or 0), len(inputs["state"])
     lengths = torch.randint(0, columns + 1, (steps, SEQUENCES), device=DEVICE)
     offsets = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).to(inputs["cu_seqlens"].dtype)
@@ -89,10 +89,10 @@ def captured(inputs: dict[str, Any]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_spec", [None, 2], ids=["one", "speculative"])
 def test_ten_thousand_replays_are_ten_thousand_steps(num_spec: int | None) -> None:
-    """Against eager calls on states of their own, bit for bit after every step."""
+    """Against eager calls on separate states, bit for bit after every step."""
     inputs = make(num_spec)
     steps = draw_steps(REPLAYS, num_spec, inputs)
-    # made alike, not cloned: a clone's strides make another kernel, which may round otherwise
+    # not cloned: a clone's strides give a different kernel, which may round differently
     eager = make(num_spec)
     for name, y in inputs.items():
         if isinstance(y, Tensor):

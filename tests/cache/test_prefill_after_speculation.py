@@ -1,4 +1,4 @@
-"""A chunk of a prompt that comes after a speculative step continues from the accepted token."""
+"""A chunk of a prompt after a speculative step continues from the accepted token."""
 
 import re
 from typing import Any
@@ -48,7 +48,7 @@ def expected(layer: KimiDeltaAttention, x: Tensor) -> Tensor:
 @layouts
 @pytest.mark.parametrize("conv", [True, False], ids=["conv", "no-conv"])
 def test_chunk_continues_from_the_accepted_token(layout: str, conv: bool) -> None:
-    """And so does what comes after it: the chunk goes in two pieces, then token by token."""
+    """And so do later steps: the chunk in two pieces, then token by token."""
     layer = make_layer(conv_layout=layout, use_short_conv=conv)
     x = torch.randn(4, PROMPT + 1 + NUM_SPEC + CHUNK, HIDDEN)
     state, rest = speculated(layer, x)
@@ -68,8 +68,8 @@ def test_chunk_continues_from_the_accepted_token(layout: str, conv: bool) -> Non
 
 
 @layouts
-def test_chunk_beside_decodes(layout: str) -> None:
-    """Two sequences go on token by token, and two with a chunk each, in one step."""
+def test_chunk_with_decodes(layout: str) -> None:
+    """Two sequences continue token by token, and two with a chunk each, in one step."""
     layer = make_layer(conv_layout=layout)
     x = torch.randn(4, PROMPT + 1 + NUM_SPEC + CHUNK, HIDDEN)
     state, rest = speculated(layer, x)
@@ -96,7 +96,7 @@ def test_chunk_beside_decodes(layout: str) -> None:
     assert_close(out, those(expected(layer, x)), those(exact))
 
 
-def test_prompts_that_start_anew_ignore_the_count() -> None:
+def test_new_prompts_ignore_the_count() -> None:
     layer = make_layer()
     x = torch.randn(2, 9, HIDDEN)
     states = [make_state(layer, num_spec=NUM_SPEC)]

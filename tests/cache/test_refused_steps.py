@@ -1,4 +1,4 @@
-"""A step that is refused has written nothing: no state of a composite is ahead of another."""
+"""A rejected step writes nothing: no state of a composite gets ahead of another."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ WITH_GRADIENT = ("g_proj.weight", "g_proj.bias", "o_norm_weight", "o_proj.weight
 
 
 class Step:
-    """A frozen layer, its states with something in them, and a batch."""
+    """A frozen layer, nonzero states, and a batch."""
 
     def __init__(self, kind: str, layout: str = "SD", device: str = "cpu") -> None:
         self.layer = KimiDeltaAttention(
@@ -57,7 +57,7 @@ class Step:
         self.hidden = torch.randn(1, self.batch.num_tokens, HIDDEN, device=device)
 
     def __call__(self, **replaced: Tensor) -> Any:
-        """The step with other tensors in the place of some: inputs, states or parameters."""
+        """The step with some tensors replaced: inputs, states or parameters."""
         hidden = replaced.pop("hidden", self.hidden)
         state = (replaced.pop("conv", self.conv), replaced.pop("recurrent", self.recurrent))
         options = {"state": state, "batch": self.batch}
@@ -71,7 +71,7 @@ class Step:
 
 
 def refused(error: type[Exception], match: str, call: Callable[[], Any], *states: Tensor) -> None:
-    """The call raises, and leaves every state as it was, bit by bit."""
+    """The call raises and leaves every state unchanged, bit for bit."""
     before = [x.detach().clone() for x in states]
     with pytest.raises(error, match=match):
         call()
@@ -81,7 +81,7 @@ def refused(error: type[Exception], match: str, call: Callable[[], Any], *states
 
 @batches
 @layouts
-def test_both_states_are_written_by_what_is_not_refused(kind: str, layout: str) -> None:
+def test_an_accepted_step_writes_both_states(kind: str, layout: str) -> None:
     step = Step(kind, layout)
     before = [step.conv.clone(), step.recurrent.clone()]
     step()
@@ -91,7 +91,7 @@ def test_both_states_are_written_by_what_is_not_refused(kind: str, layout: str) 
 
 @batches
 @layouts
-def test_what_requires_grad(kind: str, layout: str) -> None:
+def test_inputs_that_require_grad(kind: str, layout: str) -> None:
     step = Step(kind, layout)
     for name in (*WITHOUT_GRADIENT, "hidden", "conv", "recurrent"):
         x = step.tensor(name).detach().requires_grad_()
@@ -105,7 +105,7 @@ def test_what_requires_grad(kind: str, layout: str) -> None:
 
 
 @batches
-def test_what_has_a_tangent(kind: str) -> None:
+def test_tangents(kind: str) -> None:
     step = Step(kind)
     for name in (*WITHOUT_GRADIENT, "hidden", "conv", "recurrent"):
         with forward_ad.dual_level(), torch.no_grad():
@@ -115,7 +115,7 @@ def test_what_has_a_tangent(kind: str) -> None:
 
 
 @batches
-def test_a_projection_of_the_users_with_gradients(kind: str) -> None:
+def test_a_user_projection_with_gradients(kind: str) -> None:
     class Adapter(nn.Module):
         def __init__(self, base: nn.Module) -> None:
             super().__init__()
@@ -131,7 +131,7 @@ def test_a_projection_of_the_users_with_gradients(kind: str) -> None:
 
 @batches
 @layouts
-def test_parameters_that_do_not_fit(kind: str, layout: str) -> None:
+def test_mismatched_parameters(kind: str, layout: str) -> None:
     step = Step(kind, layout)
     for name in ("conv_weight", "conv_bias", "A_log", "dt_bias", "o_norm_weight"):
         x = step.tensor(name)
@@ -146,7 +146,7 @@ def test_parameters_that_do_not_fit(kind: str, layout: str) -> None:
 
 @batches
 @layouts
-def test_states_that_do_not_fit(kind: str, layout: str) -> None:
+def test_mismatched_states(kind: str, layout: str) -> None:
     step = Step(kind, layout)
     for name in ("conv", "recurrent"):
         x = step.tensor(name)
@@ -163,7 +163,7 @@ def test_states_that_do_not_fit(kind: str, layout: str) -> None:
 
 
 @batches
-def test_states_that_were_made_in_inference_mode(kind: str) -> None:
+def test_states_made_in_inference_mode(kind: str) -> None:
     step = Step(kind)
     for name in ("conv", "recurrent"):
         with torch.inference_mode():
@@ -189,9 +189,7 @@ def test_states_that_were_made_in_inference_mode(kind: str) -> None:
         ("mixed", "chunk_indices", (1, 0), 0, "chunk_indices must be"),
     ],
 )
-def test_values_that_were_refilled(
-    kind: str, name: str, place: Any, value: int, match: str
-) -> None:
+def test_refilled_values(kind: str, name: str, place: Any, value: int, match: str) -> None:
     step = Step(kind)
     getattr(step.batch, name)[place] = value
     step.refused(ValueError, match)
@@ -208,7 +206,7 @@ def test_values_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @batches
 @layouts
-def test_what_requires_grad_on_a_gpu(kind: str, layout: str) -> None:
+def test_inputs_that_require_grad_on_a_gpu(kind: str, layout: str) -> None:
     step = Step(kind, layout, device="cuda")
     for name in (*WITHOUT_GRADIENT, "hidden", "conv", "recurrent"):
         x = step.tensor(name).detach().requires_grad_()
@@ -217,7 +215,7 @@ def test_what_requires_grad_on_a_gpu(kind: str, layout: str) -> None:
         )
 
 
-def test_compiled_steps_refuse_while_they_are_traced() -> None:
+def test_compiled_steps_raise_at_trace_time() -> None:
     step = Step("decode")
     step.layer.A_log.requires_grad_()
     compiled = torch.compile(step.layer, backend="eager")

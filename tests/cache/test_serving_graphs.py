@@ -1,4 +1,4 @@
-"""A server's steps in three graphs at the most, whatever the counts: 0, 1, equal, or large."""
+"""A server's steps need at most three graphs for any counts: 0, 1, equal, or large."""
 
 import re
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def make_layer(**options: Any) -> KimiDeltaAttention:
 
 
 def counted(module: nn.Module, dynamic: bool | None) -> Compiled:
-    """A compiled module, and the graphs that were made of it so far."""
+    """A compiled module, and its graphs so far."""
     graphs: list[fx.GraphModule] = []
 
     def backend(graph: fx.GraphModule, inputs: Any) -> Any:
@@ -94,7 +94,7 @@ def serve(
     lengths: list[tuple[list[int], list[int]]],
     change: Callable[[Tensor], Tensor],
 ) -> None:
-    """Steps whose rows the caller has done something with, against the eager layer."""
+    """Steps whose rows the caller has computed, against the eager layer."""
     states = [layer.state_spec().allocate(SLOTS) for _ in range(2)]
     for decodes, prefills in lengths:
         batch = KDABatch.mixed(decodes, prefills, list(range(1, 1 + len(decodes + prefills))))
@@ -109,7 +109,7 @@ UNEVEN = [([], [5]), ([], [0]), ([], [1]), ([1], []), ([1, 1], []), ([1], [1]), 
 
 @dynamic
 def test_rows_of_a_buffer(dynamic: bool | None) -> None:
-    """A part of a larger buffer has a stride that is not what its size says, as no rows have."""
+    """A part of a larger buffer has a stride that does not follow from its size, as do no rows."""
     layer = make_layer()
     buffer = torch.zeros(1, 64, HIDDEN)
     call, graphs = counted(layer, dynamic)
@@ -161,7 +161,7 @@ def test_marked_rows() -> None:
 
 
 def test_static_when_asked_for() -> None:
-    """`dynamic=False` means what it says: sizes are constants, and every size has its graph."""
+    """With `dynamic=False` sizes are constants, and every size has its own graph."""
     layer = make_layer()
     call, graphs = counted(layer, False)
     serve(layer, call, [([1, 1], []), ([1], []), ([1, 1], [])], lambda x: x)
@@ -172,8 +172,8 @@ def test_static_when_asked_for() -> None:
         )
 
 
-def test_rows_that_are_not_the_batch() -> None:
-    """A compiled step says so before it writes."""
+def test_rows_that_do_not_match_the_batch() -> None:
+    """A compiled step raises before it writes."""
     layer = make_layer()
     call, _ = counted(layer, None)
     state = layer.state_spec().allocate(6)
@@ -187,7 +187,7 @@ def test_rows_that_are_not_the_batch() -> None:
         assert torch.equal(*twin)
 
 
-def test_large_steps_have_graphs_of_their_own() -> None:
+def test_large_steps_have_their_own_graphs() -> None:
     """Below `SMALL` rows, indices are known to fit 32 bits."""
     layer = make_layer()
     call, graphs = counted(layer, None)
@@ -200,7 +200,7 @@ def test_large_steps_have_graphs_of_their_own() -> None:
 
 
 def test_an_unknown_size_counts_as_its_hint() -> None:
-    """Where kernels are chosen and workspaces are cut into slabs."""
+    """Covers tuned kernels and workspaces in slabs."""
     sizes = ShapeEnv()
     rows = sizes.create_unbacked_symint()
     with pytest.raises(NoHintError):
@@ -226,7 +226,7 @@ class Model(nn.Module):
 
 
 def test_marked_tokens_of_a_model() -> None:
-    """Rows that come from another input are dynamic where that one is, and the batch follows."""
+    """Rows from another input are dynamic if that input is, and the batch follows."""
     model = Model()
     call, graphs = counted(model, None)
     states = [[layer.state_spec().allocate(SLOTS) for layer in model.layers] for _ in range(2)]

@@ -20,7 +20,7 @@ Copy = Callable[..., None]
 
 
 def copied(x: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Both states after the plan, one row and one layer at a time from what was there before."""
+    """Both states after the plan, one row and one layer at a time, from the states before."""
     conv, recurrent = x["conv"].clone(), x["recurrent"].clone()
     old_conv, old_recurrent = x["conv"].clone(), x["recurrent"].clone()
     length_axis = 0 if x["layout"] == "SD" else 1
@@ -46,7 +46,7 @@ def check_definition(call: Copy, layout: str) -> None:
 
 
 def check_shift_on_the_spot(call: Copy, layout: str, bias: int) -> None:
-    """A slot shifted onto itself, over many programs, is moved and not smeared."""
+    """A slot shifted in place by many programs is moved, not smeared."""
     x = copy_inputs([(2, 2, 2, bias)], 4, 6, 5000, (1, 4, 4), layout=layout, layers=1, device=CPU)
     conv, recurrent = copied(x)
     call(**x)
@@ -97,14 +97,14 @@ def test_kernel_is_the_definition(layout: str) -> None:
 
 @LAYOUTS
 @pytest.mark.parametrize("bias", [1, 3, 5])
-def test_shift_on_the_spot(layout: str, bias: int) -> None:
+def test_shift_in_place(layout: str, bias: int) -> None:
     check_shift_on_the_spot(kda_ops.state_copy, layout, bias)
 
 
 @pytest.mark.interpreter
 @LAYOUTS
 @pytest.mark.parametrize("bias", [1, 3, 5])
-def test_kernel_shift_on_the_spot(layout: str, bias: int) -> None:
+def test_kernel_shift_in_place(layout: str, bias: int) -> None:
     check_shift_on_the_spot(run_kernels(kda_ops.state_copy), layout, bias)
 
 
@@ -276,7 +276,7 @@ def test_opcheck() -> None:
 def copy_some_layers(
     conv: Tensor, recurrent: Tensor, plan: Tensor, layout: str, first: int
 ) -> Tensor:
-    """The operator between neighbours, on some of the layers of a cache."""
+    """The operator between pointwise ops, on some of the layers of a cache."""
     kda_ops.state_copy(conv[first:], recurrent[first:], plan + 1, layout=layout)
     return recurrent[-1, 2] * 2
 

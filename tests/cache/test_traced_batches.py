@@ -1,4 +1,4 @@
-"""States and batches where there are no values: in fake modes, in graphs, in exported programs."""
+"""States and batches without values: in fake modes, in graphs, in exported programs."""
 
 import io
 import re
@@ -86,7 +86,7 @@ def test_a_batch_is_a_tree_of_its_tensors(kind: str) -> None:
 
 
 @every_kind
-def test_in_a_fake_mode(kind: str) -> None:
+def test_fake_mode(kind: str) -> None:
     real = batch_of(kind)
     with FakeTensorMode() as mode:
         layer = make_layer()
@@ -113,7 +113,7 @@ def test_fake_states_are_like_real_ones(layers: int | None) -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_all_of_a_step_in_one_graph(backend: str) -> None:
+def test_a_whole_step_in_one_graph(backend: str) -> None:
     """Allocated, described, stepped twice: both states are written in one buffer."""
     layer = make_layer(BF16)
     spec = layer.state_spec()
@@ -185,7 +185,7 @@ def test_decode_through_aot_inductor() -> None:
         check_step(call, layer, batch_of("decode", more))
 
 
-def test_wrong_values_are_still_refused_where_there_are_any() -> None:
+def test_wrong_values_are_still_rejected() -> None:
     with pytest.raises(ValueError, match=re.escape("cu_seqlens must not decrease")):
         KDABatch(
             cu_seqlens=torch.tensor([0, 2, 1]),

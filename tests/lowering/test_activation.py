@@ -1,5 +1,5 @@
-"""Lowerings become active by themselves, also late, and a changed one is never served the code of
-the old one. Each test runs in processes of its own.
+"""Lowerings activate automatically, even late, and a changed one is never served stale code. Each
+test runs in its own processes.
 """
 
 import json
@@ -135,7 +135,7 @@ print(json.dumps([before, run()]))
     assert before["value"] == after["value"] == after["expected"]
 
 
-def test_active_without_being_asked_and_cached(tmp_path: Path) -> None:
+def test_activates_automatically_and_caches(tmp_path: Path) -> None:
     cold = run_process("print(json.dumps(run()))", cache=tmp_path)
     assert cold["externs"] == 0
     assert cold["value"] == cold["expected"]
@@ -146,7 +146,7 @@ def test_active_without_being_asked_and_cached(tmp_path: Path) -> None:
 
 
 def changed_copy(folder: Path, file: str, old: str, new: str) -> Path:
-    """A copy of the packages in which one line is another."""
+    """A copy of the packages with one line changed."""
     for package in ("kda_ops", "lowering"):
         shutil.copytree(REPOSITORY / package, folder / package, symlinks=True)
     text = (folder / file).read_text()
@@ -204,7 +204,7 @@ def test_every_source_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_changed_configuration_with_a_warm_cache(tmp_path: Path) -> None:
-    """The shapes of the two layouts are equal here: nothing else tells the graphs apart."""
+    """The two layouts have equal shapes here: nothing else distinguishes the graphs."""
     found = [
         run_process(SQUARE_STATE, cache=tmp_path, variables={"KDA_OPS_CONV_LAYOUT": layout})
         for layout in ("SD", "DS", "SD")

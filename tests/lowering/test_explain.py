@@ -1,4 +1,4 @@
-"""`kda_ops.explain`: which rewrites fired, which nearly did and why, what that saves, its page."""
+"""`kda_ops.explain`: which rewrites fired, which nearly did and why, the savings, the page."""
 
 import itertools
 import re
@@ -43,7 +43,7 @@ def heads() -> list[Tensor]:
 
 
 def line_of(text: str) -> str:
-    """Where a piece of this file is, as in a report."""
+    """The location of a line of this file, as in a report."""
     here = Path(__file__)
     number = here.read_text()[: here.read_text().index(text)].count("\n") + 1
     return f"{here.relative_to(Path.cwd())}:{number}"
@@ -69,8 +69,8 @@ def test_a_layer_shows_what_fired_and_what_it_launches(prefill: Explanation) -> 
     assert prefill.launches == (16, 8)
 
 
-def test_bytes_are_those_of_a_hand_count(prefill: Explanation) -> None:
-    """Per layer, written once and read once: normalised q and k, the cumulative gate in fp32, and
+def test_bytes_match_a_count_by_hand(prefill: Explanation) -> None:
+    """Per layer, written once and read once: normalized q and k, the cumulative gate in fp32, and
     beta in fp32.
     """
     normalised, G, beta = 2 * T * H * K * 2, T * H * K * 4, T * H * 4
@@ -154,7 +154,7 @@ def test_an_intermediate_that_is_needed_is_a_near_miss() -> None:
     assert f"{miss.blamed} is {miss.blamed_source}" in text
 
 
-def test_graphs_say_what_a_rewrite_takes_and_makes(prefill: Explanation) -> None:
+def test_graphs_mark_what_a_rewrite_removes_and_makes(prefill: Explanation) -> None:
     layer = prefill.layers[0]
     taken = {node.operator: node.rewrite for node in layer.before.graph if node.rewrite}
     made = {
@@ -173,7 +173,7 @@ def test_graphs_say_what_a_rewrite_takes_and_makes(prefill: Explanation) -> None
     assert gemm.value == f"bfloat16[{T}, {3 * H * K + 2 * K + 64}]"  # beta in a whole row
 
 
-def test_the_text_says_alike_layers_once(prefill: Explanation) -> None:
+def test_equal_layers_are_reported_once(prefill: Explanation) -> None:
     text = str(prefill)
     assert text.startswith("compiled for NVIDIA H200 (described, not present), static shapes\n")
     assert "layers.0  KimiDeltaAttention\n  fired          chunk_kda_gated at chunk_kda\n" in text
@@ -188,7 +188,7 @@ def test_the_text_says_alike_layers_once(prefill: Explanation) -> None:
 
 
 class Nested(nn.Module):
-    """A layer whose convolution is in a module of its own, between layers of another kind."""
+    """A layer whose convolution is in its own module, between layers of another kind."""
 
     class Convolution(nn.Module):
         def __init__(self) -> None:
@@ -217,7 +217,7 @@ class Nested(nn.Module):
         return self.attention(self.first(x).relu())
 
 
-def test_a_layer_is_all_that_is_inside_of_it() -> None:
+def test_a_layer_includes_everything_inside_it() -> None:
     with torch.no_grad():
         explanation = kda_ops.explain(Nested(), torch.randn(1, T, H * K, dtype=BF16))
     layer, rest = explanation.layers
@@ -230,7 +230,7 @@ def test_a_layer_is_all_that_is_inside_of_it() -> None:
     assert [name for name in rest.after.launches if "relu" in name]
 
 
-def test_what_was_compiled_before_stays() -> None:
+def test_code_compiled_before_is_unaffected() -> None:
     stack, x = Stack(KINDS[:1]), torch.randn(1, 8, HIDDEN, dtype=BF16)
     with torch.no_grad():
         compiled = torch.compile(stack, backend="eager", fullgraph=True)
@@ -241,8 +241,8 @@ def test_what_was_compiled_before_stays() -> None:
             assert torch.equal(compiled(x), before)
 
 
-def test_what_plain_pytorch_was_rewritten_and_nearly_was() -> None:
-    """A norm and what is nearly one; what has no operator to name is named too."""
+def test_rewrites_and_near_misses_of_plain_pytorch() -> None:
+    """A norm and a near miss; plain PyTorch, without an operator to name, is reported too."""
 
     def norms(x: Tensor) -> Tensor:
         q = x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
@@ -289,7 +289,7 @@ def test_paths_are_those_of_named_modules(written: str, path: str) -> None:
 
 
 class Page(HTMLParser):
-    """Checks that every element is closed in order, and keeps what was seen."""
+    """Checks that every element is closed in order, and records what it saw."""
 
     void = ("meta", "br", "rect", "path")
 
@@ -317,7 +317,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_is_whole_and_loads_nothing(prefill: Explanation) -> None:
+def test_the_page_is_well_formed_and_self_contained(prefill: Explanation) -> None:
     html = prefill.to_html()
     page = Page(html)
     for tag, attributes in page.tags:
@@ -353,7 +353,7 @@ def test_the_page_shows_near_misses_and_escapes_text() -> None:
     assert [a["class"] for tag, a in page.tags if tag == "g"] == ["input", "plain marked", "plain"]
 
 
-def test_drawn_nodes_stand_below_what_they_read_and_apart(prefill: Explanation) -> None:
+def test_drawn_nodes_are_below_their_inputs_and_do_not_overlap(prefill: Explanation) -> None:
     nodes = joined(prefill.layers[0].before.graph)
     assert all(node.operator != "getitem" for node in nodes)
     rows = rows_of(nodes)

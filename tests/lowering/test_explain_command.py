@@ -127,7 +127,7 @@ def test_a_wrong_specification_exits_with_2(
 def test_a_module_that_raises_says_why(
     source: str, reason: str, factories: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`argparse` alone would call a ValueError an invalid value and leave out the rest."""
+    """`argparse` alone would report a ValueError as an invalid value, without details."""
     name = f"{factories}_raises"
     Path(f"{name}.py").write_text(source)
     importlib.invalidate_caches()
@@ -138,7 +138,7 @@ def test_a_module_that_raises_says_why(
 
 
 def run_main(arguments: list[str]) -> int | str | None:
-    """The exit code, whichever way."""
+    """The exit code, returned or raised."""
     try:
         return main(arguments)
     except SystemExit as stop:

@@ -1,4 +1,4 @@
-"""`kda_ops.explain` of whole models: what is around the layers, and code that cannot be made."""
+"""`kda_ops.explain` of whole models: code around the layers, and code that cannot be generated."""
 
 from typing import Any
 from unittest import mock
@@ -163,8 +163,8 @@ def gated(q: Tensor, k: Tensor, v: Tensor, x: Tensor, beta: Tensor, A_log: Tenso
     return kda_ops.chunk_kda(q, k, v, G, torch.sigmoid(beta.float()))[0]
 
 
-def test_without_code_there_is_what_the_rewrites_made() -> None:
-    """Where code can be generated neither without nor with them."""
+def test_without_code_the_rewrites_are_reported() -> None:
+    """Code can be generated neither without nor with the rewrites."""
     error = NotImplementedError("no such instruction\n\nSet TORCHDYNAMO_VERBOSE=1")
     with mock.patch.object(GraphLowering, "codegen", side_effect=error):
         explanation = kda_ops.explain(gated, *heads())
@@ -184,7 +184,7 @@ def test_without_code_there_is_what_the_rewrites_made() -> None:
     assert "VERBOSE" not in text
 
 
-def test_code_with_the_rewrites_alone_can_fail() -> None:
+def test_only_the_code_with_the_rewrites_may_fail() -> None:
     codegen = GraphLowering.codegen
 
     def once(self: GraphLowering) -> Any:
@@ -238,7 +238,7 @@ def test_indexing_by_operators_is_indexing(key: Any) -> None:
 
 
 def test_methods_of_fake_tensors_on_cuda() -> None:
-    """What a PyTorch that was built without CUDA refuses; real tensors are left alone."""
+    """What a PyTorch built without CUDA rejects; real tensors are unaffected."""
     real = torch.arange(12.0).reshape(3, 4)
     with FakeTensorMode(), unguarded():
         x = torch.empty(3, 4, device="cuda:0")

@@ -1,4 +1,4 @@
-"""The chunked recurrence takes raw gate and beta, and where it does not; gates in plain PyTorch."""
+"""When the chunked recurrence absorbs raw gate and beta, and when not; gates in plain PyTorch."""
 
 import math
 from collections.abc import Callable
@@ -208,13 +208,13 @@ def test_it_is_one_operator(function: Callable[..., Any], dynamic: bool) -> None
     ],
     ids=["negative", "log-sigmoid", "beta-1", "quotient", "own-chunks", "ln-2", "beta-quotient"],
 )
-def test_it_is_one_operator_in_other_words(function: Callable[..., Any]) -> None:
+def test_other_spellings_are_one_operator(function: Callable[..., Any]) -> None:
     found = compiled(function)
     assert found.refused == []
     assert found.operators == ["l2norm", "l2norm", "chunk_kda_gated"]
 
 
-def test_a_gate_of_tokens_is_not_in_memory_either() -> None:
+def test_a_per_token_gate_is_not_in_memory_either() -> None:
     def function(*args: Tensor) -> Tensor:
         q, k, v, x, beta, A_log = args
         g = kda_ops.gate(x, A_log)[None]
@@ -236,7 +236,7 @@ def in_nats(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: T
 def other_chunks(
     x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices: Tensor
 ) -> Tensor:
-    """A gate that starts anew within a chunk makes the state grow there; weak, it stays finite."""
+    """A gate that restarts within a chunk makes the state grow; a weak one stays finite."""
     return kda_ops.gate_cumsum(x, A_log - 4, bias, chunk_size=32, cu_seqlens=cu)
 
 
@@ -311,7 +311,7 @@ def normed(
     k_norm: Callable[[Tensor], Tensor] = kda_ops.l2norm,
     extra: Callable[[Tensor], Any] = lambda q: None,
 ) -> Callable[..., Any]:
-    """A recurrence of heads of 64, the norms in front."""
+    """A recurrence with head size 64, preceded by the norms."""
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, x: Tensor, beta: Tensor, A_log: Tensor, *pages: Tensor
@@ -354,7 +354,7 @@ def in_plain_torch(q: Tensor) -> Tensor:
     ],
     ids=["tokens", "pages", "flat-rows", "plain"],
 )
-def test_it_takes_the_norms(function: Callable[..., Any], dynamic: bool) -> None:
+def test_it_absorbs_the_norms(function: Callable[..., Any], dynamic: bool) -> None:
     found = compiled_heads_of_64(function, dynamic)
     assert found.refused == []
     assert found.operators == ["chunk_kda_gated"]
@@ -400,7 +400,7 @@ def one_rate(z: Tensor, A_log: Tensor) -> Tensor:
 
 
 def shared(z: Tensor, A_log: Tensor) -> Tensor:
-    """The heads differ in their rates alone."""
+    """The heads differ only in their rates."""
     return -A_log.exp().unsqueeze(-1) * F.softplus(z[:, :, :1])
 
 
@@ -422,7 +422,7 @@ def sharper(z: Tensor, A_log: Tensor) -> Tensor:
 
 
 def of_others(z: Tensor, A_log: Tensor) -> Tensor:
-    """The threshold is looked at elsewhere."""
+    """The threshold has another user."""
     grown = torch.where(z.flip(1) > 20, z, torch.log(1 + torch.exp(z)))
     return -A_log.exp().unsqueeze(-1) * grown
 
@@ -502,7 +502,7 @@ def test_a_plain_gate_with_another_user_stays() -> None:
     assert "gate" not in compiled(model(gate)).operators
 
 
-def test_a_number_per_token_is_no_bias() -> None:
+def test_a_number_per_token_is_not_a_bias() -> None:
     """Though there are as many of them."""
     rows = HV * K
 

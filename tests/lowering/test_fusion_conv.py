@@ -1,4 +1,4 @@
-"""The convolution with the norms of q and k becomes one operator, and where it does not."""
+"""When the convolution and the norms of q and k become one operator, and when not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -60,8 +60,8 @@ def compiled(function: Callable[..., Any], layout: str = "SD", dynamic: bool = F
     return rewritten(function, *inputs, dynamic=axes, written=(2,))
 
 
-def test_what_reads_a_part_knows_its_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As soon as the rewrites are done: a part of one result has become a result of its own."""
+def test_users_of_a_part_know_its_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right after the rewrites: a part of one result has become a separate result."""
     apply = Rewrites.apply
     found: list[tuple[bool, bool]] = []
 
@@ -122,7 +122,7 @@ NORMS = [cast_twice, root_rounded, with_powers, with_reciprocal, sum_in_fp32]
 
 
 @pytest.mark.parametrize("normalise", NORMS)
-def test_it_is_one_operator_in_other_words(normalise: Callable[[Tensor, float], Tensor]) -> None:
+def test_other_spellings_are_one_operator(normalise: Callable[[Tensor, float], Tensor]) -> None:
     found = compiled(model(normalise))
     assert found.refused == []
     assert found.operators == ["short_conv_qkv"]
@@ -206,7 +206,7 @@ def test_another_norm_stays(normalise: Callable[[Tensor, float], Tensor]) -> Non
     assert compiled(model(normalise)).operators == ["short_conv"]
 
 
-def test_why_normalize_is_another_norm_is_said() -> None:
+def test_the_reason_why_normalize_is_a_different_norm_is_reported() -> None:
     found = compiled(model(clamped))
     reason = "divides by the larger of root and eps, eps belongs below the root"
     assert [name for name, why in found.refused if reason in why] == ["plain_l2norm"] * 2
@@ -220,7 +220,7 @@ def test_a_norm_that_widens_stays() -> None:
 
 
 @pytest.mark.parametrize("K", [256, 257])
-def test_heads_wider_than_the_kernel_takes_stay(K: int) -> None:
+def test_heads_wider_than_the_kernel_supports_stay(K: int) -> None:
     def function(x: Tensor, weight: Tensor) -> Any:
         q, k, v = kda_ops.short_conv(x, weight).split(K, dim=-1)
         return kda_ops.l2norm(q), kda_ops.l2norm(k), v + 1
@@ -234,7 +234,7 @@ def test_heads_wider_than_the_kernel_takes_stay(K: int) -> None:
 
 
 def test_heads_across_tokens_stay() -> None:
-    """Three tokens of two heads of 8, taken for two heads of 24."""
+    """Three tokens of two heads of 8, regrouped as two heads of 24."""
 
     def function(x: Tensor, weight: Tensor) -> Any:
         q, k, v = kda_ops.short_conv(x, weight).split(16, dim=-1)

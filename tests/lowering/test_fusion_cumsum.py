@@ -1,4 +1,4 @@
-"""The cumulative sum of a gate in plain PyTorch, in front of a chunked recurrence."""
+"""The cumulative sum of a gate in plain PyTorch, before a chunked recurrence."""
 
 from collections.abc import Callable
 from typing import Any
@@ -151,7 +151,7 @@ def test_it_is_left_alone(cumsum: Cumsum, T: int, batch: int, reason: str) -> No
     assert reason in refused
 
 
-def test_what_else_uses_the_sums_keeps_them() -> None:
+def test_other_users_of_the_sums_keep_them() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, x: Tensor, beta: Tensor, A: Tensor) -> Any:
         g = -A.exp()[:, None] * F.softplus(x if x.dtype == torch.float64 else x.float())
         sums = g.view(1, -1, 64, H, K).cumsum(2)

@@ -1,4 +1,4 @@
-"""A decode step written with small operators becomes one kernel, and where it does not."""
+"""When a decode step of small operators becomes one kernel, and when not."""
 
 from collections.abc import Callable
 
@@ -172,7 +172,7 @@ def speculative(rows: int = W, layout: str = "SD") -> dict[str, Tensor]:
     ids=["SD", "DS-bounded-negative", "plain-pytorch", "first-step"],
 )
 def test_a_speculative_step_is_one_operator(attributes: dict[str, object], dynamic: bool) -> None:
-    """A state after every token, from which the next step goes on: all of them are compared."""
+    """A state after every token, from which the next step continues: all are compared."""
     step = variant(**attributes)
     found = compiled(step, dynamic=dynamic, **speculative(layout=step.layout))
     assert found.refused == []
@@ -187,7 +187,7 @@ def test_other_accepted_tokens_stay() -> None:
 
 
 def test_more_tokens_than_the_kernel_unrolls_stay() -> None:
-    """The rows of the convolution state say how many tokens a sequence may have."""
+    """The rows of the convolution state limit the tokens of a sequence."""
     step = variant(accepted=(ACCEPTED, ACCEPTED))
     assert compiled(step, **speculative(rows=W + 6)).operators == ["kda_decode"]
     found = compiled(step, **speculative(rows=W + 7))
@@ -213,7 +213,7 @@ def test_several_tokens_each_without_offsets_stay() -> None:
 
 
 def test_a_gate_of_other_heads_stays() -> None:
-    """One rate for all: `A_log` has not an element per value head."""
+    """One rate for all: `A_log` does not have an element per value head."""
 
     def decay(self, f, A_log, bias):
         return kda_ops.gate(f.flatten(-2)[..., None, :], A_log[:1], bias).view(f.shape)
@@ -371,14 +371,14 @@ def gated_in_one_row(self, o, z, o_weight, cu):
 
 
 @pytest.mark.parametrize("finish", [with_rms_norm, with_square_root, gated_in_one_row])
-def test_the_norm_in_other_words(finish: Callable[..., Tensor]) -> None:
+def test_other_spellings_of_the_norm(finish: Callable[..., Tensor]) -> None:
     found = compiled(variant(finish=finish))
     assert found.operators == ["kda_decode"]
     assert found.refused == []
 
 
-def test_a_swish_is_no_sigmoid() -> None:
-    """What is left of it is multiplied afterwards, and with the norm inside it is another one."""
+def test_a_swish_is_not_a_sigmoid() -> None:
+    """The rest is multiplied afterwards; with the norm inside, the result differs."""
     assert compiled(variant(finish=swish)).operators == ["kda_decode"]
 
     def silu(self, o, z, o_weight, cu):
@@ -391,7 +391,7 @@ def test_a_swish_is_no_sigmoid() -> None:
 
 @pytest.mark.parametrize("part", ["f", "z"])
 def test_a_gate_made_of_values_stays(part: str) -> None:
-    """The step would be an input of itself."""
+    """The step would depend on itself."""
 
     def step(x, f, beta, z, conv, state, state_indices, cu, weight, A_log, bias, o_weight):
         y = kda_ops.short_conv_update(x, conv, weight, state_indices=state_indices, cu_seqlens=cu)[
@@ -418,7 +418,7 @@ def test_a_gate_made_of_values_stays(part: str) -> None:
     assert "an input depends on" in found.refused[0][1]
 
 
-def test_a_weight_per_head_is_none_per_channel() -> None:
+def test_a_weight_per_head_is_not_one_per_channel() -> None:
     """Where there are as many heads as channels."""
 
     def finish(o: Tensor, z: Tensor, weight: Tensor) -> Tensor:
@@ -497,7 +497,7 @@ def test_other_slots_stay() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_both_states_may_lie_in_the_same_pages(dynamic: bool) -> None:
+def test_both_states_may_be_in_the_same_pages(dynamic: bool) -> None:
     """Each written view is one of the same base, and the second write follows the first."""
     conv_size = (W - 1) * D
 
@@ -513,7 +513,7 @@ def test_both_states_may_lie_in_the_same_pages(dynamic: bool) -> None:
     assert found.copies == 0
 
 
-def test_layers_of_one_cache_are_steps_of_it() -> None:
+def test_all_layers_of_one_cache_fuse() -> None:
     """Slices of one tensor: the second layer's states are views of what the first has written."""
 
     def layers(x, f, beta, z, conv, state, *rest):

@@ -1,4 +1,4 @@
-"""Rewrites of graphs with frozen weights, in which Inductor has computed what it could."""
+"""Rewrites of graphs with frozen weights, in which Inductor has folded constants."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ H, K, T = 3, 8, 9
 
 
 class Gate(nn.Module):
-    """The gate in plain PyTorch with weights of its own, in front of its cumsum."""
+    """The gate in plain PyTorch with its own weights, before its cumsum."""
 
     bound: float | None = None
 
@@ -69,7 +69,7 @@ def test_another_rate_is_not(rate: Any) -> None:
 
 
 @pytest.mark.parametrize("rate", [of_both_signs, per_channel])
-def test_a_bounded_gate_takes_another_rate_as_part_of_its_input(rate: Any) -> None:
+def test_a_bounded_gate_absorbs_another_rate_into_its_input(rate: Any) -> None:
     assert compiled(rate=rate, bound=-5.0).operators == ["gate", "chunk_cumsum"]
 
 
@@ -93,7 +93,7 @@ class Convolved(nn.Module):
 
 
 def test_slices_of_merged_projections_are_convolved_together() -> None:
-    """With frozen weights Inductor makes one product of the three."""
+    """With frozen weights Inductor merges the three GEMMs into one."""
     inputs = torch.randn(1, T, 16), -torch.rand(1, T, 2, 8), torch.rand(1, T, 2)
     found = rewritten(Convolved().eval(), *inputs, frozen=True)
     assert found.fired == ["separate_convs"]

@@ -1,4 +1,4 @@
-"""What is launched for the gate, its cumsum, and the norms: counted in generated CUDA code."""
+"""Launches for the gate, its cumsum, and the norms, counted in generated CUDA code."""
 
 from collections.abc import Callable
 from typing import Any
@@ -151,7 +151,7 @@ def test_a_cumsum_with_another_user_keeps_its_scale() -> None:
 
 
 def narrowed(x: Tensor) -> Tensor:
-    """Rounded to what Inductor of torch 2.11 does not take out of a graph, as it does bf16."""
+    """Rounded to a dtype that Inductor of torch 2.11 does not optimize away, as it does bf16."""
     return x.to(torch.float8_e5m2).float()
 
 
@@ -250,7 +250,7 @@ def test_a_complex_factor_stays() -> None:
     ],
     ids=["producer", "nats", "folded", "returned"],
 )
-def test_when_gate_and_cumsum_stay_apart(function: Callable[..., Any], part: str) -> None:
+def test_when_gate_and_cumsum_stay_separate(function: Callable[..., Any], part: str) -> None:
     found = outcomes(function, *gate_inputs(200))
     (reason,) = [reason for name, reason in found if name == "gate_cumsum"]
     assert part in reason
@@ -305,8 +305,8 @@ SCAN = {"gate_cumsum.form": {"form": "scan"}}
 
 
 @every_length
-def test_a_scan_instead_of_the_kernel_where_that_is_chosen(lengths: str) -> None:
-    """It takes the producer of x along."""
+def test_the_generated_scan_if_tuning_chooses_it(lengths: str) -> None:
+    """It also absorbs the producer of x."""
     inputs = gate_inputs(200)
     assert len(launches(gate_cumsum, *inputs, lengths=lengths)) == 2
     with override(SCAN):
@@ -356,8 +356,8 @@ def test_the_generated_varlen_scan_is_right(lengths: str) -> None:
 def test_the_generated_varlen_scan_stays_in_bounds(
     cu_seqlens: list[int], chunk_indices: list[list[int]]
 ) -> None:
-    """A read beside x would bring an infinity; `tests.support.generated` sees a write beside the
-    result.
+    """A read outside x would yield an infinity; `tests.support.generated` detects a write outside
+    the result.
     """
     memory = torch.full((3, 90, H, K), torch.inf)
     memory[1] = 1

@@ -1,4 +1,4 @@
-"""Projections side by side are written side by side, and where they are not."""
+"""When concatenated projections are written into one buffer, and when not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +55,7 @@ def test_nothing_is_copied(pack: Callable[..., Any], dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("pack", [side_by_side, with_biases])
-def test_each_product_writes_its_part(pack: Callable[..., Any]) -> None:
+def test_each_gemm_writes_its_part(pack: Callable[..., Any]) -> None:
     found = launches(model(pack), *inputs())
     assert found.launches == ["short_conv_kernel"]
     assert found.allocations == 2, "the products and the result"
@@ -119,8 +119,8 @@ def cut_slices(x: Tensor, weight: Tensor, *projections: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [cut_products, cut_slices])
-def test_what_is_cut_along_its_channels_stays(function: Callable[..., Any]) -> None:
-    """The rows of the concatenation are halves of rows: not those of the product."""
+def test_slices_along_channels_stay(function: Callable[..., Any]) -> None:
+    """The rows of the concatenation are halves of the GEMM's rows."""
     weights = torch.randn(6, 4), *(torch.randn(4, HIDDEN) for _ in range(3))
     found = rewritten(function, torch.randn(1, T, HIDDEN), *weights)
     assert found.fired == []

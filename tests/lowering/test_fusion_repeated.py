@@ -1,4 +1,4 @@
-"""Queries and keys repeated for the value heads are taken as they were, and where they are not."""
+"""When queries and keys repeated for the value heads are used unrepeated, and when not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +49,7 @@ def compiled(function: Any, dynamic: bool = False) -> Rewritten:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("normed_after", [False, True])
 @pytest.mark.parametrize("repeat", [interleaved, expanded])
-def test_what_was_repeated_comes_from_the_convolution(
+def test_the_unrepeated_heads_come_from_the_convolution(
     repeat: Repeat, normed_after: bool, dynamic: bool
 ) -> None:
     found = compiled(prefill(repeat, normed_after=normed_after), dynamic)
@@ -87,7 +87,7 @@ def test_a_step_is_one_operator() -> None:
 
 
 def tiled(x: Tensor) -> Tensor:
-    """All heads again, and not each head twice."""
+    """All heads repeated, instead of each head twice."""
     return x.repeat(1, 1, HV // H, 1)
 
 
@@ -117,7 +117,7 @@ def test_a_norm_over_other_heads_than_were_repeated_stays() -> None:
     assert "repeated_heads" not in compiled(prefill(norm_of_pairs)).fired
 
 
-def test_keys_that_are_not_repeated_alike_stay() -> None:
+def test_differently_repeated_keys_stay() -> None:
     found = compiled(prefill(interleaved, of_keys=tiled))
     assert found.operators == ["short_conv_qkv", "chunk_kda"]
     assert found.refused == [("repeated_heads", "k is not repeated")]
@@ -129,7 +129,7 @@ def test_keys_that_are_not_repeated_alike_stay() -> None:
     assert ("repeated_heads", "q has 2 heads before it is repeated, k 1") in found.refused
 
 
-def test_what_else_uses_the_repeated_keeps_it() -> None:
+def test_other_users_of_the_repeated_heads_keep_them() -> None:
     def call(x: Tensor, weight: Tensor, G: Tensor, beta: Tensor) -> Any:
         q, k, v = kda_ops.short_conv(x, weight).split([KEY, KEY, VALUE], dim=-1)
         q, k, v = (y.unflatten(-1, (-1, K)) for y in (q, k, v))

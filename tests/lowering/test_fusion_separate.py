@@ -1,4 +1,4 @@
-"""Separate convolutions of q, k and v become one operator, and where they do not."""
+"""When separate convolutions of q, k and v become one operator, and when not."""
 
 from typing import Any
 
@@ -172,13 +172,13 @@ def test_a_step_is_one_operator(attributes: dict[str, Any], dynamic: bool) -> No
 
 
 def of_channels(given: dict[str, Any], layout: str) -> tuple[Tensor, Any]:
-    """One state, and how its channels are cut."""
+    """One state, and how its channels are split."""
     axis = 2 if layout == "SD" else 1
     return torch.cat(given["state"], axis), lambda whole: whole.split(WIDTHS, axis)
 
 
 def of_pages(given: dict[str, Any], layout: str) -> tuple[Tensor, Any]:
-    """Pages with one state behind the other, and some padding."""
+    """Pages with contiguous states, and some padding."""
     pages = torch.cat([*(state.flatten(1) for state in given["state"]), torch.zeros(SLOTS, 5)], 1)
     shapes = [state.shape[1:] for state in given["state"]]
 
@@ -197,7 +197,7 @@ def of_pages(given: dict[str, Any], layout: str) -> tuple[Tensor, Any]:
 def test_the_states_may_be_parts_of_one_tensor(
     base: type, layout: str, packed: Any, dynamic: bool
 ) -> None:
-    """Each call writes its part, the next one what the one before has made of the whole."""
+    """Each call writes its part of the whole that the previous call returned."""
     given = inputs(layout)
     whole, parts = packed(given, layout)
 
@@ -245,7 +245,7 @@ def other_convolution(**options: Any) -> Any:
 def without_state(
     self: Any, i: int, x: Tensor, weight: Tensor, bias: Any, state: Tensor, a: dict[str, Any]
 ) -> Tensor:
-    """The convolution of k starts from zeros and leaves nothing behind."""
+    """The convolution of k starts from zeros and writes no state."""
     if i == 1:
         return kda_ops.short_conv(x, weight, bias, cu_seqlens=a["cu"])
     return Prefill.convolve(self, i, x, weight, bias, state, a)
@@ -274,8 +274,8 @@ def one_state(self: Any, i: int, x: Tensor, weight: Tensor, bias: Any, state: An
     ],
     ids=["same", "some-channels", "next-slot", "other-rows"],
 )
-def test_states_with_a_part_in_common_stay(base: type, second: Any) -> None:
-    """The convolution of k reads what that of q has written."""
+def test_overlapping_states_stay(base: type, second: Any) -> None:
+    """The convolution of k reads what that of q wrote."""
     given = inputs()
     whole = torch.randn(SLOTS + 1, W - 1, 2 * H * K, dtype=torch.bfloat16)
 
@@ -307,7 +307,7 @@ def with_histories(
     )
 
 
-def test_what_is_computed_for_each_convolution_is_one_value() -> None:
+def test_values_recomputed_per_convolution_are_equal() -> None:
     found = compiled(variant(convolve=with_histories, layout="DS"))
     assert found.operators == ["short_conv_qkv", "chunk_kda"]
 
@@ -412,8 +412,8 @@ def test_values_made_of_queries_stay() -> None:
 
 
 @pytest.mark.parametrize("of", ["k", "v"])
-def test_what_is_convolved_of_a_norm_stays(of: str) -> None:
-    """With one head, there is nothing between the norm and the next convolution."""
+def test_convolutions_of_a_norm_stay(of: str) -> None:
+    """With one head, nothing is between the norm and the next convolution."""
 
     def function(x: Tensor, weight: Tensor, g: Tensor, beta: Tensor) -> Any:
         parts = dict(zip("qkv", zip(x.split(K, -1), weight.split(K), strict=True), strict=True))
@@ -435,7 +435,7 @@ def test_without_norms_it_stays() -> None:
     assert "does not go into l2norm alone" in found.refused[0][1]
 
 
-def test_two_convolutions_are_no_three() -> None:
+def test_two_convolutions_stay() -> None:
     class Shared(Prefill):
         def recur(self, q: Tensor, k: Tensor, v: Tensor, a: dict[str, Any]) -> Tensor:
             return super().recur(q, q, v, a)

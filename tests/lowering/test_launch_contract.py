@@ -1,8 +1,8 @@
-"""What a compiled Kimi layer launches between its projections, read off generated CUDA code.
+"""What a compiled Kimi layer launches between its projections, from the generated CUDA code.
 
-Prefill at most four kernels, decode exactly one, whatever the gate, the layout and the lengths; no
-copies of a state, nothing filled, no host waiting, one graph for a stack of layers. The stack has
-one layer of each kind, so that one compilation counts them all.
+At most four kernels for prefill, exactly one for decode, for any gate, layout and lengths; no state
+copies, no fills, no synchronization, one graph for a stack of layers. The stack has one layer of
+each kind, so that one compilation covers them all.
 """
 
 import re
@@ -27,12 +27,12 @@ KINDS: list[dict[str, Any]] = [
     for layout in ("SD", "DS")
     for bound in (None, -5.0)
 ]
-JOIN = ["_cat_"]  # copies the rows of the decodes, which are few, in front of the prefills'
+JOIN = ["_cat_"]  # copies the few rows of the decodes in front of the prefills'
 lengths = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 
 
 class Stack(nn.Module):
-    """Layers one after the other, and nothing between them."""
+    """Consecutive layers, with nothing between them."""
 
     def __init__(self, kinds: list[dict[str, Any]] = KINDS) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def test_mixed_batch_is_a_decode_and_a_prefill(dynamic: bool) -> None:
     expect(found, 2 * [*DECODE, *PREFILL, *JOIN])
 
 
-def test_sizes_of_a_step_are_arguments_of_32_bits() -> None:
+def test_sizes_of_a_step_are_32_bit_arguments() -> None:
     """Although a graph knows none of them; see `kda_ops.cache.batch.SMALL`."""
     layer = Stack(KINDS[:1]).layers[0].requires_grad_(False)
     batch = KDABatch.prefill([70, 30], [1, 2], num_tokens=104)
@@ -119,7 +119,7 @@ def test_sequences_of_one_length_are_four_launches(batch: int, dynamic: bool) ->
 
 
 class Sliced(nn.Module):
-    """A projection of odd width: a part is projected on, another convolved."""
+    """A projection of odd width: one part is projected again, another convolved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def test_padded_rows_of_a_projection_are_not_copied(entries: int) -> None:
 
 
 def test_padded_rows_of_unknown_number_do_not_overlap() -> None:
-    """Padded strides that are no numbers are not traced: a copy, with the strides of the graph."""
+    """Symbolic padded strides are not traced: a copy, with the graph's strides."""
     x = torch.randn(3, 130, HIDDEN, dtype=torch.bfloat16)
     pads = {"padding_stride_threshold": 0, "pad_dynamic_shapes": True}
     with inductor_config.patch(pads), torch.no_grad():
@@ -157,7 +157,7 @@ def test_padded_rows_of_unknown_number_do_not_overlap() -> None:
 
 @pytest.mark.parametrize("heads", [1, 3, 8, 12])
 def test_rows_of_the_layers_projection_are_whole(heads: int) -> None:
-    """What kernels read of a row begins at whole memory transactions, whatever the heads."""
+    """The parts of a row that kernels read start at aligned transactions, for any heads."""
     layer = KimiDeltaAttention(HIDDEN, K, heads, output_gate_rank=None, output_gate_bias=False)
     assert sum(layer.in_sizes.values()) % 64 == 0
     assert list(layer.in_sizes)[-1] == "pad"
@@ -178,7 +178,7 @@ def test_a_length_that_is_a_difference_costs_no_copy() -> None:
     assert summary(source).launches == ["chunk_prepare_kernel", "chunk_scan_kernel"]
 
 
-def test_the_gate_in_a_kernel_of_its_own_where_that_is_chosen() -> None:
+def test_a_separate_gate_kernel_if_tuning_chooses_it() -> None:
     with override({"chunk_kda_gated.form": {"form": "separate"}}):
         found = compiled(Stack(KINDS[:1]), 130, False)
     kernels = [name for name in found.launches if name.endswith("_kernel")]

@@ -1,4 +1,4 @@
-"""What all graph rewrites share: their log, the user's passes beside them, graphs they leave."""
+"""Common to all graph rewrites: their log, the user's own passes, graphs they leave alone."""
 
 import logging
 from collections.abc import Callable
@@ -65,7 +65,7 @@ SLOTS = {  # and what the user's pass finds there: our small operators, or what 
 
 
 def test_the_users_own_passes_run_beside_them() -> None:
-    """In every slot at once, none of which is ours."""
+    """In every pass slot, none of which is ours."""
     seen: dict[str, list[str]] = {}
 
     def own_pass(slot: str) -> Callable[[torch.fx.Graph], None]:
@@ -81,7 +81,7 @@ def test_the_users_own_passes_run_beside_them() -> None:
         assert f"kda_ops.{operator}.default" in seen[slot], slot
 
 
-def test_they_are_installed_once_and_look_at_our_graphs_only() -> None:
+def test_they_are_installed_once_and_only_touch_our_graphs() -> None:
     compiled(Step())
     from torch._inductor.fx_passes.post_grad import pass_patterns
 
@@ -117,7 +117,7 @@ def test_norms_of_other_things_stay() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_norm_after_the_scan_is_one_kernel_with_what_follows(dynamic: bool) -> None:
-    """With the casts and reshapes around it, as an operator and in plain PyTorch."""
+    """With surrounding casts and reshapes, as an operator and in plain PyTorch."""
 
     def operator(*args: Tensor) -> Tensor:
         *heads, z, weight = args

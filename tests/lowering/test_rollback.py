@@ -1,5 +1,5 @@
-"""States that a compiled graph copies, steps and puts back, in whole or in part, are as in eager
-code; a step that is not taken back copies no cache. See docs/inductor-rollback.md.
+"""States that a compiled graph copies, steps and restores, in whole or in part, equal those of
+eager code; a step that is not rolled back copies no cache. See docs/inductor-rollback.md.
 """
 
 import math
@@ -99,7 +99,7 @@ def pages_chosen(states: Sequence[Tensor], step: Step) -> list[Tensor]:
     return results
 
 
-def stepped_apart(states: Sequence[Tensor], step: Step) -> list[Tensor]:
+def stepped_separately(states: Sequence[Tensor], step: Step) -> list[Tensor]:
     draft = [x.clone() for x in states]
     return [*step(states), *step(draft), *step(draft), *draft]
 
@@ -137,7 +137,7 @@ def a_view_of_what_is_computed(states: Sequence[Tensor], step: Step) -> list[Ten
     return results
 
 
-def a_scatter_apart(states: Sequence[Tensor], step: Step) -> list[Tensor]:
+def a_separate_scatter(states: Sequence[Tensor], step: Step) -> list[Tensor]:
     results = step([x.clone() for x in states])
     marked = [x.index_fill(0, torch.tensor([1], device=x.device), 0.5) for x in states]
     for x in states:
@@ -167,13 +167,13 @@ PROGRAMS = [
     only_one_put_back,
     a_page_put_back,
     pages_chosen,
-    stepped_apart,
+    stepped_separately,
     the_copy_stepped,
     read_late,
     turned_around,
     moved_by_a_page,
     a_view_of_what_is_computed,
-    a_scatter_apart,
+    a_separate_scatter,
 ]
 
 
@@ -188,7 +188,7 @@ def with_inputs(program: Any, stepper: Stepper) -> Callable[..., list[Tensor]]:
 
 @devices
 @pytest.mark.parametrize("stepper", STEPPERS, ids=str)
-def test_a_step_that_is_put_back(stepper: Stepper, device: str) -> None:
+def test_a_step_that_is_rolled_back(stepper: Stepper, device: str) -> None:
     compare(with_inputs(put_back, stepper), *stepper.inputs(device))
 
 
@@ -279,7 +279,7 @@ def test_an_ordinary_step_copies_no_cache(program: Any, stepper: Stepper, device
 
 
 @stateful
-def test_one_copy_is_made_before_a_step_that_is_put_back(stepper: Stepper) -> None:
+def test_one_copy_is_made_before_a_step_that_is_rolled_back(stepper: Stepper) -> None:
     code, states = code_for("cuda", put_back, stepper)
     *before, last = summary(code).launches
     assert last == f"{stepper.name}_kernel"
@@ -295,8 +295,8 @@ def test_one_copy_is_made_for_a_page(stepper: Stepper) -> None:
     assert caches(code, states) == len(states)
 
 
-def test_the_document_is_about_this_torch(tmp_path: Path) -> None:
-    """Its script, which does not use this package, comes out wrong in every function."""
+def test_the_document_matches_this_torch(tmp_path: Path) -> None:
+    """Its script, which does not use this package, gives wrong results in every function."""
     script = "".join(re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.M | re.S))
     path = tmp_path / "script.py"  # Dynamo reads the source
     path.write_text(script)

@@ -1,5 +1,5 @@
-"""The layer as FLA and as transformers write it compiles to the kernels of our own, and to its
-numbers.
+"""The layer in the style of FLA and of transformers compiles to the same kernels as ours, with
+equal results.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def prefill_of(style: str) -> list[str]:
 
 
 class Stack(nn.Module):
-    """Layers one after the other: every layout with every gate, so that one graph has them all."""
+    """Consecutive layers: every layout with every gate, so that one graph has them all."""
 
     def __init__(self, style: str) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Stack(nn.Module):
 
 
 def written(style: str, lower_bound: float | None, K: int = K) -> Any:
-    """A layer in the style of a project, with what that project's layer can have."""
+    """A layer in the style of a project, with that project's options."""
     torch.manual_seed(0)
     if style == "transformers":
         return transformers.KimiLinearDeltaAttention(HIDDEN, K, H, lower_bound=lower_bound)
@@ -162,7 +162,7 @@ def _two(cache: Cache) -> Cache:
 
 
 def test_an_eps_that_became_a_tensor_is_named() -> None:
-    """What `dynamic=True` costs a layer that keeps its eps in an attribute."""
+    """What `dynamic=True` costs a layer with its eps in an attribute."""
     layer = in_bf16(written("transformers", None))
     with recording() as outcomes:
         launches(layer, *prompts(130, None, False, varlen=False), dynamic=True)
@@ -175,7 +175,7 @@ def test_an_eps_that_became_a_tensor_is_named() -> None:
 @pytest.mark.parametrize("K", [16, 64])
 @settings
 @styles
-def test_the_numbers_are_those_of_our_layer(
+def test_results_equal_our_layer(
     style: str, layout: str, lower_bound: float | None, K: int, device: str
 ) -> None:
     """A prefill of two prompts and a decode step, compiled, against our layer in fp64."""

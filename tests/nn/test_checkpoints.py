@@ -1,4 +1,4 @@
-"""Checkpoints in four namings load into one layer, and what does not fit is named."""
+"""Checkpoints in four naming schemes load into one layer, and mismatches are named."""
 
 import re
 from typing import Any
@@ -142,7 +142,7 @@ def test_own_names() -> None:
 
 
 def test_one_layer_of_a_model() -> None:
-    """A prefix picks the layer; what does not start with it is not looked at."""
+    """A prefix selects the layer; other names are ignored."""
     first, second = fla(), fla()
     model = {"lm_head.weight": torch.randn(3, 3)}
     for i, source in enumerate((first, second)):
@@ -196,8 +196,8 @@ def test_bias_of_the_convolution_and_of_the_gate() -> None:
     assert torch.equal(other.conv_bias, layer.conv_bias)
 
 
-def test_shapes_of_either_form() -> None:
-    """Rates per head and flat, convolutions with and without the middle axis."""
+def test_shapes_of_both_forms() -> None:
+    """Rates per head or flat, convolutions with or without the middle axis."""
     source, layer = fla(), make_layer()
     shaped = dict(source)
     shaped["A_log"] = source["A_log"].view(1, 1, HV, 1)
@@ -253,7 +253,7 @@ def test_a_failed_load_changes_nothing() -> None:
         assert torch.equal(x, before[name])
 
 
-def test_bias_that_only_one_side_has() -> None:
+def test_a_bias_on_one_side_only() -> None:
     """Moonshot has no bias on the output gate; a layer that wants one says which is missing."""
     with pytest.raises(ValueError, match=re.escape("missing g_b_proj.bias")):
         make_layer(output_gate_bias=True).load_checkpoint(moonshot(fla()))

@@ -19,7 +19,7 @@ ROOT = Path(kda_ops.__file__).parent.parent
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """By scenario and rank, what went wrong."""
+    """Failures by scenario and rank."""
     world = request.param
     store = tmp_path_factory.mktemp("fsdp") / "store"
     ranks = [

@@ -52,7 +52,7 @@ def in_fp64(layer: KimiDeltaAttention) -> KimiDeltaAttention:
 
 
 def naive(layer: KimiDeltaAttention, hidden: Tensor, lengths: list[int] | None = None) -> Tensor:
-    """The layer as its docstring defines it: token by token, head by head, no operator used."""
+    """The layer as its docstring defines it: token by token, head by head, without operators."""
     if lengths is not None:
         rows = torch.cat([naive(layer, x) for x in hidden.split(lengths)])
         return rows
@@ -104,7 +104,7 @@ def naive(layer: KimiDeltaAttention, hidden: Tensor, lengths: list[int] | None =
 
 
 def make_state(layer: KimiDeltaAttention, *, num_spec: int = 0, slots: int = SLOTS) -> State:
-    """States as a server has them: views of pages, with garbage where nothing was written."""
+    """States as on a server: views of pages, with garbage where nothing was written."""
     state = layer.state_spec(num_spec=num_spec).allocate(slots)
     for x in state:
         if x is not None:
@@ -124,7 +124,7 @@ def clone_state(state: State) -> State:
 
 
 def assert_same(out: Tensor, expected: Tensor) -> None:
-    """Two ways of computing in fp64 differ by no more than fp32 can tell."""
+    """Two computations in fp64 agree to fp32 precision."""
     assert out.dtype == expected.dtype == torch.float64
     assert_close(out.float(), expected.float(), expected)
 
@@ -183,7 +183,7 @@ def feed_in_pieces(
 
 
 def random_pieces(T: int, generator: torch.Generator) -> Iterator[tuple[str, int]]:
-    """Chunks of 1 to 90 tokens, some of them token by token; the first is a prefill."""
+    """Chunks of 1 to 90 tokens, some as single tokens; the first is a prefill."""
     start = 0
     while start < T:
         decode = start > 0 and int(torch.randint(2, (), generator=generator))
@@ -232,7 +232,7 @@ def test_fresh_pages_continue(layout: str) -> None:
 @every_layout
 @every_gate
 def test_speculative_decode_is_plain_decode(layout: str, gate: dict[str, Any]) -> None:
-    """Drafts of random length, of which a random number is right; the others are noise."""
+    """Drafts of random length, a random number of them right, the others noise."""
     num_spec, prompt = 3, 67
     layer = make_layer(conv_layout=layout, **gate)
     x = torch.randn(3, prompt + 30, HIDDEN)
@@ -334,8 +334,8 @@ def test_null_slot_and_padding_rows(layout: str) -> None:
 def test_gradients(gate: dict[str, Any]) -> None:
     """Compiled against eager and fp64, and fp64 against the definition's own gradients.
 
-    Those of several inputs at once: `A_log` has one element per head, and the rounding of two sums
-    that cancel is luck.
+    Summed over several inputs: `A_log` has one element per head, and the rounding of two canceling
+    sums is luck.
     """
     layer = make_layer(conv_bias=True, **gate).requires_grad_(True)
     xs = torch.randn(4, 1, 90, HIDDEN)
@@ -389,8 +389,8 @@ def test_rates_stay_in_fp32() -> None:
 def mode_arguments(mode: str, layer: KimiDeltaAttention, size: int) -> dict[str, Any]:
     """Arguments of one forward; all counts and lengths differ between sizes 0, 1 and 2.
 
-    None of them are equal to another by chance: PyTorch would take that for a rule and compile
-    once more when it is broken.
+    None of them are equal by chance: PyTorch would specialize on that and recompile when it no
+    longer holds.
     """
     T, N = (140, 210, 300)[size], (5, 6, 8)[size]
     x = torch.randn(N - 2 if mode == "batch" else 1, T, HIDDEN, dtype=BF16)
@@ -491,7 +491,7 @@ def test_one_dynamic_graph_on_pages(mode: str, layout: str, gate: str, backend: 
 
 
 @pytest.mark.parametrize("mode", ["one", "batch", "varlen", "prefill", "decode", "mixed"])
-def test_lengths_become_dynamic_by_themselves(mode: str) -> None:
+def test_lengths_become_dynamic_automatically(mode: str) -> None:
     """With `torch.compile`'s defaults: one static graph, one dynamic, no more; with a server's
     batch the dynamic one alone.
     """
@@ -506,7 +506,7 @@ def test_lengths_become_dynamic_by_themselves(mode: str) -> None:
 
 
 def test_three_graphs_serve_everything() -> None:
-    """Decode, prefill and mixed: what counts is which row counts are zero."""
+    """Decode, prefill and mixed: only which row counts are zero matters."""
     layer = make_layer(BF16)
     counters.clear()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -521,7 +521,7 @@ def test_three_graphs_serve_everything() -> None:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @every_layout
 def test_no_copy_of_the_states(layout: str, dynamic: bool) -> None:
-    """In the code for a GPU: one graph, whose kernels read and write the pages themselves."""
+    """In the code for a GPU: one graph whose kernels read and write the pages directly."""
     layer = make_layer(BF16, conv_layout=layout)
     sources: list[str] = []
 
@@ -548,7 +548,7 @@ def test_no_copy_of_the_states(layout: str, dynamic: bool) -> None:
 
 
 def test_layout_is_a_constant_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change of `config.conv_layout` compiles once more and gives the right answer."""
+    """A change of `config.conv_layout` recompiles once and gives the right answer."""
     layer = make_layer(BF16)
     counters.clear()
     compiled = torch.compile(layer, fullgraph=True)

@@ -1,5 +1,5 @@
-"""The compiled layer on the card: every way of calling it against fp64, and CUDA graphs of a decode
-step that write the pages in place.
+"""The compiled layer on a GPU: every kind of call against fp64, and CUDA graphs of a decode step
+that write the pages in place.
 """
 
 import copy
@@ -41,7 +41,7 @@ every_gate = pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
 
 
 def make_layer(layout: str, gate: dict[str, Any], K: int = 64) -> KimiDeltaAttention:
-    """K of 64 takes the kernels of real sizes."""
+    """K of 64 uses the kernels of real sizes."""
     layer = KimiDeltaAttention(HIDDEN, K, 2, conv_layout=layout, dtype=BF16, **gate)
     torch.nn.init.normal_(layer.o_norm_weight, 1.0, 0.2)
     return layer.requires_grad_(False)
@@ -157,7 +157,7 @@ def test_cuda_graphs_of_a_decode_step(layout: str, gate: dict[str, Any]) -> None
     compiled = torch.compile(on_device, fullgraph=True, dynamic=False, mode="reduce-overhead")
     reference = make_state(layer)
     exact, eager, state = in_double(reference), moved(reference), moved(reference)
-    for x in state:  # what a graph writes in place has to stay where it is
+    for x in state:  # what a graph writes in place must have a static address
         torch._dynamo.mark_static_address(x)
     counters.clear()
     with torch.no_grad():

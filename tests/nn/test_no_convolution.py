@@ -44,7 +44,7 @@ def test_spec_by_hand() -> None:
 
 
 @pytest.mark.parametrize("layout", ["SD", "DS", "auto", None])
-def test_no_layout_is_chosen(layout: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_layout_is_tuned(layout: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed, and specs that describe the same pages are equal."""
     monkeypatch.setattr(config, "conv_layout", "auto")
     monkeypatch.setattr(layouts, "faster_layout", None)
@@ -83,7 +83,7 @@ def test_errors() -> None:
 
 
 def test_transfer() -> None:
-    """Ranks of any number read one another; a layer with a convolution is another one."""
+    """Any numbers of ranks read one another; a layer with a convolution is incompatible."""
 
     def engine(**changes: Any) -> EngineGeometry:
         spec = dataclasses.replace(SPEC, page_bytes=None, **changes)
@@ -177,7 +177,7 @@ def copied(call: Any, conv: Tensor | None, recurrent: Tensor, plan: Tensor, **op
 
 
 def assert_copies_what_both_states_do(call: Any) -> None:
-    """The plans of prefix caching, which know of no convolution, shifts by a bias included."""
+    """The plans of prefix caching, which ignore the convolution, including shifts by a bias."""
     computed, scheduled, accepted = (torch.tensor([n]) for n in (60, 6, 3))
     plan = align.before_forward(
         torch.tensor([[1, 2, 3, 4, 5]]),

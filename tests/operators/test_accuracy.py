@@ -41,7 +41,7 @@ def test_kernel_in_the_interpreter(name: str, case: Case) -> None:
 
 
 def strided(x: Any) -> Any:
-    """A small tensor with gaps between its elements; all others as they are."""
+    """A small tensor with gaps between its elements; all others unchanged."""
     if not isinstance(x, Tensor) or x.dim() > 2:
         return x
     wide = torch.stack([x, torch.ones_like(x)], dim=-1)
@@ -49,7 +49,7 @@ def strided(x: Any) -> Any:
 
 
 def cases_of_small_arguments() -> Any:
-    """Of every operator the cases that bring an argument of at most two axes for the first time."""
+    """For every operator the first case with each argument of at most two axes."""
     chosen = []
     for name in NAMES:
         seen: set[str] = set()
@@ -65,8 +65,8 @@ def cases_of_small_arguments() -> Any:
 @pytest.mark.interpreter
 @cases_of_small_arguments()
 def test_kernels_read_small_arguments_at_their_strides(name: str, case: Case) -> None:
-    """Slots are a column of a block table, offsets a slice of a buffer, rates one expanded number:
-    a kernel that counts elements reads another tensor's.
+    """Slots may be a column of a block table, offsets a slice of a buffer, rates an expanded
+    number: a kernel that ignores strides reads the wrong elements.
     """
     inputs = case.make(torch.device("cpu"))
     call = run_kernels(public_function(name))
@@ -99,7 +99,7 @@ def test_compiled_gpu(name: str, case: Case, dynamic: bool) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", NAMES)
-def test_kernels_refuse_fp64(name: str) -> None:
+def test_kernels_reject_fp64(name: str) -> None:
     """Nothing falls back to the reference, and nothing is written."""
     inputs = copy_inputs(cases(name)[0].make(torch.device("cpu")), torch.float64)
     before = {n: x.clone() for n, x in inputs.items() if isinstance(x, Tensor)}

@@ -1,4 +1,4 @@
-"""Autocast ends at an operator: it computes in the dtypes of its inputs, forwards and backwards."""
+"""Operators disable autocast: they compute in the dtypes of their inputs, forward and backward."""
 
 import copy
 from typing import Any
@@ -31,7 +31,7 @@ def made(case: Case, device: str, dtype: torch.dtype | None) -> dict[str, Any]:
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    """Bit by bit, but for the bits of NaN."""
+    """Bit for bit, except the bits of NaN."""
     assert len(found) == len(expected) > 0
     for x, y in zip(found, expected, strict=True):
         assert x.dtype == y.dtype
@@ -95,7 +95,7 @@ def layer_and_cast(
 @devices
 @dtypes
 @torch.no_grad()
-def test_a_layer_is_one_with_projections_in_the_dtype(dtype: torch.dtype, device: str) -> None:
+def test_a_layer_equals_one_with_projections_in_the_dtype(dtype: torch.dtype, device: str) -> None:
     layer, cast = layer_and_cast(dtype, device)
     x = torch.randn(1, 70, 32, device=device)
     with torch.autocast(device, dtype):
@@ -155,7 +155,7 @@ def test_compiled_training_step() -> None:
 
 
 def test_references_are_lowered_without_autocast() -> None:
-    """What is inlined as IR is that of the same call outside."""
+    """The inlined IR equals that of the same call without autocast."""
 
     def f(x: Tensor, A_log: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         g = kda_ops.gate(x, A_log)

@@ -32,8 +32,8 @@ def loss_and_wanted(name: str, case: Case) -> tuple[Tensor, list[Tensor]]:
 
 
 @functional
-def test_second_derivatives_are_refused(name: str, case: Case) -> None:
-    """Where they are computed, not where a graph of gradients is made."""
+def test_second_derivatives_are_rejected(name: str, case: Case) -> None:
+    """Raised when they are computed, not when a graph of gradients is built."""
     loss, wanted = loss_and_wanted(name, case)
     plain = torch.autograd.grad(loss, wanted, retain_graph=True)
     gradients = torch.autograd.grad(loss, wanted, create_graph=True)
@@ -44,7 +44,7 @@ def test_second_derivatives_are_refused(name: str, case: Case) -> None:
 
 
 def test_gradient_penalty_of_another_part() -> None:
-    """What needs no second derivative of an operator is as it was."""
+    """Code that needs no second derivative of an operator is unaffected."""
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
 
@@ -66,11 +66,11 @@ def twice(x: Tensor, function: Any = gate) -> Tensor:
     return torch.autograd.grad(g.square().sum() + 0 * x.sum(), x)[0]
 
 
-# Dynamo looks whether what it puts into a graph has a `.grad`
+# Dynamo checks whether what it puts into a graph has a `.grad`
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_second_derivatives_are_refused(backend: str) -> None:
-    """Of a compiled forward, and within a compiled function; AOTAutograd has none of anything."""
+def test_compiled_second_derivatives_are_rejected(backend: str) -> None:
+    """Of a compiled forward, and within a compiled function; AOTAutograd supports none at all."""
     x = torch.randn(1, 5, 2, 4, dtype=torch.float64, requires_grad=True)
     compiled = torch.compile(gate, backend=backend)
     for call in (lambda: twice(x, compiled), lambda: torch.compile(twice, backend=backend)(x)):
@@ -81,7 +81,7 @@ def test_compiled_second_derivatives_are_refused(backend: str) -> None:
 @pytest.mark.parametrize(
     ("name", "case"), [*first_cases(mutating=False), *first_cases(mutating=True)]
 )
-def test_forward_mode_is_refused(name: str, case: Case) -> None:
+def test_forward_mode_is_rejected(name: str, case: Case) -> None:
     inputs = case.make(torch.device("cpu"))
     floating = [n for n, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]
     before = {n: inputs[n].clone() for n in case.mutated if n in floating}
@@ -102,7 +102,7 @@ def test_forward_mode_is_refused(name: str, case: Case) -> None:
         assert torch.equal(inputs[n].nan_to_num(), old.nan_to_num())
 
 
-def test_compiled_forward_mode_is_refused() -> None:
+def test_compiled_forward_mode_is_rejected() -> None:
     def push(x: Tensor) -> Tensor:
         return torch.func.jvp(gate, (x,), (torch.ones_like(x),))[1]
 
@@ -111,7 +111,7 @@ def test_compiled_forward_mode_is_refused() -> None:
         torch.compile(push, backend="aot_eager")(x)
 
 
-def test_transforms_are_refused() -> None:
+def test_transforms_are_rejected() -> None:
     x = torch.randn(1, 5, 2, 4, dtype=torch.float64)
     grad = torch.func.grad(lambda x: gate(x).sum())
     compiled = torch.compile(grad, backend="aot_eager")
@@ -121,7 +121,7 @@ def test_transforms_are_refused() -> None:
 
 
 class Backwards(TorchDispatchMode):
-    """Keeps how many of a backward operator's results have elements."""
+    """Records how many of a backward operator's results are nonempty."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Backwards(TorchDispatchMode):
 
 @functional
 def test_only_needed_gradients_are_computed(name: str, case: Case) -> None:
-    """Of frozen arguments there are none; the others are what they were."""
+    """Frozen arguments have none; the others are unchanged."""
     loss, wanted = loss_and_wanted(name, case)
     expected = torch.autograd.grad(loss, wanted)
     for i in range(len(wanted)):
@@ -166,7 +166,7 @@ def test_gradients_that_are_not_needed_are_empty() -> None:
     assert not zero.any()
 
 
-def test_gradients_share_no_memory() -> None:
+def test_gradients_do_not_alias() -> None:
     """The gradient of a sum is one tensor for both terms."""
     x, bias = (torch.randn(2, 4, requires_grad=True) for _ in range(2))
     output_gradient = torch.ones(2, 4)
@@ -187,7 +187,7 @@ def launch_test_scale_backward(
     output_gradients: list[Any],
     needs_gradient: list[bool],
 ) -> list[Tensor]:
-    """The gradient of `x * weight * factor` and of x's sum, as a launcher for CUDA would be."""
+    """The gradient of `x * weight * factor` and of x's sum, like a CUDA launcher."""
     launched.append((output_gradients, needs_gradient))
     product, total = output_gradients
     dx = torch.zeros_like(x) if total is None else total.expand_as(x).clone()
@@ -216,8 +216,8 @@ def scale() -> Any:
     del OPERATORS[op]
 
 
-def test_a_launcher_of_gradients(scale: Any) -> None:
-    """It gets the results' gradients as a list, and gives those that are needed."""
+def test_a_gradient_launcher(scale: Any) -> None:
+    """It gets the results' gradients as a list, and returns those that are needed."""
     backward = OPERATORS[scale].backward
     x, weight, g = torch.randn(3, 4), torch.randn(4), torch.randn(3, 4)
     for gradients in ((g, None), (g, torch.ones(()))):
@@ -232,8 +232,8 @@ def test_a_launcher_of_gradients(scale: Any) -> None:
     assert launched == []
 
 
-def test_a_lowering_of_gradients(scale: Any) -> None:
-    """Without one a compiled graph calls the gradient whole, with one it holds what is launched."""
+def test_a_gradient_lowering(scale: Any) -> None:
+    """Without one a compiled graph has one opaque call, with one it has the launches."""
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4)
 
     def calls() -> list[bool]:
@@ -249,7 +249,7 @@ def test_a_lowering_of_gradients(scale: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_a_launcher_of_gradients_on_a_gpu(scale: Any) -> None:
+def test_a_gradient_launcher_on_a_gpu(scale: Any) -> None:
     x, weight = torch.randn(3, 4, device="cuda", requires_grad=True), torch.randn(4, device="cuda")
     product, _ = scale(x, weight, 2.0)
     (gradient,) = torch.autograd.grad(product.sum(), x)
@@ -272,7 +272,7 @@ print("trained")
 
 
 def test_training_with_the_cpp_wrapper(tmp_path: Path) -> None:
-    """In a process of its own: what Inductor made of a list of one gradient ended in SIGSEGV."""
+    """In its own process: Inductor's code for a list of one gradient ended in SIGSEGV."""
     root = Path(kda_ops.__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-c", TRAINING], cwd=root, capture_output=True, text=True, timeout=600

@@ -1,4 +1,4 @@
-"""The watch over what kernels read and write sees what it is there for."""
+"""The bounds checker for kernels detects what it should."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The kernels of the gradient of chunked KDA against the reference's in fp64."""
+"""The gradient kernels of chunked KDA against the reference in fp64."""
 
 from importlib import import_module
 from typing import Any
@@ -30,7 +30,7 @@ def with_bf16_states(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_zero_betas(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Some are 0, some so small that their square is not a number of fp32."""
+    """Some are 0, some so small that their square underflows fp32."""
     beta = inputs["beta"].clone()
     beta[:, ::3] = 0
     beta[:, 1::3] *= 1e-25
@@ -108,7 +108,7 @@ def test_gradients_on_the_gpu(case: KernelCase) -> None:
 
 
 def in_slabs(monkeypatch: pytest.MonkeyPatch, size: int) -> list[int]:
-    """Bounds the workspace; how many slabs each call is split in is noted in what is returned."""
+    """Bounds the workspace; returns a list to which each call appends its number of slabs."""
     workspace = import_module("kda_ops.delta_rule.chunked.gradient_workspace")
     monkeypatch.setattr(workspace, "GRADIENT_BYTES", size)
     split = workspace.Batch.split
@@ -131,7 +131,7 @@ SLABS = {
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("case", "size"), SLABS.values(), ids=SLABS.keys())
 def test_slabs(case: KernelCase, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks at a time: states and their gradients are handed from slab to slab."""
+    """Two chunks at a time: states and their gradients are passed from slab to slab."""
     counts = in_slabs(monkeypatch, size)
     assert_gradients(case, CPU)
     assert max(counts) >= 2
@@ -143,7 +143,7 @@ def test_slabs(case: KernelCase, size: int, monkeypatch: pytest.MonkeyPatch) -> 
     [gated(T=20, K=64, V=64, norm=True), gated(T=20, K=16, V=16, dtype=FP32, norm=True)],
     ids=["fast", "general"],
 )
-def test_what_needs_no_gradient_changes_no_other(case: KernelCase) -> None:
+def test_frozen_arguments_do_not_change_other_gradients(case: KernelCase) -> None:
     inputs = arguments(case, CPU)
     given, needs = output_gradients(inputs), differentiable(inputs)
     everything = iter(launch(case.operator, inputs, given, needs))
@@ -194,7 +194,7 @@ def test_an_output_without_gradient() -> None:
 @pytest.mark.parametrize(
     "case", [gated(T=1000, H=4, norm=True), plain(T=200, K=40, dtype=FP32)], ids=["fast", "general"]
 )
-def test_two_runs_give_the_same_bits(case: KernelCase) -> None:
+def test_results_are_bitwise_reproducible(case: KernelCase) -> None:
     inputs = arguments(case, torch.device("cuda"))
     given, needs = output_gradients(inputs), differentiable(inputs)
     runs = [launch(case.operator, inputs, given, needs) for _ in range(2)]

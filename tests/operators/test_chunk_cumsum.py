@@ -44,7 +44,7 @@ def test_sequences_are_separate(dtype: torch.dtype, table: bool) -> None:
     assert_close(out, expected[None], expected[None])
 
 
-def test_whole_chunks_can_be_cut_apart() -> None:
+def test_whole_chunks_can_be_split() -> None:
     g = torch.randn(1, 192, 5)
     whole = kda_ops.chunk_cumsum(g)
     parts = [kda_ops.chunk_cumsum(part) for part in g.split(64, dim=1)]
@@ -79,9 +79,7 @@ def test_padding_of_the_kernel() -> None:
     "cu_seqlens", [[0, -7, 1000], [-100, 50, 20], [2**31 - 1, -(2**31), 5], [90, 10, 60]]
 )
 @pytest.mark.parametrize("row", [[0, 5], [7, 0], [-3, 2], [1, -1], [0, 2**31 - 1]])
-def test_kernel_stays_in_bounds_whatever_the_tables_hold(
-    cu_seqlens: list[int], row: list[int]
-) -> None:
+def test_kernel_stays_in_bounds_for_any_tables(cu_seqlens: list[int], row: list[int]) -> None:
     T = 90
     memory = torch.full((3, T, 4), torch.nan)
     memory[1] = 1

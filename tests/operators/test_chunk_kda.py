@@ -30,12 +30,12 @@ from tests.support.oracle import copy_inputs
 CPU = torch.device("cpu")
 FP64 = torch.float64
 TOKENS = ("q", "k", "v", "g_cumsum", "beta")
-FROBENIUS = 0.005  # what the best peer has in bf16
+FROBENIUS = 0.005  # the best baseline's error in bf16
 RAGGED = [0, 0, 1, 66, 66, 130, 150]
 
 
 def exact_inputs(T: int, gate: str = "softplus", seed: int = 0, **sizes: Any) -> tuple[Any, Tensor]:
-    """fp64 inputs with states, and the gates per token that their G was made of."""
+    """fp64 inputs with states, and the per-token gates behind their G."""
     torch.manual_seed(seed)
     inputs = chunk_kda_inputs(CPU, T=T, dtype=FP64, **sizes)
     y = log2_gate(tuple(inputs["g_cumsum"].shape), gate, CPU).double()
@@ -71,7 +71,7 @@ def step_by_step(inputs: dict[str, Any], y: Tensor, start: int, end: int, b: int
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
-    """Equal but for rounding in fp64 sums over a sequence."""
+    """Equal up to rounding in fp64 sums over a sequence."""
     assert a.shape == b.shape
     assert (a - b).abs().max() <= 256 * torch.finfo(FP64).eps * b.abs().max()
 
@@ -104,7 +104,7 @@ def test_reference_is_the_definition_of_a_ragged_batch(gate: str) -> None:
 
 @pytest.mark.parametrize("cuts", [[64, 128], [1, 65, 100], [63, 64, 70]], ids=str)
 def test_pieces_are_the_whole(cuts: list[int]) -> None:
-    """Each piece continues from the state of the one before; its G starts anew."""
+    """Each piece continues from the previous one's state; its G restarts."""
     inputs, y = exact_inputs(200, K=16, V=24)
     whole, final = kda_ops.chunk_kda(**inputs)
     S, parts = inputs["initial_state"], []
@@ -219,7 +219,7 @@ def test_no_flag_means_all_continue() -> None:
     assert torch.equal(inputs["state"][1:], other["state"][1:])
 
 
-def test_a_given_chunk_table_is_the_one_made() -> None:
+def test_a_given_chunk_table_equals_the_computed_one() -> None:
     torch.manual_seed(0)
     inputs = chunk_kda_inputs(CPU, T=160, K=16, V=24, cu_seqlens=RAGGED)
     o, _ = kda_ops.chunk_kda(**inputs)
@@ -232,7 +232,7 @@ def test_a_given_chunk_table_is_the_one_made() -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("sizes", [{}, {"K": 48, "V": 80}], ids=["fast", "general"])
 @pytest.mark.parametrize("gate", ["softplus", "harsh", "slow", "bounded"])
-def test_kernel_error_is_below_the_peers(gate: str, sizes: dict[str, int]) -> None:
+def test_kernel_error_is_below_the_baselines(gate: str, sizes: dict[str, int]) -> None:
     torch.manual_seed(0)
     inputs = with_states(chunk_kda_inputs(CPU, T=150, gate=gate, **sizes))
     expected = kda_ops.chunk_kda(**copy_inputs(inputs, FP64))
@@ -256,7 +256,7 @@ def test_kernels_of_a_gpu_with_much_shared_memory(dtype: torch.dtype, K: int) ->
 @pytest.mark.interpreter
 @pytest.mark.parametrize("sizes", [{}, {"K": 24, "V": 16, "dtype": torch.float32}], ids=str)
 def test_kernels_survive_any_offsets_slots_and_tables(sizes: dict[str, Any]) -> None:
-    """Wrong values give some result, without a fault and without a write outside the pages."""
+    """Wrong values give some result, without a fault or a write outside the pages."""
     torch.manual_seed(0)
     inputs = with_pages(chunk_kda_inputs(CPU, T=100, cu_seqlens=[0, 60, 100], **sizes), [1, 2], [0])
     memory = inputs["state"]._base
@@ -283,7 +283,7 @@ def test_kernels_survive_any_offsets_slots_and_tables(sizes: dict[str, Any]) -> 
 
 
 @pytest.mark.interpreter
-def test_kernel_reads_strided_inputs_where_they_are() -> None:
+def test_kernel_reads_strided_inputs_in_place() -> None:
     torch.manual_seed(0)
     packed = chunk_kda_inputs(CPU, B=2, T=70, H=2, K=64, V=64, packed=True)
     dense = {name: x.contiguous() for name, x in packed.items()}
@@ -298,7 +298,7 @@ def test_kernel_reads_strided_inputs_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiled_for_a_gpu_it_is_two_launches(dynamic: bool) -> None:
+def test_two_launches_when_compiled_for_a_gpu(dynamic: bool) -> None:
     torch.manual_seed(0)
     inputs = with_pages(chunk_kda_inputs(CPU, T=170, cu_seqlens=[0, 70, 160]), [1, 2], [0])
     inputs["chunk_indices"] = prepare_chunk_indices(inputs["cu_seqlens"], 170)
@@ -316,7 +316,7 @@ def test_compiled_for_a_gpu_it_is_two_launches(dynamic: bool) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nvidia_launches_compile(dtype: torch.dtype, target: str, tmp_path: Path) -> None:
-    """With the instructions and the shared memory that only a launch on that GPU takes."""
+    """With the instructions and shared memory of a launch on that GPU."""
     kernels, shared = kernel_module(), shared_module()
     gpu = test_cubin.TARGETS[target]
     recorder = test_cubin.Recorder()
@@ -335,7 +335,7 @@ def test_nvidia_launches_compile(dtype: torch.dtype, target: str, tmp_path: Path
         test_cubin.assert_fits(launch, target, tmp_path)
 
 
-def test_the_state_is_pipelined_as_far_as_shared_memory_goes() -> None:
+def test_pipeline_stages_fit_shared_memory() -> None:
     depths = []
     for shared in (64 << 10, 99 << 10, 163 << 10, 227 << 10):
         with mock.patch.object(workspace, "shared_memory", return_value=shared):

@@ -25,7 +25,7 @@ from tests.support.oracle import copy_inputs
 CPU = torch.device("cpu")
 FP64 = torch.float64
 TOKENS = ("q", "k", "v", "raw_gate", "raw_beta")
-FROBENIUS = 0.005  # what the best peer has in bf16
+FROBENIUS = 0.005  # the best baseline's error in bf16
 RAGGED = [0, 0, 1, 66, 66, 130, 150]
 
 
@@ -78,7 +78,7 @@ def composed(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
-    """Equal but for rounding in fp64 sums over a sequence, of gates that reach thousands in a chunk
+    """Equal up to rounding in fp64 sums over a sequence, with gates that reach thousands in a chunk
     (`harsh`).
     """
     assert a.shape == b.shape
@@ -208,7 +208,7 @@ def test_sequences_are_separate_in_kernels(sizes: dict[str, Any], bad: float) ->
 @pytest.mark.parametrize("sizes", [{}, {"K": 48, "V": 80}], ids=["fast", "general"])
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-def test_kernel_error_is_below_the_peers(gate: str, sizes: dict[str, int], norm: bool) -> None:
+def test_kernel_error_is_below_the_baselines(gate: str, sizes: dict[str, int], norm: bool) -> None:
     torch.manual_seed(0)
     inputs = with_states(chunk_kda_gated_inputs(CPU, T=150, gate=gate, norm=norm, **sizes))
     expected = composed(copy_inputs(inputs, FP64))
@@ -220,8 +220,8 @@ def test_kernel_error_is_below_the_peers(gate: str, sizes: dict[str, int], norm:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("size", [1e6, 1e-3])
-def test_norms_come_before_the_fp16_of_the_levels(size: float) -> None:
-    """Raw q and k may lie outside fp16, or among its subnormal numbers."""
+def test_norms_are_applied_before_fp16(size: float) -> None:
+    """Raw q and k may overflow fp16, or be subnormal in it."""
     torch.manual_seed(0)
     inputs = with_states(chunk_kda_gated_inputs(CPU, T=130, norm=True))
     inputs |= {name: inputs[name] * size for name in ("q", "k")}
@@ -234,7 +234,7 @@ def test_norms_come_before_the_fp16_of_the_levels(size: float) -> None:
 
 @pytest.mark.interpreter
 def test_a_token_that_forgets_everything() -> None:
-    """An infinite gate input decays the state to zero and leaves the other tokens as they were."""
+    """An infinite gate input decays the state to zero and does not affect the other tokens."""
     torch.manual_seed(0)
     inputs = chunk_kda_gated_inputs(CPU, T=64, K=64, V=64)
     inputs["raw_gate"][:, 20] = torch.inf
@@ -249,7 +249,7 @@ def test_a_token_that_forgets_everything() -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("sizes", [{"V": 64}, {"K": 24, "V": 16, "dtype": torch.float32}], ids=str)
 def test_kernels_survive_any_offsets_slots_and_tables(sizes: dict[str, Any]) -> None:
-    """Wrong values give some result, without a fault and without a write outside the pages."""
+    """Wrong values give some result, without a fault or a write outside the pages."""
     torch.manual_seed(0)
     inputs = chunk_kda_gated_inputs(CPU, T=100, norm=True, cu_seqlens=[0, 60, 100], **sizes)
     inputs = with_pages(inputs, [1, 2], [0])
@@ -276,7 +276,7 @@ def test_kernels_survive_any_offsets_slots_and_tables(sizes: dict[str, Any]) -> 
 
 
 @pytest.mark.interpreter
-def test_kernel_reads_strided_inputs_where_they_are() -> None:
+def test_kernel_reads_strided_inputs_in_place() -> None:
     torch.manual_seed(0)
     packed = chunk_kda_gated_inputs(CPU, B=2, T=70, H=2, K=64, V=64, packed=True, norm=True)
     dense = {name: y.contiguous() if isinstance(y, Tensor) else y for name, y in packed.items()}
@@ -287,7 +287,7 @@ def test_kernel_reads_strided_inputs_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiled_for_a_gpu_it_is_two_launches(dynamic: bool) -> None:
+def test_two_launches_when_compiled_for_a_gpu(dynamic: bool) -> None:
     torch.manual_seed(0)
     inputs = chunk_kda_gated_inputs(CPU, T=170, norm=True, cu_seqlens=[0, 70, 160])
     inputs = with_pages(inputs, [1, 2], [0])
@@ -306,7 +306,7 @@ def test_compiled_for_a_gpu_it_is_two_launches(dynamic: bool) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nvidia_launch_compiles(dtype: torch.dtype, target: str, tmp_path: Path) -> None:
-    """With the instructions that only a launch on that GPU takes."""
+    """With the instructions of a launch on that GPU."""
     kernels = kernel_module()
     recorder = test_cubin.Recorder()
     inputs = chunk_kda_gated_inputs(CPU, T=128, H=2, norm=True, dtype=dtype, cu_seqlens=[0, 128])

@@ -46,7 +46,7 @@ def test_workspace_rows_are_distinct_and_in_bounds(lengths: list[int], padding: 
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_host_synchronisation(dynamic: bool) -> None:
+def test_compiles_without_host_synchronization(dynamic: bool) -> None:
     cu_seqlens = offsets([100, 0, 64, 200])
     result, (source,) = cuda_code(
         lambda cu: prepare_chunk_indices(cu, 400), cu_seqlens, dynamic=dynamic

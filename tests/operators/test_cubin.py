@@ -1,5 +1,5 @@
-"""Every hand-written kernel compiles to machine code for the GPUs it is meant for, from the
-launches that its cases make, fits their shared memory and spills no more than is noted here.
+"""Every hand-written kernel compiles to machine code for its target GPUs, from the launches of its
+cases, fits their shared memory and spills no more than is listed here.
 """
 
 import importlib
@@ -42,8 +42,8 @@ TARGETS = {
     "sm_120": Target("cuda", 120, 32, "cubin", 99 << 10, launches=1),
     "gfx942": Target("hip", "gfx942", 64, "hsaco", 64 << 10),
 }
-# Bytes a thread may spill, per kernel and target, as the pinned compiler leaves them; other kernels
-# spill nothing. A change that spills more is measured, and noted here.
+# Bytes a thread may spill, per kernel and target, with the pinned compiler; other kernels spill
+# nothing. A change that spills more is measured, and listed here.
 SPILLS = {
     "chunk_scan_kernel": {"sm_80": 192},
     "chunk_segments_kernel": {"sm_80": 16},
@@ -53,13 +53,13 @@ SPILLS = {
     "chunk_gated_prepare_kernel": {
         **{"sm_80": 648, "sm_90a": 88, "sm_100a": 192, "sm_120": 632, "gfx942": 72},
     },
-    # with q, k and v apart and biases, at K = V = 64
+    # with unpacked q, k and v and biases, at K = V = 64
     "kda_decode_kernel": {"sm_80": 168, "sm_90a": 184, "sm_100a": 184, "sm_120": 168},
     "chunk_prepare_general_kernel": {
         **{"sm_80": 2688, "sm_90a": 2688, "sm_100a": 2944, "sm_120": 2752},
     },
 }
-# where another Triton than the pinned one leaves more
+# where another Triton than the pinned one spills more
 MORE_SPILLS = {
     "3.9": {
         "kda_decode_kernel": {"sm_80": 224, "sm_90a": 256},
@@ -68,7 +68,7 @@ MORE_SPILLS = {
         "chunk_prepare_general_kernel": {"sm_90a": 3000, "sm_120": 2776},
     }
 }
-# where kernels are that more than one operator launches
+# modules of kernels launched by several operators
 SHARED = (
     "kda_ops.delta_rule.chunked.kernels.prepare_general",
     "kda_ops.delta_rule.chunked.kernels.scan",
@@ -87,7 +87,7 @@ class Launch:
 
 
 class Recorder:
-    """Takes the place of `traceable`: notes each launch instead of making it."""
+    """Replaces `traceable`: records each launch instead of making it."""
 
     def __init__(self) -> None:
         self.launches: dict[str, Launch] = {}
@@ -109,7 +109,7 @@ class Recorder:
         signature, constants, aligned = {}, {}, []
         for parameter in kernel.params:
             value = values.get(parameter.name, parameter.default)
-            # as a launch specialises: integers of 1 are constants, multiples of 16 known as such
+            # as a launch specializes: integers of 1 are constants, multiples of 16 known as such
             if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             else:
@@ -157,7 +157,7 @@ def compile_launch(launch: Launch, target: Target) -> Any:
 
 
 def spilled_bytes(binary: Any, target: Target, folder: Path) -> int:
-    """Bytes of memory that a thread keeps what does not fit its registers in."""
+    """Bytes of stack per thread."""
     if target.backend == "hip":
         (size,) = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", binary.asm["amdgcn"])
         return int(size)
@@ -172,7 +172,7 @@ def spilled_bytes(binary: Any, target: Target, folder: Path) -> int:
 
 
 def assert_fits(launch: Launch, target: str, folder: Path) -> None:
-    """Compiles a launch and holds it to the target's shared memory and to what may be spilled."""
+    """Compiles a launch and checks the target's shared memory and the allowed spills."""
     gpu, kernel = TARGETS[target], launch.kernel.fn.__name__
     binary = compile_launch(launch, gpu)
     assert binary.asm[gpu.binary]
@@ -193,7 +193,7 @@ def test_kernels_compile(name: str, target: str, tmp_path: Path) -> None:
 
 
 def test_sums_of_a_decode_step_stay_within_threads() -> None:
-    """Of a row of the state few lanes hold a part, whichever axis this Triton spreads first."""
+    """Few lanes share a row of the state, whichever axis this Triton distributes first."""
     (launch, *_) = launches_of("kda_decode")["kda_decode_kernel"]
     assert launch.constants["BLOCK_V"] * launch.constants["K"] >= 16384
     assert compile_launch(launch, TARGETS["sm_90a"]).asm["ptx"].count("shfl.sync") < 100

@@ -1,5 +1,5 @@
-"""The kernels of the gradient of chunked KDA compile to machine code, fit the GPUs' shared memory
-and spill no more than is noted here.
+"""The gradient kernels of chunked KDA compile to machine code, fit the GPUs' shared memory and
+spill no more than is listed here.
 """
 
 import re
@@ -18,7 +18,7 @@ from tests.operators.test_cubin import TARGETS, Launch, Recorder, compile_launch
 from tests.support.backward import KernelCase, launch_case
 
 COMPILED = ("sm_80", "sm_90a", "sm_100a", "gfx942")
-# Bytes a thread may spill, as the pinned compiler leaves them; other kernels spill nothing.
+# Bytes a thread may spill with the pinned compiler; other kernels spill nothing.
 SPILLS: dict[str, dict[str, int]] = {
     "backward_prepare_kernel": {"sm_80": 736, "sm_90a": 176, "sm_100a": 168, "gfx942": 140},
     "backward_tiles_kernel": {"sm_80": 1008},
@@ -34,7 +34,7 @@ RAGGED = [0, 0, 1, 65, 65, 129, 150]
 
 @cache
 def launches(shared: int) -> dict[str, list[Launch]]:
-    """The launches of each kernel, of which those from raw inputs come first."""
+    """The launches of each kernel, those from raw inputs first."""
     assert OPERATORS
     recorder = Recorder()
     with ExitStack() as patches:
@@ -71,8 +71,8 @@ def test_backward_kernels_compile(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["raw", "ragged"])
-def test_products_of_warp_groups_take_nothing_from_registers(form: int) -> None:
-    """Of such products ptxas 12.8 took wrong descriptors here: `perf/notes/backward.md`."""
+def test_warp_group_mma_operands_are_not_in_registers(form: int) -> None:
+    """Such MMAs got wrong descriptors from ptxas 12.8: `perf/notes/backward.md`."""
     launch = launches(TARGETS["sm_90a"].shared)["chunk_gradient_kernel"][form]
     ptx = compile_launch(launch, TARGETS["sm_90a"]).asm["ptx"]
     products = re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, (\S)", ptx)

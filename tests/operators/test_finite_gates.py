@@ -1,5 +1,5 @@
-"""No finite input gives NaN, in value or gradient: every operator with a gate, at the ends of every
-dtype, where rates and gate inputs overflow and underflow. A gate that forgets everything.
+"""No finite input gives NaN, in value or gradient: every operator with a gate, at the limits of
+every dtype, where rates and gate inputs overflow and underflow. Gates that forget everything.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ SIZES = (1e38, 1e30, 1e4, 1e3, 200.0, 110.0, 89.0, 20.0, 1.0, 1e-3, 1e-30)
 
 
 def ends(sizes: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """The finite numbers of these sizes, and those at the ends of the dtype."""
+    """The finite numbers of these magnitudes, and those at the limits of the dtype."""
     finfo = torch.finfo(dtype)
     ends = (finfo.max, finfo.max / 2, finfo.tiny, finfo.smallest_normal * finfo.eps, 0.0)
     x = torch.tensor([*sizes, *ends], dtype=FP64).clamp(max=finfo.max)
@@ -57,7 +57,7 @@ def gate_inputs(
 
 
 def some(x: Tensor, *shape: int) -> Tensor:
-    """Elements of x in no order."""
+    """Elements of x in random order."""
     return x[torch.randint(len(x), shape)]
 
 
@@ -100,7 +100,7 @@ def assert_finite(results: Any) -> None:
 
 
 def assert_gradients_are_finite(function: Any, inputs: dict[str, Any]) -> None:
-    """Of what is differentiable; in fp16 a large one may be infinite, as of any operator."""
+    """All gradients are finite, except large ones in fp16, as for any operator."""
     values = {
         n: x.detach().clone().requires_grad_()
         for n, x in inputs.items()
@@ -118,7 +118,7 @@ def assert_gradients_are_finite(function: Any, inputs: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------ the gate
 
 
-def test_an_infinite_rate_of_nothing() -> None:
+def test_an_infinite_rate_times_zero() -> None:
     x = torch.full((1, 1, 1, 4), -110.0)
     assert not kda_ops.gate(x, torch.tensor([89.0])).any()
 
@@ -173,7 +173,7 @@ def test_second_derivatives_of_the_reference(lower_bound: float | None) -> None:
 
 
 def test_gradients_of_the_tails() -> None:
-    """Where nothing overflows the gradients are those of the formula."""
+    """Where nothing overflows, gradients are those of the formula."""
     x = torch.linspace(-90, 90, 181, dtype=FP64).view(-1, 1, 1)
     weight = torch.randn(x.shape, dtype=FP64)
     for A_log, lower_bound in [(-3.0, None), (3.0, None), (-3.0, -5.0), (0.5, -1.0)]:
@@ -205,7 +205,7 @@ def plain(raw_gate: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     return kda_ops.chunk_cumsum(g) * RCP_LN2
 
 
-def test_plain_gates_are_rewritten_to_ones_without_nan() -> None:
+def test_plain_gates_are_rewritten_to_gates_without_nan() -> None:
     inputs = gate_inputs(FP32, FP32, None)
     del inputs["lower_bound"]
     assert plain(**inputs).isnan().any()
@@ -267,7 +267,7 @@ def test_nan_stays_nan_in_kernels(name: str) -> None:
 
 
 def assert_nan_stays(function: Any, name: str) -> None:
-    """What keeps finite inputs finite hides no NaN, in an input or in a parameter."""
+    """The handling of finite inputs hides no NaN, in an input or a parameter."""
     for spoiled in ("raw_gate", "A_log", "dt_bias"):
         for dtype in (BF16, FP32):
             inputs = chunk_kda_gated_inputs(CPU, T=8, K=64, V=64, dtype=dtype)
@@ -352,7 +352,7 @@ def test_decode_on_the_gpu(lower_bound: float | None) -> None:
 
 
 def assert_forgets(function: Any, sizes: dict[str, Any]) -> None:
-    """A token with an infinite gate input starts anew; the gates beside it keep their digits."""
+    """A token with an infinite gate input resets the state; gates near it keep their digits."""
     torch.manual_seed(0)
     inputs = with_states(chunk_kda_gated_inputs(CPU, T=80, **sizes))
     inputs["raw_gate"][:, 20] = torch.inf
@@ -398,8 +398,8 @@ def test_a_gate_that_forgets_in_steps_of_the_kernel() -> None:
 
 @pytest.mark.parametrize("pages", [False, True], ids=["functional", "paged"])
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_infinite_sums_are_refused(compile: bool, pages: bool) -> None:
-    """Behind -inf nothing is left of the gates of a chunk."""
+def test_infinite_sums_are_rejected(compile: bool, pages: bool) -> None:
+    """After -inf nothing is left of the gates of a chunk."""
     inputs = chunk_kda_inputs(CPU, T=80, K=16, V=8, cu_seqlens=[0, 70])
     inputs = with_pages(inputs, [1], []) if pages else inputs
     inputs["g_cumsum"][:, 70:] = -torch.inf  # not read

@@ -49,7 +49,7 @@ def tails() -> Tensor:
 
 
 def assert_tails_are_right(x: Tensor, g: Tensor) -> None:
-    """Every single value is right relative to itself, not to the largest."""
+    """Every value has a small error relative to itself, not to the largest."""
     expected = torch.tensor([one_gate(z, 0.0, 0.0, None) for z in x.flatten().tolist()]).double()
     relative = (g.flatten().double() / expected - 1).abs()
     # exp(z) inherits |z| roundings of its argument from z * log2(e)

@@ -1,4 +1,4 @@
-"""The cumulative gate: it is the gate, then the cumsum, in log2."""
+"""The cumulative gate: the gate, then the cumsum, in log2."""
 
 import math
 

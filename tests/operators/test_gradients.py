@@ -1,4 +1,4 @@
-"""Functional operators differentiate through their reference; in-place operators refuse to."""
+"""Functional operators differentiate through their reference; in-place operators raise."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def test_compiled_gradients_equal_eager_ones(name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), first_cases(mutating=True))
-def test_in_place_operators_refuse(name: str, case: Case) -> None:
+def test_in_place_operators_reject_gradients(name: str, case: Case) -> None:
     torch.manual_seed(0)
     inputs = case.make(torch.device("cpu"))
     before = copy_inputs({n: inputs[n] for n in case.mutated})

@@ -1,5 +1,5 @@
-"""What is in one sequence, in a padding row or in another slot stays out of everything else: every
-operator over sequences, on the card, bit for bit.
+"""Contents of a sequence, a padding row or another slot do not affect anything else: every operator
+over sequences, on a GPU, bit for bit.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class Subject:
         tokens: Arguments with a row per token: axis 0 of two, axis 1 of more.
         lengths: Tokens of each sequence.
         states: Arguments with a page per slot, which the call writes.
-        label: What is particular about it.
+        label: Its distinguishing feature.
     """
 
     name: str
@@ -185,7 +185,7 @@ every_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 
 
 def copied(inputs: Inputs) -> Inputs:
-    """Dense copies on the device where they are."""
+    """Dense copies on the same device."""
     return {name: y.clone() if isinstance(y, Tensor) else y for name, y in inputs.items()}
 
 
@@ -202,7 +202,7 @@ def slot_of(inputs: Inputs, n: int) -> int:
 
 
 def assert_identical(a: Tensor, b: Tensor, what: str) -> None:
-    """Bit for bit; any NaN is as good as another."""
+    """Bit for bit; all NaNs are equal."""
     assert torch.equal(a.isnan(), b.isnan()), what
     assert torch.equal(a.nan_to_num(), b.nan_to_num()), what
 
@@ -210,7 +210,7 @@ def assert_identical(a: Tensor, b: Tensor, what: str) -> None:
 @pytest.mark.gpu
 @every_subject
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])
-def test_a_bad_sequence_stays_by_itself(subject: Subject, bad: float) -> None:
+def test_a_bad_sequence_does_not_affect_others(subject: Subject, bad: float) -> None:
     inputs = subject.make(DEVICE)
     spoiled = copied(inputs)
     inputs = copied(inputs)
@@ -236,7 +236,7 @@ def test_a_bad_sequence_stays_by_itself(subject: Subject, bad: float) -> None:
 @pytest.mark.gpu
 @every_subject
 def test_padding_rows_are_not_read(subject: Subject) -> None:
-    """NaN behind the last sequence gives what zeros give."""
+    """NaN after the last sequence gives the same as zeros."""
     inputs = copied(subject.make(DEVICE))
     zeroed = copied(inputs)
     padding = slice(sum(subject.lengths), None)

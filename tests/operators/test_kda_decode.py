@@ -32,12 +32,12 @@ def in_fp64(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def copied(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same call on states of its own."""
+    """The same call on separate states."""
     return inputs | {name: inputs[name].clone() for name in STATES}
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
-    """Equal but for the order of fp64 sums; NaN only in the same places."""
+    """Equal up to the order of fp64 sums; NaN only in the same places."""
     assert a.shape == b.shape
     assert torch.equal(a.isnan(), b.isnan())
     if not a.numel():
@@ -162,36 +162,36 @@ def composed(inputs: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("name", [*VARIED, "SD-slot-table", "DS-fp16-gva-K24-V40"])
 def test_reference_is_the_composition(name: str) -> None:
     inputs = in_fp64(CASE[name].make(CPU))
-    apart = copied(inputs)
-    o, expected = kda_ops.fused.kda_decode(**inputs), composed(apart)
+    separate = copied(inputs)
+    o, expected = kda_ops.fused.kda_decode(**inputs), composed(separate)
     rows = offsets_of(inputs)[-1]
     assert_same(o[:, :rows], expected[:, :rows])
     assert (o[:, rows:] == 0).all()
     for state in STATES:
-        assert_same(inputs[state], apart[state])
+        assert_same(inputs[state], separate[state])
 
 
 def test_ragged_is_separate_sequences() -> None:
     inputs = in_fp64(CASE["SD-speculative"].make(CPU))
-    apart = copied(inputs)
+    separate = copied(inputs)
     o = kda_ops.fused.kda_decode(**inputs)
     bounds = offsets_of(inputs)
     for n in range(len(bounds) - 1):
         rows = slice(bounds[n], bounds[n + 1])
-        one = apart | {
-            name: apart[name][:, rows] for name in ("raw_gate", "raw_beta", "output_gate")
+        one = separate | {
+            name: separate[name][:, rows] for name in ("raw_gate", "raw_beta", "output_gate")
         }
-        one |= {name: apart[name][n : n + 1] for name in ("state_indices", "num_accepted")}
+        one |= {name: separate[name][n : n + 1] for name in ("state_indices", "num_accepted")}
         length = torch.tensor([0, bounds[n + 1] - bounds[n]])
-        alone = kda_ops.fused.kda_decode(**one | {"x": apart["x"][rows], "cu_seqlens": length})
+        alone = kda_ops.fused.kda_decode(**one | {"x": separate["x"][rows], "cu_seqlens": length})
         assert_same(o[:, rows], alone)
     for state in STATES:
-        assert_same(inputs[state], apart[state])
+        assert_same(inputs[state], separate[state])
 
 
 @pytest.mark.parametrize("layout", ["SD", "DS"])
 def test_any_prefix_of_a_draft_can_be_accepted(layout: str) -> None:
-    """Whatever is accepted, the next step is that of a sequence decoded token by token."""
+    """After any acceptance, the next step equals that of a sequence decoded token by token."""
     options: dict[str, Any] = {"dtype": FP64, "state_dtype": FP64, "layout": layout}
     draft = kda_decode_inputs(1, 1, 2, 8, 16, lengths=(4,), num_spec=3, device=CPU, **options)
     plain = copied(draft)
@@ -214,7 +214,7 @@ def test_any_prefix_of_a_draft_can_be_accepted(layout: str) -> None:
 
 
 def check_what_is_skipped(call: Any) -> None:
-    """NaN wherever nothing may come from; slots that no token names keep their bits."""
+    """NaN wherever nothing may be read; unused slots keep their bits."""
     inputs = CASE["SD-speculative"].make(CPU)
     inputs["num_accepted"][1] = 1  # its second slot is the null block
     table, bounds = inputs["state_indices"], offsets_of(inputs)
@@ -239,19 +239,19 @@ def check_what_is_skipped(call: Any) -> None:
         assert inputs[name][1:].isfinite().all()
 
 
-def test_what_is_skipped() -> None:
+def test_skipped_rows() -> None:
     check_what_is_skipped(kda_ops.fused.kda_decode)
 
 
 @pytest.mark.interpreter
-def test_what_is_skipped_by_the_kernel() -> None:
+def test_rows_skipped_by_the_kernel() -> None:
     check_what_is_skipped(run_kernels(kda_ops.fused.kda_decode))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("version", [(3, 6), (3, 7)], ids=str)
 @pytest.mark.parametrize("name", VARIED)
-def test_tiles_as_every_triton_lays_them_out(name: str, version: tuple[int, int]) -> None:
+def test_state_tiles_on_all_triton_versions(name: str, version: tuple[int, int]) -> None:
     case = next(case for case in CASES if case.name == name)
     kernels = importlib.import_module("kda_ops.delta_rule.kda_decode.kernel")
     with mock.patch.object(kernels, "TRITON", version):
@@ -259,7 +259,7 @@ def test_tiles_as_every_triton_lays_them_out(name: str, version: tuple[int, int]
 
 
 @pytest.mark.parametrize(("sequences", "elements"), [(1, 16), (4, 16), (5, 64)])
-def test_few_sequences_take_narrower_lines(sequences: int, elements: int) -> None:
+def test_few_sequences_use_narrower_lines(sequences: int, elements: int) -> None:
     """See `perf/notes/decode.md`: 4 % of a step of one, where 64 sequences would lose 8 %."""
     kernel = importlib.import_module("kda_ops.delta_rule.kda_decode.kernel")
     state = torch.empty(1, 1, 128, 128)
@@ -267,7 +267,7 @@ def test_few_sequences_take_narrower_lines(sequences: int, elements: int) -> Non
 
 
 @pytest.mark.interpreter
-def test_nan_of_a_sequence_stays_in_it() -> None:
+def test_nan_stays_in_its_sequence() -> None:
     inputs = CASE["DS-ragged-several"].make(CPU)
     clean = copied(inputs)
     poisoned = copied(inputs) | {"x": inputs["x"].clone()}
@@ -288,7 +288,7 @@ def test_nan_of_a_sequence_stays_in_it() -> None:
 )
 @pytest.mark.parametrize("accepted", [[2**31 - 1, -(2**31), 0], [7, 2, 1]])
 @pytest.mark.parametrize("offsets", [[0, 2, 4, 5], [5, 3, -9, 2**31 - 1], [0, -(2**31), 900, 1]])
-def test_kernel_stays_in_bounds_whatever_the_values(
+def test_kernel_stays_in_bounds_for_any_values(
     indices: list[list[int]], accepted: list[int], offsets: list[int]
 ) -> None:
     """Pools with room on both sides: only named slots inside the window change."""
@@ -443,7 +443,7 @@ def paged_step(layout: str) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
 
 
 def second_layer(conv: Tensor, recurrent: Tensor, **inputs: Any) -> Tensor:
-    """The operator between neighbours, on one layer of a cache."""
+    """The operator between pointwise ops, on one layer of a cache."""
     inputs = inputs | {"x": inputs["x"] * 2}
     return kda_ops.fused.kda_decode(conv_state=conv[1], state=recurrent[1], **inputs) + 1
 

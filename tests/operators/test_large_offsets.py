@@ -1,4 +1,4 @@
-"""Elements past 2^31: what is far into a tensor is computed as it is alone, on the card.
+"""Elements past 2^31: results far into a tensor equal those computed separately, on a GPU.
 
 Inputs are windows that slide over a small buffer, eight elements a token, so that only results (and
 a kernel's own workspace) take memory; states are pages far apart.
@@ -185,7 +185,7 @@ def far_pages(shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def assert_far_is_near(call: Callable[..., Any], inputs: dict[str, Any], *states: str) -> None:
-    """Two sequences of the same tokens and states, one slot near and one far."""
+    """Two sequences with equal tokens and states, one in a near slot and one in a far one."""
     before = {name: inputs[name][NEAR].clone() for name in states}
     with torch.no_grad():
         out = call(**inputs)

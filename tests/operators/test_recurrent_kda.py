@@ -18,12 +18,12 @@ CASE = {case.name: case for case in CASES}
 
 
 def exact_inputs(*sizes: int, **options: Any) -> dict[str, Any]:
-    """fp64 inputs, for comparisons that leave no room for rounding."""
+    """fp64 inputs, for comparisons without rounding."""
     return recurrent_inputs(*sizes, dtype=FP64, state_dtype=FP64, device=CPU, **options)
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
-    """Equal but for the order of fp64 sums."""
+    """Equal up to the order of fp64 sums."""
     assert a.shape == b.shape
     assert (a - b).abs().max() <= 64 * torch.finfo(FP64).eps * b.abs().max().clamp(min=1)
 
@@ -70,7 +70,7 @@ def test_reference_is_the_definition(name: str) -> None:
     assert_same(inputs["state"], expected)
 
 
-def test_tokens_at_once_are_tokens_one_by_one() -> None:
+def test_many_tokens_equal_single_tokens() -> None:
     inputs = exact_inputs(3, 4, 1, 2, 24, 16)
     whole = dict(inputs, state=inputs["state"].clone())
     o = kda_ops.recurrent_kda(**whole)
@@ -311,7 +311,7 @@ def test_opcheck(name: str) -> None:
 
 
 def second_layer(states: Tensor, **inputs: Tensor) -> Tensor:
-    """The operator between neighbours, on one layer of a cache."""
+    """The operator between pointwise ops, on one layer of a cache."""
     doubled = inputs | {"v": inputs["v"] * 2}
     return kda_ops.recurrent_kda(state=states[1], **doubled) + 1
 

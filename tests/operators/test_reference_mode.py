@@ -99,7 +99,7 @@ def small_inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(1, 128, 2, 16), torch.randn(2)
 
 
-def test_a_change_compiles_once() -> None:
+def test_a_change_recompiles_once() -> None:
     inputs, graphs = small_inputs(), []
 
     def backend(gm: Any, args: Any) -> Callable[..., Any]:
@@ -138,8 +138,8 @@ def test_part_of_a_traced_function() -> None:
     assert torch.equal(result, small_model(*inputs))
 
 
-def test_plain_pytorch_stays_beside_a_definition() -> None:
-    """No rewrite makes an operator of what is written out."""
+def test_plain_pytorch_next_to_a_definition_is_not_rewritten() -> None:
+    """No rewrite turns plain PyTorch into an operator."""
 
     def model(x: Tensor, A_log: Tensor) -> Tensor:
         g = -A_log.exp()[:, None] * torch.nn.functional.softplus(x)
@@ -154,7 +154,7 @@ def test_plain_pytorch_stays_beside_a_definition() -> None:
     assert any(outcome.reason is None for outcome in outcomes)
 
 
-def test_gradients_are_those_of_what_ran_forward() -> None:
+def test_gradients_match_the_forward_implementation() -> None:
     inputs = [x.requires_grad_() for x in small_inputs()]
     with kda_ops.reference():
         out = small_model(*inputs)
@@ -198,7 +198,7 @@ def test_a_step_in_place() -> None:
 
 
 def test_fp64_on_a_gpu() -> None:
-    """Allowed by the definition alone."""
+    """Allowed only in the definition."""
     with FakeTensorMode():
         x = torch.empty(2, 3, 4, dtype=torch.float64, device="cuda")
         with pytest.raises(ValueError, match="x must have dtype float16, bfloat16 or float32"):
@@ -210,7 +210,7 @@ def test_fp64_on_a_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
-def test_on_a_gpu(name: str) -> None:
+def test_version_counters_on_a_gpu(name: str) -> None:
     """The definition takes fp64 there and agrees with the CPU."""
     function, inputs = public_function(name), inputs_of(name)
     doubled = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)

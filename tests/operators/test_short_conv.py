@@ -25,14 +25,14 @@ shapes = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynam
 
 
 def rows_of(state: Tensor, layout: str) -> Tensor:
-    """`[slots, L, D]` whatever the layout."""
+    """`[slots, L, D]` from either layout."""
     return state if layout == "SD" else state.transpose(1, 2)
 
 
 def naive_sequence(
     history: list[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """One sequence, one token at a time: outputs, and the window that is left."""
+    """One sequence, one token at a time: outputs, and the final window."""
     window, outputs = list(history), []
     for token in x:
         window.append(token)
@@ -150,13 +150,13 @@ def check_poisoned(function: Any, layout: str) -> None:
 
 
 @layouts
-def test_what_is_skipped_is_not_read(layout: str) -> None:
+def test_skipped_rows_are_not_read(layout: str) -> None:
     check_poisoned(short_conv, layout)
 
 
 @layouts
 @pytest.mark.interpreter
-def test_what_is_skipped_is_not_read_by_the_kernel(layout: str) -> None:
+def test_skipped_rows_are_not_read_by_the_kernel(layout: str) -> None:
     check_poisoned(run_kernels(short_conv), layout)
 
 
@@ -165,7 +165,7 @@ def test_what_is_skipped_is_not_read_by_the_kernel(layout: str) -> None:
     "offsets",
     [[5, 3, 1], [0, 900, 2], [-70, 4, 24], [2**31, -(2**40), 7], [24, 24, 24], [0, 200, 400]],
 )
-def test_kernel_stays_in_bounds_whatever_the_offsets(offsets: list[int]) -> None:
+def test_kernel_stays_in_bounds_for_all_offsets(offsets: list[int]) -> None:
     pool = torch.zeros(3 * T, 8)
     pool[T : 2 * T] = torch.randn(T, 8)
     inputs = {"weight": torch.randn(8, 4), "cu_seqlens": torch.tensor(offsets)}
@@ -310,7 +310,7 @@ def test_a_changed_layout_recompiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_equal_sequences_before_padding() -> None:
-    """Sequences of one length, and rows behind them that belong to none."""
+    """Sequences of equal length, followed by padding rows."""
     x, weight = torch.randn(7, 12, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
     cu_seqlens = torch.arange(0, 7, 2)
     y = short_conv(x, weight, cu_seqlens=cu_seqlens)

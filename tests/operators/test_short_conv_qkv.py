@@ -31,7 +31,7 @@ shapes = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynam
 
 
 def rows_of(state: Tensor, layout: str) -> Tensor:
-    """`[slots, L, D]` whatever the layout."""
+    """`[slots, L, D]` from either layout."""
     return state if layout == "SD" else state.transpose(1, 2)
 
 
@@ -163,20 +163,20 @@ def check_poisoned(function: Any, layout: str) -> None:
 
 
 @layouts
-def test_what_is_skipped_is_not_read(layout: str) -> None:
+def test_skipped_rows_are_not_read(layout: str) -> None:
     check_poisoned(short_conv_qkv, layout)
 
 
 @layouts
 @pytest.mark.interpreter
-def test_what_is_skipped_is_not_read_by_the_kernel(layout: str) -> None:
+def test_skipped_rows_are_not_read_by_the_kernel(layout: str) -> None:
     check_poisoned(run_kernels(short_conv_qkv), layout)
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("bad", [0, 1, 2], ids=["q", "k", "v"])
 def test_nan_in_one_head_stays_there(bad: int) -> None:
-    """Padded lanes of a head lie over its neighbour's channels."""
+    """Padded lanes of a head overlap its neighbor's channels."""
     inputs: dict[str, Any] = {"x": torch.randn(1, 9, D), "weight": torch.randn(D, 4)}
     channels = slice(bad * KEY_DIM, bad * KEY_DIM + K)  # head 0
     inputs["x"][..., channels] = float("nan")
@@ -193,7 +193,7 @@ def test_nan_in_one_head_stays_there(bad: int) -> None:
 @pytest.mark.parametrize(
     "offsets", [[5, 3, 1], [0, 900, 2], [-70, 4, 24], [2**31, -(2**40), 7], [0, 200, 400]]
 )
-def test_kernel_stays_in_bounds_whatever_the_offsets(offsets: list[int]) -> None:
+def test_kernel_stays_in_bounds_for_all_offsets(offsets: list[int]) -> None:
     pool = torch.zeros(3, T, D)
     pool[1] = torch.randn(T, D)
     state = torch.zeros(9, 3, D)

@@ -138,13 +138,13 @@ def check_poisoned(function: Any, layout: str) -> None:
 
 
 @layouts
-def test_what_is_skipped_is_not_read(layout: str) -> None:
+def test_skipped_rows_are_not_read(layout: str) -> None:
     check_poisoned(short_conv_update, layout)
 
 
 @layouts
 @pytest.mark.interpreter
-def test_what_is_skipped_is_not_read_by_the_kernel(layout: str) -> None:
+def test_skipped_rows_are_not_read_by_the_kernel(layout: str) -> None:
     check_poisoned(run_kernels(short_conv_update), layout)
 
 
@@ -152,7 +152,7 @@ def test_what_is_skipped_is_not_read_by_the_kernel(layout: str) -> None:
 @pytest.mark.parametrize("state_indices", [[-1, 3], [3, 2**31 - 1], [4, 3]])
 @pytest.mark.parametrize("accepted", [[0, 9], [-(2**31), 2**31 - 1]])
 @pytest.mark.parametrize("offsets", [[0, 2, 4], [0, 900, 3], [5, -3, 7], [2**31, 0, -1]])
-def test_kernel_stays_in_bounds_whatever_the_values(
+def test_kernel_stays_in_bounds_for_any_values(
     state_indices: list[int], accepted: list[int], offsets: list[int]
 ) -> None:
     pool, state = torch.zeros(15, 8), torch.zeros(10, 4, 8)

@@ -1,5 +1,5 @@
-"""How kernels are chosen: by the table, by timing (here with a timer that is told the answer), and
-from what an earlier process remembered.
+"""How kernels are chosen: from the table, by timing (here with a fake timer), and from an earlier
+process's cache.
 """
 
 import importlib
@@ -42,7 +42,7 @@ DEFAULT = SM90[KERNEL][0][1]
 
 
 class Timer:
-    """Takes the place of the GPU and its clock: the candidate with the given values is fastest."""
+    """Replaces the GPU and its clock: the candidate with the given values is fastest."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, gpu: tuple[str, str] = ("sm_80", "A100")):
         self.fastest: dict[str, Any] = {"TILE": 4096, "num_warps": 4}
@@ -71,7 +71,7 @@ class Timer:
 
 
 class Gpu:
-    """A GPU in the place of whatever the device is."""
+    """Pretends that the device is a GPU."""
 
     def __init__(self, gpu: tuple[str, str]) -> None:
         self.gpu = gpu
@@ -85,7 +85,7 @@ class Gpu:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Nothing is remembered before a test, and nothing after it."""
+    """Each test starts and ends with empty caches."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     tuning.clear_cache()
     yield tmp_path / "kda_ops"
@@ -104,7 +104,7 @@ def test_the_fastest_is_chosen_once(timer: Timer) -> None:
     assert len(timer.timed) == len(CANDIDATES[KERNEL])
 
 
-def test_each_key_is_a_choice_of_its_own(timer: Timer) -> None:
+def test_each_key_has_its_own_choice(timer: Timer) -> None:
     timer.choose(K=128)
     timer.fastest = {"TILE": 8192, "num_warps": 8}
     assert timer.choose(K=64) == timer.fastest
@@ -148,7 +148,7 @@ def test_another_gpu_or_version_measures_again(
         '{"answer": {"TILE": 4096, "num_warps": 4}}',
     ],
 )
-def test_a_damaged_or_foreign_file_is_measured_again(
+def test_a_damaged_or_foreign_file_is_a_cache_miss(
     timer: Timer, folder: Path, content: str
 ) -> None:
     timer.choose()
@@ -161,7 +161,7 @@ def test_a_damaged_or_foreign_file_is_measured_again(
     assert json.loads(file.read_text())["answer"] == timer.fastest
 
 
-def test_an_answer_that_is_no_candidate_is_not_taken(timer: Timer, folder: Path) -> None:
+def test_a_cached_answer_that_is_no_candidate_is_ignored(timer: Timer, folder: Path) -> None:
     timer.choose()
     (file,) = folder.iterdir()
     content = json.loads(file.read_text())
@@ -171,7 +171,7 @@ def test_an_answer_that_is_no_candidate_is_not_taken(timer: Timer, folder: Path)
     assert timer.choose() == timer.fastest
 
 
-def test_a_folder_that_cannot_be_written(
+def test_an_unwritable_cache_folder(
     timer: Timer, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder.parent.joinpath("kda_ops").write_text("a file in the folder's place")
@@ -179,10 +179,10 @@ def test_a_folder_that_cannot_be_written(
     assert "not remembered" in caplog.text
 
 
-def test_deterministic_tuning_is_the_table_alone(
+def test_deterministic_tuning_uses_only_the_table(
     timer: Timer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timer.choose()  # also what was timed before does not count
+    timer.choose()  # earlier timings do not count either
     timed = len(timer.timed)
     monkeypatch.setattr(config, "deterministic_tuning", True)
     assert timer.choose() == DEFAULT
@@ -216,9 +216,7 @@ def test_the_cpu_takes_the_default() -> None:
     assert choose(KERNEL, CPU, K=128) == DEFAULT
 
 
-def test_a_candidate_that_does_not_run_is_left_out(
-    timer: Timer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_candidate_is_skipped(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(call: Any, device: torch.device) -> float:
         call()
         if timer.current == DEFAULT:
@@ -236,7 +234,7 @@ def test_a_candidate_that_does_not_run_is_left_out(
     assert timer.choose(K=64) == DEFAULT
 
 
-def test_no_memory_for_arguments_to_time_is_no_error(
+def test_no_memory_for_example_inputs_is_not_an_error(
     timer: Timer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: Any) -> Any:
@@ -284,7 +282,7 @@ def test_each_choice_is_one_line_of_the_log(
     assert table == "recurrent_kda(K=64) on cpu: TILE=2048 num_warps=8 (table of sm_90)"
 
 
-def test_tables_fit_together() -> None:
+def test_tables_are_consistent() -> None:
     """Every kernel has a row for every key, and its candidates name what its rows name."""
     for kernel, rows in DEFAULTS.items():
         default = row_for(rows, {})
@@ -348,7 +346,7 @@ def test_every_argument_has_its_role(op: Any) -> None:
         assert found == {name: ROLES.get(name) for name in found}
 
 
-def test_roles_of_unknown_arguments_are_refused() -> None:
+def test_roles_of_unknown_arguments_are_rejected() -> None:
     with pytest.raises(TypeError, match=r"roles of kda_ops::test_roles name \['y'\]"):
         define_op(
             "test_roles(Tensor x) -> Tensor",
@@ -380,7 +378,7 @@ def test_tables_of_example_arguments() -> None:
     assert plan[1].tolist() == [3, 3, 4, 0]
 
 
-def test_arguments_in_lists_are_timed_on_tensors_of_their_own() -> None:
+def test_list_arguments_are_timed_on_separate_tensors() -> None:
     """The gradients that the launcher of a backward operator takes."""
     x = torch.zeros(3, 2).t()
     arguments = [x, [x, None], [True, False]]
@@ -418,7 +416,7 @@ def test_generated_code_is_compiled_and_timed_while_something_else_is_compiled(
 
 
 @pytest.mark.parametrize("of_tokens", [False, True], ids=["cumulative", "of-tokens"])
-def test_the_gate_inside_the_recurrence_is_timed_against_a_kernel_of_its_own(
+def test_the_fused_gate_is_timed_against_a_separate_kernel(
     of_tokens: bool, timer: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also a gate of another shape than the recurrence's."""
@@ -515,7 +513,7 @@ CASE = {
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", NAMES)
 def test_every_candidate_runs_and_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the arguments that are made for timing, and then in the place of the default."""
+    """On the arguments made for timing, and then instead of the default."""
     Timer(monkeypatch)
     timed: dict[str, Any] = {}
 
@@ -542,7 +540,7 @@ def test_every_candidate_runs_and_is_right(name: str, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def unknown_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """The GPU of this machine as one that is in no table."""
+    """This machine's GPU, as if it were in no table."""
     monkeypatch.setattr(tuning, "TABLE", {})
     return torch.device("cuda", torch.cuda.current_device())
 

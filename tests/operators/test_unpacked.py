@@ -1,4 +1,4 @@
-"""Operators that take q, k and v packed or unpacked: the same numbers, and what does not fit."""
+"""Operators that take q, k and v packed or unpacked: equal results, and errors."""
 
 import re
 from typing import Any
@@ -37,7 +37,7 @@ def together(name: str, layout: str) -> dict[str, Any]:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("layout", ["SD", "DS"])
-def test_unpacked_is_packed(layout: str) -> None:
+def test_unpacked_equals_packed(layout: str) -> None:
     """Bit for bit: one kernel that finds its channels elsewhere."""
     inputs = together("short_conv_qkv", layout)
     separate = unpacked(inputs, WIDTHS)
@@ -50,7 +50,7 @@ def test_unpacked_is_packed(layout: str) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("layout", ["SD", "DS"])
-def test_unpacked_is_packed_in_a_step(layout: str) -> None:
+def test_unpacked_equals_packed_in_a_step(layout: str) -> None:
     inputs = together("kda_decode", layout)
     separate = unpacked(inputs, WIDTHS) | {"state": inputs["state"].clone()}
     run = run_kernels(public_function("kda_decode"))
@@ -97,7 +97,7 @@ def test_k_has_the_channels_of_q(name: str) -> None:
 
 
 def test_gradients_of_each_part() -> None:
-    """Those of the packed call."""
+    """The same as of the packed call."""
     inputs = short_conv_qkv_inputs(1, 5, 2, 4, 12, torch.float64, bias=True, device=CPU)
     names = ("x", "weight", "bias")
     packed = {name: inputs[name].requires_grad_() for name in names}

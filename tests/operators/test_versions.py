@@ -1,5 +1,5 @@
-"""What an operator writes, PyTorch knows to be written: a tensor that was saved for a backward and
-then stepped is an error, whatever wrote it.
+"""PyTorch knows what an operator writes: a tensor that was saved for a backward and then stepped is
+an error, whatever wrote it.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ class CudaImplementations(TorchDispatchMode):
 
 
 def assert_versions_grow(name: str, case: Case, device: str) -> None:
-    """Those of written arguments, and with them of what they are views of; no others."""
+    """Of written arguments and the tensors they are views of, no others."""
     inputs = case.make(torch.device(device))
     written = [x for n in case.mutated for x in tree_leaves(inputs[n])]
     whole = [x if x._base is None else x._base for x in written]
@@ -52,20 +52,20 @@ def assert_versions_grow(name: str, case: Case, device: str) -> None:
 
 
 @in_place
-def test_of_references(name: str, case: Case) -> None:
+def test_version_counters_of_references(name: str, case: Case) -> None:
     assert_versions_grow(name, case, "cpu")
 
 
 @pytest.mark.interpreter
 @in_place
-def test_of_kernels(name: str, case: Case) -> None:
+def test_version_counters_of_kernels(name: str, case: Case) -> None:
     with CudaImplementations():
         assert_versions_grow(name, case, "cpu")
 
 
 @pytest.mark.gpu
 @in_place
-def test_on_a_gpu(name: str, case: Case) -> None:
+def test_version_counters_on_a_gpu(name: str, case: Case) -> None:
     assert_versions_grow(name, case, "cuda")
 
 
@@ -95,7 +95,7 @@ def pokes() -> Iterator[list[Any]]:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
-def test_of_any_launcher(pokes: list[Any], mode: Any) -> None:
+def test_version_counters_of_any_launcher(pokes: list[Any], mode: Any) -> None:
     x, state, *others = (torch.ones(2, 3) for _ in range(4))
     for last in (None, torch.ones(2)):
         written = [state, *others, *([] if last is None else [last])]
@@ -107,7 +107,7 @@ def test_of_any_launcher(pokes: list[Any], mode: Any) -> None:
         assert state[1, 0] == 0
 
 
-def test_what_is_written_in_a_list_has_no_gradient(pokes: list[Any]) -> None:
+def test_written_lists_have_no_gradient(pokes: list[Any]) -> None:
     x, state, other, last = (torch.ones(2) for _ in range(4))
     for wrong, name in ((other, "others"), (last, "last"), (state, "state")):
         wrong.requires_grad_()
@@ -124,7 +124,7 @@ def test_inference_tensors_have_no_version(pokes: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_of_compiled_code(pokes: list[Any], backend: str) -> None:
+def test_version_counters_in_compiled_code(pokes: list[Any], backend: str) -> None:
     """AOTAutograd counts for a whole graph, which launches kernels without their operator."""
 
     def step(x: Tensor, cache: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""The memory that chunked KDA takes for its tiles: what it says is what it takes, it is bounded,
-and working it off in slabs changes no bit of a result.
+"""The memory of chunked KDA's tiles: it is as documented, bounded, and processing it in slabs
+changes no bit of a result.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ BF16 = torch.bfloat16
 
 
 def in_slabs_of(rows: int) -> Any:
-    """Workspaces of so many rows."""
+    """Limits workspaces to that many rows."""
 
     def slabs(found: int, *sizes: Any) -> int:
         return max(-(-found // rows), 1)
@@ -85,7 +85,7 @@ def recording(name: str, traceable: Any) -> Iterator[None]:
 
 
 def launched(sizes: dict[str, Any], limit: int) -> tuple[int, int]:
-    """Bytes that `chunk_kda` allocates beside its results, and kernels that it launches."""
+    """Bytes that `chunk_kda` allocates besides its results, and the kernels it launches."""
     kernels, allocated = [], []
     empty, recorder = torch.empty, test_cubin.Recorder()
 
@@ -122,7 +122,7 @@ def launched(sizes: dict[str, Any], limit: int) -> tuple[int, int]:
     ],
     ids=str,
 )
-def test_it_takes_what_it_says(sizes: dict[str, Any], limit: int) -> None:
+def test_workspace_bytes_is_what_it_allocates(sizes: dict[str, Any], limit: int) -> None:
     sizes = {"B": 1, "H": 1, "K": 128, "V": 128, "dtype": BF16, **sizes}
     sequences = len(sizes["cu_seqlens"]) - 1 if "cu_seqlens" in sizes else sizes["B"]
     with mock.patch.object(workspace, "WORKSPACE_BYTES", limit):
@@ -140,7 +140,7 @@ def test_it_takes_what_it_says(sizes: dict[str, Any], limit: int) -> None:
 
 
 def test_a_ragged_batch_needs_its_chunk_table() -> None:
-    """Also where the operator is called past the public function: not as one long sequence."""
+    """Also if the operator is called directly: not as one long sequence."""
     inputs = chunk_kda_inputs(CPU, T=70, K=64, V=64, cu_seqlens=[0, 30, 70])
     arguments = [inputs[name] for name in ("q", "k", "v", "g_cumsum", "beta")]
     launch = OPERATORS_DEFINED[torch.ops.kda_ops.chunk_kda.default].launcher
@@ -161,8 +161,8 @@ def test_long_inputs_stay_below_the_limit(tokens: int, heads: int, dtype: torch.
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("pages", [False, True], ids=["fixed", "ragged"])
-def test_compiled_a_slab_is_two_launches(pages: bool, dynamic: bool) -> None:
-    """Also where the number of tokens is a symbol: as many slabs as the first call needs."""
+def test_a_compiled_slab_is_two_launches(pages: bool, dynamic: bool) -> None:
+    """Also with a symbolic number of tokens: as many slabs as the first call needs."""
     sizes = {"K": 64, "V": 64, "cu_seqlens": [0, 70, 160] if pages else None}
     inputs = chunk_kda_inputs(CPU, T=300, **sizes)
     if pages:
@@ -181,7 +181,7 @@ def test_compiled_a_slab_is_two_launches(pages: bool, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize(("heads", "scans"), [(66, 1), (67, 2), (96, 2), (98, 2), (99, 1)])
-def test_heads_left_over_after_a_full_round_are_launched_apart(heads: int, scans: int) -> None:
+def test_heads_left_over_after_a_full_wave_are_launched_separately(heads: int, scans: int) -> None:
     """An H200 has 132 multiprocessors, and a head takes two programs; with up to 32 heads four or
     more.
     """
@@ -206,7 +206,7 @@ def test_groups_of_heads_change_nothing(slabs: bool) -> None:
 
 @contextlib.contextmanager
 def in_segments(count: int) -> Iterator[None]:
-    """Sequences are scanned in so many segments, and some are."""
+    """Sequences are scanned in that many segments."""
     first_pass = mock.patch.object(scan, "launch_segments", wraps=scan.launch_segments)
     with sanitize.in_segments(count), first_pass as launched:
         yield

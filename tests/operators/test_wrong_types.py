@@ -1,4 +1,4 @@
-"""Arguments of a wrong type: a `ValueError` that names the argument, before anything is written."""
+"""Arguments of the wrong type: a `ValueError` names the argument before anything is written."""
 
 import re
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def wrong_values(value: Any) -> list[tuple[Any, str]]:
-    """Values of other types, with what is said of them."""
+    """Values of other types, with the expected errors."""
     if isinstance(value, Tensor):
         return [(1.5, "a tensor, got float")]
     if isinstance(value, tuple) and isinstance(value[0], Tensor):

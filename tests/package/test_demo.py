@@ -24,7 +24,7 @@ def rows(table: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in found}
 
 
-def test_everything_is_well(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_succeeds(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "short.txt"
     text.write_text("less than the prompt, so it is repeated\n")
     arguments = ["demo", "--device", "cpu", "--tokens", "70", "--heads", "2"]
@@ -101,7 +101,7 @@ def test_errors_above_the_rule_are_faults() -> None:
         assert fault.startswith("o must be within 5.00e-01 of fp64, got ")
 
 
-def test_accuracy_is_the_rule_of_the_tests() -> None:
+def test_accuracy_uses_the_tolerance_rule() -> None:
     """Twice the reference's error and the rounding of the dtype at the result's scale."""
     exact = torch.tensor([1.0, -4.0], dtype=torch.float64)
     reference = torch.tensor([1.0, -3.75], dtype=torch.bfloat16)

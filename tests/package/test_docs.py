@@ -1,5 +1,5 @@
-"""What README.md and docs/ say holds: their Python blocks run, the tables name every operator,
-their commands, files and links exist.
+"""README.md and docs/ are correct: their Python blocks run, the tables name every operator, their
+commands, files and links exist.
 """
 
 import os
@@ -35,11 +35,11 @@ def test_there_are_blocks() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block_runs(block: str, request: pytest.FixtureRequest) -> None:
-    # compiled with a file name of its own, so that a traceback says where it is from
+    # compiled with a unique file name, for tracebacks
     exec(compile(block, request.node.callspec.id, "exec"), {})
 
 
-def test_the_readme_fits_on_two_screens() -> None:
+def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
 
 
@@ -123,6 +123,6 @@ def test_links_exist() -> None:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
-def test_there_is_a_place_for_measurements() -> None:
+def test_the_performance_page_has_its_markers() -> None:
     page = (ROOT / "docs" / "performance.md").read_text()
     assert page.index("<!-- perf:begin -->") < page.index("<!-- perf:end -->")

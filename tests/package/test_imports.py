@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources; what `import kda_ops` loads, in fresh processes."""
+"""Allowed imports, read from the sources; what `import kda_ops` loads, in fresh processes."""
 
 import ast
 import os
@@ -16,8 +16,8 @@ HEAVY = ("triton", "torch._inductor", "torch._dynamo", "sympy", "numpy.testing",
 OPERATOR_FILES = {"__init__", "op", "reference", "kernel", "cases"}
 MAY_HAVE = {"backward"}
 
-# The rooms of `kda_ops` from the ground up. A room imports from rooms below it, and from those
-# beside it that are named here.
+# The packages of `kda_ops` from the bottom up. A package imports from packages below it, and from
+# those on the same floor that are named here.
 FLOORS = (
     {"_numerics", "_roles", "_launch", "_progress", "_gradients", "_tracing", "config"},
     {"_checks", "kernel"},
@@ -119,7 +119,7 @@ def floor(module: str) -> int:
     return next(i for i, rooms in enumerate(FLOORS) if room(module) in rooms)
 
 
-def test_the_rules_see_every_kind_of_import() -> None:
+def test_the_rules_cover_every_kind_of_import() -> None:
     tree = ast.parse(
         "import a.b\n"
         "from c import d\n"
@@ -136,12 +136,12 @@ def test_the_rules_see_every_kind_of_import() -> None:
     }  # fmt: skip
 
 
-def test_every_room_stands_on_a_floor() -> None:
+def test_every_package_has_a_floor() -> None:
     rooms = {room(module) for module, _ in sources("kda_ops", "lowering")} - {""}
     assert rooms == set().union(*FLOORS)
 
 
-def test_nothing_imports_upwards() -> None:
+def test_nothing_imports_upward() -> None:
     wrong = set()
     for module, used in arrows().items():
         if module == "kda_ops":
@@ -154,7 +154,7 @@ def test_nothing_imports_upwards() -> None:
     assert wrong == set()
 
 
-def test_no_circles() -> None:
+def test_no_import_cycles() -> None:
     """Beside the one seam, through which `_registry` reaches `lowering`."""
     graph, done, circles = arrows(), set(), []
 
@@ -189,7 +189,7 @@ def test_only_lowering_imports_inductor() -> None:
     assert offenders("torch._inductor", "kda_ops", "perf") == set()
 
 
-def test_kda_ops_reaches_lowering_through_one_seam() -> None:
+def test_kda_ops_imports_lowering_in_one_place() -> None:
     assert offenders("kda_ops.lowering", "kda_ops") == {SEAM[0]}
 
 
@@ -233,7 +233,7 @@ def test_every_operator_has_the_same_files() -> None:
 
 
 def run(script: str, cache: Path) -> str:
-    """What a fresh process prints; byte code is kept in `cache` so that only the first compiles."""
+    """The output of a fresh process; byte code is in `cache`, so that only the first compiles."""
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
@@ -282,7 +282,7 @@ for name in sorted(set(sys.modules) - before):
 
 
 def test_importing_takes_under_50_ms(tmp_path: Path) -> None:
-    """Processor time, the least of several: what else runs on the machine only adds to it."""
+    """The least CPU time of several runs: other load on the machine only adds to it."""
     script = """
 import time
 import torch

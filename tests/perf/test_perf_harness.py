@@ -1,4 +1,4 @@
-"""How rows are measured, without a GPU: what neighbouring rows share, and the baselines' tuning."""
+"""How rows are measured, without a GPU: what consecutive rows share, and baselines' autotuning."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +34,7 @@ def gate_row(**changes: Any) -> Row:
 
 
 def measure(measurer: rows.Measurer, row: Row) -> dict[str, Any]:
-    """What is written down about a row, with the GPU parts of measuring replaced."""
+    """What is recorded for a row, with the GPU parts of measuring replaced."""
     benchmark = SimpleNamespace(extra_info={}, group=None)
     with (
         mock.patch.object(rows, "_measured_seconds", return_value=1e-6),
@@ -69,7 +69,7 @@ def test_large_results_are_not_kept() -> None:
     assert measurer.remembered is None
 
 
-def test_a_wrong_row_is_found_against_what_its_neighbour_remembered() -> None:
+def test_a_wrong_row_is_detected_with_cached_expected_results() -> None:
     measurer = rows.Measurer(CPU, 1 << 10, {})
     expected = rows.through_references(kda_ops.gate)
     measure(measurer, gate_row(expected=expected))
@@ -78,7 +78,7 @@ def test_a_wrong_row_is_found_against_what_its_neighbour_remembered() -> None:
         measure(measurer, gate_row(expected=expected, prepare=wrong))
 
 
-def test_a_row_says_where_its_seconds_went() -> None:
+def test_a_row_records_its_host_seconds() -> None:
     written = measure(rows.Measurer(CPU, 1 << 10, {}), gate_row())
     steps = ["reference", "check", "inputs", "measure", "profile", "eager"]
     assert list(written["host_seconds"]) == steps
@@ -88,7 +88,7 @@ def test_a_row_says_where_its_seconds_went() -> None:
 
 
 class FakeKernel:
-    """Stands for a Triton kernel: notes how it was run, and in which compile mode."""
+    """A fake Triton kernel: records how it was run, and in which compile mode."""
 
     def __init__(self) -> None:
         self.runs: list[tuple[int, bool, bool]] = []
@@ -118,14 +118,14 @@ def test_configurations_compile_together_before_they_are_timed() -> None:
     assert kernel.runs == [*compiled, *timed, (32, False, False), (32, False, False)]
 
 
-def test_tuning_is_as_it_was_afterwards() -> None:
+def test_autotuning_is_restored_afterwards() -> None:
     before = Autotuner.prune_configs
     with autotuning.quick_tuning():
         assert Autotuner.prune_configs is not before
     assert Autotuner.prune_configs is before
 
 
-def test_core_cases_hold_the_tokens_that_they_are_named_after() -> None:
+def test_core_cases_have_the_tokens_in_their_names() -> None:
     assert sum(RAGGED) == 8192
     case = core_case("small", (70, 58), 2, None)
     inputs = case.make(CPU)
@@ -154,7 +154,7 @@ def test_both_of_our_cores_compute_the_core(
 
 
 @pytest.mark.parametrize("name", bench_core_accuracy.CASES)
-def test_accuracy_is_held_against_the_definition(name: str) -> None:
+def test_accuracy_is_checked_against_the_definition(name: str) -> None:
     """Our references in fp64 agree with the loop over tokens to rounding, on each case's inputs."""
     with mock.patch.multiple(bench_core_accuracy, T=70, H=2):
         inputs = bench_core_accuracy.make(name, 0, CPU)

@@ -1,6 +1,4 @@
-"""What is concluded from runs, without a GPU: targets met or missed, rows that got worse, what the
-picture stacks.
-"""
+"""Analysis of runs, without a GPU: targets met or missed, worse rows, bars of the picture."""
 
 import json
 from pathlib import Path
@@ -44,7 +42,9 @@ def target(
     ("measure", "value"),
     [("ratio", 2.5), ("wall", 5.0), ("kernels", 2.5), ("roofline", 2.0), ("us", 4)],
 )
-def test_a_target_takes_our_best_way_and_the_fastest_baseline(measure: str, value: float) -> None:
+def test_a_target_compares_our_fastest_with_the_fastest_baseline(
+    measure: str, value: float
+) -> None:
     rows = [
         row("slow baseline", 40.0),
         row(BASELINE, 10.0),
@@ -59,7 +59,7 @@ def test_a_target_may_name_its_baseline() -> None:
     assert targets.value_of(target("ratio", 1.0, baseline="compiled"), rows) == 5.0
 
 
-def test_accuracy_is_that_of_our_worst_way() -> None:
+def test_accuracy_is_that_of_our_worst_provider() -> None:
     run = {
         "benchmarks": [
             {
@@ -117,14 +117,14 @@ def changed(old: dict[str, Any], new: dict[str, Any]) -> compare.Change:
     return change
 
 
-def test_a_row_is_worse_in_what_its_own_run_could_do() -> None:
+def test_a_row_is_compared_relative_to_its_run() -> None:
     slower = changed(row(OURS, 4.0), row(OURS, 4.4))
     assert slower.worse == pytest.approx(0.1)
     with_the_machine = changed(row(OURS, 4.0), row(OURS, 4.4, copy_TB_per_s=4.0 / 1.1))
     assert with_the_machine.worse == pytest.approx(0.0)
 
 
-def test_products_excuse_only_rows_that_are_bound_by_them() -> None:
+def test_gemm_speed_only_excuses_compute_bound_rows() -> None:
     slow_products = {"matmul_TFLOP_per_s": 630.0}
     assert changed(row(OURS, 4.0), row(OURS, 4.4, **slow_products)).worse == pytest.approx(0.1)
     bound = {"TFLOP_per_s": 315.0, "roofline_us": 2.2, **slow_products}
@@ -149,7 +149,7 @@ def test_five_percent_worse_fails(
     assert f"{said} rows are more than 5 % worse" in capsys.readouterr().out
 
 
-def test_without_a_new_run_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_new_run_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     with (
         mock.patch.object(compare, "choose_run", side_effect=FileNotFoundError("name one")),
         pytest.raises(SystemExit, match="2"),
@@ -188,7 +188,7 @@ def test_stages_add_up_to_the_measured_time() -> None:
     assert set(picture.COLOURS) == set(picture.STAGES)
 
 
-def test_a_panel_has_the_baselines_and_our_best() -> None:
+def test_a_panel_has_the_baselines_and_our_fastest() -> None:
     rows = [row(BASELINE, 10.0), row(OURS, 8.0), row(f"{OURS}, fused", 4.0)]
     with mock.patch.object(picture, "TARGETS", [target("ratio", 1.0)] * 2):
         ((title, members),) = picture.panels(rows)

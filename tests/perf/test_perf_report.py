@@ -71,7 +71,7 @@ def test_inputs_rotate_through_three_times_the_cache(bytes_per_call: int, sets: 
     assert timing.rotations(bytes_per_call, 60_000_000) == sets
 
 
-def test_a_right_row_passes_its_check() -> None:
+def test_a_correct_row_passes_its_check() -> None:
     assert rows.check(make_row(), torch.device("cpu")) <= rows.AGREEMENT
 
 
@@ -133,7 +133,7 @@ def test_the_table_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert report.main([str(fabricated_run(tmp_path / "run.json"))]) == 0
     assert capsys.readouterr().out == (
         "NVIDIA H200, driver 1, torch 2.11.0, triton 3.6.0, FLA 0.6.0; copy 4.00 TB/s, "
-        "bf16 matrix product 800 TFLOP/s in the same run.\n\n"
+        "bf16 GEMM 800 TFLOP/s in the same run.\n\n"
         "| stage | case | provider | us | roofline, us | of roofline | GB/s | TFLOP/s | launches "
         "| baseline / ours |\n"
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
@@ -164,7 +164,7 @@ def test_errors_of_large_results_add_up(monkeypatch: pytest.MonkeyPatch) -> None
         whole = float((out - expected).double().norm() / expected.double().norm())
 
 
-def test_a_row_that_a_baseline_beats_is_said(
+def test_a_row_slower_than_a_baseline_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run.json"
@@ -197,7 +197,7 @@ def test_each_row_is_from_the_newest_run_that_has_it(tmp_path: Path) -> None:
         assert found == {"FLA 0.6.0": 6.0, OURS: 4.0}
 
 
-def test_a_case_is_judged_by_rows_of_one_run() -> None:
+def test_a_target_is_judged_within_one_run() -> None:
     runs = [
         {
             "datetime": f"2026-01-0{day}",
@@ -216,7 +216,7 @@ def test_a_case_is_judged_by_rows_of_one_run() -> None:
     assert alone["us"] == 9.0
 
 
-def test_the_slowest_rows_to_measure_are_told() -> None:
+def test_the_slowest_rows_to_measure_are_listed() -> None:
     found = [make_result(OURS, 4.0, host_seconds={"check": x, "measure": 1.0}) for x in (2.0, 5.0)]
     assert [seconds for _, seconds in report.slowest([*found, make_result(OURS, 1.0)])] == [
         6.0,

@@ -23,14 +23,14 @@ THERE = Gpu("there", 2e12, 350e12, 50, 1e9, 200e9)
         ("chain", 20e-6, 20e-6),
     ],
 )
-def test_each_limit_carries_over_in_its_own_way(limit: str, one: float, four: float) -> None:
+def test_each_bottleneck_scales_in_its_own_way(limit: str, one: float, four: float) -> None:
     piece = Piece("kernel", 0, 0, 10e-6, limit)
     assert piece.predicted(HERE, HERE, 1) == pytest.approx(10e-6)
     assert piece.predicted(THERE, HERE, 1) == pytest.approx(one)
     assert piece.predicted(THERE, HERE, 4) == pytest.approx(four)
 
 
-def test_a_chain_is_shorter_from_so_many_ranks_on() -> None:
+def test_a_chain_gets_shorter_from_some_number_of_ranks() -> None:
     piece = Piece("kernel", 0, 0, 10e-6, "chain", shorter=(4, 3e-6))
     assert piece.predicted(THERE, HERE, 2) == pytest.approx(20e-6)
     assert piece.predicted(THERE, HERE, 4) == pytest.approx(6e-6)
@@ -63,8 +63,8 @@ def committed() -> list[roofline.Row]:
     return newest(read_run(path) for path in (machine.HISTORY / "h200").glob("*.json"))
 
 
-def test_the_model_gives_the_measured_layer_back() -> None:
-    """From its parts on the GPU that they were measured on; they may be of different runs."""
+def test_the_model_reproduces_the_measured_layer() -> None:
+    """From its parts on the GPU they were measured on, possibly in different runs."""
     rows = committed()
     measured = next(gpu for gpu in roofline.gpus(rows) if gpu.name == roofline.MEASURED)
     pieces = roofline.prefill_pieces(rows)

@@ -1,4 +1,4 @@
-"""The sanitizer's command, with scripts in the place of the tool."""
+"""The sanitizer's command, with scripts instead of the tool."""
 
 from pathlib import Path
 from unittest import mock
@@ -35,7 +35,7 @@ def tool(tmp_path: Path, says: str, status: int) -> str:
         ("no device", 0, "no summary, exit status 0", 1),
     ],
 )
-def test_what_a_tool_found(
+def test_findings_of_a_tool(
     says: str,
     status: int,
     found: str,
@@ -84,7 +84,7 @@ def test_a_missing_sanitizer_is_named() -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["chunk_kda", "chunk_kda_gated"])
-def test_chunked_kda_runs_in_segments_too(name: str) -> None:
+def test_chunked_kda_also_runs_in_segments(name: str) -> None:
     module = f"{operator_packages()[name]}.cases"
     case = next(case for case in cases(name) if sanitize.takes_segments(name, case.make(CPU)))
     launched = mock.patch.object(scan, "launch_segments", wraps=scan.launch_segments)

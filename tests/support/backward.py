@@ -67,7 +67,7 @@ def output_gradients(inputs: dict[str, Any]) -> list[Tensor | None]:
 def launch(
     operator: str, inputs: dict[str, Any], given: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor]:
-    """The gradients by the kernels."""
+    """The gradients from the kernels."""
     module = import_module(f"{operator_packages()[operator]}.backward")
     found: list[Tensor] = getattr(module, f"launch_{operator}_backward")(
         *inputs.values(), given, needs
@@ -101,7 +101,7 @@ def reference(
 
 
 def assert_gradients(case: KernelCase, device: torch.device) -> None:
-    """Holds the kernels' gradients against fp64, with fresh allocations poisoned."""
+    """Checks the kernels' gradients against fp64, with fresh allocations poisoned."""
     assert kda_ops
     inputs = arguments(case, device)
     given, needs = output_gradients(inputs), differentiable(inputs)

@@ -1,6 +1,6 @@
-"""In Triton's interpreter, a kernel that reads or writes outside the tensors it was given fails:
-what compute-sanitizer finds on a GPU, on a machine that has none. A place elsewhere in a tensor's
-storage (another tile of a workspace), or in another of the launch's tensors, passes.
+"""In Triton's interpreter, a kernel that reads or writes outside its tensors fails, like under
+compute-sanitizer but without a GPU. An address elsewhere in a tensor's storage (another tile of a
+workspace), or in another of the launch's tensors, passes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class Bounds:
         self.ends = np.array([end for _, end in spans], dtype=np.uint64)
 
     def check(self, pointers: Any, mask: Any) -> None:
-        """Raises an IndexError where an element that the mask lets through is in no tensor."""
+        """Raises an IndexError if an unmasked element is in no tensor."""
         import numpy as np
 
         places, mask = np.broadcast_arrays(pointers.data, mask.data.astype(bool))
@@ -50,7 +50,7 @@ class Bounds:
 
 @contextlib.contextmanager
 def within_tensors() -> Iterator[None]:
-    """Kernels that leave their tensors raise an IndexError."""
+    """Context manager: out-of-bounds accesses of kernels raise an IndexError."""
     from triton.runtime import interpreter
 
     bounds: list[Bounds] = []

@@ -1,9 +1,9 @@
-"""The code Inductor would generate for a CUDA device, on a machine that has none.
+"""The code Inductor would generate for a CUDA device, on a machine without one.
 
 `cuda_code(f, *cpu_args)` compiles `f` on CPU tensors as usual: Dynamo and AOTAutograd never see a
-GPU. At the last seam, where Inductor receives the ATen graph, a copy of it is compiled for a
-device that is described (`kda_ops.lowering.explain.virtual_gpu`). The generated source is kept
-instead of run; the call itself runs the CPU graph. So launches can be counted in CPU CI, static and
+GPU. At the end, where Inductor receives the ATen graph, a copy of it is compiled for a virtual GPU
+(`kda_ops.lowering.explain.virtual_gpu`). The generated source is kept instead of run; the call
+itself runs the CPU graph. So launches can be counted in CPU CI, static and
 dynamic, forward and backward.
 """
 

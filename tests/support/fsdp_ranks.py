@@ -1,8 +1,8 @@
 """What one rank of `tests/nn/test_fsdp.py` runs: `python -m tests.support.fsdp_ranks RANK WORLD
 STORE`.
 
-Every scenario shards a layer or a model over all ranks, trains it on other data in each of them and
-holds it against the same in one process. Prints the scenarios that failed and why, as JSON.
+Every scenario shards a layer or a model over all ranks, trains it on different data on each and
+compares it with the same in one process. Prints the scenarios that failed and why, as JSON.
 """
 
 import copy
@@ -131,7 +131,7 @@ def assert_gradients(
     data: Callable[[int, torch.dtype], Tensor],
     compute: torch.dtype,
 ) -> None:
-    """Those of a sharded module, by the rule: `original` in the dtype it computes in, and fp64."""
+    """Checks a sharded module's gradients against `original` in its compute dtype, and in fp64."""
     reference = alone(copy.deepcopy(original).to(compute), lambda rank: data(rank, compute))
     exact = copy.deepcopy(original).double()
     fp64 = alone(exact, lambda rank: data(rank, torch.float64))
@@ -225,7 +225,7 @@ def parts_that_are_frozen(mesh: DeviceMesh) -> None:
 
 @scenario
 def parameters_without_a_gradient(mesh: DeviceMesh) -> None:
-    """Ranks that do not use a layer of a group send zeros, if they are asked to."""
+    """Ranks that do not use a layer of a group send zeros, if requested."""
     original = Pair()
     for policy in (MixedPrecisionPolicy(), MIXED):
         sharded = fully_shard(copy.deepcopy(original), mesh=mesh, mp_policy=policy)
@@ -353,7 +353,7 @@ def a_model_in_bf16(mesh: DeviceMesh) -> None:
 
 @scenario
 def replicated_data(mesh: DeviceMesh) -> None:
-    """DDP, which knows nothing of all this."""
+    """DDP, without special support."""
     original = layer().to(BF16)
     replica = DistributedDataParallel(copy.deepcopy(original))
     train(replica, BF16)

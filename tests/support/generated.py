@@ -1,9 +1,9 @@
 """Runs the Triton code that Inductor generates for a GPU, on CPU tensors, in the interpreter.
 
 `tests.support.fake_cuda` makes the source; here its kernels are executed instead of compiled. The
-numbers are right to fp32 rounding; races, launch limits and speed are not seen. Buffers are
-allocated full of NaN and between guards, so that an element which is not written, or a write beside
-a buffer, is seen. Needs TRITON_INTERPRET=1.
+numbers are right up to fp32 rounding; races, launch limits and speed are not covered. Buffers are
+filled with NaN and allocated between guards, to detect elements that are not written and writes out
+of bounds. Needs TRITON_INTERPRET=1.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ REPLACED = {
 
 
 class Libdevice:
-    """The library functions that generated kernels call, in terms of what the interpreter has."""
+    """The library functions that generated kernels call, with the interpreter's functions."""
 
     def __getattr__(self, name: str) -> Any:
         import triton.language as tl
@@ -87,7 +87,7 @@ class Kernel:
 
 
 class Interpreted:
-    """Takes the place of Inductor's `AsyncCompile`."""
+    """Replaces Inductor's `AsyncCompile`."""
 
     def triton(self, name: str, source: str, device_str: str | None = None) -> Kernel:
         return Kernel(name, source)

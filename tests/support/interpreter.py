@@ -1,7 +1,7 @@
 """Makes Triton's interpreter treat bf16 as a GPU does.
 
-As it stands, a dot multiplies the operands' bit patterns, and a cast from fp32 cuts bits off
-instead of rounding to the nearest.
+Unpatched, a dot multiplies the operands' bit patterns, and a cast from fp32 truncates instead of
+rounding to nearest.
 """
 
 from typing import Any

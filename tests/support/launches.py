@@ -1,4 +1,4 @@
-"""What a compiled layer launches besides its matrix products, read off generated CUDA code."""
+"""What a compiled layer launches besides its GEMMs, from the generated CUDA code."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def launches(module: Any, *args: Any, dynamic: bool | None = False, **kwargs: An
 
 
 def expect(found: Summary, kernels: list[str]) -> None:
-    """These launches, in order, by parts of their names, and nothing else."""
+    """Exactly these launches, in order, by parts of their names."""
     assert found.externs == []
     assert len(found.launches) == len(kernels), str(found)
     for name, part in zip(found.launches, kernels, strict=True):
@@ -42,8 +42,8 @@ def expect(found: Summary, kernels: list[str]) -> None:
 
 
 def mark_dynamic(*tensors: Tensor | None, axis: int = 0) -> None:
-    """Makes a size of some tensors symbolic. (`dynamic=True` would make tensors of Python floats
-    too, such as a module's eps.)
+    """Makes a size of some tensors symbolic. (`dynamic=True` would also turn Python floats, such as
+    a module's eps, into tensors.)
     """
     for tensor in tensors:
         if tensor is not None:

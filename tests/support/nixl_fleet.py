@@ -17,7 +17,7 @@ from kda_ops.transfer.wire import tcp_caller
 from tests.support.transfer_faults import Counted
 from tests.support.transfer_fleet import Side, content, geometry
 
-PATIENCE_S = 180  # of what ends by itself; the machine may be a slow one and busy
+PATIENCE_S = 180  # for what ends by itself; the machine may be slow and busy
 PAGES = 420
 
 
@@ -55,11 +55,11 @@ class Prefill:
         return json.loads(self.process.stdout.readline())
 
     def do(self, name: str, **arguments: Any) -> Any:
-        """Has the process run a command."""
+        """Runs a command in the process."""
         return self._ask({"do": name, **arguments})
 
     def call(self, engine: str, timeout_s: float = PATIENCE_S) -> Callable[[int, bytes], bytes]:
-        """What `TransferEngine.connect` takes."""
+        """The `call` of `TransferEngine.connect`."""
         addresses = {i: tuple(a) for i, a in enumerate(self.addresses[engine])}
         return tcp_caller(addresses, timeout_s=timeout_s)
 
@@ -118,7 +118,7 @@ class Prefill:
 
 
 class Decode:
-    """Decode engines of this process, each with a name of its own.
+    """Decode engines of this process, each with a unique name.
 
     Args:
         name: Of the test.
@@ -151,7 +151,7 @@ class Decode:
         return sides
 
     def close(self) -> None:
-        """Every engine ends within its time, and gives back all that it took from NIXL."""
+        """Closes every engine within its timeout; it must free everything it took from NIXL."""
         for side in self.sides:
             assert side.engine.close() == []
             assert side.engine.transport.left() == {}
@@ -175,6 +175,6 @@ def all_finished(total: list[Progress]) -> bool:
 
 
 def expect(reader: Side, state: int, kv: list[int], seed: int, first_block: int = 0) -> None:
-    """The pages that a reader is to hold of 24 tokens."""
+    """The expected pages of a reader for 24 tokens."""
     reader.write_state(state, content(24, seed))
     reader.write_kv(kv, content(24, seed), first_block)

@@ -1,6 +1,6 @@
-"""Prefill engines in a process of their own: `python -m tests.support.nixl_prefill`.
+"""Prefill engines in a separate process: `python -m tests.support.nixl_prefill`.
 
-Hosts the ranks of some engines over NIXL and takes commands, one JSON object per line, each with
+Hosts the ranks of engines over NIXL and takes commands, one JSON object per line, each with
 one line in answer. It lives until its input ends.
 """
 
@@ -90,12 +90,12 @@ class Host:
             side.fill()
 
     def renew(self, engine: str, request: str, ttl_s: float) -> None:
-        """Makes an offer last."""
+        """Renews an offer."""
         for side in self.sides[engine]:
             side.engine.renew(request, ttl_s)
 
     def check(self) -> list[int]:
-        """Own pages are as they were; how many notices were strays."""
+        """Checks that its pages are unchanged; returns the number of stray notices."""
         for sides in self.sides.values():
             for side in sides:
                 side.check()
@@ -106,7 +106,7 @@ class Host:
         return taken
 
     def close(self) -> list[dict[str, int]]:
-        """Ends all engines; what they have not given back."""
+        """Closes all engines; returns what they have not freed."""
         sides = [side for sides in self.sides.values() for side in sides]
         self.sides = {}
         for servers in self.servers.values():

@@ -17,7 +17,7 @@ NAMES = sorted(PACKAGES)
 
 
 def cases(name: str, *, perf: bool = False, kernels: bool = False) -> list[Case]:
-    """An operator's cases; with `kernels` those that its kernels take."""
+    """An operator's cases; with `kernels` those its kernels support."""
     module = importlib.import_module(f"{PACKAGES[name]}.cases")
     return [c for c in module.CASES if c.perf == perf and not (kernels and c.cpu_only)]
 
@@ -29,7 +29,7 @@ def all_cases(*, kernels: bool = False) -> Iterator[tuple[str, Case]]:
 
 
 class RunKernels(TorchDispatchMode):
-    """Runs the Triton launcher of every operator, whatever the device.
+    """Runs the Triton launcher of every operator, on any device.
 
     CPU tensors go through Triton's interpreter.
     """
@@ -46,7 +46,7 @@ class RunKernels(TorchDispatchMode):
 
 
 def run_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with every operator's launcher in the place of its CPU implementation."""
+    """`function` with every operator's launcher instead of its CPU implementation."""
 
     def run(**inputs: Any) -> Any:
         with torch.no_grad(), RunKernels() as mode:

@@ -1,4 +1,4 @@
-"""The one tolerance rule: everything is held against fp64.
+"""The one tolerance rule: everything is compared with fp64.
 
 A result is accepted when it is finite wherever the oracle is and
 
@@ -21,7 +21,7 @@ from kda_ops._cases import Case
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fills every uninitialised allocation with NaN (integers with their largest value)."""
+    """Fills every uninitialized allocation with NaN (integers with their largest value)."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -63,7 +63,7 @@ def copy_inputs(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> dic
 def evaluate(
     function: Callable[..., Any], inputs: dict[str, Any], mutated: tuple[str, ...]
 ) -> list[Tensor]:
-    """Results of a call, then the arguments that it wrote."""
+    """Results of a call, then the arguments it wrote."""
     with torch.no_grad():
         result = tensors(function(**inputs))
     return [*result, *tensors([inputs[name] for name in mutated])]
@@ -108,11 +108,11 @@ def assert_accurate(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> None:
-    """Runs one way of computing a case (`function`) and holds it against the public function in
+    """Runs one implementation of a case (`function`) and compares it with the public function in
     fp64 on the CPU.
 
-    Fresh allocations are poisoned. A written argument that is a view is also checked to have left
-    the rest of its storage as it was.
+    Fresh allocations are poisoned. If a written argument is a view, the rest of its storage must be
+    unchanged.
     """
     torch.manual_seed(seed)
     inputs = case.make(torch.device(device))

@@ -1,4 +1,4 @@
-"""What the graph rewrites make of a function: the rewritten graph, run on CPU tensors.
+"""The result of the graph rewrites on a function: the rewritten graph, run on CPU tensors.
 
 `torch.compile` up to the end of Inductor's post-grad passes, without code generation. The graph is
 then run as it is, so a wrong rewrite gives wrong numbers.
@@ -42,7 +42,7 @@ def rewritten(
     written: tuple[int, ...] = (),
     frozen: bool = False,
 ) -> Rewritten:
-    """Compiles and runs `function`, and holds the result to eager fp64 as every operator is held.
+    """Compiles and runs `function`, and checks the result against eager fp64 by the rule.
 
     Args:
         function: Written like a model: small operators and plain PyTorch.
@@ -75,7 +75,7 @@ def rewritten(
             torch._dynamo.mark_dynamic(args[position], axis)
     sizes = None if isinstance(dynamic, dict) else dynamic
     settings: dict[str, Any] = {"force_disable_caches": True, "freezing": frozen}
-    if frozen:  # as on a GPU: products merged, not made into oneDNN's
+    if frozen:  # as on a GPU: GEMMs merged, not replaced by oneDNN's
         settings |= {"cpp.weight_prepack": False, "cpp.enable_concat_linear": True}
     patched = torch._inductor.config.patch(settings)
     with torch.no_grad(), patched, recording() as outcomes:

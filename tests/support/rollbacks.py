@@ -1,8 +1,8 @@
-"""Programs that copy states, step them and put them back: operators that write states in small
+"""Programs that copy states, step them and restore them: operators that write states, in small
 sizes, and random programs of them.
 
-States are dense here: a copy of one in padded pages has other strides, and no compiler takes it for
-the state itself.
+States are dense here: a copy of one in padded pages has different strides, so no compiler replaces
+it by the state.
 """
 
 import random
@@ -37,7 +37,7 @@ class Stepper:
         name: The operator.
         states: Names of the arguments that it writes.
         make: Its arguments on a device.
-        layout: Of a convolution state, empty without one.
+        layout: Layout of a convolution state, empty without one.
     """
 
     name: str
@@ -133,8 +133,8 @@ STEPPERS = [
 def compare(
     program: Callable[..., list[Tensor]], states: Any, *args: Any, dynamic: bool = False
 ) -> None:
-    """Holds a program, compiled, to eager fp64 as every operator is held: its results, and the
-    states that it writes, its first argument.
+    """Checks a compiled program against eager fp64 by the rule: its results, and the states it
+    writes, its first argument.
     """
 
     def run(function: Any, states: Any, args: Any) -> list[Tensor]:
@@ -215,7 +215,7 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 
 def random_program(seed: int, length: int = 7) -> Program:
-    """Begins with a copy, steps its source in the middle and puts back some of it at the end."""
+    """Begins with a copy, steps its source in the middle and restores some of it at the end."""
     draw = random.Random(seed)
     stepper = draw.choice([RECURRENT, RECURRENT, *DECODES])
     sizes = [2] if stepper is RECURRENT else [1, 1]

@@ -114,7 +114,7 @@ class Paced(InProcessTransport):
 
 
 class Counted:
-    """A transport that counts what it has given out and has not got back.
+    """A transport that counts unreleased resources.
 
     Attributes:
         open: Registrations, prepared lists and reads.
@@ -176,6 +176,6 @@ class Counted:
         return getattr(self._transport, name)
 
     def left(self) -> dict[str, int]:
-        """What was not given back."""
+        """What was not released."""
         counts = {**self.open, "peers": len(self.known)}
         return {what: count for what, count in counts.items() if count}

@@ -1,4 +1,4 @@
-"""Two small engines with a state group and an attention group, and what their pages must hold."""
+"""Two small engines with a state group and an attention group, and their expected pages."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def geometry(
     layout: str = "DS",
     page_bytes: int | None = None,
 ) -> EngineGeometry:
-    """KDA states and one KV head per four ranks and more."""
+    """KDA states, and fewer KV heads than ranks (one per four)."""
     spec = KDAStateSpec(
         HEADS,
         VALUE_HEADS,
@@ -59,14 +59,14 @@ def geometry(
 
 
 def shard(units: np.ndarray, tp: int, rank: int) -> np.ndarray:
-    """What a rank holds of a segment."""
+    """A rank's part of a segment."""
     if len(units) >= tp:
         return np.split(units, tp)[rank]
     return np.repeat(units, tp // len(units), axis=0)[rank : rank + 1]
 
 
 def segment_slices(group: PageGeometry) -> dict[str, slice]:
-    """Where the bytes of each segment lie in a page."""
+    """The bytes of each segment in a page."""
     return {s.name: slice(s.offset, s.offset + group.local_bytes(s)) for s in group.segments}
 
 
@@ -199,7 +199,7 @@ class Side:
 
 
 class Clock:
-    """Time that passes when somebody looks."""
+    """A clock that advances when read."""
 
     def __init__(self) -> None:
         self.now = 0.0

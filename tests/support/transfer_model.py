@@ -1,8 +1,8 @@
-"""A world in which everything that can happen to an offer happens in any order.
+"""A simulation in which everything that can happen to an offer happens in any order.
 
-Engines are real. Their transport, their clocks and the owner of the source's pages move one step
+Engines are real. Their transport, their clocks and the owner of the source's pages advance one step
 at a time, chosen by a seed: reads copy their ranges in any order and in pieces, messages are late,
-lost and repeated, offers expire, are renewed, withdrawn and made again, free pages are written.
+lost and repeated, offers expire, are renewed, withdrawn and repeated, free pages are overwritten.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ PAGES, UNITS, UNIT_BYTES, PIECES = 6, 4, 16, 3
 
 
 class BrokenInvariantError(AssertionError):
-    """A read has ended done on bytes that its sources did not hold."""
+    """A read ended `done` with bytes that its sources did not hold."""
 
 
 def geometry(tp: int) -> EngineGeometry:
@@ -102,7 +102,7 @@ class Rank:
 
 @dataclass
 class Promise:
-    """What the owner of the source's pages has promised and not been released from on all ranks."""
+    """The owner's promises that have not yet been released on all ranks."""
 
     name: str
     page: int
@@ -115,8 +115,8 @@ class World:
 
     Attributes:
         rng: Chooses everything.
-        mail: Messages on their way.
-        outcomes: How reads have ended, counted.
+        mail: Messages in flight.
+        outcomes: Counts of how reads ended.
     """
 
     def __init__(self, seed: int, p: int, d: int) -> None:
@@ -138,7 +138,7 @@ class World:
     # ------------------------------------------------------------------ what is watched
 
     def saw(self, reader: str, to: int, source: str) -> None:
-        """Which promises stood when a byte of a source came into a page of a reader."""
+        """Which promises held when a byte of a source reached a page of a reader."""
         memory = next(r.memory for r in self.readers if r.transport.name == reader)
         page = (to - memory.data_ptr()) // memory.shape[1]
         rank = next(s.rank for s in self.sources if s.transport.name == source)
@@ -179,7 +179,7 @@ class World:
         return [page for page in range(1, PAGES) if page not in taken]
 
     def write(self, page: int) -> int:
-        """The owner writes a free page on every rank."""
+        """The owner overwrites a free page on every rank."""
         self.versions += 1
         for source in self.sources:
             source.page(page)[:] = self.versions
@@ -217,7 +217,7 @@ class World:
                 del self.promises[release.request]
 
     def change_offer(self) -> None:
-        """Renews it, or takes it back, on one rank or all."""
+        """Renews or withdraws an offer, on one rank or all."""
         offered = [
             (source, promise.name)
             for promise in self.promises.values()
@@ -262,7 +262,7 @@ class World:
             self.check_end(reader, result)
 
     def step(self) -> None:
-        """The transport of one reader moves one of its reads."""
+        """The transport of one reader advances one of its reads."""
         open_reads = [
             (reader.transport, read)
             for reader in self.readers
@@ -276,7 +276,7 @@ class World:
                     transport.step(read)
 
     def deliver(self) -> None:
-        """A message comes, is lost, or comes and may come again."""
+        """A message arrives, is lost, or arrives and may be repeated."""
         if self.mail:
             i = self.rng.randrange(len(self.mail))
             to, sender, message = self.mail[i]

@@ -1,9 +1,9 @@
 """Everything that the command line offers, from an installed wheel: `python -m tests.support.wheel
 FOLDER`.
 
-Takes the one wheel in a folder, installs it beside the packages of the running interpreter, in an
-environment of its own, and runs the commands there from an empty folder. Prints what it ran; fails
-with the output of the first command that does not do what it should.
+Takes the only wheel in a folder, installs it in a new environment on top of the running
+interpreter's packages, and runs the commands there from an empty folder. Prints what it ran; fails
+with the output of the first command that misbehaves.
 """
 
 import email
@@ -38,7 +38,7 @@ def factory():
 
 
 class Command(NamedTuple):
-    """A command of the package, how it ends, and what it says, as regular expressions."""
+    """A command of the package, its exit status, and its output as regular expressions."""
 
     arguments: str
     says: tuple[str, ...]
@@ -111,7 +111,7 @@ def install(wheel: Path, folder: Path) -> Path:
 
 
 def run(command: list[str], folder: Path) -> tuple[int, str]:
-    """Exit status and output of a command that sees the environment alone."""
+    """Exit status and output of a command that sees only the environment."""
     outside = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "TRITON_INTERPRET")
     kept = {name: value for name, value in os.environ.items() if name not in outside}
     done = subprocess.run(

@@ -66,7 +66,7 @@ def test_any_two_sizes_give_the_tokens_of_one_process(
 
 @pytest.mark.nixl
 def test_an_offer_outlasts_a_read() -> None:
-    """The notice of a read comes when the reader has made all its tokens, which may take long."""
+    """The notice of a read comes after the reader has generated all tokens, which may take long."""
     place = Place("prefill", 1, 0, "", 0, timeout_s=0.01, secret=b"")
     threads = torch.get_num_threads()
     rank = Rank(place, StackConfig(layers="KA", pages=9))
@@ -97,7 +97,7 @@ def test_a_wrong_token_fails(
     assert "plain: expected [" in printed
 
 
-def test_without_nixl_it_says_what_to_install(
+def test_without_nixl_the_error_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
@@ -118,7 +118,7 @@ def test_too_few_tokens(tokens: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_the_row_interleaved_layout_needs_equal_numbers_of_ranks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Said before any process starts; engines that are not asked first refuse one another."""
+    """Reported before any process starts; otherwise the engines reject one another."""
     assert main(["pd-demo", "--layout", "SD", "--prefill-tp", "1", "--decode-tp", "2"]) == 2
     assert "--layout SD needs as many prefill as decode ranks, got 1 and 2" in (
         capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_the_row_interleaved_layout_needs_equal_numbers_of_ranks(
 def test_there_are_pages_for_any_number_of_tokens(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokens: int, spec: int
 ) -> None:
-    """More than every request takes on an engine that gives none back."""
+    """More than all requests need on an engine that frees none."""
     made: list[StackConfig] = []
 
     def start(config: StackConfig, *sizes: int) -> None:
@@ -166,7 +166,7 @@ def test_speculative_steps_on_checkpoints_give_the_plain_tokens(layout: str) -> 
     assert again == longer[81:90]
 
 
-def test_a_state_that_is_wrong_shows_in_the_tokens() -> None:
+def test_a_wrong_state_changes_the_tokens() -> None:
     prompt = list(serve.TEXT[:50])
     expected = serve.answer_alone(alone(), prompt, 12)
     for spoiled in ("conv", "recurrent", "kv"):

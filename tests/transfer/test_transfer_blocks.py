@@ -111,7 +111,7 @@ SPECULATING = BlockGroup("state", 16, 16, num_spec=2)
         ([5, 6], [9, 10], SPECULATING, "local|remote"),
     ],
 )
-def test_a_state_list_that_does_not_say_what_is_running_is_refused(
+def test_an_ambiguous_state_list_is_rejected(
     local: list[int], remote: list[int], group: BlockGroup, side: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"({side})_running must name the running block of group"):
@@ -120,7 +120,7 @@ def test_a_state_list_that_does_not_say_what_is_running_is_refused(
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_the_running_block_is_found_or_the_list_refused(data: st.DataObject) -> None:
+def test_the_running_block_is_found_or_the_list_rejected(data: st.DataObject) -> None:
     """Lists as schedulers make them. What is named is found; what is not named is never mistaken,
     but for an extra block where a list is, or may be, clipped.
     """
@@ -157,7 +157,7 @@ def test_the_running_block_is_found_or_the_list_refused(data: st.DataObject) -> 
         assert pages(match_blocks([local], [remote], [group])[0]) == expected
 
 
-def test_what_is_held_of_a_request() -> None:
+def test_held_blocks_of_a_request() -> None:
     geometry = hybrid(kda_num_spec=2)
     blocks = [[0, 0, 5, 6, 8], [1, 2]]
     assert held_blocks("offered", blocks, geometry, 2) == [[5], [1, 2]]
@@ -238,7 +238,7 @@ def test_each_side_expands_by_its_own_ratio_and_states_never() -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_attention_matches_token_by_token(data: st.DataObject) -> None:
-    """Copies executed token by token give every local block the tokens it stands for."""
+    """Copies executed token by token give every local block its tokens."""
     sizes = st.sampled_from([2, 3, 4, 6, 8, 12])
     size, remote_size = data.draw(sizes), data.draw(sizes)
     ratio = data.draw(st.sampled_from([r for r in (1, 2, 3) if size % r == 0]))

@@ -1,4 +1,4 @@
-"""The board: what is on it is found, what is being written is not."""
+"""The board: posted entries are found, entries being written are not."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_digests_of_blocks() -> None:
             blocks_digest([[bad]])
 
 
-def test_an_entry_that_is_being_written_is_none() -> None:
+def test_an_entry_being_written_does_not_count() -> None:
     """Every mixture of two entries, and of an entry and nothing, in one place."""
     board = Board()
     start = bucket_of("a") * BUCKET_BYTES

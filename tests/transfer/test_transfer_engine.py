@@ -211,8 +211,8 @@ def test_no_source_is_prepared_twice() -> None:
     fleet.check_nothing_left()
 
 
-def test_an_engine_is_connected_again_while_it_is_read() -> None:
-    """What the first connection gives back at its end is not taken from the second."""
+def test_an_engine_is_reconnected_while_it_is_read() -> None:
+    """Releasing the first connection does not affect the second."""
     fleet = Local(2, 1, copies_per_poll=0)
     made = content(24, 0)
     for request in ("early", "late"):
@@ -243,7 +243,7 @@ def test_an_engine_is_connected_again_while_it_is_read() -> None:
     fleet.check_nothing_left()
 
 
-def test_a_peer_with_more_pages_than_there_are_indices_is_refused() -> None:
+def test_a_peer_with_more_pages_than_indices_is_rejected() -> None:
     fleet = Local(1, 1)
     pages = 1 << 26
     many = tampered(fleet.call, "card", ("geometry", "groups", 0, "pages"), pages)
@@ -255,7 +255,7 @@ def test_a_peer_with_more_pages_than_there_are_indices_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("where", "path", "value"), WRONG_FIELDS, ids=str)
-def test_every_wrong_handshake_field_is_refused(
+def test_every_wrong_handshake_field_is_rejected(
     where: str, path: tuple[Any, ...], value: Any
 ) -> None:
     fleet = Local(1, 1)
@@ -294,7 +294,7 @@ def test_no_handshake_field_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("answer", [b"", b"{", b"[]", b"\xff", b"[" * 10_000, b'{"version": 2}'])
-def test_answers_that_are_no_handshake(answer: bytes) -> None:
+def test_answers_that_are_not_handshakes(answer: bytes) -> None:
     fleet = Local(1, 1)
     with pytest.raises(GeometryError, match=r"message must be JSON|answer must"):
         fleet.readers[0].engine.connect("P", 1, lambda rank, message: answer)
@@ -339,7 +339,7 @@ def test_a_reader_asks_only_its_own_sources() -> None:
         ([[4]], REMOTE, "local must have 2 lists of blocks, got 1"),
     ],
 )
-def test_blocks_that_do_not_exist_are_refused_before_anything_is_read(
+def test_nonexistent_blocks_are_rejected_before_anything_is_read(
     local: list[list[int]], remote: list[list[int]], match: str
 ) -> None:
     fleet = Local(2, 1)
@@ -356,7 +356,7 @@ def test_blocks_that_do_not_exist_are_refused_before_anything_is_read(
     fleet.check_nothing_left()
 
 
-def test_a_tail_outside_the_pages_is_refused() -> None:
+def test_a_tail_outside_the_pages_is_rejected() -> None:
     fleet = Local(1, 1, decode=geometry(1, block_tokens=16, pages_per_block=2, pages=16))
     fleet.put("r", content(8, 0), [[3], [5]])
     fleet.connect()
@@ -377,7 +377,7 @@ def test_a_tail_outside_the_pages_is_refused() -> None:
         ),
     ],
 )
-def test_own_pages_must_be_what_the_geometry_says(spoil: Callable[[Any], Any], match: str) -> None:
+def test_own_pages_must_match_the_geometry(spoil: Callable[[Any], Any], match: str) -> None:
     side = Side(InProcessTransport(InProcessNetwork(), "a"), geometry(1), 0, "D")
     other = InProcessTransport(InProcessNetwork(), "b")
     pages = [[x.view(torch.int8) if x.dtype != torch.uint8 else x for x in p] for p in side.pages]
@@ -388,7 +388,7 @@ def test_own_pages_must_be_what_the_geometry_says(spoil: Callable[[Any], Any], m
 
 
 def test_the_kind_of_memory_travels_with_the_card() -> None:
-    """Lists of own ranges are of the own memory, those of a peer's of the peer's."""
+    """Lists of own ranges use the own memory kind, those of a peer's the peer's."""
     prepared = []
 
     class Recording(Counted):
@@ -429,7 +429,7 @@ def test_an_engine_that_cannot_start_leaves_nothing_registered() -> None:
 
 
 def test_pages_registered_too_short() -> None:
-    """The peer says more than it has registered: its transport refuses, nothing is kept."""
+    """The peer claims more than it has registered: its transport refuses, nothing is kept."""
     fleet = Local(1, 1)
     transport = fleet.sources[0].engine.transport
     transport.registered[0][0] = transport.registered[0][0]._replace(nbytes=100)
@@ -474,7 +474,7 @@ def test_a_read_that_does_not_end_times_out_and_keeps_its_pages() -> None:
             reader.engine.read("other", "P", lists, REMOTE)
     assert reader.engine.poll().drained == []
     fleet.check()
-    # the transport comes to life again: what it still writes are the pages that were kept
+    # the transport resumes: it still writes the pages that were kept
     fleet.pace(1 << 30)
     assert reader.engine.poll().drained == ["r"]
     reader.write_state(4, made)
@@ -503,7 +503,7 @@ def test_cancelling_while_reading() -> None:
     assert fleet.close()[0] == []  # waits until the transport has let go
 
 
-def test_closing_reports_what_the_transport_does_not_let_go() -> None:
+def test_closing_reports_what_the_transport_does_not_free() -> None:
     fleet = Local(1, 1, copies_per_poll=0)
     fleet.put("r", content(24, 0), REMOTE)
     fleet.connect()
@@ -591,7 +591,7 @@ def test_strays_release_nothing() -> None:
     assert releases([source.poll()]) == [[("r", "done")]]
 
 
-def test_only_so_many_consumers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_remembered_consumers_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that came last; a notice of another one is a stray."""
     monkeypatch.setattr("kda_ops.transfer.offers.REMEMBERED_CONSUMERS", 3)
     fleet = Local(1, 4)
@@ -603,7 +603,7 @@ def test_only_so_many_consumers_are_remembered(monkeypatch: pytest.MonkeyPatch) 
     assert fleet.sources[0].engine.counters.stray_notices == 1
 
 
-def test_notices_that_cannot_be_had_cost_nothing_else() -> None:
+def test_failing_notices_affect_nothing_else() -> None:
     class Deaf(Counted):
         def notices(self) -> list[tuple[str, bytes]]:
             raise TransportError("no notices")

@@ -93,7 +93,7 @@ def test_shared_memory(prefill: Prefill, decode: Decode) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("source", "reader"), [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")])
 def test_pages_on_a_gpu(decode: Decode, source: str, reader: str) -> None:
-    """Pages are read from where they are to where they are to be."""
+    """Pages are read between any kinds of memory."""
     prefill = Prefill({"P": {"ranks": 2, "device": source}})
     try:
         readers = decode(4, device=reader)

@@ -1,5 +1,5 @@
 """Faults of the transfer engine over real NIXL: each ends in time, with a clear error or a clean
-retry, without a byte outside the request's own pages and without anything left registered.
+retry, without a write outside the request's pages, and with nothing left registered.
 """
 
 import time
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.nixl
 
 @pytest.fixture(scope="module")
 def prefill() -> Iterator[Prefill]:
-    """A process that lives on, and answers reads also while it is not polled."""
+    """A long-lived process that answers reads even while it is not polled."""
     process = Prefill({"P": 1, "P2": 2, "short": {"ranks": 1, "short": True}}, progress_thread=True)
     yield process
     assert all(left == {"reads": 0} for left in process.do("close"))
@@ -28,7 +28,7 @@ def prefill() -> Iterator[Prefill]:
 
 @pytest.fixture
 def mortal() -> Iterator[Prefill]:
-    """A process of the test's own."""
+    """A process for one test."""
     process = Prefill({"P": 1}, progress_thread=True)
     yield process
     process.stop()
@@ -129,7 +129,7 @@ def test_a_peer_that_stalls_and_then_dies_while_it_is_read(mortal: Prefill, deco
 
 
 def test_a_peer_that_dies_after_a_read(mortal: Prefill, decode: Decode) -> None:
-    """What was read stays; the notice that nobody takes any more hurts nobody."""
+    """Completed reads stay valid; an undeliverable notice is harmless."""
     reader = connected(decode, mortal)
     put(mortal, "read", "hit")
     read_all(reader, "read")
@@ -193,8 +193,8 @@ def test_a_handshake_that_is_not_answered(mortal: Prefill, decode: Decode) -> No
     read_all(reader, "r")
 
 
-def test_every_wrong_handshake_field_is_refused(prefill: Prefill, decode: Decode) -> None:
-    """Also what only NIXL itself can see: metadata that is none, memory that is not registered."""
+def test_every_wrong_handshake_field_is_rejected(prefill: Prefill, decode: Decode) -> None:
+    """Also what only NIXL can detect: invalid metadata, unregistered memory."""
     (reader,) = decode(1)
     honest = prefill.call("P")
     begin = time.monotonic()
@@ -211,7 +211,7 @@ def test_every_wrong_handshake_field_is_refused(prefill: Prefill, decode: Decode
 
 
 @pytest.mark.parametrize("name", [b"\xff\xfeno text", b"not\nprinted"])
-def test_an_agent_whose_name_is_no_text(decode: Decode, name: bytes) -> None:
+def test_an_agent_whose_name_is_not_text(decode: Decode, name: bytes) -> None:
     """NIXL takes any bytes for a name; the agent is not kept."""
     own, other = (decode(1)[0].engine.transport for _ in range(2))
     metadata = other.metadata()
@@ -240,7 +240,7 @@ def test_pages_registered_too_short(prefill: Prefill, decode: Decode) -> None:
     assert reader.engine.transport.left() == {"registrations": 2}
 
 
-def test_blocks_that_do_not_exist(prefill: Prefill, decode: Decode) -> None:
+def test_nonexistent_blocks(prefill: Prefill, decode: Decode) -> None:
     reader = connected(decode, prefill)
     put(prefill, "blocks")
     for local, remote, match in (
@@ -259,7 +259,7 @@ def test_blocks_that_do_not_exist(prefill: Prefill, decode: Decode) -> None:
 # ---------------------------------------------------------------------- loss
 
 
-def test_a_notice_that_is_lost(prefill: Prefill, decode: Decode) -> None:
+def test_a_lost_notice(prefill: Prefill, decode: Decode) -> None:
     """The source keeps its pages until the offer expires, and says so."""
     reader = connected(decode, prefill, 2)
     put(prefill, "unheard", engine="P2", ttl_s=1)
@@ -273,7 +273,7 @@ def test_a_notice_that_is_lost(prefill: Prefill, decode: Decode) -> None:
 
 
 def test_a_request_that_is_not_offered(prefill: Prefill, decode: Decode) -> None:
-    """Never, or no more, or in other blocks: nothing is read, and the connection is as good."""
+    """Never, or no longer, or in other blocks: nothing is read, and the connection stays usable."""
     reader = connected(decode, prefill, 2)
     put(prefill, "over", engine="P2", ttl_s=0.1)
     prefill.do("end", engine="P2", request="over", how="expired")
@@ -320,8 +320,8 @@ def test_an_offer_that_ends_while_it_is_read(
     assert prefill.do("take_released") == [["P", 0, request, how]]
 
 
-def test_an_offer_that_is_renewed(prefill: Prefill, decode: Decode) -> None:
-    """It is read when the time that it was offered for is over."""
+def test_a_renewed_offer(prefill: Prefill, decode: Decode) -> None:
+    """It is read after its original deadline."""
     reader = connected(decode, prefill)
     begin, ttl_s = time.monotonic(), 5
     put(prefill, "renewed", ttl_s=ttl_s)
@@ -361,8 +361,8 @@ def test_a_request_is_read_once(prefill: Prefill, decode: Decode) -> None:
     assert prefill.do("take_released") == []
 
 
-def test_connected_again_while_it_is_read(prefill: Prefill, decode: Decode) -> None:
-    """The end of the first connection's read takes nothing from the second connection."""
+def test_reconnected_while_it_is_read(prefill: Prefill, decode: Decode) -> None:
+    """The end of the first connection's read does not affect the second connection."""
     reader = connected(decode, prefill)
     put(prefill, "early", "late")
     reader.engine.read("early", "P", [[4], [1, 2, 8]], REMOTE)

@@ -37,7 +37,7 @@ class Stalled(Fleet):
             side.engine.read("r", self.name, LOCAL, REMOTE, **options)
 
     def advance(self, point: str) -> None:
-        """Readers get to a point: what they read up to there they have."""
+        """Advances readers to a point, with everything read up to there."""
         self.pace(EVERYTHING, deaf=True)
         if point == "not posted":
             return
@@ -58,7 +58,7 @@ class Stalled(Fleet):
                 assert side.engine.counters.asks == 2 * side.engine.counters.reads
 
     def finish(self) -> list[ReadResult]:
-        """The ends of all reads, when nothing stalls any more."""
+        """Lets everything run; returns how all reads ended."""
         self.pace(EVERYTHING)
         ended = [result for side in self.readers for result in side.engine.poll().finished]
         assert len(ended) == self.d
@@ -77,7 +77,7 @@ class Stalled(Fleet):
             side.fill()
 
     def accept(self) -> None:
-        """What the readers' pages of the request hold is nobody's business."""
+        """Ignores the contents of the readers' pages of the request."""
         for side in self.readers:
             side.accept(0, 4)
             for page in LOCAL[1]:
@@ -111,7 +111,7 @@ def another_engine_is_done(fleet: Stalled) -> None:
 
 
 def leave(fleet: Stalled) -> None:
-    """The source leaves in good order, and its pages are its owner's."""
+    """The source closes normally, and its owner may reuse its pages."""
     for side in fleet.sources:
         assert side.engine.close() == []
 
@@ -182,7 +182,7 @@ def test_an_offer_of_the_same_name_and_blocks_is_another_one(point: str) -> None
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_an_offer_that_is_renewed_is_read(point: str) -> None:
+def test_a_renewed_offer_is_read(point: str) -> None:
     fleet = Stalled(2, 1)
     fleet.advance(point)
     for _ in range(3):
@@ -200,7 +200,7 @@ def test_an_offer_that_is_renewed_is_read(point: str) -> None:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_an_offer_is_held_until_its_source_ends_it(point: str) -> None:
-    """Its time is over, its source has not looked: its pages are as they were."""
+    """It has expired, but its source has not polled: its pages are unchanged."""
     fleet = Stalled()
     fleet.advance(point)
     fleet.sources[0].clock.now += TTL_S + 1
@@ -238,7 +238,7 @@ def test_what_ends_after_the_confirmation_does_not_matter(point: str) -> None:
 
 @pytest.mark.parametrize("point", POINTS[1:])
 def test_one_of_two_sources_ends_its_offer(point: str) -> None:
-    """All of a read is right, or nothing of it is used."""
+    """All of a read is valid, or none of it is used."""
     fleet = Stalled(2, 1)
     fleet.advance(point)
     fleet.sources[1].engine.withdraw("r")
@@ -319,7 +319,7 @@ def test_a_request_that_was_never_offered() -> None:
 
 
 @pytest.mark.parametrize("remote", [[[0, 0, 2], [5, 6, 7]], [[3], [5, 6, 9]], [[3], [5, 7, 6]]])
-def test_other_blocks_than_those_on_offer(remote: list[list[int]]) -> None:
+def test_blocks_other_than_those_on_offer(remote: list[list[int]]) -> None:
     fleet = Stalled()
     fleet.pace(EVERYTHING)
     fleet.readers[0].engine.read("r", "P", LOCAL, remote)
@@ -329,7 +329,7 @@ def test_other_blocks_than_those_on_offer(remote: list[list[int]]) -> None:
     fleet.check()
 
 
-def test_the_same_blocks_told_otherwise() -> None:
+def test_the_same_blocks_in_other_forms() -> None:
     """Of a state only the running block counts."""
     fleet = Stalled()
     fleet.pace(EVERYTHING)
@@ -359,7 +359,7 @@ def test_a_name_without_blocks_is_offered_once() -> None:
     source.offer("plain", REMOTE)
 
 
-def test_only_so_many_names_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_remembered_names_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kda_ops.transfer.offers.REMEMBERED_NAMES", 2)
     engine = Stalled().sources[0].engine
     for name in ("a", "b", "a"):
@@ -446,8 +446,8 @@ def test_what_a_read_costs() -> None:
         assert (side.engine.counters.asks, side.engine.counters.reads) == (4, 2)
 
 
-def test_a_hit_asks_nobody() -> None:
-    """No byte, no question; whoever offers the request, in these blocks, is told."""
+def test_a_full_hit_asks_nobody() -> None:
+    """No bytes, no asks; every rank that offers the request in these blocks gets a notice."""
     fleet = Stalled()
     fleet.pace(EVERYTHING)
     source, reader = fleet.sources[0].engine, fleet.readers[0].engine
@@ -480,7 +480,7 @@ def test_late_notices_release_no_later_offer() -> None:
 
 
 def test_more_reads_than_slots_for_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that find none wait; slots come back when answers do, also of reads that timed out."""
+    """Without a free slot they wait; slots are freed with the answers, also of timed-out reads."""
     fleet = Stalled()
     fleet.pace(EVERYTHING, deaf=True)
     reader = fleet.readers[0]

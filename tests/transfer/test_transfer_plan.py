@@ -235,8 +235,8 @@ def test_granules_make_pages_of_another_size(src_tokens: int, dst_tokens: int) -
         np.testing.assert_array_equal(out, np.stack(pages(dst, rank)))
 
 
-def test_page_sizes_with_little_in_common_are_refused() -> None:
-    """A peer's page size is its own word: it must not make a list of 2**30 ranges here."""
+def test_page_sizes_with_a_small_common_divisor_are_rejected() -> None:
+    """A peer's page size is untrusted: it must not cause a list of 2**30 ranges here."""
 
     def geometry(page_tokens: int) -> PageGeometry:
         kind = {"kind": "attention", "block_tokens": page_tokens}
@@ -357,7 +357,7 @@ def test_every_field_of_a_spec_is_compared_by_itself(changes: dict[str, Any], ma
 
 
 def test_no_field_of_a_spec_is_left_out() -> None:
-    """Those that may differ: a plan takes them into account."""
+    """Fields that may differ: a plan accounts for them."""
     check_compatible(EngineGeometry((kda(),)), EngineGeometry((kda(tp_size=2, page_bytes=8192),)))
     (compared,) = [
         mark.args[1]
@@ -404,7 +404,7 @@ def test_no_field_of_a_spec_is_left_out() -> None:
         ),
     ],
 )
-def test_equal_products_of_other_parts_are_refused(
+def test_equal_totals_of_different_parts_are_rejected(
     ours: PageGeometry, theirs: PageGeometry, match: str
 ) -> None:
     with pytest.raises(GeometryError, match=match):
@@ -484,7 +484,7 @@ def test_row_interleaved_states_need_equal_tp() -> None:
         ({"kv_block_tokens": 5}, "bytes_per_unit of segment k must be a multiple of the 5 tokens"),
     ],
 )
-def test_impossible_geometries_are_refused(changes: dict[str, Any], match: str) -> None:
+def test_impossible_geometries_are_rejected(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(GeometryError, match=match):
         hybrid(**changes)
 

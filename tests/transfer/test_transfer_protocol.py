@@ -1,5 +1,5 @@
-"""The invariant of `kda_ops.transfer.reads` over random interleavings; without any of what upholds
-it, the same interleavings break it.
+"""The invariant of `kda_ops.transfer.reads` over random interleavings; without any one part of the
+protocol, the same interleavings break it.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ STEPS = 3000
 
 
 def go(seeds: int, p: int, d: int) -> Counter[str]:
-    """How the reads of some worlds have ended."""
+    """Counts of how the reads of some simulations ended."""
     outcomes: Counter[str] = Counter()
     for seed in range(seeds):
         world = World(seed, p, d)
@@ -29,7 +29,7 @@ def go(seeds: int, p: int, d: int) -> Counter[str]:
 
 
 @pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_no_read_ends_done_on_what_was_not_held(p: int, d: int) -> None:
+def test_no_read_ends_done_without_a_held_offer(p: int, d: int) -> None:
     outcomes = go(6, p, d)
     # a check that reached none of the ends would hold of anything
     assert outcomes["done"] > 50
@@ -106,7 +106,7 @@ def numbers_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def down_too_late(patch: pytest.MonkeyPatch) -> None:
-    """A release is reported before its entry is down."""
+    """A release is reported before its entry is removed."""
     take_down, offer = Board.take_down, Offers.offer
     late: list[tuple[Board, str]] = []
 

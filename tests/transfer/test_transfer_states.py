@@ -1,5 +1,5 @@
-"""The planner on states as models make them: un-sharded tensors are sharded for both engines, the
-plan is executed on the bytes of the pages, and the pages are those of the reader's own shards.
+"""The planner on models' states: unsharded tensors are sharded for both engines, the plan is
+executed on the bytes of the pages, and the result equals the reader's own shards.
 """
 
 import re

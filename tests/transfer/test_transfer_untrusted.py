@@ -1,4 +1,4 @@
-"""What an engine makes of a peer that lies, shouts or does not know the secret."""
+"""An engine against peers that lie, flood or do not know the secret."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def pair(source: bytes = b"", reader: bytes = b"") -> tuple[Side, Side]:
 
 
 @pytest.mark.parametrize("secret", [b"", b"s" * 16, SECRET])
-def test_engines_of_one_secret_meet(secret: bytes) -> None:
+def test_engines_with_the_same_secret_connect(secret: bytes) -> None:
     source, reader = pair(secret, secret)
     source.put("r", content(24, 0), REMOTE)
     reader.engine.connect("P", 1, lambda rank, hello: source.engine.answer(hello))
@@ -59,7 +59,7 @@ def test_engines_of_one_secret_meet(secret: bytes) -> None:
     ],
     ids=["another", "only the source", "only the reader"],
 )
-def test_engines_of_different_secrets_do_not(
+def test_engines_with_different_secrets_do_not_connect(
     secrets: tuple[bytes, bytes], refused: int, match: str
 ) -> None:
     source, reader = pair(*secrets)
@@ -70,7 +70,7 @@ def test_engines_of_different_secrets_do_not(
 
 
 def test_nothing_of_an_answer_without_the_secret_reaches_the_transport() -> None:
-    """The transport's metadata are the only bytes that it alone can check."""
+    """The transport's metadata are the only bytes that only the transport can check."""
     source, reader = pair(SECRET, SECRET)
     reached: list[bytes] = []
     reader.engine.transport.add_peer = reached.append  # type: ignore[method-assign]
@@ -85,7 +85,7 @@ def test_nothing_of_an_answer_without_the_secret_reaches_the_transport() -> None
     assert reached == []
 
 
-def test_an_old_answer_fits_no_other_hello() -> None:
+def test_an_old_answer_matches_no_other_hello() -> None:
     source, reader = pair(SECRET, SECRET)
     answers: list[bytes] = []
 
@@ -117,7 +117,7 @@ def test_a_seal_holds_every_bit() -> None:
         unseal(SECRET, sealed, b"hallo")
 
 
-def test_a_secret_that_is_none() -> None:
+def test_invalid_secrets() -> None:
     for secret, match in ((b"short", "at least 16 bytes, got 5 bytes"), ("s" * 32, "got str")):
         with pytest.raises(ValueError, match=match):
             check_secret(secret)
@@ -137,7 +137,7 @@ def deep(depth: int) -> Any:
 
 
 def test_errors_do_not_print_what_is_too_deep_to_print(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How deep a parser goes and how deep Python prints are limits of their own."""
+    """The depth limits of the parser and of Python's repr are different."""
     who = {"version": 2, "engine": "P", "rank": 0}
     for found in (
         {"error": deep(100_000)},
@@ -151,7 +151,7 @@ def test_errors_do_not_print_what_is_too_deep_to_print(monkeypatch: pytest.Monke
                 decode(b"")
 
 
-def test_a_refusal_is_fit_for_a_log() -> None:
+def test_a_refusal_is_safe_for_a_log() -> None:
     for error, shown in (
         ("rows\nFAKE 12:00 \x1b[31mred \ud800", r"refused: rows\?FAKE 12:00 \?\[31mred \?$"),
         ({"a": 1}, "refused: a dict$"),
@@ -219,8 +219,8 @@ def mutated(rng: random.Random, honest: Any) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mutated_messages_are_refused_or_harmless(seed: int) -> None:
-    """Any bytes: an answer, a clear error or a stray, and nothing is kept of what was refused."""
+def test_mutated_messages_are_rejected_or_harmless(seed: int) -> None:
+    """Any bytes give an answer, a clear error or a stray, and nothing rejected is kept."""
     rng = random.Random(seed)
     network = InProcessNetwork()
     fleet = Fleet(1, 1, lambda name: InProcessTransport(network, name))

@@ -1,4 +1,4 @@
-"""Handshakes over TCP: what a peer sends, or does not, costs nobody else anything."""
+"""Handshakes over TCP: what a peer sends, or does not, affects nobody else."""
 
 import socket
 import struct
@@ -124,7 +124,7 @@ def test_a_client_that_dribbles_is_disconnected(server: HandshakeServer) -> None
     check_alive(server)
 
 
-def test_only_so_many_clients_at_once(server: HandshakeServer) -> None:
+def test_the_number_of_clients_is_limited(server: HandshakeServer) -> None:
     waiting = [connect(server) for _ in range(4)]
     for client in waiting:
         client.sendall(b"\x00")
@@ -156,7 +156,7 @@ def test_an_answer_that_fails_costs_only_its_client() -> None:
         server.close()
 
 
-def test_an_error_of_accept_does_not_end_it(
+def test_an_error_of_accept_does_not_end_the_server(
     server: HandshakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listening, failed = server._socket, threading.Event()

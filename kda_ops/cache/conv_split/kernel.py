@@ -1,4 +1,4 @@
-"""The parts of a convolution state as a Triton kernel."""
+"""conv_split as a Triton kernel."""
 
 import torch
 import triton

@@ -32,22 +32,22 @@ def conv_split(
     """The parts of a convolution state along its channels: q | k | v for sizes `(H * K, H * K, HV *
     V)`.
 
-    The sizes are explicit since equal thirds are wrong as soon as `H * K != HV * V`. The parts are
-    values, not views: a later write to the state does not show in them. Compiled, they are read
-    where they are used and cost no copy.
+    The sizes are explicit since the parts are not equal thirds if `H * K != HV * V`. The parts are
+    copies, not views: later writes to the state do not affect them. Compiled, they fuse into their
+    users without a copy.
 
     Args:
         conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, any strides, any
             floating dtype.
         sizes: Channels of each part; they add up to D.
-        layout: `"SD"` or `"DS"`; None takes `kda_ops.config.conv_layout`.
+        layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
 
     Returns:
         `[slots, L, size]` (SD) or `[slots, size, L]` (DS) for each size, contiguous.
 
     Raises:
-        ValueError: A shape, dtype or layout that does not fit, or sizes that are negative or do not
-            add up to D.
+        ValueError: An invalid shape, dtype or layout, or sizes that are negative or do not add up
+            to D.
     """
     check_dtype("conv_state", conv_state)
     check_rank("conv_state", conv_state, 3)

@@ -15,7 +15,7 @@ def random_pages(
     padding: int,
     device: torch.device,
 ) -> Tensor:
-    """`[*lead, *shape]` random states in random pages with `padding` elements behind each."""
+    """`[*lead, *shape]` random states in random pages, each followed by `padding` elements."""
     elements = torch.Size(shape).numel()
     size = (*lead, elements + padding)
     if dtype.is_floating_point:
@@ -84,7 +84,7 @@ def _case(
     )
 
 
-# one row each: plain copies, sources that differ, shifts on the spot, nothing to do, the null block
+# one row each: plain copies, different sources, shifts in place, nothing to do, the null block
 MIXED = [
     (1, 1, 2, 0),
     (3, 4, 5, 1),

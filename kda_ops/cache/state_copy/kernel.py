@@ -11,7 +11,7 @@ from kda_ops.tuning import choose
 
 @triton.jit
 def as_integers(pointer, BITS: tl.constexpr):
-    """The pointer to integers of that size: a copy of bits works for every dtype on every GPU."""
+    """The pointer as one to integers of that size: copying bits works for any dtype on any GPU."""
     if BITS == 8:
         return pointer.to(tl.pointer_type(tl.int8))
     elif BITS == 16:
@@ -34,11 +34,11 @@ def state_copy_kernel(
 ):  # fmt: skip
     """One program copies one block of one request's conv or recurrent state in one layer.
 
-    A conv block is COLUMNS whole columns, all L rows of each: a shift of a slot onto itself stays
-    inside the program, which reads everything, waits for all its threads, then writes. A recurrent
-    block is BLOCK elements in a row. Elements are moved as integers of their size. Grid: requests
-    x layers x (conv blocks, then recurrent blocks), flattened, blocks fastest. A program whose
-    slots or bias are out of range does nothing.
+    A conv block is COLUMNS whole columns with all L rows: a shift of a slot in place stays inside
+    the program, which reads everything, synchronizes its threads, then writes. A recurrent block is
+    BLOCK contiguous elements. Elements are copied as integers of their size. Grid: requests x
+    layers x (conv blocks, then recurrent blocks), flattened, blocks fastest. A program whose slots
+    or bias are out of range does nothing.
     """
     CONV_BLOCKS: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     BLOCKS: tl.constexpr = CONV_BLOCKS + (ELEMENTS + BLOCK - 1) // BLOCK

@@ -47,41 +47,41 @@ def state_copy(
     layout: str | None = None,
     num_spec: int | None = None,
 ) -> None:
-    """Copies states between slots, in place: every request and every layer in one launch.
+    """Copies states between slots, in place: all requests and layers in one launch.
 
-    What prefix caching needs: a checkpoint of a running state, and with speculative decode the
-    state after the accepted tokens only. Per row of the plan, with `b` the bias:
+    For prefix caching: checkpoints a running state, with speculative decode the state after the
+    accepted tokens only. Per row of the plan, with `b` the bias:
 
     * rows `[0, L - b)` of the destination's conv state become rows `[b, L)` of the source's, along
-      the state-length axis whatever the layout; the tail stays as it was. Source and destination
-      may be one slot (a shift);
+      the state-length axis in either layout; the tail is unchanged. Source and destination may be
+      the same slot (a shift);
     * the whole recurrent state of its own source slot goes to the same destination.
 
-    A negative source copies nothing of that part. Slot 0 is the null block: nothing is written to
-    it. Requests are copied in no order: no row may write what another one reads or writes.
+    A negative source skips that part. Slot 0 is the null block: nothing is written to it. Requests
+    are copied in no particular order: no row may write what another one reads or writes.
 
     Args:
         conv: `[layers, slots, L, D]` in layout SD, `[layers, slots, D, L]` in DS, or one layer
             without the first axis. Elements of 1, 2, 4 or 8 bytes. The last two axes are dense
-            (rows of SD may be apart), layers and slots may be padded pages. None for layers without
-            a convolution.
-        recurrent: `[layers, slots, HV, V, K]`, or one layer; dense from HV on, else like conv.
+            (rows of SD may be strided), layers and slots may be padded pages. None for layers
+            without a convolution.
+        recurrent: `[layers, slots, HV, V, K]`, or one layer; dense from HV on, otherwise like conv.
         plan: `[R, 4]`, int32 or int64: rows `(conv_src, recurrent_src, dst, bias)` of slots, with
             `bias = num_accepted - 1`.
         layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
         num_spec: The largest bias; None means `L - 1`, or any without a convolution.
 
     Raises:
-        ValueError: A shape, stride, dtype, device or layout that does not fit; on the CPU, or with
+        ValueError: An invalid shape, stride, dtype, device or layout; on the CPU, or with
             `kda_ops.config.check_values`, also a slot that does not exist or a bias outside
-            `[0, num_spec]` in a row that copies something. Without the checks on CUDA such a row
-            is skipped.
+            `[0, num_spec]` in a row that copies something. On CUDA without the checks such a row is
+            skipped.
         RuntimeError: A state requires grad while grad mode is on.
     """
     if conv is None:
         check_rank("recurrent", recurrent, 4, 5)
         layout = resolve_layout(layout)
-        rows = (1, 0) if layout == "SD" else (0, 1)  # of no channels: there is nothing to move
+        rows = (1, 0) if layout == "SD" else (0, 1)  # zero channels: nothing to copy
         conv, L = recurrent.new_empty(*recurrent.shape[:-3], *rows), 2**31
     else:
         check_rank("conv", conv, 3, 4)

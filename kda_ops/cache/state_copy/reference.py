@@ -9,12 +9,12 @@ INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 def state_copy_reference(
     conv: Tensor, recurrent: Tensor, plan: Tensor, layout: str, max_bias: int
 ) -> None:
-    """Every source is read before anything is written, so that a slot may shift onto itself."""
+    """Reads every source before writing anything, so that a slot may shift in place."""
     if conv.dim() == 3:
         conv, recurrent = conv[None], recurrent[None]
     if layout == "DS":
         conv = conv.transpose(-1, -2)
-    # bits are copied: as integers, every dtype can be gathered and scattered
+    # as integers, every dtype can be gathered and scattered
     conv = conv.view(INTEGER_OF_SIZE[conv.element_size()])  # [layers, slots, L, D]
     recurrent = recurrent.view(INTEGER_OF_SIZE[recurrent.element_size()])
     conv_src, recurrent_src, dst, bias = plan.long().unbind(1)

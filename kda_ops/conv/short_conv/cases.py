@@ -25,24 +25,24 @@ def short_conv_inputs(
     index_dtype: torch.dtype = torch.int32,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Arguments of `short_conv` over `x [shape]`, with a state where a layout is given.
+    """Arguments of `short_conv` for `x [shape]`, with a state if a layout is given.
 
     Args:
         shape: Shape of x.
         W: Taps.
-        dtype: Of x, weight and bias.
+        dtype: Dtype of x, weight and bias.
         bias: Whether there is a bias.
-        strided: Whether the rows of x lie further apart than D.
+        strided: Whether x has a row stride above D.
         activation: As in `short_conv`.
-        lengths: Tokens of each sequence; what is left of T is padding, which holds NaN.
-        layout: Of the state; None for a call without one.
-        state_indices: Of each sequence.
+        lengths: Tokens of each sequence; the rest of T is padding, filled with NaN.
+        layout: Layout of the state; None for a call without one.
+        state_indices: Slot of each sequence.
         initial: 0 or 1 for each sequence, or None for none.
         num_spec: Rows of the state beyond W - 1.
         num_slots: Slots of the state.
-        state_dtype: Of the state, None for that of x.
-        index_dtype: Of offsets and slots.
-        device: Where.
+        state_dtype: Dtype of the state, None for that of x.
+        index_dtype: Dtype of offsets and slots.
+        device: Device of the tensors.
     """
     D = shape[-1]
     wide = torch.randn(*shape[:-1], 2 * D if strided else D, device=device).to(dtype)

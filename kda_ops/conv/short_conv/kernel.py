@@ -23,7 +23,7 @@ def short_conv_kernel(
 ):  # fmt: skip
     """One program computes block_t tokens of one sequence x BLOCK_D channels; see `conv_sequence`.
 
-    Grid: token blocks x D blocks, D fastest, on the one axis that has no limit of 65535.
+    Grid: token blocks x D blocks, D fastest, on the only axis without a limit of 65535.
     """
     d_blocks = tl.cdiv(D, BLOCK_D)
     pid = (tl.program_id(0) // d_blocks).to(tl.int64)

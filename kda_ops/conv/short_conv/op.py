@@ -62,7 +62,7 @@ def short_conv(
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
 ) -> Tensor:
-    """Depthwise causal convolution of whole sequences, with the activation that follows it.
+    """Depthwise causal convolution of whole sequences, with its activation.
 
     Per sequence, `y[t] = silu(sum_w weight[:, w] * x[t - (W - 1) + w] + bias)`, where the W - 1
     tokens before the first one are the history: rows `[0, W - 1)` of the sequence's slot in
@@ -70,36 +70,36 @@ def short_conv(
 
     With `conv_state`, the last W - 1 rows of `concat(history, x)` are then written to rows `[0, W -
     1)` of the slot. So a sequence shorter than W - 1 keeps the end of its history (zeros without an
-    initial state), and an empty one leaves an initial state as it was and writes zeros without one.
-    Rows from W - 1 on are not touched. Slot 0 is the null block: a sequence mapped to it gives zero
-    output, and nothing of it is read or written. Rows of x past the last sequence are not read and
-    give zero.
+    initial state), and an empty one keeps its initial state or, without one, writes zeros. Rows
+    from W - 1 on are not touched. Slot 0 is the null block: the output of a sequence mapped to it
+    is zero, and its slot is neither read nor written. Rows of x past the last sequence are not read
+    and give zero.
 
     Source: Kimi Linear (arXiv:2510.26692), section 4; FlashLinearAttention's `ShortConvolution`.
 
     Args:
         x: `[B, T, D]`, or `[T, D]` for one sequence; fp16, bf16 or fp32 (fp64 on the CPU). With
-            `cu_seqlens`, B is 1. The last axis is contiguous, or is copied.
-        weight: `[D, W]`, W at least 2; the last tap meets the token itself.
+            `cu_seqlens`, B is 1. Copied if the last axis is not contiguous.
+        weight: `[D, W]`, W at least 2; the last tap applies to the token itself.
         bias: `[D]` or None.
         activation: `"silu"` (also called `"swish"`) or None.
         conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 1`, any
             strides, written in place. Its dtype may differ from that of x.
-        state_indices: `[N]`, int32 or int64, the slot of each sequence. None twice, but for 0.
-            Required with `conv_state`.
+        state_indices: `[N]`, int32 or int64, the slot of each sequence; unique, except the null
+            slot 0. Required with `conv_state`.
         has_initial_state: `[N]`, bool. None means that no sequence has one.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.
-        layout: `"SD"` or `"DS"`; None takes `kda_ops.config.conv_layout`.
+        layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
 
     Returns:
         The shape and dtype of x, contiguous.
 
     Raises:
-        ValueError: A shape, dtype, device, activation, layout, offset or slot that does not fit, or
-            a state argument without `conv_state`.
+        ValueError: An invalid shape, dtype, device, activation, layout, offset or slot, or a state
+            argument without `conv_state`.
         RuntimeError: An argument requires grad and `conv_state` is given (the call without a state
-            differentiates).
+            is differentiable).
     """
     activation = resolve_activation(activation)
     check_rank("x", x, 2, 3)

@@ -29,10 +29,10 @@ def short_conv_qkv_inputs(
     num_slots: int = 7,
     state_dtype: torch.dtype | None = None,
     index_dtype: torch.dtype = torch.int32,
-    apart: bool = False,
+    unpack: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Arguments of `short_conv_qkv`, with a state where a layout is given.
+    """Arguments of `short_conv_qkv`, with a state if a layout is given.
 
     Args:
         B: Sequences of a dense batch.
@@ -40,23 +40,23 @@ def short_conv_qkv_inputs(
         H: Heads of q and k.
         K: Channels of a head.
         value_dim: Channels of v.
-        dtype: Of x, weight and bias.
+        dtype: Dtype of x, weight and bias.
         W: Taps.
         bias: Whether there is a bias.
-        strided: Whether the rows of x lie further apart than D.
+        strided: Whether x has a row stride above D.
         zero: Whether the first half of the tokens is zero.
         activation: As in `short_conv_qkv`.
         norm_eps: As in `short_conv_qkv`.
-        lengths: Tokens of each sequence; what is left of T is padding, which holds NaN.
-        layout: Of the state; None for a call without one.
-        state_indices: Of each sequence.
+        lengths: Tokens of each sequence; the rest of T is padding, filled with NaN.
+        layout: Layout of the state; None for a call without one.
+        state_indices: Slot of each sequence.
         initial: 0 or 1 for each sequence, or None for none.
         num_spec: Rows of the state beyond W - 1.
         num_slots: Slots of the state.
-        state_dtype: Of the state, None for that of x.
-        index_dtype: Of offsets and slots.
-        apart: Whether q, k and v have tensors of their own.
-        device: Where.
+        state_dtype: Dtype of the state, None for that of x.
+        index_dtype: Dtype of offsets and slots.
+        unpack: Whether q, k and v are separate tensors.
+        device: Device of the tensors.
     """
     D = 2 * H * K + value_dim
     wide = torch.randn(B, T, 2 * D if strided else D, device=device).to(dtype)
@@ -84,7 +84,7 @@ def short_conv_qkv_inputs(
         inputs["layout"] = layout
         if initial is not None:
             inputs["has_initial_state"] = torch.tensor(initial, device=device).bool()
-    return unpacked(inputs, (H * K, H * K, value_dim)) if apart else inputs
+    return unpacked(inputs, (H * K, H * K, value_dim)) if unpack else inputs
 
 
 def _case(name: str, *sizes: Any, perf: bool = False, **options: Any) -> Case:
@@ -108,7 +108,7 @@ RAGGED: dict[str, Any] = {
 THREE: dict[str, Any] = {"state_indices": (2, 0, 5), "initial": (1, 1, 0)}
 
 CASES = [
-    _case("apart-SD-ragged-bias", 1, 40, 2, 64, 96, **RAGGED, layout="SD", bias=True, apart=True),
+    _case("apart-SD-ragged-bias", 1, 40, 2, 64, 96, **RAGGED, layout="SD", bias=True, unpack=True),
     _case("fp32-K5-linear", 1, 6, 2, 5, 7, torch.float32, W=2, activation=None, bias=True),
     _case("K128", 2, 19, 3, 128, 520),
     _case("K64-fp16-bias", 1, 21, 5, 64, 192, torch.float16, bias=True),
@@ -149,10 +149,12 @@ CASES = [
         torch.float32,
         strided=True,
         bias=True,
-        apart=True,
+        unpack=True,
     ),
-    _case("apart-DS", 3, 8, 2, 24, 72, torch.float16, layout="DS", **THREE, num_spec=2, apart=True),
-    _case("apart-ragged-K128", 1, 40, 1, 128, 300, lengths=(1, 0, 20, 2, 3, 5), apart=True),
+    _case(
+        "apart-DS", 3, 8, 2, 24, 72, torch.float16, layout="DS", **THREE, num_spec=2, unpack=True
+    ),
+    _case("apart-ragged-K128", 1, 40, 1, 128, 300, lengths=(1, 0, 20, 2, 3, 5), unpack=True),
     _case(
         "apart-fp64",
         2,
@@ -164,7 +166,7 @@ CASES = [
         layout="DS",
         state_indices=(3, 0),
         initial=(1, 1),
-        apart=True,
+        unpack=True,
     ),
     _case("T8192-H32", 1, 8192, 32, 128, 4096, perf=True),
     _case(
@@ -195,6 +197,6 @@ CASES = [
         layout="SD",
         state_indices=(3,),
         initial=(1,),
-        apart=True,
+        unpack=True,
     ),
 ]

@@ -33,8 +33,8 @@ def short_conv_qkv_kernel(
     Grid: token blocks x D blocks, D fastest, those of q, k and v in order. A block of q or k is
     BLOCK_D // BLOCK_K whole heads, each padded from K to BLOCK_K channels.
 
-    With UNPACKED each of q, k and v has an input, weight, bias and state of its own; without, the
-    first pointers lead to tensors of all channels, q | k | v, and those of k and v are None.
+    With UNPACKED each of q, k and v has its own input, weight, bias and state; otherwise the first
+    pointers are to tensors of all channels, q | k | v, and those of k and v are None.
     """
     HEADS: tl.constexpr = BLOCK_D // BLOCK_K
     KEY_BLOCKS: tl.constexpr = (KEY_DIM // K + HEADS - 1) // HEADS
@@ -135,13 +135,13 @@ def _launch(
     states: tuple[Tensor | None, ...], state_indices: Tensor | None,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One of each tensor, packed, or three, for q, k and v."""
+    """Takes one packed tensor of each, or three, for q, k and v."""
     xs = tuple(x if x.stride(2) == 1 else x.contiguous() for x in xs)
     weights = tuple(weight.contiguous() for weight in weights)
     biases = tuple(contiguous(bias) for bias in biases)
     x = xs[0]
     B, T = x.shape[:2]
-    # static: with a symbolic value_dim Inductor does not see that v is dense, and copies it
+    # static: with a symbolic value_dim Inductor cannot prove that v is dense, and copies it
     W, H = int(weights[0].shape[1]), key_dim // head_dim
     value_dim = int(weights[-1].shape[0]) - (2 * key_dim if len(xs) == 1 else 0)
     q, k = (torch.empty((B, T, H, head_dim), dtype=x.dtype, device=x.device) for _ in range(2))

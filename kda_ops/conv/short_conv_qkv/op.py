@@ -86,13 +86,13 @@ short_conv_qkv_state_op = define_op(
     check_values=check_short_conv_qkv_state_values,
 )
 
-_APART = (
+_UNPACKED = (
     "Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor v_weight, "
     "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, str? activation, int head_dim, float norm_eps"
 )
 
 short_conv_qkv_unpacked_op = define_op(
-    f"short_conv_qkv.unpacked({_APART}, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    f"short_conv_qkv.unpacked({_UNPACKED}, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
     reference=short_conv_qkv_unpacked_reference,
     fake=short_conv_qkv_unpacked_fake,
     cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_unpacked",
@@ -101,7 +101,7 @@ short_conv_qkv_unpacked_op = define_op(
 )
 
 short_conv_qkv_unpacked_state_op = define_op(
-    f"short_conv_qkv.unpacked_state({_APART}, Tensor(a!) q_state, Tensor(b!) k_state, "
+    f"short_conv_qkv.unpacked_state({_UNPACKED}, Tensor(a!) q_state, Tensor(b!) k_state, "
     "Tensor(c!) v_state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
     "str layout) -> (Tensor, Tensor, Tensor)",
     reference=short_conv_qkv_unpacked_state_reference,
@@ -137,23 +137,22 @@ def short_conv_qkv(
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Convolved queries, keys and values of whole sequences, queries and keys normalised, in one
-    pass over the packed projections.
+    """Convolved queries, keys and values of whole sequences, with normalized queries and keys, in
+    one pass over the packed projections.
 
-    Exactly `short_conv` of x, which is q | k | v along its channels, split into three, and `l2norm`
-    of each head of q and k, without rounding in between. The state, slots, empty sequences and
-    padding are those of `short_conv`: tokens of no sequence and of slot 0 give zeros.
+    Equals `short_conv` of x (q | k | v along its channels), split into three, and `l2norm` of each
+    head of q and k, without rounding in between. State, slots, empty sequences and padding are as
+    in `short_conv`: padding tokens and tokens of slot 0 give zeros.
 
-    Models that keep q, k and v apart, as FLA's and Moonshot's do, give x, weight, bias and
-    conv_state as three tensors each, `(of q, of k, of v)`; nothing is packed for them.
+    Models with separate q, k and v, such as FLA's and Moonshot's, pass x, weight, bias and
+    conv_state as three tensors each, `(of q, of k, of v)`; they are not packed.
 
     Source: Kimi Linear (arXiv:2510.26692), section 4.
 
     Args:
         x: `[B, T, D]`, the packed projections, `D = 2 * key_dim + value_dim`; fp16, bf16 or fp32
-            (fp64 on a CPU). With `cu_seqlens`, B is 1. The last axis is contiguous, or is
-            copied.
-        weight: `[D, W]`, W at least 2; the last tap meets the token itself.
+            (fp64 on the CPU). With `cu_seqlens`, B is 1. Copied if the last axis is not contiguous.
+        weight: `[D, W]`, W at least 2; the last tap applies to the token itself.
         bias: `[D]` or None.
         key_dim: Channels of q, and of k: H * K.
         head_dim: K, in `[1, 256]`, a divisor of `key_dim`.
@@ -161,21 +160,21 @@ def short_conv_qkv(
         activation: `"silu"` (also called `"swish"`) or None.
         conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 1`, any
             strides, written in place. Its dtype may differ from that of x.
-        state_indices: `[N]`, int32 or int64, the slot of each sequence. None twice, but for 0.
-            Required with `conv_state`.
+        state_indices: `[N]`, int32 or int64, the slot of each sequence; unique, except the null
+            slot 0. Required with `conv_state`.
         has_initial_state: `[N]`, bool. None means that no sequence has one.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.
-        layout: `"SD"` or `"DS"`; None takes `kda_ops.config.conv_layout`.
+        layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
 
     Returns:
         q and k `[B, T, H, K]` and v `[B, T, value_dim]`, each contiguous, in x's dtype.
 
     Raises:
-        ValueError: A shape, size, dtype, device, activation, eps, layout, offset or slot that does
-            not fit, or a state argument without `conv_state`.
+        ValueError: An invalid shape, size, dtype, device, activation, eps, layout, offset or slot,
+            or a state argument without `conv_state`.
         RuntimeError: An argument requires grad and `conv_state` is given (the call without a state
-            differentiates).
+            is differentiable).
     """
     activation = resolve_activation(activation)
     layout = resolve_layout(layout, *state_channels(x, conv_state))

@@ -59,7 +59,7 @@ def short_conv_qkv_unpacked_state_reference(
 def normed_parts(
     y: Tensor, key_dim: int, head_dim: int, norm_eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts q and k, each head normalised, and v of the convolved `y [B, T, D]`."""
+    """Q and k, with each head normalized, and v of the convolved `y [B, T, D]`."""
     q, k, v = y.split([key_dim, key_dim, y.shape[-1] - 2 * key_dim], dim=-1)
     q, k = (
         l2_normalized(part.unflatten(-1, (-1, head_dim)), norm_eps).to(dtype).contiguous()

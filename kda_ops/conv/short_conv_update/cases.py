@@ -25,24 +25,24 @@ def short_conv_update_inputs(
     index_dtype: torch.dtype = torch.int32,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Arguments of `short_conv_update` over `x [shape]`.
+    """Arguments of `short_conv_update` for `x [shape]`.
 
     Args:
         shape: Shape of x.
-        layout: Of the state.
-        state_indices: Of each sequence; nested for a table with a column per speculative token.
+        layout: Layout of the state.
+        state_indices: Slot of each sequence; nested for a table with a column per token.
         W: Taps.
-        dtype: Of x, weight and bias.
+        dtype: Dtype of x, weight and bias.
         bias: Whether there is a bias.
-        strided: Whether the rows of x lie further apart than D.
+        strided: Whether x has a row stride above D.
         activation: As in `short_conv_update`.
-        lengths: Tokens of each sequence; what is left of T is padding, which holds NaN.
-        accepted: Of each sequence.
+        lengths: Tokens of each sequence; the rest of T is padding, filled with NaN.
+        accepted: Accepted tokens of each sequence.
         num_spec: Rows of the state beyond W - 1.
         num_slots: Slots of the state.
-        state_dtype: Of the state, None for that of x.
-        index_dtype: Of offsets, slots and counts.
-        device: Where.
+        state_dtype: Dtype of the state, None for that of x.
+        index_dtype: Dtype of offsets, slots and counts.
+        device: Device of the tensors.
     """
     D = shape[-1]
     wide = torch.randn(*shape[:-1], 2 * D if strided else D, device=device).to(dtype)

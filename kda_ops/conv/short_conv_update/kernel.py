@@ -21,12 +21,12 @@ def short_conv_update_kernel(
 ):  # fmt: skip
     """One program computes all tokens of one sequence x BLOCK_D channels.
 
-    Grid: sequences x D blocks, D fastest, on the one axis that has no limit of 65535.
+    Grid: sequences x D blocks, D fastest, on the only axis without a limit of 65535.
 
-    A program reads the whole window before it writes any of it, and no other program touches these
-    rows and channels: the shift in place is safe. With `cu_seqlens` there is one sequence more, the
-    rows past the last one, which is skipped. MAX_TOKENS is the most tokens that a state of L rows
-    can take.
+    A program reads the whole window before writing any of it, and no other program touches these
+    rows and channels, so shifting in place is safe. With `cu_seqlens` there is one more sequence,
+    the rows past the last one, which is skipped. MAX_TOKENS is the most tokens that fit a state of
+    L rows.
     """
     d_blocks = tl.cdiv(D, BLOCK_D)
     n = (tl.program_id(0) // d_blocks).to(tl.int64)

@@ -71,16 +71,16 @@ def short_conv_update(
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
 ) -> Tensor:
-    """Depthwise causal convolution of a few new tokens per sequence, which shifts the state.
+    """Depthwise causal convolution of a few new tokens per sequence; shifts the state in place.
 
     The history of sequence n is rows `[a - 1, a - 1 + W - 1)` of its slot, where `a` is the number
-    of tokens accepted from the step before (1 without `num_accepted`). Each token gives `y =
+    of tokens accepted from the previous step (1 without `num_accepted`). Each token gives `y =
     silu(sum_w weight[:, w] * window[w] + bias)` over the W rows that end with it. Then
     `concat(history[1:], x_0 .. x_{q-1})` is written from row 0 on; later rows are not touched. All
     tokens of the step are kept, so that the next step can accept any number of them.
 
-    A sequence without tokens keeps its state as it is. Slot 0 is the null block: a sequence mapped
-    to it gives zero output, and nothing of it is read or written. Rows of x past the last sequence
+    A sequence without tokens keeps its state. Slot 0 is the null block: the output of a sequence
+    mapped to it is zero, and its slot is neither read nor written. Rows of x past the last sequence
     are not read and give zero.
 
     Source: Kimi Linear (arXiv:2510.26692), section 4; the linear window of speculative decoding
@@ -88,25 +88,24 @@ def short_conv_update(
 
     Args:
         x: `[N, D]` (a token each), `[N, q, D]` (q each), or `[T, D]` with `cu_seqlens`; fp16, bf16
-            or fp32 (fp64 on the CPU). The last axis is contiguous, or is copied.
+            or fp32 (fp64 on the CPU). Copied if the last axis is not contiguous.
         conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 2 + q`,
             any strides, written in place. Its dtype may differ from that of x.
-        weight: `[D, W]`, W at least 2; the last tap meets the token itself.
+        weight: `[D, W]`, W at least 2; the last tap applies to the token itself.
         bias: `[D]` or None.
         activation: `"silu"` (also called `"swish"`) or None.
-        state_indices: `[N]`, int32 or int64, the slot of each sequence, or `[N, 1 + num_spec]`,
-            whose column 0 is taken. None twice, but for 0.
-        num_accepted: `[N]`, int32 or int64, in `[1, L - W + 2]`; of a sequence on slot 0 anything.
+        state_indices: `[N]`, int32 or int64, the slot of each sequence, or `[N, 1 + num_spec]`, of
+            which column 0 is used. Unique, except the null slot 0.
+        num_accepted: `[N]`, int32 or int64, in `[1, L - W + 2]`; ignored for slot 0.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.
-        layout: `"SD"` or `"DS"`; None takes `kda_ops.config.conv_layout`.
+        layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
 
     Returns:
         The shape and dtype of x, contiguous.
 
     Raises:
-        ValueError: A shape, dtype, device, activation, layout, offset, slot or count that does not
-            fit.
+        ValueError: An invalid shape, dtype, device, activation, layout, offset, slot or count.
         RuntimeError: An argument requires grad.
     """
     activation = resolve_activation(activation)

@@ -13,8 +13,8 @@ from kda_ops._numerics import CHUNK, RCP_LN2
 
 
 def cumulative(y: Tensor, cu_seqlens: list[int] | None = None) -> Tensor:
-    """`y [B, T, HV, K]` per token -> prefix sums that restart every 64 tokens and at every sequence
-    start. Rows past the last sequence are NaN.
+    """Prefix sums of `y [B, T, HV, K]` that restart every 64 tokens and at every sequence start.
+    Rows past the last sequence are NaN.
     """
     B, T, HV, K = y.shape
     g_cumsum = torch.full_like(y, torch.nan)
@@ -90,7 +90,7 @@ def chunk_kda_inputs(
 
 
 def large_states(device: torch.device) -> dict[str, Any]:
-    """States that fp16 cannot hold, of outputs that it can."""
+    """States that overflow fp16 with outputs that do not."""
     inputs = chunk_kda_inputs(device, T=100, dtype=torch.float16, gate="slow", v_scale=1e4)
     inputs = with_states(inputs)
     inputs["initial_state"] *= 1e5
@@ -129,7 +129,7 @@ def _perf(name: str, *, T: int, H: int, sequences: int = 1) -> Case:
         name=name,
         make=make,
         bytes_moved=T * H * (4 * D * 2 + D * 4 + 2) + sequences * H * D * D * 4,
-        # Aqk, L, w, u, Aqk vn and the inverse; w S, qg S and kg^T vn
+        # GEMMs: Aqk, L, w, u, Aqk vn and the inverse; w S, qg S and kg^T vn
         flops=chunks * (6 * tile + 3 * 2 * CHUNK * D * D),
         operand_dtype=torch.bfloat16,
         perf=True,

@@ -1,9 +1,9 @@
-"""Chunked KDA as two Triton kernels: `prepare` works on all chunks at once, `scan` carries the
+"""Chunked KDA as two Triton kernels: `prepare` works on all chunks in parallel, `scan` carries the
 state through them.
 
-Here is the fast `prepare`, for 16-bit inputs with K and V of 64 or 128. The rest is in
-`kda_ops.delta_rule.chunked`: the general `prepare`, which takes fp32 (computed in fp32 throughout)
-and any K and V, both forms of `scan`, and the workspace between the two.
+This file has the fast `prepare`, for 16-bit inputs with K and V of 64 or 128. The rest is in
+`kda_ops.delta_rule.chunked`: the general `prepare`, for fp32 (computed in fp32 throughout) and any
+K and V, both forms of `scan`, and the workspace between the two.
 """
 
 import triton
@@ -39,9 +39,9 @@ def chunk_prepare_kernel(
     """One program prepares one chunk of one value head; K and V are 64 or 128.
     Grid: (chunks * HV), heads fastest.
 
-    The tokens' gates y go to fp16 and every exponent, also G and G_last - G, comes as a 0/1 matrix
-    times y: the tensor core hands it over in the layout that the next product wants. Its error is
-    at most 2^-12 of the exponent, weighted by its power of two: below 2e-4.
+    The tokens' gates y are rounded to fp16, and every exponent, also G and G_last - G, is a 0/1
+    matrix times y: the tensor core returns it in the layout of the next GEMM. The error is at most
+    2^-12 of the exponent, weighted by its power of two: below 2e-4.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % HV

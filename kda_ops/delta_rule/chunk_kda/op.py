@@ -24,7 +24,7 @@ from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
 
 def _check_sums(g_cumsum: Tensor, cu_seqlens: Tensor | None) -> None:
-    """No sum is infinite: the gates behind it would be differences of infinities."""
+    """No sum is infinite: later gates would be differences of infinities."""
     real = g_cumsum if cu_seqlens is None else g_cumsum[:, : int(cu_seqlens[-1])]
     infinite = torch.isinf(real)
     if infinite.any():
@@ -106,47 +106,46 @@ def chunk_kda(
 
         S <- diag(2^g_t) S;    S <- S + beta_t k_t (v_t - k_t^T S)^T;    o_t = scale * S^T q_t
 
-    No gate is clamped, also one that decays by e^-60 in a token: powers of two are only ever taken
-    of exponents <= 0. These are differences of sums in fp32, so a decay between two tokens is right
-    to about 1e-7 |G| of itself (2e-4 more in 16 bits on a GPU): gates beside a very strong one lose
-    digits, and behind -inf nothing would be left of them. A token that is to forget the state takes
-    a gate of -300, a decay of 0, or begins a sequence. Source: Kimi Linear (arXiv:2510.26692),
-    section 3, in the chunked WY form.
+    No gate is clamped, even one that decays by e^-60 in a token: all exponents of powers of two are
+    <= 0. They are differences of sums in fp32, so the relative error of a decay between two tokens
+    is about 1e-7 |G| (plus 2e-4 for 16-bit inputs on a GPU): gates near a very strong one lose
+    digits, and after -inf they would lose all of them. To forget the state, give a token a gate of
+    -300, a decay of 0, or start a new sequence. Source: Kimi Linear (arXiv:2510.26692), section 3,
+    in the chunked WY form.
 
     Args:
-        q: `[B, T, H, K]`, as it is to be used: apply `l2norm` first. fp16, bf16, fp32, on a CPU
-            fp64, any strides with the last one 1 (others are copied).
-            On a GPU products within a chunk of 16-bit q and k are made in fp16: entries of q and k
-            below 65504, as normalised ones are.
+        q: `[B, T, H, K]`, already normalized: apply `l2norm` first. fp16, bf16 or fp32 (fp64 on the
+            CPU), any strides (copied if the last one is not 1). On a GPU, GEMMs within a chunk of
+            16-bit q and k are in fp16, so their entries must be below 65504; normalized ones are.
         k: `[B, T, H, K]`, dtype of q. `|k| <= 1` and `beta <= 2` keep the recurrence stable.
         v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
-        g_cumsum: `[B, T, HV, K]` in **log2**, the cumulative gate as `gate_cumsum` returns it: it
+        g_cumsum: `[B, T, HV, K]` in **log2**, the cumulative gate from `gate_cumsum`, which
             restarts every 64 tokens and at every sequence start. Finite; on a GPU infinite sums
             give NaN. fp32 (fp64 with fp64 q).
         beta: `[B, T, HV]` after its sigmoid, any floating dtype.
-        scale: Factor of the output, `K ** -0.5` if None.
-        initial_state: `[N, HV, V, K]`, bf16, fp32, on a CPU fp64; zeros if None.
+        scale: Scale of the output, `K ** -0.5` if None.
+        initial_state: `[N, HV, V, K]`, bf16 or fp32 (fp64 on the CPU); zeros if None.
         output_final_state: Whether to return the states after the last token.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
             it every batch row is a sequence, `N = B`.
         chunk_indices: The batch's chunk table, `kda_ops.varlen.prepare_chunk_indices(cu_seqlens,
-            T)`; made here if None.
+            T)`; computed if None.
         state: `[slots, HV, V, K]`, bf16 or fp32, any strides (padded pages): paged states, read and
             **written in place**, instead of `initial_state`.
-        state_indices: `[N]`, int32 or int64, with `state`: the slot of each sequence, no slot
-            twice. Slot 0 is the null block: that sequence's output is zero and no state is read or
-            written. A kernel treats a slot out of range in the same way.
+        state_indices: `[N]`, int32 or int64, with `state`: the slot of each sequence; unique,
+            except the null slot 0. The output of a sequence on slot 0 is zero, and no state is read
+            or written. Kernels treat a slot out of range the same way.
         has_initial_state: `[N]`, bool, with `state`: where False the sequence starts from zeros.
             All True if None.
 
     Returns:
         `(o, final_state)`. `o [B, T, HV, V]` in the dtype of v; rows past the last sequence are
-        zero, and nothing that is in them is read. `final_state [N, HV, V, K]` in the dtype of
+        zero, and their inputs are not read. `final_state [N, HV, V, K]` in the dtype of
         `initial_state`, or fp32 (fp64 with fp64 q) without one; None unless `output_final_state`.
 
     Raises:
-        ValueError: A shape, dtype, device or combination of arguments that does not fit; on the CPU
-            also offsets, chunks or slots with wrong values, and an infinite g_cumsum.
+        ValueError: An invalid shape, dtype, device or combination of arguments; on the CPU also
+            offsets, chunks or slots with wrong values, and an infinite g_cumsum.
         RuntimeError: `state` is given and an input requires grad.
     """
     check_attention_inputs(q, k, v, beta)

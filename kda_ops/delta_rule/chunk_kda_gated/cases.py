@@ -36,24 +36,24 @@ def chunk_kda_gated_inputs(
     """Arguments of `chunk_kda_gated`; rows past the last sequence are NaN.
 
     Args:
-        device: Where to make them.
+        device: Device of the tensors.
         B: Batch.
         T: Tokens.
         H: Query and key heads.
         HV: Value heads, H if None.
         K: Key dimension.
         V: Value dimension.
-        dtype: Of q, k, v, x and beta.
+        dtype: Dtype of q, k, v, raw_gate and raw_beta.
         gate: `softplus` with rates 1 to 16 as in a trained model, `harsh` down to e^-60 and beyond
             in one token, `slow` near 1, or `bounded` at -5 nats.
         rate: Whether there is an `A_log`.
         dt_bias: Whether there is a `dt_bias`.
-        norm: Whether the operator normalises q and k.
-        size: Of the elements of q and k, with `norm`.
+        norm: Whether the operator normalizes q and k.
+        size: Magnitude of the elements of q and k, with `norm`.
         beta_scale: As in `chunk_kda_gated`.
         scale: As in `chunk_kda_gated`.
         cu_seqlens: Offsets of the sequences.
-        index_dtype: Of `cu_seqlens`.
+        index_dtype: Dtype of `cu_seqlens`.
         packed: Whether q, k, v and raw_gate are slices of one projection.
     """
     HV = HV or H
@@ -70,7 +70,7 @@ def chunk_kda_gated_inputs(
         rows[:, cu_seqlens[-1] :] = torch.nan
     parts = list(rows.to(dtype).split([y.shape[-1] for y in parts], dim=-1))
     if not packed:
-        # an empty slice counts as contiguous, whatever its strides
+        # an empty slice counts as contiguous with any strides
         parts = [y.clone(memory_format=torch.contiguous_format) for y in parts]
     rates = {"harsh": torch.full((HV,), 16.0), "slow": torch.full((HV,), 1e-3)}
     A_log = rates.get(gate, torch.empty(HV).uniform_(1, 16)).log().to(device)
@@ -123,7 +123,7 @@ def _perf(name: str, *, T: int, H: int, sequences: int = 1, **options: Any) -> C
         name=name,
         make=make,
         bytes_moved=T * H * (5 * D + 1) * 2 + sequences * H * D * D * 4,
-        # Aqk, L, w, u, Aqk vn and the inverse; w S, qg S and kg^T vn
+        # GEMMs: Aqk, L, w, u, Aqk vn and the inverse; w S, qg S and kg^T vn
         flops=chunks * (6 * tile + 3 * 2 * CHUNK * D * D),
         operand_dtype=BF16,
         perf=True,

@@ -1,8 +1,8 @@
 """Chunked KDA from raw inputs as two Triton kernels, `prepare` and `scan`; see
-`kda_ops.delta_rule.chunked` for the second and for what both operators share.
+`kda_ops.delta_rule.chunked` for `scan` and the code shared by both operators.
 
-Here is the `prepare` for 16-bit inputs with K and V of 64 or 128. For all other inputs one small
-kernel writes what `chunk_kda` takes, and the general `prepare` follows.
+This file has the `prepare` for 16-bit inputs with K and V of 64 or 128. For all other inputs one
+small kernel writes the inputs of `chunk_kda`, and the general `prepare` follows.
 """
 
 from typing import Any
@@ -45,12 +45,12 @@ def chunk_gated_prepare_kernel(
     """One program prepares one chunk of one value head; K and V are 64 or 128.
     Grid: (chunks * HV), heads fastest.
 
-    The tokens' gates y go to fp16 and every exponent, also G and G_last - G, comes as a 0/1 matrix
-    times y, so that no sum over tokens stays in registers. Their error is at most 2^-12 of the
+    The tokens' gates y are rounded to fp16, and every exponent, also G and G_last - G, is a 0/1
+    matrix times y, so that no sum over tokens stays in registers. The error is at most 2^-12 of the
     exponent, weighted by its power of two: below 2e-4. The decay over the whole chunk, which the
     state accumulates, is summed in fp32.
 
-    With NORM, q and k are normalised as they are loaded.
+    With NORM, q and k are normalized as they are loaded.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % HV
@@ -87,10 +87,10 @@ def chunk_gated_prepare_kernel(
     before = tl.load(beta_row + tl.maximum(t - 1, 0) * beta_t).to(tl.float32)
     before = BETA_SCALE * quick_sigmoid(before)
 
-    # a common scale goes into q's norm, one that leaves fp16's range does not
+    # a common scale goes into q's norm, unless it leaves fp16's range
     FOLD: tl.constexpr = NORM and SCALE > 0.001 and SCALE < 1000.0
     if NORM:
-        # raw values may not fit the fp16 of the levels
+        # raw values may overflow the fp16 of the levels
         q_norm = reciprocal_norm(q, EPS) * (SCALE if FOLD else 1.0)
         q = (q.to(tl.float32) * q_norm[:, None]).to(tl.float16)
         k = (k.to(tl.float32) * reciprocal_norm(k, EPS)[:, None]).to(tl.float16)
@@ -112,11 +112,11 @@ def chunk_inputs_kernel(
     HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     KP: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """One program turns one chunk of one value head into what the general `prepare` takes: G in
-    log2, beta after its sigmoid and normalised keys, all in fp32. Grid: (chunks, HV).
+    """One program computes the general `prepare`'s inputs for one chunk of one value head: G in
+    log2, beta after its sigmoid and normalized keys, all in fp32. Grid: (chunks, HV).
 
-    G is made in blocks of BLOCK columns. The first value head of a key head writes its keys. Rows
-    of no sequence are not written.
+    G is computed in blocks of BLOCK columns. The first value head of a key head writes its keys.
+    Padding rows are not written.
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -155,8 +155,8 @@ def chunk_inputs_kernel(
 def launch_inputs(
     q: Tensor, k: Tensor, raw_gate: Tensor, raw_beta: Tensor, raw: Raw, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `chunk_kda` takes: q and k, in fp32 if they are normalised here, the cumulative gate and
-    beta after its sigmoid.
+    """The inputs of `chunk_kda`: q and k, in fp32 if normalized here, the cumulative gate and beta
+    after its sigmoid.
     """
     inputs = q, k, *_ = dense_rows(q, k, raw_gate, raw_beta)
     (B, T, H, K), HV = q.shape, raw_beta.shape[2]

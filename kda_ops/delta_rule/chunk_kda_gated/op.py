@@ -99,51 +99,50 @@ def chunk_kda_gated(
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention over whole sequences from the raw gate and the raw beta.
 
-    `chunk_kda(q, k, v, gate_cumsum(raw_gate, A_log, dt_bias, lower_bound=lower_bound),
+    Equals `chunk_kda(q, k, v, gate_cumsum(raw_gate, A_log, dt_bias, lower_bound=lower_bound),
     beta_scale * sigmoid(raw_beta))`, with `l2norm(q, eps=qk_norm_eps)` and `l2norm(k,
     eps=qk_norm_eps)` if `qk_norm_eps` is given, without rounding in between and without a
     cumulative gate in memory. See `chunk_kda` for the recurrence and `gate` for the gate. A token
-    may decay to 0 (also by a raw_gate of inf): it forgets the state, and gates beside it keep their
-    digits. Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
+    may decay to 0 (also through a raw_gate of inf): it forgets the state, and gates near it keep
+    their digits. Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
 
     Args:
-        q: `[B, T, H, K]`, fp16, bf16, fp32, on a CPU fp64, any strides with the last one 1 (others
-            are copied). As it is to be used, or before its norm with `qk_norm_eps`.
+        q: `[B, T, H, K]`, fp16, bf16 or fp32 (fp64 on the CPU), any strides (copied if the last one
+            is not 1). Already normalized, or with `qk_norm_eps` before its norm.
         k: `[B, T, H, K]`, dtype of q; likewise.
         v: `[B, T, HV, V]`, dtype of q, `HV % H == 0`: value head i uses key head `i // (HV // H)`.
-        raw_gate: `[B, T, HV, K]`, any floating dtype, the gate's input (the gate itself is in
-            nats).
+        raw_gate: `[B, T, HV, K]`, any floating dtype, the input of the gate (which is in nats).
         raw_beta: `[B, T, HV]` before its sigmoid, any floating dtype.
         A_log: `[HV]`, natural log of the decay rate. None means a rate of 1 and needs
             `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to raw_gate.
         lower_bound: None, or the gate's bound in `[-5, 0)` in nats.
         beta_scale: 1, or 2 for eigenvalues down to -1.
-        qk_norm_eps: None if q and k are normalised already; else they are normalised here, with
-            this under the root.
-        scale: Factor of the output, `K ** -0.5` if None.
-        initial_state: `[N, HV, V, K]`, bf16, fp32, on a CPU fp64; zeros if None.
+        qk_norm_eps: None if q and k are already normalized; else they are normalized with this eps
+            under the root.
+        scale: Scale of the output, `K ** -0.5` if None.
+        initial_state: `[N, HV, V, K]`, bf16 or fp32 (fp64 on the CPU); zeros if None.
         output_final_state: Whether to return the states after the last token.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
             it every batch row is a sequence, `N = B`.
         chunk_indices: The batch's chunk table, `kda_ops.varlen.prepare_chunk_indices(cu_seqlens,
-            T)`; made here if None.
+            T)`; computed if None.
         state: `[slots, HV, V, K]`, bf16 or fp32, any strides (padded pages): paged states, read and
             **written in place**, instead of `initial_state`.
-        state_indices: `[N]`, int32 or int64, with `state`: the slot of each sequence, no slot
-            twice. Slot 0 is the null block: that sequence's output is zero and no state is read or
-            written. A kernel treats a slot out of range in the same way.
+        state_indices: `[N]`, int32 or int64, with `state`: the slot of each sequence; unique,
+            except the null slot 0. The output of a sequence on slot 0 is zero, and no state is read
+            or written. Kernels treat a slot out of range the same way.
         has_initial_state: `[N]`, bool, with `state`: where False the sequence starts from zeros.
             All True if None.
 
     Returns:
         `(o, final_state)`. `o [B, T, HV, V]` in the dtype of v; rows past the last sequence are
-        zero, and nothing that is in them is read. `final_state [N, HV, V, K]` in the dtype of
+        zero, and their inputs are not read. `final_state [N, HV, V, K]` in the dtype of
         `initial_state`, or fp32 (fp64 with fp64 q) without one; None unless `output_final_state`.
 
     Raises:
-        ValueError: A shape, dtype, device or combination of arguments that does not fit; on the CPU
-            also offsets, chunks or slots with wrong values.
+        ValueError: An invalid shape, dtype, device or combination of arguments; on the CPU also
+            offsets, chunks or slots with wrong values.
         RuntimeError: `state` is given and an input requires grad.
     """
     check_attention_inputs(q, k, v, raw_beta, "raw_beta")

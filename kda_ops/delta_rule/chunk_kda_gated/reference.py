@@ -41,9 +41,7 @@ def _as_used(
     q: Tensor, k: Tensor, raw_gate: Tensor, raw_beta: Tensor, raw: Raw, cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k, the cumulative gate and beta as `chunk_kda` takes them; nothing is rounded between the
-    parts.
-    """
+    """The q, k, cumulative gate and beta of `chunk_kda`, without rounding between the parts."""
     if raw.qk_norm_eps is not None:
         q, k = (l2_normalized(real_rows(y, cu_seqlens, 1.0), raw.qk_norm_eps) for y in (q, k))
     gate = (raw_gate, *raw[:3], CHUNK, cu_seqlens, chunk_indices)

@@ -1,1 +1,1 @@
-"""What both chunked operators share: formulas, workspace, kernels."""
+"""Shared by both chunked operators: formulas, workspace, kernels."""

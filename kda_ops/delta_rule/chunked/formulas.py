@@ -1,7 +1,7 @@
 """Chunked KDA in eager PyTorch, for the references of the operators that compute it.
 
-Everything is computed for all chunks and heads at once; only the state's recurrence loops, over the
-chunks of a sequence. Tiles are `[chunks, HV, 64, ...]`.
+Everything is batched over all chunks and heads; only the state's recurrence loops over the chunks
+of a sequence. Tiles are `[chunks, HV, 64, ...]`.
 """
 
 import torch
@@ -53,8 +53,8 @@ def chunked_kda_state(
 
 
 def _offsets(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """`[N + 1]` offsets of the sequences into the flattened tokens; without `cu_seqlens` every
-    batch row is a sequence.
+    """`[N + 1]` offsets of the sequences in the flattened tokens; without `cu_seqlens` every batch
+    row is a sequence.
     """
     if cu_seqlens is not None:
         return cu_seqlens.long()
@@ -79,7 +79,7 @@ def _forward(
     first = (offsets[sequence] + chunk * CHUNK)[:, None]
     row = first + torch.arange(CHUNK, device=q.device)  # [chunks, 64]
     real = row < end
-    # padding lanes repeat the last token's G, for exponents <= 0, and are zero in all else
+    # padding lanes repeat the last token's G, for exponents <= 0, and are otherwise zero
     row = torch.minimum(row, end - 1)
 
     def tiles(x: Tensor, heads: int) -> Tensor:
@@ -118,12 +118,12 @@ def _forward(
 
 
 def _within_chunks(q: Tensor, k: Tensor, G: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """The two 64 x 64 matrices of every chunk: `Aqk` (with the scale that is in q) and `Ainv = (I +
+    """The two 64 x 64 matrices of every chunk: `Aqk` (including q's scale) and `Ainv = (I +
     L)^-1`.
 
-    Both are built from blocks of s = 1, 2, ..., 32 rows. Two neighbouring blocks are joined through
+    Both are built from blocks of s = 1, 2, ..., 32 rows. Two neighboring blocks are joined through
     the last row a of the left one: for i right and j left of it, 2^(G_i - G_j) = 2^(G_i - G_a)
-    2^(G_a - G_j), and both exponents are <= 0 whatever the gate. The inverse of a joined block is
+    2^(G_a - G_j), and both exponents are <= 0 for any gate. The inverse of a joined block is
     [[X0, 0], [-X1 L X0, X1]].
     """
     attention = (q * k).sum(-1)[..., None, None]  # [chunks, HV, 64 / s, s, s] at block size s

@@ -16,8 +16,8 @@ def launch_chunked_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the arguments that need one, in order and in their dtypes.
 
-    `normalized` makes q, k, the gate and beta as `chunk_kda` takes them; `names`: the operator's
-    arguments as `inputs` calls them, None where there is no gradient.
+    `normalized` returns the q, k, gate and beta of `chunk_kda`; `names`: the operator's arguments
+    by their names in `inputs`, None where there is no gradient.
     """
     q, v = inputs.q, inputs.v
     do, dfinal = output_gradients

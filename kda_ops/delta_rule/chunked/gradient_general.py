@@ -36,8 +36,8 @@ def launch_general_gradient(
     inputs: Inputs, used: tuple[Tensor, Tensor, Tensor, Tensor], do: Tensor, dfinal: Tensor | None,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """As `kda_ops.delta_rule.chunked.kernels.gradient.launch_gradient`; `used`: q, k, the
-    cumulative gate and beta as `chunk_kda` takes them.
+    """Like `kda_ops.delta_rule.chunked.kernels.gradient.launch_gradient`; `used`: the q, k,
+    cumulative gate and beta of `chunk_kda`.
     """
     x = inputs
     B, T, H, K = x.q.shape

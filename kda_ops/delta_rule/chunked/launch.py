@@ -14,7 +14,7 @@ Prepare = Callable[[Tensor, Workspace, Batch], None]
 
 def launch_chunks(q: Tensor, v: Tensor, batch: Batch, prepare: Prepare, states: States) -> Tensor:
     """Returns the output and writes the final states. `prepare` fills the workspace for one part of
-    the batch, or the output where u lies there.
+    the batch, or the output if u is there.
     """
     parts = batch.slabs(q, v)
     workspace = make_workspace(q, v, parts[0])

@@ -1,5 +1,5 @@
-"""What both chunked operators take and return: states, and what makes the gate, beta and the keys
-of raw inputs.
+"""Arguments and results of both chunked operators: states, and the parameters that turn raw inputs
+into the gate, beta and keys.
 """
 
 from typing import Any, NamedTuple
@@ -11,8 +11,8 @@ from kda_ops._numerics import accumulation_dtype
 
 
 class States(NamedTuple):
-    """Initial and final states; or pages in the place of `final`, which hold both, the pages of the
-    sequences, and which of these hold an initial state.
+    """Initial and final states; or in `final` pages for both, with the page of each sequence and
+    which of them have an initial state.
     """
 
     initial: Tensor | None
@@ -32,7 +32,7 @@ class Raw(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Those of the kernels from raw inputs."""
+        """The constants of the kernels for raw inputs."""
         return {
             "BOUND": self.lower_bound or 0.0,
             "BETA_SCALE": self.beta_scale,
@@ -50,7 +50,7 @@ def empty_final_state(
     q: Tensor, v: Tensor, initial_state: Tensor | None, output_final_state: bool,
     cu_seqlens: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`[N, HV, V, K]`, not written yet; no element unless it is wanted."""
+    """`[N, HV, V, K]`, uninitialized; empty unless requested."""
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (N, v.shape[2], v.shape[3], q.shape[3]) if output_final_state else (0,)
     dtype = accumulation_dtype(q) if initial_state is None else initial_state.dtype

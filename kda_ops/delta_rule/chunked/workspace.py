@@ -1,15 +1,14 @@
 """The memory between `prepare` and `scan`, the kernels of chunked KDA.
 
-It has one row per (chunk, value head): the tiles `w`, `kg`, `qg [64, K]` and `Aqk [64, 64]`, one
-behind the other, `u [64, V]` and the chunk's decay `[K]`. The row of chunk c of sequence n is
-`cu_seqlens[n] // 64 + n + c`, which needs no table, is different for every chunk and below
-`T // 64 + N`. bf16 `u` needs no room of its own: it is as large as the output and lies there until
-`scan` puts the output in its place.
+It has one row per (chunk, value head): the contiguous tiles `w`, `kg`, `qg [64, K]` and `Aqk [64,
+64]`, `u [64, V]` and the chunk's decay `[K]`. The row of chunk c of sequence n is `cu_seqlens[n] //
+64 + n + c`, which needs no table, is unique and below `T // 64 + N`. bf16 `u` needs no memory of
+its own: it is as large as the output and is stored there until `scan` overwrites it.
 
-One tensor holds all tiles: an allocation takes the host a few microseconds, which shows where
-tokens are few.
+One tensor holds all tiles: an allocation takes the host a few microseconds, which matters for few
+tokens.
 
-A workspace that would be too large (`workspace_slabs`) holds a slab of the rows at a time: all
+A workspace that would be too large (`workspace_slabs`) holds one slab of the rows at a time: all
 kernels run once per slab, and fp32 states `S [N, HV, K, V]` are carried from one to the next.
 """
 
@@ -30,9 +29,9 @@ class Batch(NamedTuple):
         T: Tokens per batch row.
         N: Sequences.
         NC: Rows of the chunk table, or programs per batch row.
-        programs: Of `prepare`.
-        cu_seqlens: As given.
-        chunk_indices: As given.
+        programs: Programs of `prepare`.
+        cu_seqlens: As passed.
+        chunk_indices: As passed.
         slab: First row and number of rows of the workspace's slab; None if it holds all.
     """
 
@@ -60,10 +59,10 @@ class Batch(NamedTuple):
         )  # fmt: skip
 
     def slabs(self, q: Tensor, v: Tensor) -> list["Batch"]:
-        """This batch in parts whose workspace is not too large.
+        """Splits this batch into parts whose workspace is not too large.
 
-        A compiled graph has a fixed number of launches: a symbolic number of rows counts as the one
-        that it is compiled with, and as few where nothing is known of it.
+        A compiled graph has a fixed number of launches: a symbolic number of rows counts as its
+        hint, or as small without one.
         """
         rows = workspace_rows(q.shape[0] * self.T, self.N)
         try:
@@ -73,22 +72,22 @@ class Batch(NamedTuple):
         return self.split(rows, workspace_slabs(known, v.shape[2], q.shape[3], v.shape[3], q.dtype))
 
     def split(self, rows: Any, count: int) -> list["Batch"]:
-        """This batch, which has that many rows, in `count` slabs of equal size."""
+        """This batch of `rows` rows in `count` slabs of equal size."""
         if count == 1:
             return [self]
         size = (rows + count - 1) // count
-        # see `slab_rows`; one more program for the padding that counts from behind the last row
+        # see `slab_rows`; one more program for the padding after the last row
         part = self._replace(programs=size + self.N + 1)
         return [part._replace(slab=(i * size, size)) for i in range(count)]
 
     @property
     def tables(self) -> tuple[Any, ...]:
-        """What every `prepare` takes of it, in order."""
+        """The batch arguments of every `prepare`, in order."""
         return self.cu_seqlens, self.chunk_indices, self.T, self.N, self.NC, *(self.slab or (0, 0))
 
     @property
     def sequences(self) -> tuple[Any, ...]:
-        """What every scan takes of it, in order."""
+        """The batch arguments of every scan, in order."""
         return self.cu_seqlens, self.T, self.N, *(self.slab or (0, 0))
 
     @property
@@ -100,7 +99,7 @@ class Workspace(NamedTuple):
     """What `prepare` writes and `scan` reads, in the order of their arguments, and the states that
     `scan` keeps in memory.
 
-    `u` is None where the output is its place, `S` where states stay in registers.
+    `u` is None if it is stored in the output, `S` if states stay in registers.
     """
 
     tiles: Tensor
@@ -110,17 +109,17 @@ class Workspace(NamedTuple):
 
     @property
     def prepared(self) -> tuple[Tensor | None, ...]:
-        """What `prepare` takes of it."""
+        """The arguments of `prepare`."""
         return self[:3]
 
     @property
     def columns(self) -> int:
-        """K, as the tiles hold it."""
+        """K, padded as in the tiles."""
         return int(self.decay.shape[2])
 
 
 def make_workspace(q: Tensor, v: Tensor, batch: Batch) -> Workspace:
-    """For a batch, or for any slab of one."""
+    """A workspace for a batch, or for any slab of one."""
     rows = workspace_rows(q.shape[0] * batch.T, batch.N) if batch.slab is None else batch.slab[1]
     HV, V = v.shape[2:]
 
@@ -136,37 +135,35 @@ def make_workspace(q: Tensor, v: Tensor, batch: Batch) -> Workspace:
 
 
 def has_fast_prepare(dtype: torch.dtype, K: Any, V: Any) -> bool:
-    """Whether one program holds a whole chunk of a head; the general `prepare` takes the rest."""
+    """Whether a chunk of a head fits one program; else the general `prepare` is used."""
     return dtype != torch.float32 and K in (64, 128) and V in (64, 128)
 
 
 def at_least_one(sequences: Any) -> Any:
-    """No GPU launches an empty grid."""
+    """At least 1: GPUs do not launch an empty grid."""
     return torch.sym_max(sequences, 1)
 
 
 def dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, copied where their last stride is not 1 or an offset within a chunk does not fit
-    32 bits.
+    """The tensors, copied if their last stride is not 1 or an offset within a chunk exceeds 32
+    bits.
     """
     tensors = tuple(x if x.dim() < 4 or x.stride(-1) == 1 else x.contiguous() for x in tensors)
     return tuple(x if x.stride(1) < 1 << 25 else x.contiguous() for x in tensors)
 
 
 def token_strides(*tensors: Tensor) -> list[Any]:
-    """Of each tensor along batch, tokens and heads."""
+    """Strides of each tensor for batch, tokens and heads."""
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 def state_strides(*states: Tensor | None) -> list[Any]:
-    """All four of each, zeros for None."""
+    """The four strides of each state, zeros for None."""
     return [stride for x in states for stride in ((0,) * 4 if x is None else x.stride())]
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have; 64 KB, which every GPU has, where it is not
-    known.
-    """
+    """Bytes of shared memory per program; 64 KB, which every GPU has, if unknown."""
     if device.type != "cuda":
         return 64 << 10
     properties = torch.cuda.get_device_properties(device)
@@ -174,8 +171,9 @@ def shared_memory(device: torch.device) -> int:
 
 
 def stages(columns: int, KP: int, BV: int, u_bytes: int, device: torch.device) -> int:
-    """How many chunks' tiles a program that carries BV columns of a state has in shared memory at a
-    time, 1 for no pipelining; `columns` are those of its 16-bit tiles [64, n] together.
+    """Pipeline stages of a program that carries BV columns of a state: chunks whose tiles are in
+    shared memory at a time, 1 for no pipelining; `columns` is the total of its 16-bit tiles [64,
+    n].
     """
     products = 2 * BV * (KP + CHUNK)  # S and vn as operands
     for depth in (3, 2):
@@ -185,7 +183,7 @@ def stages(columns: int, KP: int, BV: int, u_bytes: int, device: torch.device) -
     return 1
 
 
-# chunked KDA takes no more for its tiles at a time, unless one chunk of all heads needs it
+# limit for the tiles of chunked KDA, unless one chunk of all heads needs more
 WORKSPACE_BYTES = 256_000_000
 
 
@@ -198,14 +196,14 @@ def workspace_bytes(
     sequences: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
-    """Bytes of GPU memory that `chunk_kda` takes beside its inputs and results, and returns.
+    """Bytes of temporary GPU memory of `chunk_kda`, besides its inputs and results.
 
-    `chunk_kda_gated` takes the same where K and V are 64 or 128 in 16 bits; at other sizes it also
-    keeps the cumulative gate, `[B, T, HV, K]` in fp32, and normalised q and k. Where few heads are
-    scanned in segments, a state in fp32 and a K x K matrix in fp16 per segment come to it, below
-    10 MB on a GPU with 132 multiprocessors and not counted here. With 16 bits and 128 x 128 a chunk
-    of a head takes 57,856 bytes in bf16 (90,624 in fp16), 239 MB at T = 8192 and 32 heads. What
-    would be more than `WORKSPACE_BYTES` is processed in slabs, one after the other.
+    `chunk_kda_gated` uses the same if K and V are 64 or 128 in 16 bits; at other sizes it also
+    stores the cumulative gate, `[B, T, HV, K]` in fp32, and normalized q and k. If few heads are
+    scanned in segments, each segment adds a state in fp32 and a K x K matrix in fp16, below 10 MB
+    in total on a GPU with 132 multiprocessors and not counted here. In 16 bits with 128 x 128 a
+    chunk of a head takes 57,856 bytes in bf16 (90,624 in fp16), 239 MB at T = 8192 and 32 heads.
+    Above `WORKSPACE_BYTES` it is processed in slabs, one after the other.
 
     Args:
         total_tokens: `B * T`.
@@ -213,7 +211,7 @@ def workspace_bytes(
         head_k_dim: K.
         head_v_dim: V.
         sequences: N: the batch size, or `len(cu_seqlens) - 1`.
-        dtype: Of q, k and v: fp16, bf16 or fp32.
+        dtype: Dtype of q, k and v: fp16, bf16 or fp32.
     """
     sizes = (num_v_heads, head_k_dim, head_v_dim, dtype)
     rows = workspace_rows(total_tokens, sequences)
@@ -228,23 +226,23 @@ def workspace_bytes(
 def workspace_row(
     K: int, V: int, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what `chunk_kda`'s kernels keep of one chunk of one head."""
+    """Shapes and dtypes of the workspace of one chunk of one head."""
     KP = max(32 if dtype == torch.float32 else 16, 1 << (K - 1).bit_length())
     row: dict[str, tuple[tuple[int, ...], torch.dtype]]
     row = {"tiles": ((CHUNK * (3 * KP + CHUNK),), dtype)}
     if dtype != torch.bfloat16:
-        # sums of 64 values do not always fit fp16; in bf16 the output is their place
+        # sums of 64 values may overflow fp16; in bf16 they are stored in the output
         row["u"] = ((CHUNK, V), torch.float32)
     return row | {"decay": ((KP,), torch.float32)}
 
 
 def workspace_rows(total_tokens: Any, sequences: Any) -> Any:
-    """Rows of the workspace, one per chunk, as many as there can be."""
+    """Rows of the workspace, one per chunk: the most there can be."""
     return total_tokens // CHUNK + sequences
 
 
 def workspace_slabs(rows: int, HV: int, K: int, V: int, dtype: torch.dtype) -> int:
-    """In how many slabs of equal size that many rows are processed."""
+    """The number of equal slabs in which that many rows are processed."""
     most = max(WORKSPACE_BYTES // _row_bytes(HV, K, V, dtype), 1)
     return max(-(-rows // most), 1)
 

@@ -12,7 +12,7 @@ from kda_ops._cases import Case, paged_conv_state, unpacked
 def paged_states(
     slots: int, shape: tuple[int, ...], dtype: torch.dtype, padding: int, device: torch.device
 ) -> Tensor:
-    """`[slots, *shape]` random states in pages with `padding` NaN elements behind each."""
+    """`[slots, *shape]` random states in pages, each followed by `padding` NaN elements."""
     elements = torch.Size(shape).numel()
     pages = torch.full((slots, elements + padding), float("nan"), dtype=dtype, device=device)
     view = pages[:, :elements].unflatten(1, shape)
@@ -48,7 +48,7 @@ def kda_decode_inputs(
     strided: bool = False,
     padding: int = 24,
     index_dtype: torch.dtype = torch.int32,
-    apart: bool = False,
+    unpack: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
     """Arguments of `kda_decode`.
@@ -59,30 +59,30 @@ def kda_decode_inputs(
         HV: Value heads.
         K: Key dimension.
         V: Value dimension.
-        layout: Of the convolution state.
-        dtype: Of the activations, the convolution's weights and its state.
+        layout: Layout of the convolution state.
+        dtype: Dtype of the activations, the convolution's weights and its state.
         W: Taps.
         bias: Whether the convolution has a bias.
-        activation: Of the convolution.
+        activation: Activation of the convolution.
         rate: Whether there is an `A_log`.
         dt_bias: Whether there is a `dt_bias`.
         bounded: Whether the gate is bounded.
         harsh: Decays down to e^-60 a token.
         beta_scale: As in `kda_decode`.
-        conv_dtype: Of the convolution state, None for `dtype`.
-        state_dtype: Of the recurrent state.
+        conv_dtype: Dtype of the convolution state, None for `dtype`.
+        state_dtype: Dtype of the recurrent state.
         lengths: Tokens of each sequence, for `cu_seqlens`; None is one each.
-        padding_rows: Rows behind the last sequence, which hold NaN.
-        num_spec: Makes `state_indices` two-dimensional with that many columns more than one.
+        padding_rows: Rows after the last sequence, filled with NaN.
+        num_spec: Makes `state_indices` two-dimensional, with `1 + num_spec` columns.
         accepted: `num_accepted`.
         null: Sequences on the null block.
         null_tokens: (sequence, token) pairs whose state is not kept.
         room: Rows of the convolution state beyond those of the speculative tokens.
-        strided: The activations are slices of one wide row.
-        padding: Elements behind each page.
-        index_dtype: Of slots, counts and offsets.
-        apart: Whether q, k and v have tensors of their own in the convolution.
-        device: Where to make them.
+        strided: Whether the activations are slices of one wide row.
+        padding: Elements after each page.
+        index_dtype: Dtype of slots, counts and offsets.
+        unpack: Whether q, k and v are separate tensors in the convolution.
+        device: Device of the tensors.
     """
     tokens = N if lengths is None else sum(lengths)
     rows, D = tokens + padding_rows, 2 * H * K + HV * V
@@ -130,7 +130,7 @@ def kda_decode_inputs(
     if lengths is not None:
         offsets = F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0))
         inputs["cu_seqlens"] = offsets.to(device=device, dtype=index_dtype)
-    return unpacked(inputs, (H * K, H * K, HV * V)) if apart else inputs
+    return unpacked(inputs, (H * K, H * K, HV * V)) if unpack else inputs
 
 
 def _case(name: str, *sizes: int, perf: bool = False, **options: Any) -> Case:
@@ -154,10 +154,10 @@ def _case(name: str, *sizes: int, perf: bool = False, **options: Any) -> Case:
 
 FP16, FP32, BF16 = torch.float16, torch.float32, torch.bfloat16
 CASES = [
-    _case("apart-SD-bf16", 3, 2, 2, 64, 64, null=(1,), bias=True, apart=True),
+    _case("apart-SD-bf16", 3, 2, 2, 64, 64, null=(1,), bias=True, unpack=True),
     _case("apart-DS-fp32-gva-ragged", 3, 2, 4, 16, 24, layout="DS", dtype=FP32, W=3, room=2,
-          lengths=(2, 3, 0), padding_rows=1, bias=True, conv_dtype=BF16, strided=True, apart=True),
-    _case("apart-SD-V-blocks", 1, 1, 2, 160, 256, dtype=FP32, apart=True),
+          lengths=(2, 3, 0), padding_rows=1, bias=True, conv_dtype=BF16, strided=True, unpack=True),
+    _case("apart-SD-V-blocks", 1, 1, 2, 160, 256, dtype=FP32, unpack=True),
     _case("SD-bf16", 3, 2, 2, 64, 64, null=(1,)),
     _case("DS-fp16-gva-K24-V40", 3, 2, 4, 24, 40, layout="DS", dtype=FP16, bias=True, null=(2,)),
     _case("SD-fp32-strided-W2", 2, 2, 2, 32, 16, dtype=FP32, W=2, strided=True, activation=None),
@@ -186,7 +186,7 @@ CASES = [
         for layout in ("SD", "DS")
         for N in (1, 16, 64, 256)
     ],
-    _case("apart-SD-batch64-H32", 64, 32, 32, 128, 128, padding=0, apart=True, perf=True),
+    _case("apart-SD-batch64-H32", 64, 32, 32, 128, 128, padding=0, unpack=True, perf=True),
     _case("SD-batch64-H32-spec3", 64, 32, 32, 128, 128, lengths=(4,) * 64, num_spec=3,
           accepted=(2,) * 64, padding=0, perf=True),
 ]  # fmt: skip

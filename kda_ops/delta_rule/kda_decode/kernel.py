@@ -1,4 +1,4 @@
-"""A whole step of decode as one Triton kernel."""
+"""A whole decode step as one Triton kernel."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from kda_ops.kernel import bias_row
 from kda_ops.tuning import choose
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-FEW = 4  # sequences whose step takes narrower lines, as measured with 32 heads
+FEW = 4  # up to this many sequences narrower lines are faster, measured with 32 heads
 
 
 @triton.jit
@@ -31,9 +31,8 @@ def step_of(
     stride_indices_row, stride_indices_column,
     W: tl.constexpr, HAS_ACCEPTED: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Of sequence n: its first row, its tokens, the slot of its convolution state, the one that its
-    recurrent state comes from, and how many rows its history begins late. In bounds for any offsets
-    and counts.
+    """First row and tokens of sequence n, the slot of its convolution state, the source slot of its
+    recurrent state, and the row offset of its history. In bounds for any offsets and counts.
     """
     first = n
     length = tl.where(n < N, 1, 0).to(tl.int64)
@@ -58,7 +57,7 @@ def store_normed(
     o_ptr, hv, outputs, gates, tokens, live, EPS: tl.constexpr, HV: tl.constexpr, V: tl.constexpr,
     BLOCK_V: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of value head hv, normalised and gated."""
+    """Stores the outputs of value head hv, normalized and gated."""
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     for i in tl.static_range(TOKENS):
         squares = 0.0
@@ -78,7 +77,7 @@ def store_normed(
 def clear_rows(
     o_ptr, hv, first, end, HV: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr
 ):  # fmt: skip
-    """Zeroes rows of value head hv: padding, and tokens that no state can take."""
+    """Zeroes rows of value head hv: padding, and tokens beyond the capacity of a state."""
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     for i in range(first, end):
         for block in tl.static_range(V_BLOCKS):
@@ -109,18 +108,18 @@ def kda_decode_kernel(
 ):  # fmt: skip
     """One program takes all tokens of one sequence through one key head and its value heads.
 
-    Grid: sequences x H, heads fastest; with `cu_seqlens` one more sequence, the rows behind the
-    last one, which is skipped. A program alone owns its channels of both states, so it may write
-    them in place, and whole rows of V, so it can norm its output itself.
+    Grid: sequences x H, heads fastest; with `cu_seqlens` one more sequence, the rows after the last
+    one, which is skipped. A program owns its channels of both states, so it may write them in
+    place, and whole rows of V, so it can norm its own output.
 
-    The loads that need no slot go first, then the history of the convolution, then the state, so
-    that everything else is done while the state arrives. A tile of the state is
-    [BLOCK_V, OUTER_K, INNER_K]: fewer lanes share a row than in [BLOCK_V, BLOCK_K], so most of a
-    sum over K stays within a thread. Without V_FIRST it is [OUTER_K, BLOCK_V, INNER_K], see
-    `tile_of`. Tiles of BLOCK_V rows follow one another.
+    Loads that need no slot go first, then the convolution's history, then the state, so that
+    everything else overlaps with loading the state. A tile of the state is [BLOCK_V, OUTER_K,
+    INNER_K]: fewer lanes share a row than in [BLOCK_V, BLOCK_K], so most of a sum over K stays
+    within a thread. Without V_FIRST it is [OUTER_K, BLOCK_V, INNER_K], see `tile_of`. Tiles of
+    BLOCK_V rows are processed in order.
 
-    With UNPACKED each of q, k and v has an input, weight, bias and convolution state of its own;
-    without, the first pointers lead to tensors of all channels, q | k | v, and those of k and v are
+    With UNPACKED each of q, k and v has its own input, weight, bias and convolution state;
+    otherwise the first pointers are to tensors of all channels, q | k | v, and those of k and v are
     None.
     """
     if not UNPACKED:
@@ -147,7 +146,7 @@ def kda_decode_kernel(
     h = tl.program_id(0) % H
     i_k = tl.arange(0, BLOCK_K)
     ok_k = i_k < K
-    # not by a reshape: of that Triton does not know what lies side by side
+    # not by a reshape, after which Triton does not know what is contiguous
     outer_k = tl.arange(0, OUTER_K) * INNER_K
     outer_k = outer_k[None, :, None] if V_FIRST else outer_k[:, None, None]
     tile_k = outer_k + tl.arange(0, INNER_K)[None, None, :]
@@ -187,7 +186,7 @@ def kda_decode_kernel(
             dt_bias += tl.load(dt_bias_ptr + hv * K + i_k, mask=ok_k, other=0.0).to(tl.float32)
         bias_q = bias_row(bias_ptr, d_k, ok_k, HAS_BIAS)
         bias_k = bias_row(bias_k_ptr, d_k, ok_k, HAS_BIAS)
-        # conv_taps masks channels from its bound on, here those of the next head
+        # conv_taps masks channels from its bound on: here the next head's
         taps_q = conv_taps(weight_ptr, d_k, (h + 1) * K, W, BLOCK_W)
         taps_k = conv_taps(weight_k_ptr, d_k, (h + 1) * K, W, BLOCK_W)
 
@@ -267,9 +266,9 @@ def kda_decode_kernel(
 def tile_of(V: int, K: int, state: Tensor, layout: str, N: Any, tokens: int) -> dict[str, int]:
     """The tile of the state that a program holds in registers, and its warps.
 
-    INNER_K elements, LINE bytes, lie side by side in a warp's lanes; the rest of a row of the
-    state is in a thread's registers. For that the lanes that are left must go to V: of axes alike
-    in contiguity, Triton gives them to the first up to 3.6, to the last from 3.7 on. With the lanes
+    INNER_K elements, LINE bytes, are contiguous across a warp's lanes; the rest of a row of the
+    state is in a thread's registers. For that the remaining lanes must go to V: among axes of equal
+    contiguity, Triton assigns them to the first up to 3.6, to the last from 3.7 on. With the lanes
     on K a step has 727 shuffles instead of 73.
     """
     key = {"K": K, "V": V, "state": state.dtype, "layout": layout}
@@ -292,7 +291,7 @@ def launch_kda_decode(
 
 
 def launch_kda_decode_unpacked(*args: Any) -> Tensor:
-    """Inputs, convolution states, weights and biases, each of q, k and v, then the step."""
+    """Takes inputs, convolution states, weights and biases, each of q, k and v, then the step."""
     return _launch(args[0:3], args[3:6], args[6:9], args[9:12], *args[12:])
 
 
@@ -304,7 +303,7 @@ def _launch(
     state: Tensor, state_indices: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None,
     layout: str,
 ) -> Tensor:  # fmt: skip
-    """One of each tensor of the convolution, packed, or three, for q, k and v."""
+    """Takes one packed tensor of each for the convolution, or three, for q, k and v."""
     HV, K, V = int(raw_gate.shape[-2]), int(raw_gate.shape[-1]), int(output_gate.shape[-1])
     W = int(weights[0].shape[1])
     H = (sum(int(weight.shape[0]) for weight in weights) - HV * V) // (2 * K)

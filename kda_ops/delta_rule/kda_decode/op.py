@@ -1,4 +1,4 @@
-"""A whole step of decode: schema, fake implementation, public function."""
+"""A whole decode step: schema, fake implementation, public function."""
 
 import math
 
@@ -84,7 +84,7 @@ def check_kda_decode_unpacked_values(
 
 
 def conv_tokens(conv_state: Tensor, weight: Tensor, layout: str) -> int:
-    """The most tokens of a step that a convolution state can take."""
+    """The most tokens per step that fit a convolution state."""
     return conv_state.shape[1 if layout == "SD" else 2] - weight.shape[1] + 2
 
 
@@ -158,19 +158,19 @@ def kda_decode(
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
 ) -> Tensor:
-    """One token per sequence, or a few, through everything that a KDA layer does between its
+    """A decode step of one or a few tokens per sequence: everything a KDA layer does between its
     projections; both states are written in place.
 
-    Exactly `short_conv_update` of the packed projections, `l2norm` of q and k, `gate`,
-    `recurrent_kda` with `beta_scale * sigmoid(beta)`, and `rms_norm_gated`, without rounding in
-    between. Both states of a sequence live under the same slots: the convolution state under
-    column 0 of `state_indices`, the recurrent state as in `recurrent_kda`.
+    Equals `short_conv_update` of the packed projections, `l2norm` of q and k, `gate`,
+    `recurrent_kda` with `beta_scale * sigmoid(raw_beta)`, and `rms_norm_gated`, without rounding in
+    between. Both states of a sequence use the same slots: the convolution state that of column 0 of
+    `state_indices`, the recurrent state as in `recurrent_kda`.
 
-    Models that keep q, k and v apart, as FLA's and Moonshot's do, give x, conv_state, weight and
-    bias as three tensors each, `(of q, of k, of v)`; nothing is packed for them.
+    Models with separate q, k and v, such as FLA's and Moonshot's, pass x, conv_state, weight and
+    bias as three tensors each, `(of q, of k, of v)`; they are not packed.
 
-    Slot 0 is the null block. A sequence mapped to it is padding: its output is zero and nothing of
-    it is written. Two sequences never share a slot. Source: Kimi Linear (arXiv:2510.26692),
+    Slot 0 is the null block: a sequence mapped to it is padding, its output is zero and its states
+    are not written. Two sequences never share a slot. Source: Kimi Linear (arXiv:2510.26692),
     sections 3 and 4.
 
     Args:
@@ -178,7 +178,7 @@ def kda_decode(
             or fp32 (fp64 on the CPU). Value head i uses key head `i // (HV // H)`.
         conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 2 + q` for
             q tokens per sequence; any strides: pages may be padded.
-        weight: `[D, W]`, W at least 2; the last tap meets the token itself.
+        weight: `[D, W]`, W at least 2; the last tap applies to the token itself.
         bias: `[D]` or None.
         activation: `"silu"` (also called `"swish"`) or None.
         raw_gate: `[..., HV, K]` with T leading elements, the gate's input.
@@ -193,23 +193,22 @@ def kda_decode(
         norm_eps: Added to the mean of squares of the output.
         qk_norm_eps: Added to the sum of squares of q and of k.
         scale: Scale of the output, `K ** -0.5` by default.
-        state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 on a CPU), any strides.
+        state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 on the CPU), any strides.
         state_indices: `[N]` or `[N, 1 + num_spec]`, int32 or int64; see `recurrent_kda`.
-        num_accepted: `[N]`, int32 or int64, in `[1, 1 + num_spec]`: how many tokens of the step
-            before were kept. Only with a two-dimensional `state_indices`; None means 1.
+        num_accepted: `[N]`, int32 or int64, in `[1, 1 + num_spec]`: accepted tokens of the previous
+            step. Only with a two-dimensional `state_indices`; None means 1.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; first 0,
             non-decreasing, empty sequences allowed, last at most T. A sequence has at most
             `L - W + 2` tokens, and `L - W + 2` is at most 8. None: every sequence has one token.
-        layout: `"SD"` or `"DS"`; None takes `kda_ops.config.conv_layout`.
+        layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
 
     Returns:
         `[1, T, HV, V]` in x's dtype, contiguous; padding rows are zero.
 
     Raises:
-        ValueError: A shape, dtype, device, activation, layout or eps that does not fit; on the CPU,
-            or with `kda_ops.config.check_values`, also offsets, slots and counts. Without the
-            checks on CUDA a slot outside the states is treated as null and `num_accepted` is
-            clamped.
+        ValueError: An invalid shape, dtype, device, activation, layout or eps; on the CPU, or with
+            `kda_ops.config.check_values`, also offsets, slots and counts. On CUDA without the
+            checks a slot out of range is treated as null and `num_accepted` is clamped.
         RuntimeError: An argument requires grad while grad mode is on.
     """
     activation = resolve_activation(activation)
@@ -282,7 +281,7 @@ def kda_decode(
 
 
 def check_tokens(name: str, x: Tensor, T: int, trailing: int) -> None:
-    """The axes of `x` before the last `trailing` ones hold T tokens."""
+    """`x` has T tokens in the axes before the last `trailing` ones."""
     check_tensor(name, x)
     if x.dim() < trailing or math.prod(x.shape[: x.dim() - trailing]) != T:
         raise ValueError(f"{name} must have {T} tokens like x, got shape {tuple(x.shape)}")

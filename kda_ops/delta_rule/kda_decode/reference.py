@@ -1,4 +1,4 @@
-"""A whole step of decode in eager PyTorch, composed of the formulas of its parts."""
+"""A whole decode step in eager PyTorch, composed of the formulas of its parts."""
 
 from typing import Any
 
@@ -49,8 +49,8 @@ def kda_decode_reference(
 
 
 def kda_decode_unpacked_reference(*args: Any) -> Tensor:
-    """Inputs, convolution states, weights and biases, each of q, k and v, then the step, which ends
-    with the layout.
+    """Takes inputs, convolution states, weights and biases, each of q, k and v, then the step,
+    ending with the layout.
     """
     xs, states, weights, biases, step = args[0:3], args[3:6], args[6:9], args[9:12], args[12:]
     with packed_state(states, step[-1]) as conv_state:

@@ -12,7 +12,7 @@ from kda_ops._cases import Case
 def paged_states(
     slots: int, shape: tuple[int, ...], dtype: torch.dtype, padding: int, device: torch.device
 ) -> Tensor:
-    """`[slots, *shape]` random states in pages with `padding` NaN elements behind each."""
+    """`[slots, *shape]` random states in pages, each followed by `padding` NaN elements."""
     elements = torch.Size(shape).numel()
     pages = torch.full((slots, elements + padding), float("nan"), dtype=dtype, device=device)
     view = pages[:, :elements].unflatten(1, shape)
@@ -50,19 +50,19 @@ def recurrent_inputs(
         HV: Value heads.
         K: Key dimension.
         V: Value dimension.
-        dtype: Of q, k, v and beta; g is fp32.
-        state_dtype: Of the states.
+        dtype: Dtype of q, k, v and beta; g is fp32.
+        state_dtype: Dtype of the states.
         lengths: Tokens of each sequence, for `cu_seqlens`.
-        padding_rows: Rows behind the last sequence.
-        num_spec: Makes `state_indices` two-dimensional with that many columns more than one.
+        padding_rows: Rows after the last sequence.
+        num_spec: Makes `state_indices` two-dimensional, with `1 + num_spec` columns.
         accepted: `num_accepted`.
         null: Sequences on the null block.
         null_tokens: (sequence, token) pairs whose state is not kept.
         harsh: Decays down to e^-60 a token.
-        strided: q, k and v are slices of one row, as they come from the convolution.
-        padding: Elements behind each page.
-        index_dtype: Of slots, counts and offsets.
-        device: Where to make them.
+        strided: Whether q, k and v are slices of one row, as after the convolution.
+        padding: Elements after each page.
+        index_dtype: Dtype of slots, counts and offsets.
+        device: Device of the tensors.
     """
     lead = (N, tokens) if lengths is None else (1, sum(lengths) + padding_rows)
     q, k = (F.normalize(torch.randn(*lead, H, K, device=device), dim=-1) for _ in range(2))

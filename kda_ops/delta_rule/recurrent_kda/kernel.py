@@ -25,8 +25,8 @@ def recurrent_kda_kernel(
     The state tile stays in registers between the first read and the writes, and no other program
     touches those rows, so a slot may be read and written in one launch. Grid: sequences x HV x V
     blocks, flattened, V blocks fastest; with `cu_seqlens` one more "sequence" zeroes the padding
-    rows behind the last one. A sequence whose slot is null or out of range reads no state, writes
-    none and gets zeros.
+    rows after the last one. A sequence whose slot is null or out of range neither reads nor writes
+    a state and outputs zeros.
     """
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     ACC: tl.constexpr = tl.float32

@@ -55,46 +55,46 @@ def recurrent_kda(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Advances paged KDA states by one token per sequence, or a few; writes `state` in place.
+    """Advances paged KDA states by one or a few tokens per sequence; writes `state` in place.
 
     Per token and value head, with the state S read as `[K, V]`:
 
         S <- diag(exp(g)) S;    S <- S + beta k (v - k^T S)^T;    o = scale S^T q
 
-    Slot 0 is the null block. A sequence that continues from it is padding: its output is zero and
+    Slot 0 is the null block: a sequence that continues from it is padding, its output is zero and
     nothing is written. Two sequences never share a slot. Source: Kimi Linear (arXiv:2510.26692),
     equation 1.
 
     Args:
         q: `[N, tokens, H, K]`, the same number of tokens for every sequence (1 in plain decode), or
-            with `cu_seqlens` `[1, T, H, K]`. As it is to be used (apply `l2norm` first). fp16,
-            bf16, fp32, on a CPU fp64; any strides.
+            with `cu_seqlens` `[1, T, H, K]`. Already normalized: apply `l2norm` first. fp16, bf16
+            or fp32 (fp64 on the CPU), any strides.
         k: Like q.
         v: `[..., HV, V]` with `HV % H == 0`; value head i uses key head `i // (HV // H)`.
         g: `[..., HV, K]`, log decay in **nats**, any float dtype; -inf forgets the state.
         beta: `[..., HV]`, after its sigmoid.
-        state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 on a CPU), any strides: pages may be
+        state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 on the CPU), any strides: pages may be
             padded. Read and written in place.
-        state_indices: int32 or int64. `[N]`: the one slot of each sequence, which then holds the
-            state after its last token. `[N, 1 + num_spec]`: one slot per token; the state after
-            token j goes to column j (nowhere if that slot is 0), so that any prefix of the tokens
-            can be accepted.
+        state_indices: int32 or int64. `[N]`: the slot of each sequence, which receives the state
+            after its last token. `[N, 1 + num_spec]`: one slot per token; the state after token j
+            goes to column j (or is dropped if that slot is 0), so that any prefix of the tokens can
+            be accepted.
         num_accepted: `[N]`, int32 or int64, in `[1, 1 + num_spec]`: the sequence continues from
             column `num_accepted - 1`. Only with a two-dimensional `state_indices`; None means 1.
         scale: Scale of the output, `K ** -0.5` by default.
-        cu_seqlens: `[N + 1]`, int32 or int64: token offsets of sequences of differing length in
-            one packed row; first 0, non-decreasing, empty sequences allowed, last at most T. Rows
-            behind the last offset are padding.
+        cu_seqlens: `[N + 1]`, int32 or int64: token offsets of ragged sequences in one packed row;
+            first 0, non-decreasing, empty sequences allowed, last at most T. Rows after the last
+            offset are padding.
 
     Returns:
         `[..., HV, V]`, the dtype of v, contiguous; padding rows are zero.
 
     Raises:
-        ValueError: A shape, dtype or device that does not fit; on the CPU, or with
-            `kda_ops.config.check_values`, also a slot outside `[0, slots)`, a slot of two
-            sequences, a `num_accepted` outside its range (except for padding), bad `cu_seqlens`,
-            or a sequence longer than the columns of `state_indices`. Without the checks on CUDA
-            such a slot is treated as null and `num_accepted` is clamped.
+        ValueError: An invalid shape, dtype or device; on the CPU, or with
+            `kda_ops.config.check_values`, also a slot outside `[0, slots)` or of two sequences, a
+            `num_accepted` out of range (except for padding), bad `cu_seqlens`, or a sequence longer
+            than the columns of `state_indices`. On CUDA without the checks such a slot is treated
+            as null and `num_accepted` is clamped.
         RuntimeError: An argument requires grad while grad mode is on.
     """
     check_rank("q", q, 4)

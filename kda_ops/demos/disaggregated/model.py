@@ -112,8 +112,8 @@ class Mlp(nn.Module):
 
 
 def shard_kda(full: KimiDeltaAttention, tp_size: int, rank: int, layout: str) -> KimiDeltaAttention:
-    """The layer of one rank, for gates as they are by default: its own heads of everything per
-    head, low ranks whole.
+    """The layer of one rank, for default gates: its own heads of everything per
+    head, low-rank projections whole.
     """
     H, HV = full.num_heads, full.num_v_heads
     local = KimiDeltaAttention(
@@ -184,7 +184,7 @@ class Stack(nn.Module):
         """Logits `[T, vocabulary]` of one sequence's tokens from position `start` on.
 
         Raises:
-            ValueError: The caches have no room for the tokens; no layer has written then.
+            ValueError: The caches have no room for the tokens; no layer has written anything.
         """
         self._check(tokens, batch, blocks, start)
         x = self.embedding(tokens)
@@ -203,7 +203,7 @@ class Stack(nn.Module):
         return self.head(self.norms[-1](x))
 
     def _check(self, tokens: Tensor, batch: KDABatch, blocks: list[int], start: int) -> None:
-        """What a layer behind the first one would refuse."""
+        """Checks everything that a later layer would reject."""
         config, count = self.config, len(tokens)
         batch.check_slots(config.pages)
         if batch.num_tokens != count:

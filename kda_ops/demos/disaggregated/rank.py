@@ -1,4 +1,4 @@
-"""One rank of the prefill or the decode engine, in a process of its own."""
+"""One rank of the prefill or the decode engine, in its own process."""
 
 import os
 import time
@@ -28,11 +28,11 @@ class Place:
     Attributes:
         engine: Name of the engine.
         tp_size: Its ranks.
-        rank: This one.
+        rank: The rank.
         store: A file through which the ranks of the engine find each other.
-        page_padding: Bytes added to a state's page, so that engines differ.
-        timeout_s: Of a read.
-        secret: Of both engines.
+        page_padding: Bytes added to a state's page, so that the engines' pages differ.
+        timeout_s: Timeout of a read.
+        secret: The engines' shared secret.
     """
 
     engine: str
@@ -46,13 +46,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Work:
-    """A request on its way from the prefill to the decode engine.
+    """A request passed from the prefill to the decode engine.
 
     Attributes:
         request: Its id.
         tokens: The prompt.
-        count: New tokens to make.
-        drafts: What a draft model proposes for them.
+        count: New tokens to generate.
+        drafts: A draft model's proposals for them.
         blocks: Blocks on the prefill engine, per group; they hold all tokens but the last.
     """
 
@@ -65,13 +65,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a decode rank says of a request.
+    """A decode rank's answer to a request.
 
     Attributes:
-        tokens: The new ones.
-        kept: Tokens that each step kept.
-        hit: Tokens of the prompt that were in the caches, and whether their state was.
-        seconds: Of the read.
+        tokens: The new tokens.
+        kept: Accepted tokens of each step.
+        hit: Cached tokens of the prompt, and whether their state was cached.
+        seconds: Duration of the read.
     """
 
     tokens: list[int]
@@ -120,14 +120,14 @@ class Rank:
         return self.server.address
 
     def idle(self) -> None:
-        """Between commands: pages whose last consumer is done are free again."""
+        """Runs between commands: frees pages whose last consumer is done."""
         for request, outcome in self.engine.poll().released:
             self.released[request] = outcome
             for group, blocks in enumerate(self.offered.pop(request)):
                 self.sequences.give(group, blocks)
 
     def prefill(self, request: str, tokens: list[int]) -> list[list[int]]:
-        """Computes a prompt but its last token, and offers its pages."""
+        """Computes all of a prompt but its last token, and offers its pages."""
         _, blocks = self.sequences.prefill(tokens[:-1])
         self.engine.offer(request, blocks, ttl_s=OFFER_S)
         self.offered[request] = blocks
@@ -138,19 +138,19 @@ class Rank:
         return self.released
 
     def connect(self, engine: str, addresses: Sequence[tuple[str, int]]) -> None:
-        """Makes an engine known."""
+        """Connects to an engine."""
         call = tcp_caller(dict(enumerate(addresses)), timeout_s=self.place.timeout_s)
         self.engine.connect(engine, len(addresses), call)
 
     def read_and_continue(self, engine: str, work: Work) -> Continuation:
-        """Reads what the caches lack of a prompt, then decodes."""
+        """Reads the uncached part of a prompt, then decodes."""
         sequences, ready = self.sequences, work.tokens[:-1]
         hit = sequences.hit(ready)
         size = sequences.config.block_tokens
         count = sequences.blocks_of(len(ready))
         state = sequences.take(0, 1) if hit.state is None else [hit.state]
         table = [0] * (count - 1) + state
-        # one block more than is read where the last token begins a new one
+        # one more block than is read if the last token starts a new one
         fresh = sequences.take(1, sequences.blocks_of(len(work.tokens)) - len(hit.blocks))
         self.engine.read(
             work.request,
@@ -173,7 +173,7 @@ class Rank:
         return Continuation(tokens, kept, covered, result.seconds)
 
     def counters(self) -> dict[str, Any]:
-        """What the engine has counted."""
+        """The engine's counters."""
         counters = self.engine.counters
         return {
             "reads": counters.reads,
@@ -183,7 +183,7 @@ class Rank:
         }
 
     def close(self) -> list[str]:
-        """Leaves; requests whose reads are still in flight."""
+        """Closes the rank; returns requests whose reads are still in flight."""
         left = self.engine.close()
         self.server.close()
         if self.place.tp_size > 1:

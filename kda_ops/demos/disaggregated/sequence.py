@@ -1,7 +1,7 @@
 """One rank that prefills and continues sequences on its caches, with prefix caching.
 
-Everything here is deterministic, so that the ranks of an engine, given the same commands, take the
-same blocks in the same order.
+Everything here is deterministic, so that the ranks of an engine, given the same commands, allocate
+the same blocks in the same order.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from kda_ops.demos.disaggregated.model import Caches, Stack
 
 @dataclass(frozen=True)
 class Hit:
-    """What of a prompt is in the caches already.
+    """The cached part of a prompt.
 
     Attributes:
         blocks: Blocks of keys and values, from the start.
-        state: The slot of the state of all tokens, or None.
+        state: The slot of the state after all cached tokens, or None.
     """
 
     blocks: list[int]
@@ -38,18 +38,18 @@ class Sequences:
         self.cached_states: dict[tuple[int, ...], int] = {}
 
     def take(self, group: int, count: int) -> list[int]:
-        """Fresh blocks of the state group (0) or the attention group (1)."""
+        """Allocates blocks of the state group (0) or the attention group (1)."""
         return [self.free[group].pop() for _ in range(count)]
 
     def give(self, group: int, blocks: Sequence[int]) -> None:
-        """The inverse of `take`."""
+        """Frees them."""
         self.free[group].extend(block for block in blocks if block)
 
     def blocks_of(self, tokens: int) -> int:
         return -(-tokens // self.config.block_tokens)
 
     def prefill(self, tokens: Sequence[int]) -> tuple[torch.Tensor, list[list[int]]]:
-        """Computes a prompt from nothing; logits, and its blocks per group."""
+        """Computes a prompt from scratch; returns logits, and its blocks per group."""
         count = self.blocks_of(len(tokens))
         table = [0] * (count - 1) + self.take(0, 1)
         blocks = self.take(1, count)
@@ -58,7 +58,7 @@ class Sequences:
         return logits, [table, blocks]
 
     def hit(self, tokens: Sequence[int]) -> Hit:
-        """What the caches hold of a prompt."""
+        """The cached part of a prompt."""
         size, blocks = self.config.block_tokens, []
         for end in range(size, len(tokens) + 1, size):
             block = self.cached_blocks.get(tuple(tokens[:end]))
@@ -79,13 +79,13 @@ class Sequences:
 
         Args:
             tokens: The prompt; the new tokens are appended.
-            count: How many new tokens to make at least.
+            count: The least number of new tokens.
             table: Slots of the state group by position; the state is in the last one.
             blocks: Blocks of the attention group.
-            drafts: What a draft model would propose for the new tokens, right or wrong.
+            drafts: A draft model's proposals for the new tokens, right or wrong.
 
         Returns:
-            The new tokens, and how many tokens each step kept.
+            The new tokens, and how many each step accepted.
         """
         prompt = len(tokens)
         kept: list[int] = []
@@ -130,7 +130,7 @@ class Sequences:
         running: int,
         draft: int | None,
     ) -> AlignStep:
-        """Plans for one sequence and copies."""
+        """Plans and makes the copies of one sequence."""
         counts = {
             "num_computed": computed,
             "num_scheduled": scheduled,
@@ -156,7 +156,7 @@ class Sequences:
     def _remember(
         self, tokens: list[int], first_checkpoint: int, table: list[int], blocks: list[int]
     ) -> None:
-        """Full blocks, and the states at their ends from the first one that was kept."""
+        """Caches full blocks, and the states at their ends from the first one that was kept."""
         size = self.config.block_tokens
         for i in range(len(tokens) // size):
             end = (i + 1) * size

@@ -28,12 +28,12 @@ TEXT = (
 ) * 4
 PATIENCE_S = 120.0
 REQUESTS, LONGEST_PROMPT = 7, 96
-FEWEST = 17  # new tokens: one more than a block, so that an answer can be hit
+FEWEST = 17  # new tokens: one more than a block, so that an answer can be a prefix hit
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and what of it the decode engine will have cached by then."""
+    """A prompt, and the part of it that the decode engine will have cached by then."""
 
     name: str
     tokens: list[int]
@@ -41,10 +41,10 @@ class Request:
 
 
 def requests(text: bytes, block: int, generated: dict[str, list[int]]) -> Iterator[Request]:
-    """Prompts in order; later ones share prefixes with earlier ones and with their answers.
+    """Prompts in order; later ones share prefixes with earlier ones and their answers.
 
     Args:
-        text: Where prompts are cut from.
+        text: Source of the prompts.
         block: Tokens of a block.
         generated: New tokens of the requests so far.
     """
@@ -84,7 +84,7 @@ class Engine:
             self.processes.append(process)
 
     def receive(self) -> list[Any]:
-        """One answer of every rank.
+        """One answer from every rank.
 
         Raises:
             RuntimeError: A rank failed or did not answer in time.
@@ -103,13 +103,13 @@ class Engine:
         return answers
 
     def ask(self, name: str, *arguments: Any) -> list[Any]:
-        """Has every rank run a command."""
+        """Runs a command on every rank."""
         for pipe in self.pipes:
             pipe.send((name, arguments))
         return self.receive()
 
     def stop(self) -> None:
-        """Ends the processes, whatever they do."""
+        """Ends the processes unconditionally."""
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
@@ -141,7 +141,7 @@ def engines(
 
 
 def answer_alone(alone: Sequences, tokens: list[int], count: int) -> list[int]:
-    """What one process makes of a prompt: prefill of all of it, then plain decode."""
+    """The single-process answer to a prompt: prefill of all of it, then plain decode."""
     logits, (table, blocks) = alone.prefill(tokens)
     first = int(logits[-1].argmax())
     rest, _ = alone.generate([*tokens, first], count - 1, table, blocks)
@@ -149,7 +149,7 @@ def answer_alone(alone: Sequences, tokens: list[int], count: int) -> list[int]:
 
 
 def spoil(tokens: list[int], vocabulary: int, seed: int) -> list[int]:
-    """A draft model that is wrong about a third of the time."""
+    """Drafts that are wrong about a third of the time."""
     rng = random.Random(seed)
     return [t if rng.random() < 0.67 else (t + 1) % vocabulary for t in tokens]
 
@@ -180,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def enough_pages(config: StackConfig, tokens: int) -> int:
-    """Pages of each group, the null block included, for all requests: none is ever given back."""
+    """Pages of each group, with the null block, for all requests: none is ever freed."""
     blocks = -(-(LONGEST_PROMPT + tokens + config.num_spec) // config.block_tokens)
     return 1 + REQUESTS * (blocks + config.num_spec)
 
@@ -198,7 +198,7 @@ def _layers(value: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exits with 0 if all tokens match."""
+    """Returns 0 if all tokens match."""
     if args.layout == "SD" and args.prefill_tp != args.decode_tp:
         return _refuse(
             f"--layout SD needs as many prefill as decode ranks, got {args.prefill_tp} and "
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
         flush=True,
     )
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # every rank computes on one core, the process that checks them too
+    torch.set_num_threads(1)  # one core per rank, and for the process that checks them
     try:
         with engines(config, args.prefill_tp, args.decode_tp) as (prefill, decode, addresses):
             return _serve(args, config, alone, prefill, decode, addresses)
@@ -240,7 +240,7 @@ def _serve(
     decode: Engine,
     addresses: list[tuple[str, int]],
 ) -> int:
-    """All requests, one after the other; what is off, in words."""
+    """Serves all requests in order; returns what is wrong, as messages."""
     decode.ask("connect", prefill.name, addresses)
     generated: dict[str, list[int]] = {}
     wrong: list[str] = []
@@ -291,7 +291,7 @@ def _describe(hit: tuple[int, bool], ready: int) -> str:
 
 
 def _check_releases(prefill: Engine, names: list[str]) -> list[str]:
-    """Every prefill rank has its pages back."""
+    """Checks that every prefill rank has its pages back."""
     deadline = time.monotonic() + PATIENCE_S / 4
     while True:
         released = prefill.ask("releases")
@@ -307,7 +307,7 @@ def _check_releases(prefill: Engine, names: list[str]) -> list[str]:
 
 
 def _print_transfers(counters: list[dict[str, Any]]) -> None:
-    """What the decode ranks have read, together."""
+    """Prints what the decode ranks have read in total."""
     nbytes: Counter[str] = Counter()
     latency: Counter[int] = Counter()
     for one in counters:

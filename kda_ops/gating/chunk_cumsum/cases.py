@@ -24,9 +24,8 @@ def chunk_cumsum_inputs(
     scale: float = RCP_LN2,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Arguments of `chunk_cumsum`: decays of up to e^-1 a token, or e^-60 when `harsh`.
-
-    Rows of no sequence hold NaN.
+    """Arguments of `chunk_cumsum`: decays of up to e^-1 per token, or e^-60 when `harsh`; padding
+    rows are NaN.
     """
     wide = torch.rand(*shape[:-1], shape[-1] * (2 if strided else 1), device=device)
     g = (wide * (-60 if harsh else -1)).to(dtype)[..., : shape[-1]]

@@ -44,27 +44,26 @@ def chunk_cumsum(
     start.
 
     `out[t] = scale * sum(g[s] for s from the start of t's chunk up to t)`. Chunks are counted from
-    the start of each sequence; the last one of a sequence may be short. Compiled for a GPU it fuses
-    with the operators that make `g`, and a multiplication of the result by a number joins `scale`.
+    the start of each sequence; the last one of a sequence may be short. Compiled for a GPU, it
+    fuses with the producers of `g`, and a scaling of the result folds into `scale`.
 
     Source: Kimi Linear (arXiv:2510.26692), section 4, the cumulative decay of the chunkwise form.
 
     Args:
-        g: `[B, T, ...]`, fp16, bf16, fp32, on a CPU fp64, any strides.
+        g: `[B, T, ...]`, fp16, bf16 or fp32 (fp64 on the CPU), any strides.
         chunk_size: Tokens per chunk, a power of two from 16 to 256.
-        scale: Factor of the result; `RCP_LN2` turns nats into log2.
+        scale: Scale of the result; `RCP_LN2` converts nats to log2.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0, non-decreasing,
             last at most T. Needs `B = 1`. None means that every batch entry is one sequence.
-        chunk_indices: `prepare_chunk_indices(cu_seqlens, T, chunk_size)`, if the caller has it
-            already.
+        chunk_indices: `prepare_chunk_indices(cu_seqlens, T, chunk_size)`, if already computed.
 
     Returns:
         `[B, T, ...]` in the **unit of g times scale**, fp32 (fp64 for fp64 inputs), contiguous.
-        Rows past the last sequence are zero, and what `g` holds there has no influence.
+        Rows past the last sequence are zero, whatever `g` holds there.
 
     Raises:
-        ValueError: A shape, dtype, device or `chunk_size` that does not fit; offsets or a chunk
-            table that are wrong.
+        ValueError: An invalid shape, dtype, device or `chunk_size`; wrong offsets or a wrong chunk
+            table.
     """
     check_dtype("g", g)
     if g.dim() < 2:

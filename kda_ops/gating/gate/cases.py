@@ -17,8 +17,8 @@ def gate_inputs(
     strided: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Arguments of `gate` with rates as a trained model has them (`a` from 1 to 16), or with
-    decays down to e^-60 a token when `harsh`.
+    """Arguments of `gate` with the rates of a trained model (`a` from 1 to 16), or with decays down
+    to e^-60 per token when `harsh`.
     """
     HV, K = shape[-2:]
     wide = torch.randn(*shape[:-1], 2 * K if strided else K, device=device)

@@ -19,7 +19,7 @@ def gate_kernel(
 ):  # fmt: skip
     """One program computes BLOCK_ROWS rows x [K] of one head.
 
-    Grid: (row blocks * HV), heads innermost, so that neighbours read and write neighbouring memory.
+    Grid: (row blocks * HV), heads innermost, so that neighbors access adjacent memory.
     """
     pid = tl.program_id(0).to(tl.int64)
     h = pid % HV

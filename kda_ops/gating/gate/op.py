@@ -35,15 +35,15 @@ def gate(
     * without a bound, `g = -a * softplus(z)`, exact for very negative z and linear for z > 20;
     * with `lower_bound`, `g = lower_bound * sigmoid(a * z)`.
 
-    Finite inputs give no NaN. Rates outside [e^-87, e^88] (in fp64 [e^-708, e^709]) count as the
-    nearest one; g is -inf, a decay of 0, where it overflows. Gradients are 0 through such rates,
-    where g is below -2^64, and of z under a bound where a is above 2^64.
+    Finite inputs give no NaN. Rates outside [e^-87, e^88] (in fp64 [e^-708, e^709]) are clamped to
+    it; g is -inf, a decay of 0, where it overflows. Gradients are 0 through clamped rates, where g
+    is below -2^64, and for z with a bound where a is above 2^64.
 
-    Source: Kimi Linear (arXiv:2510.26692), section 3; the bounded form is the one of Kimi K3 and
+    Source: Kimi Linear (arXiv:2510.26692), section 3; the bounded form is that of Kimi K3 and
     GLM-5-Next.
 
     Args:
-        raw_gate: `[..., HV, K]`, fp16, bf16, fp32, on a CPU fp64, any strides.
+        raw_gate: `[..., HV, K]`, fp16, bf16 or fp32 (fp64 on the CPU), any strides.
         A_log: `[HV]`, natural log of the decay rate. None means `a = 1` and needs `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to raw_gate.
         lower_bound: None, or a bound in `[-5, 0)` in nats.
@@ -52,7 +52,7 @@ def gate(
         `[..., HV, K]` in **nats**, fp32 (fp64 for fp64 inputs), contiguous.
 
     Raises:
-        ValueError: A shape, dtype, device or `lower_bound` that does not fit.
+        ValueError: An invalid shape, dtype, device or `lower_bound`.
     """
     check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
     return selected(gate_op)(raw_gate, A_log, dt_bias, lower_bound)

@@ -25,9 +25,8 @@ def gate_cumsum_inputs(
     chunk_size: int = 64,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Arguments of `gate_cumsum` with rates as a trained model has them (`a` from 1 to 16).
-
-    With decays down to e^-60 a token when `harsh`. Rows of no sequence hold NaN.
+    """Arguments of `gate_cumsum` with the rates of a trained model (`a` from 1 to 16), or with
+    decays down to e^-60 per token when `harsh`. Padding rows are NaN.
     """
     HV, K = shape[-2:]
     wide = torch.randn(*shape[:-1], K * (2 if strided else 1), device=device)

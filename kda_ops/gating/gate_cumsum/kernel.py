@@ -1,4 +1,4 @@
-"""The cumulative gate as one Triton kernel: raw_gate is read once, g_cumsum is written once."""
+"""The cumulative gate as one Triton kernel that reads raw_gate and writes g_cumsum once."""
 
 import torch
 import triton

@@ -45,30 +45,29 @@ def gate_cumsum(
     """The cumulative log2 decay of every token since the start of its chunk, in one pass over
     memory.
 
-    `chunk_cumsum(gate(raw_gate, A_log, dt_bias, lower_bound=lower_bound), scale=RCP_LN2)`, which
-    `chunk_kda` takes as `g_cumsum`; see `gate` for the formula and `chunk_cumsum` for the chunks.
+    Equals `chunk_cumsum(gate(raw_gate, A_log, dt_bias, lower_bound=lower_bound), scale=RCP_LN2)`,
+    the `g_cumsum` of `chunk_kda`; see `gate` for the formula and `chunk_cumsum` for the chunks.
 
     Source: Kimi Linear (arXiv:2510.26692), sections 3 and 4.
 
     Args:
-        raw_gate: `[B, T, HV, K]`, fp16, bf16, fp32, on a CPU fp64, any strides.
+        raw_gate: `[B, T, HV, K]`, fp16, bf16 or fp32 (fp64 on the CPU), any strides.
         A_log: `[HV]`, natural log of the decay rate. None means `a = 1` and needs `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to raw_gate.
         lower_bound: None, or a bound in `[-5, 0)` in nats.
         chunk_size: Tokens per chunk, a power of two from 16 to 256.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences; first 0, non-decreasing,
             last at most T. Needs `B = 1`. None means that every batch entry is one sequence.
-        chunk_indices: `prepare_chunk_indices(cu_seqlens, T, chunk_size)`, if the caller has it
-            already.
+        chunk_indices: `prepare_chunk_indices(cu_seqlens, T, chunk_size)`, if already computed.
 
     Returns:
         G, `[B, T, HV, K]` in **log2**, fp32 (fp64 for fp64 inputs), contiguous. Sums that overflow
-        are the least finite number. Rows past the last sequence are zero, and what `raw_gate` holds
-        there has no influence.
+        become the least finite number. Rows past the last sequence are zero, whatever `raw_gate`
+        holds there.
 
     Raises:
-        ValueError: A shape, dtype, device, `lower_bound` or `chunk_size` that does not fit; offsets
-            or a chunk table that are wrong.
+        ValueError: An invalid shape, dtype, device, `lower_bound` or `chunk_size`; wrong offsets or
+            a wrong chunk table.
     """
     check_rank("raw_gate", raw_gate, 4)
     check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)

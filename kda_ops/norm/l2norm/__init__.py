@@ -1,4 +1,4 @@
-"""L2 normalisation over the last axis."""
+"""L2 norm over the last axis."""
 
 from kda_ops.norm.l2norm.op import l2norm
 

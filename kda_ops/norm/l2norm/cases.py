@@ -1,4 +1,4 @@
-"""Inputs of the L2 normalisation for tests and benchmarks."""
+"""Inputs of the L2 norm for tests and benchmarks."""
 
 from math import prod
 from typing import Any
@@ -18,8 +18,8 @@ def l2norm_inputs(
     size: float = 1.0,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Arguments of `l2norm`: normal x, as a slice of a wider projection (`strided`), with its
-    second and third axes swapped in memory (`transposed`) or zero in every other row.
+    """Arguments of `l2norm`: normally distributed x, as a slice of a wider projection (`strided`),
+    with its second and third axes swapped in memory (`transposed`) or zero in every other row.
     """
     if transposed:
         x = torch.randn(shape[0], shape[2], shape[1], shape[3], device=device).transpose(1, 2)

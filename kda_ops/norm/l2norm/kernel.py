@@ -1,4 +1,4 @@
-"""L2 normalisation as a Triton kernel."""
+"""The L2 norm as a Triton kernel."""
 
 import torch
 import triton
@@ -15,7 +15,7 @@ def l2norm_kernel(
     x_ptr, y_ptr, rows, size_1, size_2, stride_0, stride_1, stride_2,
     EPS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program normalises BLOCK_ROWS rows of [K].
+    """One program normalizes BLOCK_ROWS rows of [K].
 
     Grid: (row blocks); rows count over three leading axes.
     """

@@ -1,4 +1,4 @@
-"""L2 normalisation: schema, fake implementation, public function."""
+"""The L2 norm: schema, fake implementation, public function."""
 
 import torch
 from torch import Tensor
@@ -26,15 +26,15 @@ def l2norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     Source: Kimi Linear (arXiv:2510.26692), section 4.
 
     Args:
-        x: `[..., K]`, fp16, bf16, fp32, on a CPU fp64, any strides. Up to three leading axes of any
-            strides are read in place.
+        x: `[..., K]`, fp16, bf16 or fp32 (fp64 on the CPU), any strides. Up to three leading axes
+            of any strides are read in place.
         eps: Added to the sum of squares, not negative.
 
     Returns:
         `[..., K]`, dtype of `x`, contiguous; the sum is accumulated in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: A shape, dtype or `eps` that does not fit.
+        ValueError: An invalid shape, dtype or `eps`.
     """
     check_dtype("x", x)
     if x.dim() < 1:

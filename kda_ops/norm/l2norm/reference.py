@@ -1,4 +1,4 @@
-"""L2 normalisation in eager PyTorch."""
+"""The L2 norm in eager PyTorch."""
 
 from torch import Tensor
 

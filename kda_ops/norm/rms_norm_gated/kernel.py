@@ -18,10 +18,10 @@ def rms_norm_gated_kernel(
     EPS: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     DENSE: tl.constexpr,
 ):  # fmt: skip
-    """One program normalises BLOCK_ROWS rows of [V].
+    """One program normalizes BLOCK_ROWS rows of [V].
 
     Grid: (row blocks); rows count over three leading axes. DENSE inputs need no strides: dividing
-    row numbers costs 4 % of the whole kernel.
+    row numbers costs 4 % of the kernel's time.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     v = tl.arange(0, BLOCK_V)

@@ -27,8 +27,8 @@ def rms_norm_gated(o: Tensor, output_gate: Tensor, weight: Tensor, *, eps: float
     Source: Kimi Linear (arXiv:2510.26692), section 4, output gate.
 
     Args:
-        o: `[..., V]`, fp16, bf16, fp32, on a CPU fp64, any strides. Up to three leading axes of any
-            strides are read in place.
+        o: `[..., V]`, fp16, bf16 or fp32 (fp64 on the CPU), any strides. Up to three leading axes
+            of any strides are read in place.
         output_gate: Shape of `o`, any of these dtypes, before its sigmoid.
         weight: `[V]`, any of these dtypes.
         eps: Added to the mean of squares, not negative.
@@ -37,7 +37,7 @@ def rms_norm_gated(o: Tensor, output_gate: Tensor, weight: Tensor, *, eps: float
         `[..., V]`, dtype of `o`, contiguous; computed in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: A shape, dtype, device or `eps` that does not fit.
+        ValueError: An invalid shape, dtype, device or `eps`.
     """
     for name, x in (("o", o), ("output_gate", output_gate), ("weight", weight)):
         check_dtype(name, x)

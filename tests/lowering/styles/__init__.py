@@ -1,7 +1,8 @@
-"""The KDA layer as other projects write it, on this package's operators where they have kernels.
+"""The KDA layer in the style of other projects, on this package's operators where those have
+kernels.
 
-Own code in their style, not theirs: what someone would have who ported such a layer with the least
-change. The modules take checkpoints of their project.
+Our code in their style: what a minimal port of such a layer would look like. The modules load
+checkpoints of their project.
 """
 
 from dataclasses import dataclass
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 
 @dataclass
 class Cache:
-    """States of the sequences of a batch, and where they are.
+    """States of the sequences of a batch, and their slots.
 
     Attributes:
-        conv: Of the convolution: one tensor, or one each of q, k and v; layout SD or DS.
+        conv: Convolution state: one tensor, or one each for q, k and v; layout SD or DS.
         recurrent: `[slots, HV, V, K]`.
-        state_indices: `[N]`, of each sequence.
-        has_initial_state: `[N]`, bool; only looked at in a prefill.
-        layout: Of `conv`.
+        state_indices: `[N]`, slot of each sequence.
+        has_initial_state: `[N]`, bool; used only in a prefill.
+        layout: Layout of `conv`.
     """
 
     conv: Any
@@ -30,12 +31,12 @@ class Cache:
 
 
 def conv_state(pages: int, rows: int, width: int, layout: str, like: Tensor) -> Tensor:
-    """A convolution state of zeros, in the dtype and on the device of `like`."""
+    """A zeroed convolution state, with the dtype and device of `like`."""
     return like.new_zeros((pages, rows, width) if layout == "SD" else (pages, width, rows))
 
 
 def in_bf16(module: nn.Module) -> nn.Module:
-    """A module in bf16 but for the parameters of its gate."""
+    """A module in bf16, except the parameters of its gate."""
     for name, parameter in module.named_parameters():
         if not name.endswith(("A_log", "dt_bias")):
             parameter.data = parameter.data.bfloat16()

@@ -1,7 +1,7 @@
-"""The layer as flash-linear-attention writes it: q, k and v apart from their projections to the
-recurrence, a convolution with a weight and a state of its own for each of them.
+"""The layer in the style of flash-linear-attention: q, k and v unpacked from their projections to
+the recurrence, each with its own convolution weight and state.
 
-Gate, norms and gated norm, which FLA has in kernels, are plain PyTorch here.
+Gate, norms and gated norm, for which FLA has kernels, are plain PyTorch here.
 """
 
 import torch
@@ -14,7 +14,7 @@ from tests.lowering.styles import Cache, conv_state
 
 
 class ShortConvolution(nn.Conv1d):
-    """Depthwise, causal, with a SiLU behind it."""
+    """Depthwise, causal, followed by a SiLU."""
 
     def __init__(self, width: int, kernel_size: int, bias: bool) -> None:
         super().__init__(width, width, kernel_size, groups=width, bias=bias)
@@ -69,7 +69,7 @@ def l2_normalized(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class KimiDeltaAttention(nn.Module):
-    """The layer. `decode`: every sequence of the batch has one token, and a state in the cache."""
+    """The layer. `decode`: every sequence of the batch has one token and a state in the cache."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The layer as transformers writes it: three projections put side by side for one convolution, the
+"""The layer in the style of transformers: three projections concatenated for one convolution, the
 softplus as a `where`, norms with a square root and a division, all in plain PyTorch.
 """
 

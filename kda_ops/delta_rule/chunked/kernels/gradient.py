@@ -1,9 +1,9 @@
-"""The gradient of chunked KDA in four kernels: `prepare` recomputes what the scans read of each
-chunk, one scan runs forward and one backward over the sequences, and all that is left is done chunk
-by chunk. Beside them three small ones: 0/1 matrices, sums over value heads that share a key head,
-and sums over tokens for the gate's parameters.
+"""The gradient of chunked KDA in four kernels: `prepare` recomputes the scans' inputs of each
+chunk, one scan runs forward and one backward over the sequences, and the rest is computed chunk by
+chunk. Three small kernels compute 0/1 matrices, sums over value heads that share a key head, and
+sums over tokens for the gate's parameters.
 
-No atomics: every sum has one order, so that two runs give the same bits.
+No atomics: every sum has a fixed order, so results are bitwise reproducible.
 """
 
 from collections.abc import Sequence
@@ -50,8 +50,8 @@ from kda_ops.tuning import choose
 
 
 class Inputs(NamedTuple):
-    """Arguments of the forward pass; unless `gated`, the gate is cumulative and in log2, and beta
-    is after its sigmoid.
+    """Arguments of the forward; unless `gated`, the gate is cumulative and in log2, and beta is
+    after its sigmoid.
     """
 
     q: Tensor
@@ -67,8 +67,8 @@ class Inputs(NamedTuple):
     gated: bool
 
     def make_gradients(self, needs: frozenset[str]) -> dict[str, Tensor | None]:
-        """Places for the gradients of what is named in `needs`, None for the others; v's always,
-        which other kernels read.
+        """Empty gradients of the arguments in `needs`, None for the others; v's always, since other
+        kernels read it.
         """
         inputs = {name: getattr(self, name) for name in ("q", "k", "v", "gate", "beta")}
         inputs |= {"A_log": self.raw.A_log, "dt_bias": self.raw.dt_bias}
@@ -124,9 +124,7 @@ def sum_heads(
     q: Tensor, k: Tensor, by_head: dict[str, Tensor | None], found: dict[str, Tensor | None],
     batch: Batch, eps: float | None,
 ) -> None:  # fmt: skip
-    """The gradients of q and k from those of the value heads, and with `eps` of what was
-    normalised.
-    """
+    """The gradients of q and k from those of the value heads, with `eps` through their norm."""
     if found["q"] is None and found["k"] is None:
         return
     H, K = q.shape[2:]
@@ -141,15 +139,15 @@ def sum_heads(
 
 
 def has_fast_gradient(dtype: torch.dtype, K: Any, V: Any) -> bool:
-    """Whether `launch_gradient` takes it; the general form takes the rest."""
+    """Whether `launch_gradient` supports it; else the general form does."""
     return dtype == torch.bfloat16 and K in (64, 128) and V in (64, 128)
 
 
 def launch_gradient(
     inputs: Inputs, do: Tensor, dfinal: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The gradients of the arguments that are named in `needs`, from those of the output and of the
-    final state. K and V are 64 or 128, q, k and v in bf16.
+    """The gradients of the arguments in `needs`, from those of the output and of the final state.
+    K and V are 64 or 128, q, k and v in bf16.
     """
     x, raw = inputs, inputs.raw
     B, T, H, K = x.q.shape

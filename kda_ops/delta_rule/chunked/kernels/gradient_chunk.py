@@ -1,5 +1,5 @@
-"""The gradients of a chunk that its scans leave, one program per chunk, value head and 64 key
-columns, none of which waits for another.
+"""The remaining gradients of a chunk after the scans, one independent program per chunk, value head
+and 64 key columns.
 
 With `dA = do vn^T` and `dL = -P vn^T`, P = dv / beta, the rows of dq, and of dk as a row (R) and as
 a column (C) are
@@ -7,17 +7,17 @@ a column (C) are
     dq_i = sum_j dA_ij 2^(G_i - G_j) k_j,   R_i = sum_j dL_ij 2^(G_i - G_j) k_j,   dk = beta R + C,
     C_j = sum_i 2^(G_i - G_j) (dA_ij q_i + beta_i dL_ij k_i)
 
-over i > j, and what comes through the states. As in the forward, pairs of rows meet at
-six levels, and one tile 2^-|G - G_a| per level serves both sides. Left rows take from the right
-ones and right rows from the left ones, so two products make a level, `A (q right, k left)` and `L
-k`, with the tiles of `backward_tiles_kernel`.
+over i > j, plus the terms through the states. As in the forward, pairs of rows meet at six levels,
+and one tile 2^-|G - G_a| per level serves both sides. Left rows need right ones and right rows left
+ones, so a level is two GEMMs, `A (q right, k left)` and `L k`, with the tiles of
+`backward_tiles_kernel`.
 
 Then `dG = q dq + k (beta R - C)`, in which the two terms of a pair cancel in the sum over the chunk
-only if both see the same rounded factors: hence fp16 factors, one scale per tile of A and L. beta's
-gradient is `P v + k R` summed over the row, without a division by what may be 0.
+only if both use the same rounded factors: hence fp16 factors, with one scale per tile of A and L.
+beta's gradient is `P v + k R` summed over the row, without dividing by a possible 0.
 
-Operands of products that warp groups make come from memory as they are, never from registers: of
-those, ptxas 12.8 mistakes descriptors in some forms of this kernel, and the result is wrong.
+Operands of warp-group GEMMs come from memory, never from registers: with the latter ptxas 12.8
+confuses descriptors in some variants of this kernel, and the result is wrong.
 """
 
 import triton
@@ -40,12 +40,11 @@ MATRICES = 5
 
 @triton.jit
 def level_matrices_kernel(matrices_ptr):
-    """0/1 matrices [5, 64, 64], by program: those that sum gates to G and to G_last - G and to |G -
-    G_a| at levels 16 and 32 in fp16, and in the bits of bf16 one that sums rows from each to the
-    last.
+    """0/1 matrices [5, 64, 64], one per program: in fp16 those that sum gates to G, to G_last - G
+    and to |G - G_a| at levels 16 and 32, and as bf16 bits one that sums from each row to the last.
 
-    They are the same for every chunk, and computed in registers they take as many instructions as
-    all the rest.
+    They are the same for every chunk; computing them in registers takes as many instructions as
+    everything else.
     """
     p = tl.program_id(0)
     i = tl.arange(0, 64)[:, None]
@@ -94,7 +93,7 @@ def _either(mask, a, b, PACKED: tl.constexpr):
 
 @triton.jit
 def _key_rows(x_at, norm_at, NORM: tl.constexpr):
-    """Rows of q or k as they are used, in fp16."""
+    """Rows of q or k, normalized with NORM, in fp16."""
     x = tl.load(x_at)
     if NORM:
         x = x.to(tl.float32) * tl.load(norm_at)[:, None]
@@ -108,7 +107,7 @@ def _level(dq, C, R, e, q, k, A, L, right, scale, PACKED: tl.constexpr):
     ke = multiply(k, e, PACKED)
     side = tl.where(right, -1, 0).to(tl.int16)
     P = tl.dot(A, _either(side, multiply(q, e, PACKED), ke, PACKED))
-    # not one accumulator, and no sum that Triton makes one of: of chained products it puts all
+    # separate accumulators, in a sum that Triton does not merge: for chained GEMMs it puts all
     # warps along the rows
     t = tl.dot(L, ke) - tl.where(right, 0.0, -1.0) * P
     e = e.to(tl.float32) * scale
@@ -121,7 +120,7 @@ def _level(dq, C, R, e, q, k, A, L, right, scale, PACKED: tl.constexpr):
 
 @triton.jit
 def _levels(dq, C, R, q, k, y, pairs_ptr, scale, matrices_ptr, PACKED: tl.constexpr):
-    """All six levels. Loops, because at their edges the compiler mixes no levels."""
+    """All six levels. Loops, because their edges keep the compiler from interleaving levels."""
     BK: tl.constexpr = k.shape[1]
     r = tl.arange(0, 64)
     A_ptr, L_ptr = pair_tiles_of(pairs_ptr)
@@ -157,7 +156,7 @@ def _levels(dq, C, R, q, k, y, pairs_ptr, scale, matrices_ptr, PACKED: tl.conste
 
 @triton.jit
 def _sum_from_each(x, matrices_ptr):
-    """The sums of x [64, n] over the rows from each on, as products of two bf16 parts."""
+    """The sums of x [64, n] from each row to the last, as GEMMs of two bf16 parts."""
     ones = _matrix(matrices_ptr.to(tl.pointer_type(tl.bfloat16), bitcast=True), 4)
     high = x.to(tl.bfloat16)
     low = (high.to(tl.float32) - x).to(tl.bfloat16)
@@ -180,8 +179,8 @@ def chunk_gradient_kernel(
 
     It reads dv [B, T, HV, V] and writes dq and dk [B, T, HV, K], the gradient of the gate, a part
     of beta's, and with `sums` [rows, HV, 2, K] the sums over its tokens of the gradients of dt_bias
-    and A_log, to which those of earlier slabs are added. What is None is not computed. With NORM,
-    dq and dk are those of the normalised q and k.
+    and A_log, added to those of earlier slabs. Outputs that are None are not computed. With NORM,
+    dq and dk are those of the normalized q and k.
     """
     p = tl.program_id(0).to(tl.int64)
     n = (p % (K // BK)).to(tl.int32)
@@ -242,7 +241,7 @@ def chunk_gradient_kernel(
     k = laid_out_as(k, dq.to(tl.float16), PACKED)
     scale = tl.load(tile_rows_ptr + 64)
     dq, C, R = _levels(dq, C, R, q, k, y, pairs_ptr + work * PAIRS, scale, matrices_ptr, PACKED)
-    # what was loaded before the levels is loaded again, and what is done is stored early
+    # reload what was loaded before the levels, and store results early, to save registers
     q = _key_rows(q_ptr + k0 + (t * q_t + a[None, :]), q_norm_ptr + r, NORM)
     q = q.to(tl.float32)
     dG = q * dq

@@ -1,12 +1,11 @@
-"""The gradient of chunked KDA for any K, V and dtype: the formulas of
-`gradient_chunk` in blocks of columns, with everything between the kernels in fp32
-and all products in full fp32.
+"""The gradient of chunked KDA for any K, V and dtype: the formulas of `gradient_chunk` in blocks of
+columns, with the workspace in fp32 and all GEMMs in full fp32.
 
 One file, since its five kernels and `gradient_scan` are one computation on one workspace.
 
-From normalised q and k, the cumulative gate in log2 and beta after its sigmoid. Products in full
-fp32 run on ordinary registers, so states and rows are kept in memory; a barrier stands before and
-after each time that a program reads what it wrote.
+Takes normalized q and k, the cumulative gate in log2 and beta after its sigmoid. GEMMs in full fp32
+run on FMA units, so states and rows are kept in memory, with a barrier before and after each read
+of what the program itself wrote.
 """
 
 import triton
@@ -28,7 +27,7 @@ from kda_ops.kernel import LN2, bias_row
 
 @triton.jit
 def _tiles(tiles_ptr, work, KP: tl.constexpr, VP: tl.constexpr):
-    """Where w, kg, qg [64, KP], Aqk, T [64, 64], u, then vn, and P [64, VP] of a chunk lie."""
+    """Pointers to w, kg, qg [64, KP], Aqk, T [64, 64], u, then vn, and P [64, VP] of a chunk."""
     w_ptr = tiles_ptr + work * (64 * (3 * KP + 2 * VP + 128))
     A_ptr = w_ptr + 192 * KP
     u_ptr = A_ptr + 8192
@@ -54,8 +53,8 @@ def _decays(G, G_ptr, G_t, count, cols, s, K: tl.constexpr):
 
 @triton.jit
 def _gates(G_ptr, G_t, count, cols, K: tl.constexpr):
-    """G of a chunk's rows; those past its end repeat the last, so that exponents stay <= 0. The
-    last.
+    """G of a chunk's rows, and the last one; rows past its end repeat it, so that exponents stay
+    <= 0.
     """
     r = tl.minimum(tl.arange(0, 64), count - 1)[:, None]
     G = tl.load(G_ptr + r * G_t + cols[None, :], mask=(cols < K)[None, :], other=0.0)
@@ -134,7 +133,7 @@ def general_forward_kernel(
     BLOCK: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
     """One program carries BLOCK columns of one head's state through one sequence, and writes the
-    state before every chunk and vn in the place of u. Grid: (VP / BLOCK * (sequence, head) pairs).
+    state before every chunk, and vn over u. Grid: (VP / BLOCK * (sequence, head) pairs).
     """
     BLOCKS: tl.constexpr = VP // BLOCK
     p = tl.program_id(0).to(tl.int64)
@@ -328,7 +327,7 @@ def general_chunk_kernel(
         G, end = _gates(G_ptr, G_t, count, cols, K)
         dq = tl.zeros((64, BLOCK), tl.float32)
         C = tl.zeros((64, BLOCK), tl.float32)
-        through = tl.zeros((64, BLOCK), tl.float32)  # of C, what comes through the state
+        through = tl.zeros((64, BLOCK), tl.float32)  # the part of C through the state
         R = tl.zeros((64, BLOCK), tl.float32)
         last = tl.zeros((BLOCK,), tl.float32)
         for v0 in range(0, VP, BLOCK):
@@ -360,7 +359,7 @@ def general_chunk_kernel(
         dbeta += tl.sum(k * R, 1)
         R *= beta[:, None]
         dG = q * dq + k * (R - C)
-        if GATED:  # sums of the few terms that are left, not of many that cancel
+        if GATED:  # sum the few remaining terms, not many that cancel
             given = rounded_product(k, through)
             before = tl.cumsum(given, axis=0) - given
             dG = tl.cumsum(dG, axis=0, reverse=True) + before + last[None, :]
@@ -386,9 +385,9 @@ def general_gate_kernel(
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
     VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """One program turns the gradient of the gates in nats [B, T, HV, K] of one chunk of one value
-    head into those of x and, summed over its tokens in `sums` [rows, HV, 2, K], of dt_bias and
-    A_log. Grid: (chunks, HV).
+    """One program computes, from the gradient of the gates in nats [B, T, HV, K] of one chunk of
+    one value head, those of x and, summed over its tokens in `sums` [rows, HV, 2, K], of dt_bias
+    and A_log. Grid: (chunks, HV).
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)

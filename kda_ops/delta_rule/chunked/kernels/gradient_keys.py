@@ -1,5 +1,5 @@
-"""The gradients of q and k from those of the value heads, where several share a key head or the
-operator normalises q and k.
+"""The gradients of q and k from those of the value heads, if several share a key head or the
+operator normalizes q and k.
 """
 
 import triton
@@ -16,9 +16,9 @@ def backward_keys_kernel(
     EPS: tl.constexpr, NORM: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     KP: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """One program makes dq and dk [B, T, H, K] of one chunk of one key head: the sums of those of
-    its value heads, [B, T, HV, K], and with NORM the derivative of the norm. Where there is one per
-    key head, both may be the same memory. Grid: (chunks * H), heads fastest.
+    """One program computes dq and dk [B, T, H, K] of one chunk of one key head: the sums of those
+    of its value heads, [B, T, HV, K], and with NORM the derivative of the norm. With one value head
+    per key head, both may be the same memory. Grid: (chunks * H), heads fastest.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % H

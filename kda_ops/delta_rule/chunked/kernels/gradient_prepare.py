@@ -1,9 +1,9 @@
-"""The first kernel of the gradient of chunked KDA: what its scans read of each chunk.
+"""The first kernel of the gradient of chunked KDA: the scans' inputs of each chunk.
 
-It differs from the forward's `prepare` in that it keeps T = (I + diag(beta) M)^-1 instead of
-applying it alone. The gradient of a chunk's rows is P = T^T dvn before beta: that of v is
-diag(beta) P, and that of beta needs P itself, also where beta is 0. So T is joined from the unit
-matrix, with the rows of M scaled by beta, where the forward joins X = T diag(beta).
+Unlike the forward's `prepare` it stores T = (I + diag(beta) M)^-1 as well as applying it. The
+gradient of a chunk's rows is P = T^T dvn before beta: that of v is diag(beta) P, and that of beta
+needs P itself, also where beta is 0. So T is joined from the identity, with the rows of M scaled by
+beta, where the forward joins X = T diag(beta).
 """
 
 import triton
@@ -29,8 +29,8 @@ SMALLEST_BETA = tl.constexpr(1e-20)
 
 @triton.jit
 def gradient_tiles_of(tiles_ptr, work, K: tl.constexpr, V: tl.constexpr):
-    """Where w, kg, qg [64, K], Aqk, T [64, 64] and u, then vn [64, V] of a chunk lie, one behind
-    the other in its row.
+    """Pointers to w, kg, qg [64, K], Aqk, T [64, 64] and u, then vn [64, V] of a chunk, contiguous
+    in its row.
     """
     w_ptr = tiles_ptr + work * (64 * (3 * K + V + 128))
     A_ptr = w_ptr + 192 * K
@@ -39,8 +39,8 @@ def gradient_tiles_of(tiles_ptr, work, K: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def gradient_rows_of(rows_ptr, work, K: tl.constexpr):
-    """Where the decay [K], beta and the reciprocal norms of q and k [64] of a chunk lie, and behind
-    them the diagonal of dA, the scale of its tiles and the parts of beta's gradient [5, 64].
+    """Pointers to a chunk's decay [K], beta and reciprocal norms of q and k [64], followed by the
+    diagonal of dA, the scale of its tiles and the parts of beta's gradient [5, 64].
     """
     decay_ptr = rows_ptr + work * (K + 640)
     return decay_ptr, decay_ptr + K, decay_ptr + K + 64, decay_ptr + K + 128, decay_ptr + K + 192
@@ -61,7 +61,7 @@ def token_gates(gate_at, gate_t, t, ok, a, bias, GATED: tl.constexpr, BOUND: tl.
 
 @triton.jit
 def unit_inverse(q, k, y, beta, PACKED: tl.constexpr):
-    """All levels of one chunk, as `kda_ops.delta_rule.chunked.kernels.prepare.chunk_levels`: q, k
+    """All levels of one chunk, like `kda_ops.delta_rule.chunked.kernels.prepare.chunk_levels`: q, k
     [64, K], the tokens' gates y [64, K] in fp16 and beta [64].
 
     Returns q k^T with the decays and T, [64, 64], and q and k in fp16.
@@ -113,8 +113,8 @@ def backward_prepare_kernel(
     """One program prepares one chunk of one value head; K and V are 64 or 128.
     Grid: (chunks * HV), heads fastest.
 
-    With GATED the gate is raw, as is beta; else the gate is the cumulative one in log2. With NORM,
-    q and k are normalised as they are loaded, and the norms are kept.
+    With GATED gate and beta are raw; else the gate is cumulative, in log2. With NORM, q and k are
+    normalized as they are loaded, and the norms are stored.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % HV

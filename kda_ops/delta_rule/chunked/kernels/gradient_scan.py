@@ -6,8 +6,8 @@ With w, kg, qg, Aqk and T of `backward_prepare_kernel`, per chunk
     vn = u - w S,                S <- D S + kg^T vn                            forward,
     dvn = Aqk^T do + kg dS,      dS <- D dS + qg^T do - w^T dvn                backward,
 
-and the gradient of v is beta T^T dvn. Both have the shape of the forward's scan: a program carries
-some columns of one head's state through one sequence. Neither needs anything of the other.
+and the gradient of v is beta T^T dvn. Both have the structure of the forward's scan: a program
+carries some columns of one head's state through one sequence. They are independent of each other.
 """
 
 import triton
@@ -28,9 +28,9 @@ def states_forward_kernel(
     """One program carries BV columns of one head's state through one sequence, S [K, BV] in fp32.
     Grid: (V / BV * (sequence, head) pairs), columns innermost.
 
-    With KEEP it writes the state before every chunk, and vn in the place of u. With SLABS a
-    sequence that is not begun in the slab comes from `before` [HV, K, V], and one that does not end
-    goes to `after`.
+    With KEEP it writes the state before every chunk, and vn over u. With SLABS a sequence that
+    starts before the slab is read from `before` [HV, K, V], and one that ends after it is written
+    to `after`.
     """
     BLOCKS: tl.constexpr = V // BV
     p = tl.program_id(0).to(tl.int64)
@@ -94,8 +94,8 @@ def states_backward_kernel(
     dS [K, BV] in fp32. Grid: (V / BV * (sequence, head) pairs), columns innermost.
 
     It writes the gradient of the state after every chunk, that of v [B, T, HV, V] and that of the
-    initial state [N, HV, V, K]. With SLABS a sequence that does not end in the slab comes from
-    `after` [HV, K, V], and one that is not begun in it goes to `before`.
+    initial state [N, HV, V, K]. With SLABS a sequence that ends after the slab is read from `after`
+    [HV, K, V], and one that starts before it is written to `before`.
     """
     BLOCKS: tl.constexpr = V // BV
     p = tl.program_id(0).to(tl.int64)

@@ -1,5 +1,5 @@
-"""The gradients of the 64 x 64 matrices of chunked KDA, which `chunk_gradient_kernel` reads, and
-the small kernel that puts beta's gradient together.
+"""The gradients of the 64 x 64 matrices of chunked KDA, read by `chunk_gradient_kernel`, and the
+small kernel that assembles beta's gradient.
 """
 
 import triton
@@ -11,8 +11,8 @@ from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
 
 @triton.jit
 def pair_tiles_of(pairs_ptr):
-    """Where the tiles A and L of a chunk lie, each as [64, 64] at level 16, the same at level 32,
-    and the four blocks [16, 16] of its diagonal, for the levels below.
+    """Pointers to the tiles A and L of a chunk, each as [64, 64] at level 16, the same at level 32,
+    and the four blocks [16, 16] of its diagonal, for the lower levels.
     """
     return pairs_ptr, pairs_ptr + 9216
 
@@ -50,12 +50,12 @@ def backward_tiles_kernel(
     SCALE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
     SLABS: tl.constexpr,
 ):  # fmt: skip
-    """One program makes dA and dL [64, 64] of one chunk of one value head, below the diagonal;
-    above it what left rows take from right ones, dA and beta dL transposed. Grid: (chunks * HV),
-    heads fastest.
+    """One program computes dA and dL [64, 64] of one chunk of one value head, below the diagonal;
+    above it their transposes, dA and beta dL, which left rows take from right ones. Grid: (chunks *
+    HV), heads fastest.
 
-    They are in fp16, divided by a scale, the largest below the diagonal, and lie where the scans'
-    tiles were (`pairs` is the same memory as `tiles`). The diagonal of dA, which decays nothing,
+    They are in fp16, divided by a scale, the largest entry below the diagonal, and overwrite the
+    scans' tiles (`pairs` is the same memory as `tiles`). The diagonal of dA, which has no decay,
     the scale, and `P v`, the first part of beta's gradient, go to the chunk's rows.
     """
     p = tl.program_id(0).to(tl.int64)
@@ -85,7 +85,7 @@ def backward_tiles_kernel(
     L = tl.dot(dv, vt) * (-1.0 / beta)[:, None]
     tl.store(tile_rows_ptr + r, tl.sum(tl.where(i == j, A, 0.0), 1))
     largest = tl.where(i > j, tl.maximum(tl.abs(A), tl.abs(L)), 0.0)
-    # [1, 1]: for Blackwell GPUs Triton 3.7 does not compile a maximum of one axis here
+    # [1, 1]: Triton 3.7 fails to compile a one-axis maximum here for Blackwell
     scale = tl.maximum(tl.max(tl.max(largest, 1, keep_dims=True), 0, keep_dims=True), 1e-35)
     tl.store(tile_rows_ptr + 64 + tl.zeros((1, 1), tl.int32), scale)
     inverse = 1.0 / scale

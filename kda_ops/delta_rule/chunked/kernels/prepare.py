@@ -1,21 +1,20 @@
-"""The body of the fast `prepare` of chunked KDA, which two operators share: a program holds a chunk
-of a head, K and V of 64 or 128 in 16 bits.
+"""The body of the fast `prepare` of chunked KDA, shared by two operators: a program has one chunk
+of a head, with K and V of 64 or 128 in 16 bits.
 
-Every power of two has an exponent <= 0, whatever the gate. Rows i and j < i of a chunk meet at
-exactly one level s of 1, 2, ..., 32: in one block of 2s rows, i in its right and j in its left
-half. With a the last row of the left half, 2^(G_i - G_j) = 2^(G_i - G_a) 2^(G_a - G_j), so one tile
-2^-|G - G_a| per level serves as the row factor on the right and as the column factor on the left.
-With B = diag(beta) and M the strictly lower part of k k^T with its decays, X = (I + B M)^-1 B is
-joined level by level in the same way, from X = B on: X <- X - X M_s X. So only the rows' betas are
+Every power of two has an exponent <= 0, for any gate. Rows i and j < i of a chunk meet at exactly
+one level s of 1, 2, ..., 32: in one block of 2s rows, i in its right and j in its left half. With a
+the last row of the left half, 2^(G_i - G_j) = 2^(G_i - G_a) 2^(G_a - G_j), so one tile 2^-|G - G_a|
+per level serves as the row factor on the right and as the column factor on the left. With B =
+diag(beta) and M the strictly lower part of k k^T with its decays, X = (I + B M)^-1 B is joined
+level by level in the same way, starting from X = B: X <- X - X M_s X. So only the rows' betas are
 needed, once.
 
-The programs fill their registers: two per multiprocessor, 255 a thread. What is live from the
-loads to the last stores (row numbers, masks) is then spilled, comes back out of the L2 cache, and
-costs 3 to 20 % of the time. Hence rows past a sequence's end are read as its last row instead of
-under masks, and `opaque` keeps apart what is computed early and late. Levels 2 and 4 are a loop
-although they could be written out: its edges keep the compiler from mixing levels, which spilled
-more (`perf/notes/chunk_kda.md`), and within a level the decays of the next one are made beside
-its products.
+The kernels are register-bound: two programs per multiprocessor, 255 registers per thread. Values
+live from the loads to the last stores (row numbers, masks) would spill, be reloaded from L2 and
+cost 3 to 20 % of the time. So rows past a sequence's end are read as its last row instead of under
+masks, and `opaque` separates early from late computations. Levels 2 and 4 are a loop although they
+could be unrolled: its edges keep the compiler from interleaving levels, which spilled more
+(`perf/notes/chunk_kda.md`), and within a level the decays of the next one overlap with its GEMMs.
 """
 
 import torch
@@ -27,7 +26,7 @@ from kda_ops.delta_rule.chunked.kernels.tiles import meets, store_u, tiles_of
 
 @triton.jit
 def multiply(a, b, PACKED: tl.constexpr):
-    """A product of fp16 tiles, on NVIDIA GPUs two per instruction."""
+    """An elementwise product of fp16 tiles, on NVIDIA GPUs two per instruction."""
     if PACKED:
         return tl.inline_asm_elementwise(
             "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
@@ -38,13 +37,13 @@ def multiply(a, b, PACKED: tl.constexpr):
 
 @triton.jit
 def laid_out_as(x, y, PACKED: tl.constexpr):
-    """x, on NVIDIA GPUs in the layout that y has, that of a product's result.
+    """x, on NVIDIA GPUs in the layout of y, a GEMM's result.
 
-    Left alone, the compiler takes a tile from the layout it was loaded in to that of each use, also
-    where two of them are the same bits under two names (q and k for the levels up to 8 and above),
-    and makes a 0/1 matrix in a layout of its own, stored two bytes at a time for its product. This
-    instruction ties x to y, which the compiler does not make again in another layout. It is pure:
-    of others PyTorch assumes that the kernel writes all its inputs, and copies them.
+    Otherwise the compiler converts a tile from the layout it was loaded in to that of each use,
+    even where two of them are the same bits (q and k for the levels up to 8 and above), and makes a
+    0/1 matrix in a layout of its own, stored two bytes at a time for its GEMM. This instruction
+    ties x to y, which the compiler does not recompute in another layout. It is pure: with any other
+    PyTorch assumes that the kernel writes all its inputs, and copies them.
     """
     if not PACKED:
         return x
@@ -60,8 +59,8 @@ def laid_out_as(x, y, PACKED: tl.constexpr):
 
 @triton.jit
 def opaque(x, PACKED: tl.constexpr):
-    """x, a 32-bit integer, such that the compiler does not keep for late uses what it computed from
-    x for early ones.
+    """x, a 32-bit integer, opaque to CSE: the compiler does not keep values computed from x for
+    later uses.
     """
     if PACKED:
         return tl.inline_asm_elementwise(
@@ -88,8 +87,8 @@ def half_like(mask, y, PACKED: tl.constexpr):
 
 @triton.jit
 def rows_between(i, t, s):
-    """The 0/1 matrix that sums the tokens' gates between row i and its anchor at level s: its
-    product with y is -|G_i - G_a|.
+    """The 0/1 matrix that sums the tokens' gates between row i and its anchor at level s: times y
+    it gives -|G_i - G_a|.
     """
     a = (i // (2 * s)) * (2 * s) + s - 1
     return (t > tl.minimum(i, a)) & (t <= tl.maximum(i, a))
@@ -97,8 +96,8 @@ def rows_between(i, t, s):
 
 @triton.jit
 def join(X, M):
-    """X with one more level M of the lower triangle. Entries stay bounded (`|k| <= 1`), so fp16
-    does as well as tf32.
+    """X with one more level M of the lower triangle. Entries stay bounded (`|k| <= 1`), so fp16 is
+    as good as tf32.
     """
     Xh = X.to(tl.float16)
     return X - tl.dot(tl.dot(Xh, M.to(tl.float16)).to(tl.float16), Xh)
@@ -132,7 +131,7 @@ def block_diagonal(x):
 
 @triton.jit
 def large_level(A, q, k, y, like, s: tl.constexpr, PACKED: tl.constexpr):
-    """Level 16 or 32: q k^T with it, and M, [64, 64] in fp16; `like` is laid out as a product."""
+    """Level 16 or 32: q k^T with it, and M, [64, 64] in fp16; `like` has a GEMM result's layout."""
     K: tl.constexpr = k.shape[2]
     r = tl.arange(0, 64)
     i = r[:, None]
@@ -149,13 +148,13 @@ def large_level(A, q, k, y, like, s: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def chunk_levels(q, k, y, beta, beta_before, PACKED: tl.constexpr):
     """All levels of one chunk: q, k [64, K], the tokens' gates y [64, K] in fp16, beta of each row
-    and of the row before [64], which level 1 takes instead of two products.
+    and of the row before [64], which save level 1 two GEMMs.
 
     Returns q k^T with the decays [64, 64], X up to level 16 and level 32 of M, [64, 64] in fp16,
     and q and k in fp16.
 
-    Normalised q and k and their decays are at most 1 in magnitude, so the products are made in
-    fp16: three bits more than bf16, and an eighth less error of the output.
+    Normalized q and k and their decays are at most 1 in magnitude, so the GEMMs are in fp16: three
+    bits more than bf16, and an eighth less error in the output.
     """
     K: tl.constexpr = k.shape[1]
     q = tl.reshape(q.to(tl.float16), (4, 16, K))
@@ -184,7 +183,7 @@ def chunk_levels(q, k, y, beta, beta_before, PACKED: tl.constexpr):
     X = join(X, M)
     A = block_diagonal(A)
     A, M = large_level(A, q, k, y, A, 16, PACKED)
-    # in fp16 it takes 16 registers less meanwhile; rounds beta twice (`perf/notes/chunk_kda.md`)
+    # fp16 saves 16 registers meanwhile; rounds beta twice (`perf/notes/chunk_kda.md`)
     X = join(block_diagonal(X), M).to(tl.float16)
     A, M = large_level(A, q, k, y, A, 32, PACKED)
     return A, X, M, tl.reshape(q, (64, K)), tl.reshape(k, (64, K))
@@ -199,15 +198,15 @@ def prepare_chunk(
     SCALE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, UNPACKED: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """All of a chunk's workspace row but the decay, from tiles q, k [64, K], the tokens' gates y
+    """A chunk's workspace row except the decay, from tiles q, k [64, K], the tokens' gates y
     [64, K] in fp16 and beta of each row and of the row before [64]; v_ptr is the chunk's first row
-    of v, v_t its stride of tokens.
+    of v, v_t its token stride.
 
-    In the rows from `count` on, q and k may hold any finite values of the sequence; y and beta are
-    zero. UNPACKED tells whether to use `opaque`: what spills less differs between the kernels.
+    In the rows from `count` on, q and k may have any finite values; y and beta are zero. UNPACKED
+    says whether to use `opaque`: which spills less differs between the kernels.
 
-    Exponents come as 0/1 matrices times y, also G and G_last - G, so that no sum over tokens stays
-    in registers.
+    Exponents are 0/1 matrices times y, also G and G_last - G, so that no sum over tokens stays in
+    registers.
     """
     A, X, M, q, k = chunk_levels(q, k, y, beta, beta_before, PACKED)
     w_ptr, kg_ptr, qg_ptr, A_ptr = tiles_of(tiles_ptr, work, K)
@@ -220,7 +219,7 @@ def prepare_chunk(
     if SCALE != 1.0:
         A = A * SCALE
     tl.store(A_ptr + (i * 64 + j), A.to(dtype))
-    # loaded before it is needed: two programs per multiprocessor hide little of the latency
+    # loaded early: two programs per multiprocessor hide little latency
     d = tl.arange(0, V)[None, :]
     v = tl.load(v_ptr + (tl.minimum(i, count - 1) * v_t + d))
     X = join(X, M).to(v.dtype)

@@ -1,5 +1,5 @@
-"""The `prepare` of chunked KDA for any K, V and dtype, in blocks of columns; products in full fp32
-where the inputs are.
+"""The `prepare` of chunked KDA for any K, V and dtype, in blocks of columns; GEMMs in full fp32 for
+fp32 inputs.
 """
 
 import torch
@@ -32,8 +32,8 @@ def chunk_prepare_general_kernel(
     """One program prepares one chunk of one value head, in blocks of BLOCK key or value columns.
     Grid: (chunks, HV).
 
-    The workspace is KP columns wide, and zero past K. Products are made in v's dtype, those of
-    the inverse in fp16, or all in full fp32.
+    The workspace is KP columns wide, and zero past K. GEMMs are in v's dtype, those of the inverse
+    in fp16, or all in full fp32.
     """
     p = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -118,13 +118,13 @@ def launch_general_prepare(
     q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, o: Tensor,
     workspace: Workspace, batch: Batch,
 ) -> None:  # fmt: skip
-    """`prepare` for any size and dtype, from normalised keys (in v's dtype or fp32), the cumulative
+    """`prepare` for any size and dtype, from normalized keys (in v's dtype or fp32), the cumulative
     gate in log2 and beta after its sigmoid.
     """
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     inputs, wide = (q, k, v, g_cumsum, beta), v.dtype == torch.float32
-    # 16-bit: with 4 warps Triton 3.6 makes warp-group products of these loops and reads outside
-    # shared memory on sm_90; 2 warps keep it at the older instruction
+    # 16-bit: with 4 warps Triton 3.6 uses warp-group MMA in these loops and reads outside shared
+    # memory on sm_90; 2 warps keep it on the older instruction
     traceable(chunk_prepare_general_kernel)[(batch.programs, HV)](
         *inputs, o, *workspace.prepared, *batch.tables, *token_strides(*inputs),
         SCALE=scale, H=H, HV=HV, K=K, V=V, **batch.constants, KP=workspace.columns,

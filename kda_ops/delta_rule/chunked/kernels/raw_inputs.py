@@ -1,5 +1,5 @@
-"""The raw gate, the raw beta and the norms of q and k, as the kernels of chunked KDA compute them,
-and the derivatives of the gate.
+"""The gate, beta and the norms of q and k from raw inputs, for the kernels of chunked KDA, and the
+derivatives of the gate.
 """
 
 import triton
@@ -11,14 +11,14 @@ from kda_ops.kernel import LOG2E, quick_sigmoid
 
 @triton.jit
 def within_fp16(y):
-    """Gates in log2: what is below -30000 decays to zero either way, and fp16 ends at -65504."""
+    """Gates in log2, at least -30000 to fit fp16: any lower gate decays to zero as well."""
     return tl.where(y < -30000.0, -30000.0, y)
 
 
 @triton.jit
 def quick_softplus(z):
-    """`kda_ops.gating.kernel.softplus` to 1e-5 of the result: as max(z, 0) + e * P(e) with P of
-    degree 5.
+    """`kda_ops.gating.kernel.softplus` with a relative error of 1e-5: max(z, 0) + e * P(e) with P
+    of degree 5.
     """
     e = tl.exp2(tl.abs(z) * -LOG2E)
     p = -0.023869140073657036
@@ -34,8 +34,8 @@ def quick_softplus(z):
 def gate_log2(x, a, bias, BOUND: tl.constexpr, FP16: tl.constexpr):
     """The gate in log2 of a tile x, with one bias per column; BOUND is 0 without a bound.
 
-    With FP16 it is right to 1e-5 and fits that type. Without, it is to be summed: what decays to
-    zero counts as LEAST_GATE, so that the sum keeps the small gates beside it.
+    With FP16 its relative error is 1e-5 and it fits that type. Without, it is for summing: a decay
+    to zero counts as LEAST_GATE, so that the sum keeps small gates next to it.
     """
     z = x.to(tl.float32) + bias[None, :]
     if BOUND != 0.0:
@@ -61,7 +61,7 @@ def reciprocal_norm(x, EPS: tl.constexpr):
 def gate_slopes(x, a, bias, BOUND: tl.constexpr):
     """The derivatives of a tile's gate in nats by x and by A_log, with one bias per column.
 
-    Gates below and rates above -2^64 and 2^64 have none, as in the reference: sums of them over
+    They are zero for gates below -2^64 and rates above 2^64, as in the reference: their sums over
     tokens could overflow.
     """
     z = x.to(tl.float32) + bias[None, :]

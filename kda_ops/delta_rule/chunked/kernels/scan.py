@@ -1,5 +1,5 @@
-"""The second kernel of chunked KDA: carries the state through the chunks that `prepare` made ready,
-in 16 bits and in full fp32.
+"""The second kernel of chunked KDA: carries the state through the prepared chunks, in 16 bits and
+in full fp32.
 """
 
 from typing import Any
@@ -54,9 +54,9 @@ def chunk_scan_kernel(
     programs of one head read the same w, kg, qg and Aqk at about the same time.
 
     With HALF (fp16 inputs) the operands S and vn are scaled by column, so that no value overflows.
-    With SLABS it takes the chunks of one slab, and S goes to S_ptr, from where it comes in the
-    sequence's next slab. With SEGMENTS > 1 it takes a segment of them, not the first, and S begins
-    with what `chunk_segments_kernel` found; segments are outermost in the grid.
+    With SLABS it processes the chunks of one slab and stores S at S_ptr for the sequence's next
+    slab. With SEGMENTS > 1 it processes one segment of them, not the first, starting from the S of
+    `chunk_segments_kernel`; segments are outermost in the grid.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     p = tl.program_id(0).to(tl.int64)
@@ -119,9 +119,9 @@ def chunk_scan_fp32_kernel(
     """One program carries BV columns of one head's state through one sequence, in full fp32. Grid:
     (V blocks * HV * N).
 
-    Dots in full fp32 run on ordinary registers, so the state is kept in memory (S [N, HV, KP, V])
-    and vn in the place of u, and both are worked on in blocks of BLOCK rows; a barrier stands
-    before and after each time that a program reads what it wrote.
+    Dots in full fp32 run on FMA units, so the state is kept in memory (S [N, HV, KP, V]), and vn
+    over u, and both are processed in blocks of BLOCK rows, with a barrier before and after each
+    read of what the program itself wrote.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     p = tl.program_id(0).to(tl.int64)
@@ -207,12 +207,12 @@ def chunk_scan_fp32_kernel(
 
 
 def scan_values(K: int, V: int, programs: Any, o: Tensor) -> dict[str, Any]:
-    """What is chosen for `scan` by its number of (sequence, head) pairs: at most 16, 32, or more.
+    """The tuned values of `scan` by its number of (sequence, head) pairs: at most 16, 32, or more.
 
     BV, the state columns per program, is at most V.
     """
     if not isinstance(programs, int):
-        programs = 64  # a symbolic number of sequences is a batch of them
+        programs = 64  # a symbolic number of sequences: assume a large batch
     programs = 16 if programs <= 16 else 32 if programs <= 32 else 64
     chosen = choose("chunk_scan", o.device, K=K, V=V, programs=programs, dtype=o.dtype)
     return {**chosen, "BV": min(chosen["BV"], max(16, triton.next_power_of_2(V)))}
@@ -221,9 +221,9 @@ def scan_values(K: int, V: int, programs: Any, o: Tensor) -> dict[str, Any]:
 def scan_groups(K: int, V: int, batch: Batch, o: Tensor) -> list[tuple[Any, Any]]:
     """First and number of the (sequence, head) pairs of each launch.
 
-    A program of the usual form has a multiprocessor to itself, so a few pairs left over after the
-    last full round would take as long as a round. They are launched apart, in narrower blocks,
-    which fill the GPU and are faster. Not with `cu_seqlens`: what is left may be the longest.
+    A program usually occupies a whole multiprocessor, so a few pairs left over after the last full
+    wave would take as long as a wave. They get their own launch in narrower blocks, which fill the
+    GPU and are faster. Not with `cu_seqlens`: the pairs left over may be the longest.
     """
     pairs = batch.N * o.shape[2]
     if o.device.type == "cuda" and isinstance(pairs, int) and batch.cu_seqlens is None:

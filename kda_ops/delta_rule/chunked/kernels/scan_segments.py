@@ -1,11 +1,11 @@
-"""`scan` for few heads: a sequence's chunks in segments that are worked on at the same time.
+"""`scan` for few heads: segments of a sequence's chunks in parallel.
 
-A chunk takes S to T S + U, with T = diag(decay) - kg^T w and U = kg^T u, so a segment takes S to
-M S + E with M the product of its T and E what it makes of zero. A first pass scans the first
-segment and finds M and E of those between it and the last, columns of both alike: those of M are
-states of a sequence without u that begins with the unit matrix. Then every other segment finds the
-state it begins with from the M and E before it, and `scan` runs in all of them at once. For M and E
-a chunk makes two of `scan`'s four products, for as many columns as a state has and for K more.
+A chunk maps S to T S + U, with T = diag(decay) - kg^T w and U = kg^T u, so a segment maps S to
+M S + E, with M the product of its T and E its image of zero. A first pass scans the first segment
+and computes M and E of those between it and the last, columns of both in the same way: those of M
+are states of a sequence without u that starts from the identity. Then every other segment computes
+its initial state from the M and E before it, and `scan` runs in all of them in parallel. M and E
+take two of `scan`'s four GEMMs per chunk, for the columns of a state and K more.
 """
 
 from typing import Any, NamedTuple
@@ -31,18 +31,18 @@ from kda_ops.delta_rule.chunked.workspace import Batch, Workspace, at_least_one,
 from kda_ops.tuning import choose
 from kda_ops.tuning.example_inputs import NoHintError, hint
 
-# How `scan` is done in segments: columns of the state per program, the fewest segments, the fewest
-# chunks in each. Fewer gain nothing: each waits for a product per one before it, and wide blocks
-# need two rounds in the first pass.
+# Segments of `scan`: columns of the state per program, least number of segments, least chunks in
+# each. Fewer gain nothing: each waits for one GEMM per segment before it, and wide blocks need two
+# waves in the first pass.
 FORMS = ((32, 4, 8), (64, 5, 20))
 MOST = 16  # segments
-WIDEST = 128  # K: M is held whole in shared memory
+WIDEST = 128  # K: the whole M is in shared memory
 
 
 @triton.jit
 def segment_chunks(lo, hi, segment, SEGMENTS: tl.constexpr):
-    """A segment's part of chunks lo to hi, and whether they end with it; the last ones may be
-    empty.
+    """A segment's part of chunks lo to hi, and whether it is the last part; the last segments may
+    be empty.
     """
     size = tl.cdiv(hi - lo, SEGMENTS)
     first = tl.minimum(lo + segment * size, hi).to(tl.int32)
@@ -55,7 +55,7 @@ def segment_state(
     E_ptr, M_ptr, pair, segment, d, v,
     KP: tl.constexpr, V: tl.constexpr, SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The state [KP, v] that a segment begins with, not the first."""
+    """The initial state [KP, v] of a segment other than the first."""
     E_at = E_ptr + pair * ((SEGMENTS - 1) * KP * V) + d[:, None] * V + v[None, :]
     M_at = M_ptr + pair * ((SEGMENTS - 1) * KP * KP) + d[:, None] * KP + d[None, :]
     S = tl.load(E_at, mask=(v < V)[None, :], other=0.0)
@@ -78,10 +78,10 @@ def chunk_segments_kernel(
     FINAL: tl.constexpr, PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr, HALF: tl.constexpr,
     SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The first segment of every sequence, and of those between it and the last
-    E [N, HV, SEGMENTS - 1, KP, V] in fp32 and M [N, HV, SEGMENTS - 1, KP, KP] in fp16; in the first
-    one's place E is the state it leaves, and M is not used. With `|k| <= 1` and beta at most 2 no
-    entry of M is above 1.
+    """Scans the first segment of every sequence, and computes for those between it and the last
+    E [N, HV, SEGMENTS - 1, KP, V] in fp32 and M [N, HV, SEGMENTS - 1, KP, KP] in fp16. For the
+    first one E is its final state, and M is unused. With `|k| <= 1` and beta at most 2 no entry of
+    M is above 1.
 
     Grid: (blocks of BV columns of a state * HV * N, then blocks of BE columns of E and M * HV * N *
     (SEGMENTS - 2)), blocks innermost.
@@ -142,7 +142,7 @@ def chunk_segments_kernel(
     m = v - v_blocks * BE
     if block >= v_blocks:
         S = tl.where(d[:, None] == m[None, :], 1.0, 0.0)
-        v = V + m  # no column of u
+        v = V + m  # past the columns of u
     else:
         S = tl.zeros((KP, BE), tl.float32)
     S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, False)
@@ -161,15 +161,15 @@ class Segments(NamedTuple):
 
 
 def has_segments(dtype: torch.dtype, K: Any) -> bool:
-    """Whether the kernels here take such inputs, whatever their length."""
+    """Whether the kernels here support such inputs, of any length."""
     return bool(dtype != torch.float32 and K <= WIDEST)
 
 
 def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
-    """In how many segments `scan` works off each sequence: as many as fill the GPU with programs.
+    """The number of segments in which `scan` processes each sequence: as many as fill the GPU.
 
-    As a launch is compiled for one number, a symbolic number of tokens counts as its hint, and of
-    a symbolic number of sequences nothing is assumed.
+    A launch is compiled for one number, so a symbolic number of tokens counts as its hint, and a
+    symbolic number of sequences rules segments out.
     """
     pairs = batch.N * int(o.shape[2])
     if not (isinstance(pairs, int) and pairs and has_segments(o.dtype, K) and is_nvidia(o.device)):
@@ -180,7 +180,7 @@ def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
         return 1
     processors = torch.cuda.get_device_properties(o.device).multi_processor_count
     for columns, fewest, fewest_chunks in FORMS:
-        # the first pass scans one more than the second
+        # the first pass scans one more segment than the second
         count = processors // (pairs * triton.cdiv(V, columns)) + 1
         count = min(count, chunks // fewest_chunks, MOST)
         if count >= fewest:
@@ -192,7 +192,7 @@ def launch_segments(
     workspace: Workspace, batch: Batch, scan: dict[str, Any], arguments: tuple[Any, ...],
     sizes: dict[str, Any],
 ) -> Segments:  # fmt: skip
-    """The first pass; `scan` is what is chosen for the second, the rest what both take."""
+    """The first pass; `scan` are the tuned values of the second, the rest is shared by both."""
     o, HV, V, KP = arguments[0], sizes["HV"], sizes["V"], sizes["KP"]
     pairs = HV * at_least_one(batch.N)
     places = (at_least_one(batch.N), HV, sizes["SEGMENTS"] - 1, KP)

@@ -1,11 +1,11 @@
-"""What the kernels of chunked KDA have in common: one operator takes the cumulative gate, another
+"""Shared by the kernels of chunked KDA, of which one operator takes the cumulative gate and another
 the raw one.
 
-Two kernels each: `prepare`, for tiles that a program holds whole (`prepare.py`) or in general form
-(`prepare_general.py`), and `scan` (`scan.py`), with few heads after a first pass of its own
-(`scan_segments.py`). Between them lies a workspace (`workspace.py`). Here is how a program finds
-its chunk or sequence and its state, how it goes through a sequence's chunks, and what both forms of
-`prepare` do alike.
+Two kernels each: `prepare`, for tiles that fit one program (`prepare.py`) or in general form
+(`prepare_general.py`), and `scan` (`scan.py`), for few heads after its own first pass
+(`scan_segments.py`), with a workspace between them (`workspace.py`). This file has how a program
+finds its chunk or sequence and its state, how it walks a sequence's chunks, and what both forms of
+`prepare` share.
 """
 
 import triton
@@ -14,9 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def sequence_rows(cu_ptr, n, T, N, VARLEN: tl.constexpr):
-    """Batch row, first token and end of sequence n, and its first workspace row; in bounds for any
-    offsets.
-    """
+    """Batch row, first token, end and workspace row of sequence n; in bounds for any offsets."""
     if VARLEN:
         b = n * 0
         start = tl.load(cu_ptr + n, mask=n < N, other=0).to(tl.int64)
@@ -37,7 +35,7 @@ def chunk_rows(p, chunk_indices_ptr, cu_ptr, T, N, NC, VARLEN: tl.constexpr):
     """Batch row, first token, token count (0: nothing to do) and workspace row of program p's
     chunk.
 
-    With `cu_seqlens` NC is the number of rows of the chunk table, of which any may be wrong;
+    With `cu_seqlens` NC is the number of rows of the chunk table, any of which may be invalid;
     without, NC programs per batch row are launched.
     """
     if VARLEN:
@@ -64,8 +62,8 @@ def slab_rows(
     """`chunk_rows` in a slab of the workspace, with p, and whether the chunk is in the slab.
 
     Program p's row is between p and p + N, so a slab's chunks are those of `rows + N` programs. One
-    sequence, where N is a constant, is simpler: its rows are its chunks. That it counts in 32 bits
-    leaves `prepare` registers, which it is short of.
+    sequence, where N is a constant, is simpler: its rows are its chunks. Counting in 32 bits saves
+    registers, of which `prepare` is short.
     """
     if SLABS and not VARLEN and N == 1:
         c = p.to(tl.int32)
@@ -86,11 +84,11 @@ def slab_rows(
 
 @triton.jit
 def slab_chunks(row, chunks, first_row, rows):
-    """Of a sequence with its first workspace row: its first row in this slab, its chunks lo to hi
-    there, and whether it begins there; hi < lo if it has no part in it.
+    """From a sequence's first workspace row: its first row in this slab, its chunks lo to hi there,
+    and whether it begins there; hi < lo if it has no chunk there.
 
-    An empty sequence counts as one row. What a slab leaves as the final state is replaced by the
-    sequence's next slab.
+    An empty sequence counts as one row. The final state of a slab is overwritten by the sequence's
+    next slab.
     """
     row -= first_row
     used = tl.maximum(chunks, 1)
@@ -104,8 +102,8 @@ def slab_chunks(row, chunks, first_row, rows):
 def sequence_part(
     n, cu_ptr, T, N, first_row, rows, VARLEN: tl.constexpr, SLABS: tl.constexpr
 ):  # fmt: skip
-    """Of sequence n: batch row, first token, end, first workspace row, the chunks lo to hi that are
-    in the slab (hi < lo if it has no part in it), whether it begins and whether it ends there.
+    """Batch row, first token, end and first workspace row of sequence n, its chunks lo to hi in the
+    slab (hi < lo if there are none), and whether it begins and ends there.
     """
     b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
     chunks = tl.cdiv(end - start, 64).to(tl.int32)
@@ -119,7 +117,7 @@ def sequence_part(
 
 @triton.jit
 def page_of(indices_ptr, n, slots, PAGED: tl.constexpr):
-    """The state's page of sequence n, and whether it is one (slot 0 and slots out of range are
+    """The state's page of sequence n, and whether it is valid (slot 0 and slots out of range are
     not).
     """
     if PAGED:
@@ -134,7 +132,7 @@ def page_of(indices_ptr, n, slots, PAGED: tl.constexpr):
 
 @triton.jit
 def place_of(strides, n, h, d, v):
-    """Where the part [d, v] of a state [n, h, v, k] lies."""
+    """Offsets of the part [d, v] of a state [n, h, v, k]."""
     stride_n, stride_h, stride_v, stride_k = strides
     return n * stride_n + h * stride_h + d[:, None] * stride_k + v[None, :] * stride_v
 
@@ -146,10 +144,10 @@ def first_state(
     PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
     """A head's state [d, v] in fp32 before a sequence's first chunk: from its page, the initial
-    states, or what the last slab left at `carried`; else zero.
+    states, or `carried` from the last slab; else zero.
 
     `states`: initial states, their strides, final states or pages, their strides, which sequences
-    have one.
+    have an initial state.
     """
     initial_ptr, initial, final_ptr, final, has_initial_ptr = states
     read = (d < K)[:, None] & (v < V)[None, :]
@@ -175,11 +173,11 @@ def scan_chunks(
     HV: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, HALF: tl.constexpr, STAGES: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """Columns v of a head's state after chunks lo to hi of one sequence, begun with S [KP, v].
+    """Columns v of a head's state after chunks lo to hi of one sequence, starting from S [KP, v].
 
-    With OUTPUT the output's columns are written; without, v may lie past V, where u is zero.
-    `memory`: the workspace (None for u where it lies in the output) and the output. `place`: the
-    head, the output's row of the sequence's first token, its tokens, its first workspace row.
+    With OUTPUT the output's columns are written; without, v may be past V, where u is zero.
+    `memory`: the workspace (None for u if it is in the output) and the output. `place`: the head,
+    the output's row of the sequence's first token, its tokens, its first workspace row.
     """
     tiles_ptr, u_ptr, decay_ptr, o_ptr = memory
     h, first, length, row = place
@@ -235,9 +233,7 @@ def store_state(
     final_ptr, final, carried, S, stored, page, h, d, v,
     K: tl.constexpr, V: tl.constexpr, FINAL: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
-    """Where `stored`, puts a head's state [d, v] where it belongs after a sequence's last chunk, in
-    this slab.
-    """
+    """Where `stored`, writes a head's state [d, v] after a sequence's last chunk in this slab."""
     in_state = (v < V)[None, :] & stored
     if FINAL:
         at = place_of(final, page, h, d, v)
@@ -262,10 +258,10 @@ def clear_sequence(o_ptr, b, start, end, h, T, v, HV: tl.constexpr, V: tl.conste
 def clear_padding(
     o_ptr, cu_ptr, p, h, T, N, NC, HV: tl.constexpr, V: tl.constexpr, VP: tl.constexpr
 ):
-    """Zeroes 64 of the rows that lie past the last sequence, counted from the end of the tokens.
+    """Zeroes 64 of the rows past the last sequence, counted from the end of the tokens.
 
-    The programs without a chunk do it. They are the last of the NC + 1, and they suffice: there are
-    at most `end // 64 + N` chunks.
+    For programs without a chunk. They are the last of the NC + 1, and they suffice: there are at
+    most `end // 64 + N` chunks.
     """
     end = tl.minimum(tl.maximum(tl.load(cu_ptr + N).to(tl.int64), 0), T)
     t = T - (NC + 1 - p) * 64 + tl.arange(0, 64)
@@ -283,9 +279,7 @@ def meets(i, j, s):
 
 @triton.jit
 def tiles_of(tiles_ptr, work, KP: tl.constexpr):
-    """Where w, kg, qg [64, KP] and Aqk [64, 64] of a chunk lie, one behind the other in its
-    workspace row.
-    """
+    """Pointers to w, kg, qg [64, KP] and Aqk [64, 64] of a chunk, contiguous in its row."""
     w_ptr = tiles_ptr + work * (64 * (3 * KP + 64))
     return w_ptr, w_ptr + 64 * KP, w_ptr + 128 * KP, w_ptr + 192 * KP
 
@@ -296,8 +290,8 @@ def store_u(
     HV: tl.constexpr, V: tl.constexpr, v0,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Columns v0 to v0 + BLOCK of a chunk's u: to its workspace row, or without one to the output's
-    `count` rows from `token` on.
+    """Writes columns v0 to v0 + BLOCK of a chunk's u to its workspace row, or without one to the
+    output's `count` rows from `token` on.
     """
     r = tl.arange(0, 64)[:, None]
     v = (v0 + tl.arange(0, BLOCK))[None, :]
@@ -311,12 +305,12 @@ def store_u(
 
 @triton.jit
 def to_half(x):
-    """The fp16 form of x with every column scaled to at most 1, and the columns' scales."""
+    """X in fp16 with every column scaled to at most 1, and the columns' scales."""
     m = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)[None, :]
     return (x * (1.0 / m)).to(tl.float16), m
 
 
 @triton.jit
 def full_dot(a, b):
-    """A product whose fp32 operands keep all their bits."""
+    """A GEMM whose fp32 operands keep all their bits."""
     return tl.dot(a, b, input_precision="ieee")

@@ -1,4 +1,4 @@
-"""How baselines are called, with stand-ins for their packages that compute by our references."""
+"""How baselines are called, with fakes of their packages that use our references."""
 
 import sys
 from collections.abc import Iterator
@@ -156,7 +156,7 @@ def test_flas_convolutions_of_q_k_and_v(case: Any) -> None:
     check(fla.fla_short_conv_qkv, case, "short_conv_qkv", kda_ops.fused.short_conv_qkv)
 
 
-def test_only_what_is_installed_is_a_baseline() -> None:
+def test_only_installed_packages_are_baselines() -> None:
     versions: dict[str, str | None] = {"attn-gym": "0.0.17", "transformers": "5.17.0"}
     with mock.patch.object(others, "version", versions.get):
         assert list(others.more_baselines()) == ["transformers 5.17.0, no kernels"]
