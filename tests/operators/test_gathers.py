@@ -102,9 +102,9 @@ def test_the_recurrence(count: int, tokens: int, state_dtype: torch.dtype) -> No
 
 @layouts
 @counts
-@pytest.mark.parametrize("apart", [False, True], ids=["packed", "apart"])
-def test_a_decode_step(count: int, layout: str, apart: bool) -> None:
-    inputs = kda_decode_inputs(count, 2, 2, 8, 8, layout, FP32, apart=apart, device=CPU)
+@pytest.mark.parametrize("unpack", [False, True], ids=["packed", "unpacked"])
+def test_a_decode_step(count: int, layout: str, unpack: bool) -> None:
+    inputs = kda_decode_inputs(count, 2, 2, 8, 8, layout, FP32, unpack=unpack, device=CPU)
     inputs = in_a_row(inputs, "state_indices", count)
     assert gathers(kda_ops.fused.kda_decode, **inputs) == []
 

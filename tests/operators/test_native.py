@@ -150,7 +150,7 @@ def test_decode_of_any_shape(layout: str, seed: int) -> None:
         "null": (0,) if N > 1 and draw.choice([False, True]) else (),
         "strided": draw.choice([False, True]),
         "index_dtype": draw.choice([torch.int32, torch.int64]),
-        "apart": draw.choice([False, True]),
+        "unpack": draw.choice([False, True]),
         "num_spec": num_spec,
     }
     if several:
@@ -193,7 +193,7 @@ def test_convolutions_of_any_shape(name: str, layout: str | None, seed: int) -> 
         inputs = short_conv_inputs((T, draw.randint(1, 200)), dtype=dtype, **options, device=CPU)
     else:
         sizes = (draw.randint(1, 3), draw.randint(1, 130), draw.randint(1, 100))
-        options["apart"] = draw.choice([False, True])
+        options["unpack"] = draw.choice([False, True])
         inputs = short_conv_qkv_inputs(1, T, *sizes, dtype, **options, device=CPU)
     hold(name, inputs, () if layout is None else ("conv_state",), dtype)
 
