@@ -344,6 +344,7 @@ def test_a_compiled_layer_calls_them(kind: str) -> None:
     [({"cpp.cxx": ("no-such-compiler",)}, "No working C\\+\\+ compiler"), ({}, "C\\+\\+ compile")],
     ids=["no-compiler", "compiler-that-fails"],
 )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, which `warns` raises again
 def test_without_a_compiler_the_references_compute(
     patched: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
