@@ -267,7 +267,8 @@ class KDALayer(nn.Module):
         if cu_seqlens is not None and old_conv is not None:
             raise ValueError("cu_seqlens must be None with a cache that has a state")
 
-        x = torch.cat([project(hidden_states) for project in self._qkv()], dim=-1)
+        qkv = (self.q_proj, self.k_proj, self.v_proj)
+        x = torch.cat([project(hidden_states) for project in qkv], dim=-1)
         f = self._heads(self._forget_gate_input(hidden_states))
         beta = self.b_proj(hidden_states)
         beta = torch.sigmoid(beta.to(accumulation_dtype(beta)))
@@ -317,13 +318,7 @@ class KDALayer(nn.Module):
         return o
 
     def _decode(
-        self,
-        x: Tensor,
-        f: Tensor,
-        beta: Tensor,
-        cache: Any,
-        conv: Tensor,
-        state: Tensor,
+        self, x: Tensor, f: Tensor, beta: Tensor, cache: Any, conv: Tensor, state: Tensor
     ) -> Tensor:
         """One token of every sequence, which follows the states of the cache.
 
@@ -342,9 +337,6 @@ class KDALayer(nn.Module):
         o, new = _step(l2norm(q), l2norm(k), v, g, beta[:, 0], state)
         cache.update_recurrent_state(new.float(), self.layer_idx)
         return o[:, None].to(x.dtype)
-
-    def _qkv(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        return self.q_proj, self.k_proj, self.v_proj
 
     def _split(self, y: Tensor) -> list[Tensor]:
         """q, k and v by head."""
