@@ -1,0 +1,400 @@
+"""For who has a model from transformers: its KDA layers, computed by this package's operators.
+
+    accelerate(model)  # in place and at once; `restore(model)` undoes it
+
+A layer gets another class, a subclass of its own, and nothing else changes: parameters and their
+names, submodules, hooks, sharding plans, what is saved, and the caches that transformers makes. So
+a prefill and the decode that follows it may run either way. transformers itself is imported by
+`register` alone, or is there because a model is.
+
+Models: Kimi Linear, GLM-5-Next and Ling 3 (`bailing_hybrid`).
+"""
+
+import functools
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kda_ops._checks import check_lower_bound
+from kda_ops._numerics import accumulation_dtype
+from kda_ops.conv.checks import resolve_activation
+from kda_ops.conv.short_conv import short_conv
+from kda_ops.delta_rule.chunk_kda import chunk_kda
+from kda_ops.gating.gate import gate
+from kda_ops.gating.gate_cumsum import gate_cumsum
+from kda_ops.norm.l2norm import l2norm
+from kda_ops.norm.rms_norm_gated import rms_norm_gated
+
+Model = TypeVar("Model", bound=nn.Module)
+
+LAYERS = {  # by the name of the class, the module that has it
+    "KimiLinearDeltaAttention": "transformers.models.kimi_linear.modeling_kimi_linear",
+    "Glm5NextTextLinearAttention": "transformers.models.glm5_next.modeling_glm5_next",
+    "BailingHybridDeltaAttention": "transformers.models.bailing_hybrid.modeling_bailing_hybrid",
+}
+READ_DIRECTLY = ["conv1d", "forget_gate", "o_norm"]  # submodules whose parameters a layer reads
+MOST_HEAD_DIM = 256
+
+
+# ---------------------------------------------------------------------- models
+
+
+def accelerate(model: Model) -> Model:
+    """Lets this package compute the KDA layers of a model, in place.
+
+    Eager and under `torch.compile`, with every cache and mask that transformers has. A module that
+    is compiled already is compiled anew by its next call. Forward hooks on a layer's `forget_gate`,
+    `o_norm` and `conv1d` are not called, as their parameters are read directly; all others are.
+
+    Args:
+        model: A model of transformers, or anything that contains its layers. Layers that are
+            accelerated already stay as they are.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no KDA layer of transformers, or one that the operators do not
+            take: a `lower_bound` outside `[-5, 0)`, an activation other than SiLU, heads wider than
+            256, or a `forward` that something else has replaced. No layer is changed then.
+    """
+    _accelerate(model)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Gives the layers of a model their own class back; what `accelerate` and `register` undo.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The same model.
+    """
+    for layer in model.modules():
+        if isinstance(layer, KDALayer):
+            _change_class(layer, layer.original)
+    return model
+
+
+@contextmanager
+def accelerated(model: Model) -> Iterator[Model]:
+    """`accelerate` for the length of a `with` block, which gives back what it changed.
+
+    Args:
+        model: As `accelerate`.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: As `accelerate`.
+    """
+    changed = _accelerate(model)
+    try:
+        yield model
+    finally:
+        for layer in changed:
+            if isinstance(layer, KDALayer):
+                _change_class(layer, layer.original)
+
+
+def register() -> None:
+    """Makes `from_pretrained` and `from_config` build models whose KDA layers are accelerated.
+
+    Through `transformers.monkey_patching`; models that exist are not touched, nor are those that a
+    class makes from a config. Twice is as good as once.
+
+    Raises:
+        ValueError: Something else is registered for one of the classes.
+    """
+    from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
+
+    here = {name: _subclass(name) for name in LAYERS}
+    there = get_patch_mapping()
+    register_patch_mapping({name: cls for name, cls in here.items() if there.get(name) is not cls})
+
+
+def unregister() -> None:
+    """Undoes `register`; models that were built meanwhile stay accelerated until `restore`."""
+    from transformers.monkey_patching import get_patch_mapping, unregister_patch_mapping
+
+    there = get_patch_mapping()
+    unregister_patch_mapping([name for name in LAYERS if there.get(name) is _subclass(name)])
+
+
+def _accelerate(model: nn.Module) -> list[nn.Module]:
+    """Changes the layers of a model and returns those that were not changed before."""
+    layers: list[tuple[str, nn.Module]] = []
+    known = False
+    for name, module in model.named_modules():
+        known = known or isinstance(module, KDALayer)
+        if LAYERS.get(type(module).__name__) == type(module).__module__:
+            _check(name, module)
+            layers.append((name, module))
+    if not layers and not known:
+        raise ValueError(
+            f"model must have layers of {', '.join(LAYERS)}, got {type(model).__name__} without any"
+        )
+    for _, layer in layers:
+        original: Any = type(layer)
+        _change_class(layer, accelerated_class(original))
+    return [layer for _, layer in layers]
+
+
+def _check(name: str, layer: Any) -> None:
+    """What the operators would refuse in the first call."""
+    try:
+        check_lower_bound(_lower_bound(layer.forget_gate))
+        resolve_activation(layer.activation)
+    except ValueError as error:
+        raise ValueError(f"{name or 'model'} cannot be accelerated: {error}") from error
+    if layer.head_dim > MOST_HEAD_DIM:
+        raise ValueError(
+            f"{name or 'model'} must have a head_dim of at most {MOST_HEAD_DIM}, "
+            f"got {layer.head_dim}"
+        )
+    forward = vars(layer).get("_old_forward", vars(layer).get("forward"))
+    if forward is not None and getattr(forward, "__func__", None) is not type(layer).forward:
+        raise ValueError(
+            f"{name or 'model'} must have the forward of its class, got one that was replaced"
+        )
+
+
+def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Another class for a layer that exists; every reference to it stays valid."""
+    layer.__class__ = cls
+    for attribute in ("_old_forward", "forward"):  # accelerate keeps the method behind its hooks
+        if isinstance(vars(layer).get(attribute), MethodType):
+            setattr(layer, attribute, MethodType(cls.forward, layer))
+
+
+# ---------------------------------------------------------------------- classes
+
+
+@functools.cache
+def accelerated_class(original: type[nn.Module]) -> Any:
+    """The subclass of one of transformers' layers that computes what it computes with operators.
+
+    It has the original's name, which wrapping policies go by, and is an attribute of this module,
+    so that whole models can be pickled.
+    """
+    from transformers.integrations.accelerate import force_accelerate_hooks
+
+    members = {
+        "__module__": __name__,
+        "__doc__": f"`{original.__name__}`, accelerated.",
+        "original": original,
+        "forward": force_accelerate_hooks(READ_DIRECTLY)(KDALayer.forward),
+    }
+    return type(original.__name__, (KDALayer, original), members)
+
+
+def _subclass(name: str) -> Any:
+    return accelerated_class(getattr(importlib.import_module(LAYERS[name]), name))
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAYERS:
+        return _subclass(name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+class KDALayer(nn.Module):
+    """What the accelerated classes share: the forward.
+
+    Its states are in transformers' cache, whose convolution state holds the last W tokens before
+    the convolution, `[B, D, W]`, and whose recurrent state is `[B, H, K, V]` in fp32.
+    """
+
+    original: type[nn.Module]
+
+    layer_idx: int
+    head_dim: int
+    qkv_dim: int
+    conv_kernel_size: int
+    activation: str
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    b_proj: nn.Module
+    o_proj: nn.Module
+    conv1d: nn.Conv1d
+    forget_gate: Any
+    o_norm: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        *,
+        cache_params: Any = None,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The layer's output, `[B, T, hidden]`; writes the states of the cache.
+
+        Args:
+            hidden_states: `[B, T, hidden]`.
+            cache: transformers' cache, or None.
+            attention_mask: `[B, T]`, 0 for padding, on either side.
+            cache_params: The older name of `cache`.
+            cu_seqlens: `[N + 1]`, offsets of sequences that are packed in one row.
+            seq_idx: Only with `cu_seqlens`, which says the same.
+            **kwargs: What transformers passes to all layers.
+
+        Raises:
+            ValueError: Packed sequences that continue from a cache, or come without `cu_seqlens`.
+        """
+        cache = cache_params if cache is None else cache
+        if seq_idx is not None and cu_seqlens is None:
+            raise ValueError("cu_seqlens must be given for packed sequences, got seq_idx alone")
+        if attention_mask is not None:
+            mask = attention_mask[:, :, None]
+            hidden_states = (hidden_states * mask).to(hidden_states.dtype)
+        old_conv = old_state = None
+        if cache is not None:
+            old_conv = cache.get_conv_state(self.layer_idx)
+            old_state = cache.get_recurrent_state(self.layer_idx)
+        if cu_seqlens is not None and old_conv is not None:
+            raise ValueError("cu_seqlens must be None with a cache that has a state")
+
+        qkv = (self.q_proj, self.k_proj, self.v_proj)
+        x = torch.cat([project(hidden_states) for project in qkv], dim=-1)
+        f = self._heads(self._forget_gate_input(hidden_states))
+        beta = self.b_proj(hidden_states)
+        beta = torch.sigmoid(beta.to(accumulation_dtype(beta)))
+        if old_state is not None and hidden_states.shape[1] == 1:
+            o = self._decode(x, f, beta, cache, old_conv, old_state)
+        else:
+            o = self._prefill(x, f, beta, cache, old_conv, old_state, cu_seqlens)
+        z = self._heads(self._output_gate(hidden_states))
+        o = rms_norm_gated(o, z, self.o_norm.weight, eps=self.o_norm.variance_epsilon)
+        return self.o_proj(o.flatten(-2))
+
+    def _prefill(
+        self,
+        x: Tensor,
+        f: Tensor,
+        beta: Tensor,
+        cache: Any,
+        old_conv: Tensor | None,
+        old_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        """Whole sequences, or what follows the states of a cache, chunk by chunk."""
+        rows = x
+        if cache is not None:
+            new_conv = cache.update_conv_state(
+                x.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size
+            )
+            if old_conv is not None:  # the history goes before the tokens
+                rows = new_conv.transpose(1, 2)
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        y = short_conv(rows, weight, bias, activation=self.activation, cu_seqlens=cu_seqlens)
+        q, k, v = self._split(y[:, rows.shape[1] - x.shape[1] :])
+        A_log, dt_bias, lower_bound = self._gate()
+        g_cumsum = gate_cumsum(f, A_log, dt_bias, lower_bound=lower_bound, cu_seqlens=cu_seqlens)
+        o, state = chunk_kda(
+            l2norm(q),
+            l2norm(k),
+            v,
+            g_cumsum,
+            beta,
+            initial_state=None if old_state is None else old_state.transpose(-1, -2),
+            output_final_state=cache is not None,
+            cu_seqlens=cu_seqlens,
+        )
+        if state is not None:
+            cache.update_recurrent_state(state.transpose(-1, -2).float(), self.layer_idx)
+        return o
+
+    def _decode(
+        self, x: Tensor, f: Tensor, beta: Tensor, cache: Any, conv: Tensor, state: Tensor
+    ) -> Tensor:
+        """One token of every sequence, which follows the states of the cache.
+
+        In plain PyTorch: the operators that step take page 0 of a state for nobody's.
+        """
+        window = torch.cat([conv[..., 1:], x.transpose(1, 2).to(conv.dtype)], dim=-1)
+        conv.copy_(window)
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        dtype = accumulation_dtype(x)
+        y = (window[..., -weight.shape[1] :].to(dtype) * weight.to(dtype)).sum(-1)
+        y = y if bias is None else y + bias.to(dtype)
+        y = y if resolve_activation(self.activation) is None else F.silu(y)
+        q, k, v = self._split(y.to(x.dtype))
+        A_log, dt_bias, lower_bound = self._gate()
+        g = gate(f, A_log, dt_bias, lower_bound=lower_bound)[:, 0]
+        o, new = _step(l2norm(q), l2norm(k), v, g, beta[:, 0], state)
+        cache.update_recurrent_state(new.float(), self.layer_idx)
+        return o[:, None].to(x.dtype)
+
+    def _split(self, y: Tensor) -> list[Tensor]:
+        """q, k and v by head."""
+        return [self._heads(part) for part in y.split([self.qkv_dim] * 3, dim=-1)]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def _gate(self) -> tuple[Tensor, Tensor, float | None]:
+        """The parameters of the forget gate."""
+        forget = self.forget_gate
+        return forget.A_log.reshape(-1), forget.dt_bias, _lower_bound(forget)
+
+    def _forget_gate_input(self, hidden_states: Tensor) -> Tensor:
+        """What the forget gate makes of its input before its bias: of full or low rank."""
+        forget = self.forget_gate
+        if hasattr(forget, "f_proj"):
+            return forget.f_proj(hidden_states)
+        return forget.f_b_proj(forget.f_a_proj(hidden_states))
+
+    def _output_gate(self, hidden_states: Tensor) -> Any:
+        """The output gate before its sigmoid."""
+        layer: Any = self
+        if hasattr(layer, "g_proj"):
+            return layer.g_proj(hidden_states)
+        return layer.g_b_proj(layer.g_a_proj(hidden_states))
+
+
+def _lower_bound(forget_gate: Any) -> float | None:
+    """The bound of a forget gate in nats, None for one of softplus, under each model's names."""
+    if hasattr(forget_gate, "safe_gate"):
+        return forget_gate.lower_bound if forget_gate.safe_gate else None
+    return getattr(forget_gate, "safe_gate_lower_bound", None)
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence, `recurrent_kda` without pages: reads `state` twice.
+
+    Args:
+        q: `[B, H, K]`, normalised.
+        k: Like q.
+        v: `[B, H, V]`.
+        g: `[B, H, K]` in nats.
+        beta: `[B, H]`, after its sigmoid.
+        state: `[B, H, K, V]`.
+
+    Returns:
+        o `[B, H, V]` and the new state, in the dtype that q accumulates in.
+    """
+    dtype = accumulation_dtype(q)
+    q, k, v, g, beta, state = (x.to(dtype) for x in (q, k, v, g, beta, state))
+    q = q * q.shape[-1] ** -0.5
+    decay = g.exp()
+    # both products with the state before it is written, so that one pass makes them
+    read = ((k * decay)[..., None] * state).sum(-2)
+    o = ((q * decay)[..., None] * state).sum(-2)
+    change = beta[..., None] * (v - read)
+    o = o + (q * k).sum(-1, keepdim=True) * change
+    return o, decay[..., None] * state + k[..., None] * change[..., None, :]
