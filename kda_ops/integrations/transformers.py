@@ -1,4 +1,4 @@
-"""For who has a model from transformers: its KDA layers, computed by this package's operators.
+"""The KDA layers of a transformers model, computed by this package's operators.
 
     accelerate(model)  # in place and at once; `restore(model)` undoes it
 
