@@ -263,7 +263,12 @@ def _define_backward(
         None if cuda is None else _backward_launcher(cuda, backward_op, signature, parameters)
     )
     fake = backward_fake(signature)
-    _implement(library, backward_op, product, launcher or product, fake)
+
+    def fake_impl(*args: Any) -> Any:  # compiled autograd traces it without the forward
+        activate_lowerings()
+        return fake(*args)
+
+    _implement(library, backward_op, product, launcher or product, fake_impl)
     refuse_second_derivatives(library, _name(backward_op), backward_op)
     differentiate(library, _name(op), op, signature, backward_op)
     return Backward(backward_op, product, fake, launcher)

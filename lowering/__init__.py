@@ -6,7 +6,13 @@ itself on the first trace.
 
 import importlib
 
-OPERATORS = ("table", "chunk_cumsum", "conv_split", "gate_cumsum")  # files of lowerings
+OPERATORS = (
+    "table",
+    "chunk_cumsum",
+    "conv_split",
+    "gate_cumsum",
+    "gradients",
+)  # files of lowerings
 FUSIONS = (  # in the order in which they run
     "fuse_plain_l2norm",
     "fuse_plain_cumsum",

@@ -7,7 +7,7 @@ name, with no dispatcher in between, and Inductor plans the memory of its output
 `triton_op` would do the second alone, but is decomposed before any rewrite can see it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from threading import Thread
 from typing import Any
@@ -73,7 +73,7 @@ def call_operator(*args: Any) -> Any:
 
 def inline_reference(reference: Callable[..., Any], *args: Any) -> Any:
     """Lowers the current node to the ATen operations of its reference, as fusible IR."""
-    return _inline(reference, args, exact_strides=False)
+    return inline(reference, args, fake_arguments())
 
 
 def inline_launcher(launcher: Callable[..., Any], *args: Any) -> Any:
@@ -82,7 +82,7 @@ def inline_launcher(launcher: Callable[..., Any], *args: Any) -> Any:
     The launcher reads strides from its arguments while it is traced, so the buffers are held to
     exactly those strides; see `_placed`.
     """
-    return _inline(launcher, args, exact_strides=True)
+    return inline(launcher, args, fake_arguments(), exact_strides=True)
 
 
 def lower_to_kernel(operator: Operator | Backward) -> None:
@@ -151,8 +151,14 @@ def compile_call(op: Any, args: list[Any], overrides: Mapping[str, Any]) -> Call
     return lambda: found[0](*inputs)
 
 
-def _inline(function: Callable[..., Any], args: tuple[Any, ...], *, exact_strides: bool) -> Any:
-    values = fake_arguments()
+def inline(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    values: Sequence[Any],
+    *,
+    exact_strides: bool = False,
+) -> Any:
+    """Lowers what a function does to `args`, traced with the fake `values` of them."""
     traced = [
         i for i, value in enumerate(values) if isinstance(value, (torch.Tensor, torch.SymInt))
     ]

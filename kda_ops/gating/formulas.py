@@ -43,19 +43,27 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         z, A_log, g = ctx.saved_tensors
-        a = torch.ones_like(z[..., :1]) if A_log is None else A_log.exp()
-        if ctx.lower_bound is None:
-            gradient = torch.where(g < -STEEPEST, 0.0, gradient)
-            of_z = -(a * torch.sigmoid(z))
-            of_A = g.clamp(min=-STEEPEST)
-        else:
-            t = (a * z).clamp(-1e3, 1e3)
-            slope = ctx.lower_bound * torch.sigmoid(t) * torch.sigmoid(-t)
-            of_z = torch.where(a > STEEPEST, 0.0, a) * slope
-            of_A = t * slope
-        if A_log is None:
-            return gradient * of_z, None, None
-        return gradient * of_z, (gradient * of_A).sum_to_size(A_log.shape), None
+        of_z, of_A = _gate_gradients(z, A_log, ctx.lower_bound, g, gradient)
+        return of_z, None if A_log is None else of_A.sum_to_size(A_log.shape), None
+
+
+def _gate_gradients(
+    z: Tensor, A_log: Tensor | None, lower_bound: float | None, g: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of z and, token by token, of the clamped `A_log [HV, 1]`, from that of the gate
+    g.
+    """
+    a = torch.ones_like(z[..., :1]) if A_log is None else A_log.exp()
+    if lower_bound is None:
+        gradient = torch.where(g < -STEEPEST, 0.0, gradient)
+        of_z = -(a * torch.sigmoid(z))
+        of_A = g.clamp(min=-STEEPEST)
+    else:
+        t = (a * z).clamp(-1e3, 1e3)
+        slope = lower_bound * torch.sigmoid(t) * torch.sigmoid(-t)
+        of_z = torch.where(a > STEEPEST, 0.0, a) * slope
+        of_A = t * slope
+    return gradient * of_z, gradient * of_A
 
 
 def gate_nats(
@@ -74,6 +82,25 @@ def gate_nats(
         A_log = A_log.to(acc).clamp(*RATES[acc]).unsqueeze(-1)
     g: Tensor = _Gate.apply(z, A_log, lower_bound)
     return g
+
+
+def gate_nats_gradients(
+    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None,
+    gradient: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x and, token by token, of A_log, `x [..., HV, K]`, from that of `gate_nats`,
+    in the accumulation dtype. That of dt_bias is the sum of x's.
+    """
+    acc = accumulation_dtype(x)
+    z, clamped, inside = x.to(acc), None, None
+    if dt_bias is not None:
+        z = z + dt_bias.to(acc).reshape(x.shape[-2:])
+    if A_log is not None:
+        rate, (least, most) = A_log.to(acc).unsqueeze(-1), RATES[acc]
+        clamped, inside = rate.clamp(least, most), (rate >= least) & (rate <= most)
+    g = _Gate.forward(z, clamped, lower_bound)
+    of_z, of_A = _gate_gradients(z, clamped, lower_bound, g, gradient.to(acc))
+    return of_z, of_A if inside is None else torch.where(inside, of_A, 0.0)
 
 
 def cumulative_gate(

@@ -1,6 +1,7 @@
 """The chunk-local cumulative sum as a scan: one kernel with the operators that make its input."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -40,7 +41,25 @@ class ScatterScan(ir.Scan):
         name = output_name or "unnamed"
         if self.cleared is not None:
             ops.store(name, indexer(self.cleared(index)), ops.constant(0.0, self.dtype))
+        sums = ops.to_dtype(sums, self.dtype)
         return ops.store(name, indexer(self.place(index)), sums)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Which way the sums of a chunk go, and the dtype that they are stored in, None for that of
+    what is summed.
+    """
+
+    reverse: bool = False
+    dtype: torch.dtype | None = None
+
+    def place(self, r: sympy.Expr, chunk_size: int) -> sympy.Expr:
+        """The token of a chunk that is the r-th to be summed."""
+        return chunk_size - 1 - r if self.reverse else r
+
+
+FORWARD = Direction()
 
 
 def scan_chunks(
@@ -50,13 +69,17 @@ def scan_chunks(
     out_size: Sequence[sympy.Expr],
     place: Place,
     cleared: Place | None = None,
+    *,
+    dtype: torch.dtype,
 ) -> Any:
-    """The buffer of a `ScatterScan` over axis 2 of `size = [B, rows, C, ...]`."""
-    device, dtype = g.get_device(), g.get_dtype()
+    """The buffer, of `dtype`, of a `ScatterScan` over axis 2 of `size = [B, rows, C, ...]`, in g's
+    dtype.
+    """
+    device = g.get_device()
     data = ScatterScan(
         device=device,
         dtype=dtype,
-        dtypes=(dtype,),
+        dtypes=(g.get_dtype(),),
         inner_fn=value,
         inner_fns=(value,),
         size=size,
@@ -78,16 +101,17 @@ def scan_chunks(
     return ir.TensorBox.create(buffer)
 
 
-def fixed_length(g: Any, chunk_size: int, scale: float) -> Any:
+def fixed_length(g: Any, chunk_size: int, scale: float, direction: Direction = FORWARD) -> Any:
     """Every batch entry is one sequence: row n of entry b is its n-th chunk."""
     B, T, *D = g.get_size()
     load, dtype = g.make_loader(), g.get_dtype()
+    out = {"dtype": direction.dtype or dtype}
     size = [B, ceildiv(T, chunk_size), sympy.Integer(chunk_size), *D]
     whole = V.graph.sizevars.statically_known_multiple_of(T, chunk_size)
 
     def value(index: Sequence[sympy.Expr]) -> Any:
         b, n, r, *d = index
-        t = n * chunk_size + r
+        t = n * chunk_size + direction.place(r, chunk_size)
         if whole:
             x = load([b, t, *d])
         else:
@@ -96,16 +120,23 @@ def fixed_length(g: Any, chunk_size: int, scale: float) -> Any:
 
     def place(index: Sequence[sympy.Expr]) -> Sequence[sympy.Expr]:
         b, n, r, *d = index
-        t = n * chunk_size + r
+        t = n * chunk_size + direction.place(r, chunk_size)
         return [_row_or_spare(ops.lt(_int64(t), _int64(T)), _int64(b * T + t), B * T), *d]
 
+    def same(index: Sequence[sympy.Expr]) -> Sequence[sympy.Expr]:
+        b, n, r, *d = index
+        return [b, n, direction.place(r, chunk_size), *d]
+
     if whole:
-        return view(scan_chunks(g, size, value, size, lambda index: index), [B, T, *D])
-    padded = scan_chunks(g, size, value, [B * T + 1, *D], place)
+        return view(scan_chunks(g, size, value, size, same, **out), [B, T, *D])
+    padded = scan_chunks(g, size, value, [B * T + 1, *D], place, **out)
     return view(slice_(padded, 0, 0, B * T), [B, T, *D])
 
 
-def varlen(g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunk_indices: Any) -> Any:
+def varlen(
+    g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunk_indices: Any,
+    direction: Direction = FORWARD,
+) -> Any:  # fmt: skip
     """Row n is row n of the chunk table; its lanes also zero the n-th C tokens of the padding.
 
     Whatever the tables hold, every access is in bounds.
@@ -129,6 +160,7 @@ def varlen(g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunk_indices
         )
         first = ops.maximum(_int64(load_offset([sequence])), _int64(0))
         last = ops.minimum(_int64(load_offset([sequence + 1])), _int64(T))
+        r = direction.place(r, chunk_size)
         t = ops.add(first, ops.add(ops.mul(chunk, _int64(chunk_size)), _int64(r)))
         return t, ops.and_(real, ops.lt(t, last))
 
@@ -150,7 +182,8 @@ def varlen(g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunk_indices
         t = ops.add(last, _int64(n * chunk_size + r))
         return [_row_or_spare(ops.lt(t, _int64(T)), t, T), *d]
 
-    padded = scan_chunks(g, size, value, [T + 1, *D], place, cleared)
+    out = {"dtype": direction.dtype or dtype}
+    padded = scan_chunks(g, size, value, [T + 1, *D], place, cleared, **out)
     return view(slice_(padded, 0, 0, T), [1, T, *D])
 
 
@@ -168,17 +201,28 @@ def _row_or_spare(ok: Any, row: Any, spare: sympy.Expr) -> sympy.Expr:
     )
 
 
+def sums_in_chunks(
+    g: Any, chunk_size: int, scale: float, tables: tuple[Any, Any], direction: Direction = FORWARD
+) -> Any:
+    """The scan over the chunks of a batch of either kind; `tables`: cu_seqlens, chunk_indices."""
+    if tables[0] is None:
+        return fixed_length(g, chunk_size, scale, direction)
+    return varlen(g, chunk_size, scale, *tables, direction)
+
+
+def has_chunks(g: Any, cu_seqlens: Any) -> bool:
+    """Whether a batch on a GPU may have elements and sequences."""
+    same = V.graph.sizevars.statically_known_equals
+    empty = same(sympy_product(g.get_size()), 0)
+    empty = empty or (cu_seqlens is not None and same(cu_seqlens.get_size()[0], 1))
+    return on_gpu(g) and not empty
+
+
 @lowers(chunk_cumsum_op)
 def lower_chunk_cumsum(
     g: Any, chunk_size: int, scale: float, cu_seqlens: Any, chunk_indices: Any
 ) -> Any:
-    nothing = V.graph.sizevars.statically_known_equals(sympy_product(g.get_size()), 0)
-    no_sequences = cu_seqlens is not None and V.graph.sizevars.statically_known_equals(
-        cu_seqlens.get_size()[0], 1
-    )
-    if not on_gpu(g) or nothing or no_sequences:
+    if not has_chunks(g, cu_seqlens):
         return call_operator(g, chunk_size, scale, cu_seqlens, chunk_indices)
     g = to_dtype(g, torch.promote_types(g.get_dtype(), torch.float32))
-    if cu_seqlens is None:
-        return fixed_length(g, chunk_size, scale)
-    return varlen(g, chunk_size, scale, cu_seqlens, chunk_indices)
+    return sums_in_chunks(g, chunk_size, scale, (cu_seqlens, chunk_indices))

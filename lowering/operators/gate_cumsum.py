@@ -4,8 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._inductor.utils import sympy_product
-from torch._inductor.virtualized import V
 
 from kda_ops._numerics import RCP_LN2
 from kda_ops._registry import OPERATORS
@@ -20,7 +18,7 @@ from kda_ops.lowering.inline import (
     lowers,
     on_gpu,
 )
-from kda_ops.lowering.operators.chunk_cumsum import fixed_length, varlen
+from kda_ops.lowering.operators.chunk_cumsum import has_chunks, sums_in_chunks
 from kda_ops.tuning import choose
 from kda_ops.tuning.example_inputs import examples
 
@@ -60,19 +58,13 @@ def lower_scan(*args: Any) -> Any:
         return g.clamp(min=torch.finfo(g.dtype).min / (2 * chunk_size))  # whose sums are finite
 
     g = inline_reference(gate, *args)
-    if cu_seqlens is None:
-        return fixed_length(g, chunk_size, RCP_LN2)
-    return varlen(g, chunk_size, RCP_LN2, cu_seqlens, chunk_indices)
+    return sums_in_chunks(g, chunk_size, RCP_LN2, (cu_seqlens, chunk_indices))
 
 
 @lowers(gate_cumsum_op)
 def lower_gate_cumsum(*args: Any) -> Any:
     if not on_gpu(args[0]):
         return call_operator(*args)
-    same = V.graph.sizevars.statically_known_equals
-    cu_seqlens = args[5]
-    empty = same(sympy_product(args[0].get_size()), 0)
-    empty = empty or (cu_seqlens is not None and same(cu_seqlens.get_size()[0], 1))
-    if not empty and form_of(fake_arguments()) == "scan":
+    if has_chunks(args[0], args[5]) and form_of(fake_arguments()) == "scan":
         return lower_scan(*args)
     return inline_launcher(OPERATORS[gate_cumsum_op].launcher, *args)
