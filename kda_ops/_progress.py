@@ -10,9 +10,9 @@ from typing import TextIO
 
 @contextlib.contextmanager
 def progress(what: str, stream: TextIO | None = None) -> Iterator[None]:
-    """One line that says what is being done and, when it is done, how long it took.
+    """Prints one line with what is being done and, at the end, how long it took.
 
-    It goes to `stream`, standard output if None; on a terminal it counts the seconds meanwhile.
+    It goes to `stream`, standard output if None; on a terminal it counts the seconds.
     """
     stream = sys.stdout if stream is None else stream
     start, done = time.perf_counter(), threading.Event()

@@ -1,4 +1,4 @@
-"""Constants and Triton functions that the kernels of every family share."""
+"""Constants and Triton functions shared by the kernels of all families."""
 
 import triton
 import triton.language as tl
@@ -11,8 +11,8 @@ LN2 = tl.constexpr(1 / RCP_LN2)
 
 @triton.jit
 def quick_sigmoid(z):
-    """The square of a reciprocal root: a division would check ranges, exp would take care of
-    subnormal results.
+    """The sigmoid as the square of a reciprocal root: a division would check ranges, exp would
+    handle subnormal results.
     """
     r = tl.rsqrt(1.0 + tl.exp2(z * -LOG2E))
     return r * r
@@ -20,7 +20,7 @@ def quick_sigmoid(z):
 
 @triton.jit
 def bias_row(bias_ptr, d, ok, HAS_BIAS: tl.constexpr):
-    """Elements d of a vector in fp32, zeros where there is none."""
+    """Elements d of a bias vector in fp32, zeros without one."""
     if HAS_BIAS:
         return tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
     else:

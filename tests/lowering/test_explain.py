@@ -73,8 +73,8 @@ def test_bytes_match_a_count_by_hand(prefill: Explanation) -> None:
     """Per layer, written once and read once: normalized q and k, the cumulative gate in fp32, and
     beta in fp32.
     """
-    normalised, G, beta = 2 * T * H * K * 2, T * H * K * 4, T * H * 4
-    saved = 2 * (normalised + G + beta)
+    normalized, G, beta = 2 * T * H * K * 2, T * H * K * 4, T * H * 4
+    saved = 2 * (normalized + G + beta)
     assert [layer.bytes_saved for layer in prefill.layers] == [saved, saved]
     assert prefill.bytes_saved == 2 * saved
     # the second layer's result is returned and not an intermediate one

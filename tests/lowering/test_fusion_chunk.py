@@ -35,7 +35,7 @@ def model(
     beta_of: Callable[[Tensor], Tensor] = sigmoid,
     *,
     paged: bool = True,
-    normalised: bool = True,
+    normalized: bool = True,
     varlen: bool = True,
     tables: bool = True,
     extra: Callable[..., Any] = lambda G, beta, q: None,
@@ -59,7 +59,7 @@ def model(
             cu = chunk_indices = None
         if not tables:
             chunk_indices = None
-        if normalised:
+        if normalized:
             q, k = kda_ops.l2norm(q), kda_ops.l2norm(k)
         G, step = gate(x, A_log, bias, cu, chunk_indices), beta_of(beta)
         pages = {"state": state, "state_indices": state_indices} if paged else {}
@@ -174,7 +174,7 @@ def of_tokens(x: Tensor, A_log: Tensor, bias: Tensor, cu: Tensor, chunk_indices:
         model(),
         model(of_tokens),
         model(beta_of=lambda beta: 2 * sigmoid(beta), paged=False),
-        model(in_two, normalised=False),
+        model(in_two, normalized=False),
         model(scaled_later),
         model(plain(softplus)),
         model(plain(spelled_out)),

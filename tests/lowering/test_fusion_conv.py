@@ -18,7 +18,7 @@ D = 2 * KEY + V
 
 
 def model(
-    normalise: Callable[[Tensor, float], Tensor] = lambda x, eps: kda_ops.l2norm(x, eps=eps),
+    normalize: Callable[[Tensor, float], Tensor] = lambda x, eps: kda_ops.l2norm(x, eps=eps),
     *,
     state: str | None = None,
     cut: Callable[[Tensor], Any] = lambda y: y.split([KEY, KEY, V], dim=-1),
@@ -40,7 +40,7 @@ def model(
             part.unflatten(-1, (-1, width))
             for part, width in ((q, K), (k, 2 * K if wide_keys else K))
         ]
-        q, k = (normalise(part, e) for part, e in zip(heads, eps, strict=True))
+        q, k = (normalize(part, e) for part, e in zip(heads, eps, strict=True))
         return q, k, v.unflatten(-1, (-1, K)) + 1, extra(y, heads[0])
 
     return call
@@ -121,9 +121,9 @@ def sum_in_fp32(x: Tensor, eps: float) -> Tensor:
 NORMS = [cast_twice, root_rounded, with_powers, with_reciprocal, sum_in_fp32]
 
 
-@pytest.mark.parametrize("normalise", NORMS)
-def test_other_spellings_are_one_operator(normalise: Callable[[Tensor, float], Tensor]) -> None:
-    found = compiled(model(normalise))
+@pytest.mark.parametrize("normalize", NORMS)
+def test_other_spellings_are_one_operator(normalize: Callable[[Tensor, float], Tensor]) -> None:
+    found = compiled(model(normalize))
     assert found.refused == []
     assert found.operators == ["short_conv_qkv"]
 
@@ -201,9 +201,9 @@ def product(x: Tensor, eps: float) -> Tensor:
 OTHERS = [other_axis, clamped, after_the_root, squared_norm, over_all, of_another, product]
 
 
-@pytest.mark.parametrize("normalise", OTHERS)
-def test_another_norm_stays(normalise: Callable[[Tensor, float], Tensor]) -> None:
-    assert compiled(model(normalise)).operators == ["short_conv"]
+@pytest.mark.parametrize("normalize", OTHERS)
+def test_another_norm_stays(normalize: Callable[[Tensor, float], Tensor]) -> None:
+    assert compiled(model(normalize)).operators == ["short_conv"]
 
 
 def test_the_reason_why_normalize_is_a_different_norm_is_reported() -> None:

@@ -32,8 +32,8 @@ class Step:
             cu = None
         y = self.convolve(x, conv, weight, state_indices, cu)[None]
         q, k, v = y.split([KEY, KEY, VALUE], dim=-1)
-        q = self.normalise(q.unflatten(-1, (H, K)), self.norm_eps[0])
-        k = self.normalise(k.unflatten(-1, (H, K)), self.norm_eps[1])
+        q = self.normalize(q.unflatten(-1, (H, K)), self.norm_eps[0])
+        k = self.normalize(k.unflatten(-1, (H, K)), self.norm_eps[1])
         v = v.unflatten(-1, (HV, V))
         g = self.decay(f, A_log, bias)
         step = torch.sigmoid(beta.float() if beta.dtype != torch.float64 else beta)
@@ -50,7 +50,7 @@ class Step:
         how = {"cu_seqlens": cu, "num_accepted": self.accepted[0], "layout": self.layout}
         return kda_ops.short_conv_update(x, conv, weight, state_indices=state_indices, **how)
 
-    def normalise(self, x, eps):
+    def normalize(self, x, eps):
         return kda_ops.l2norm(x, eps=eps)
 
     def decay(self, f, A_log, bias):
@@ -125,7 +125,7 @@ def wide(x):
 
 PLAIN = {
     "finish": in_plain_pytorch,
-    "normalise": l2norm_in_plain_pytorch,
+    "normalize": l2norm_in_plain_pytorch,
     "decay": gate_in_plain_pytorch,
 }
 
@@ -230,7 +230,7 @@ def test_padding_rows_stay_zero_whatever_their_gate() -> None:
     assert compiled(Step(), z=z, cu=cu).operators == ["kda_decode"]
 
 
-def unnormalised(self, x, eps):
+def unnormalized(self, x, eps):
     return x
 
 
@@ -459,9 +459,9 @@ def axis(self, o, z, o_weight, cu):
     [
         ({"norm_eps": (1e-6, 1e-5)}, "different eps"),
         ({"scaled": lambda self, step: 3 * step}, "beta is not"),
-        ({"normalise": tripled}, "is not the q of"),
-        ({"normalise": wider_heads}, "not of 1 x 16 as they are normalised"),
-        ({"normalise": narrower_heads}, "not of 4 x 4 as they are normalised"),
+        ({"normalize": tripled}, "is not the q of"),
+        ({"normalize": wider_heads}, "not of 1 x 16 as they are normalised"),
+        ({"normalize": narrower_heads}, "not of 4 x 4 as they are normalised"),
         ({"finish": gated_by_itself}, "an input depends on"),
         ({"decay": nats}, "g is not a gate"),
         ({"finish": both}, "does not go into rms_norm_gated alone"),
@@ -480,7 +480,7 @@ def test_it_stays_where_the_guard_says_so(attributes: dict[str, object], reason:
 
 
 def test_it_stays_without_norms() -> None:
-    found = compiled(variant(normalise=unnormalised))
+    found = compiled(variant(normalize=unnormalized))
     assert "kda_decode" not in found.operators
     assert "short_conv_update" in found.operators
 

@@ -33,7 +33,7 @@ class Prefill:
             for i, x in enumerate(self.inputs(a["x"], parts["projection"]))
         ]
         q, k, v = (part.unflatten(-1, (-1, V if i == 2 else K)) for i, part in enumerate(y))
-        q, k = (self.normalise(part, eps) for part, eps in zip((q, k), self.eps, strict=True))
+        q, k = (self.normalize(part, eps) for part, eps in zip((q, k), self.eps, strict=True))
         return self.recur(q, k, v, a), self.extra(y, parts["state"])
 
     def inputs(self, x: Tensor, projections: Any) -> Any:
@@ -55,7 +55,7 @@ class Prefill:
             }
         return kda_ops.short_conv(x, weight, bias, **options)
 
-    def normalise(self, x: Tensor, eps: float) -> Tensor:
+    def normalize(self, x: Tensor, eps: float) -> Tensor:
         return kda_ops.l2norm(x, eps=eps)
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, a: dict[str, Any]) -> Tensor:
@@ -430,7 +430,7 @@ def test_convolutions_of_a_norm_stay(of: str) -> None:
 
 
 def test_without_norms_it_stays() -> None:
-    found = compiled(variant(normalise=lambda self, x, eps: x, layout="SD"))
+    found = compiled(variant(normalize=lambda self, x, eps: x, layout="SD"))
     assert found.operators == ["short_conv"] * 3 + ["chunk_kda"]
     assert "does not go into l2norm alone" in found.refused[0][1]
 

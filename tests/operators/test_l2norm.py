@@ -1,4 +1,4 @@
-"""L2 normalisation: definition, gradients, errors."""
+"""The L2 norm: definition, gradients, errors."""
 
 import math
 

@@ -203,8 +203,8 @@ def accumulated_gradients(mesh: DeviceMesh) -> None:
     for policy in (MIXED, REDUCED_WIDE):
         original = layer()
         sharded = fully_shard(copy.deepcopy(original), mesh=mesh, mp_policy=policy)
-        for synchronised in (False, True):
-            sharded.set_requires_gradient_sync(synchronised)
+        for synchronized in (False, True):
+            sharded.set_requires_gradient_sync(synchronized)
             train(sharded, torch.float32)
         twice = lambda rank, dtype: inputs(rank, dtype).repeat(2, 1, 1)  # noqa: E731
         for p in sharded.parameters():
