@@ -69,8 +69,9 @@ def rows_added(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 def of_cumulative_gate(raw_gate: Tensor, *args: Any) -> tuple[Callable[[], Tensor], ...]:
     """From the gradient of the gate that is added up; padding has none."""
-    *parameters, _, cu_seqlens, _, gradient = args
-    return of_gate(real_rows(raw_gate, cu_seqlens, 0.0), *parameters, gradient)
+    A_log, dt_bias, lower_bound, _, cu_seqlens, _, gradient = args
+    real = real_rows(raw_gate, cu_seqlens, 0.0)
+    return of_gate(real, A_log, dt_bias, lower_bound, gradient)
 
 
 def of_l2norm(x: Tensor, eps: float, gradient: Tensor) -> tuple[Callable[[], Tensor]]:
@@ -83,7 +84,11 @@ def of_rms_norm_gated(o: Tensor, *args: Any) -> tuple[Callable[[], Tensor], ...]
     return lambda: of_o, lambda: of_output_gate, lambda: rows_added(of_weight, tokens)
 
 
-FORMULAS = {gate_op: of_gate, l2norm_op: of_l2norm, rms_norm_gated_op: of_rms_norm_gated}
+FORMULAS: dict[Any, Callable[..., Any]] = {
+    gate_op: of_gate,
+    l2norm_op: of_l2norm,
+    rms_norm_gated_op: of_rms_norm_gated,
+}
 
 
 def lower_to_formula(op: Any) -> None:
