@@ -1,9 +1,10 @@
 """Explaining fusions: a model compiled without and with the rewrites, side by side.
 
-Dynamo and AOTAutograd trace the model once. The ATen graph that Inductor would get is copied and
-compiled twice, up to the generated source, which is read and not run. For a model without a tensor
-on a GPU the copies are moved to a CUDA device that is described
-(`kda_ops.lowering.explain.virtual_gpu`). Nothing of the model is computed and no state is written.
+Dynamo traces the model once. Its graph is compiled twice, up to the generated source, which is read
+and not run; with gradients, up to that of the forward, as some rewrites come before the backward is
+parted from it. For a model without a tensor on a GPU the graphs that Inductor gets are moved to a
+CUDA device that is described (`kda_ops.lowering.explain.virtual_gpu`). Nothing of the model is
+computed and no state is written.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from kda_ops.lowering.explain.generated_code import launches
 from kda_ops.lowering.explain.virtual_gpu import H200, described_device, described_driver, on_cuda
 from kda_ops.lowering.graph.matching import Call, operator_of
 from kda_ops.lowering.graph.provenance import layer_of, modules_of, source_of
-from kda_ops.lowering.rewrites.framework import Outcome, Rewrites, recording
+from kda_ops.lowering.rewrites.framework import JointRewrites, Outcome, Rewrites, recording
 
 RECURRENCES = ("chunk_kda", "chunk_kda_gated", "recurrent_kda", "kda_decode")
 # what stands for `scaled_dot_product_attention` in a graph that was traced on a CPU
@@ -90,23 +91,12 @@ def explain(
     real = on_gpu(model, args, kwargs)
     before, after = Compiled(), Compiled()
 
-    def inner_compile(gm: fx.GraphModule, inputs: Any, **how: Any) -> Any:
-        for result, rewriting in ((before, False), (after, True)):
-            device = contextlib.nullcontext() if real else described_device()
-            try:
-                copy, moved = (copied(gm), list(inputs)) if real else on_cuda(gm, inputs)
-                with device, watching(result, rewriting), recording() as result.outcomes:
-                    compile_fx_inner(copy, moved, **how)
-            except Seen:
-                continue
-            except Exception as error:
-                result.failure = said(error)
-                if not result.graph:  # it failed before the rewrites
-                    result.look_at(gm.graph)
-        raise Seen
-
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
-        return compile_fx(gm, inputs, inner_compile=inner_compile)
+        for result, rewriting in ((before, False), (after, True)):
+            with contextlib.suppress(Seen), watching(result, rewriting), recording() as outcomes:
+                result.outcomes = outcomes
+                compile_fx(copied(gm), inputs, inner_compile=inner_compile_of(result, real))
+        raise Seen
 
     with contextlib.ExitStack() as stack:
         uncached = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "compile_threads": 1}
@@ -123,6 +113,26 @@ def explain(
     shapes = "dynamic" if dynamic else "static"
     failures = (before.failure, after.failure)
     return Explanation(device, shapes, layers_of(before, after, root), failures)
+
+
+def inner_compile_of(result: Compiled, real: bool) -> Callable[..., Any]:
+    """What Inductor does with an ATen graph, of which the code that it would run goes to `result`.
+    Where gradients are taken that is the forward graph, the first of two.
+    """
+
+    def inner_compile(gm: fx.GraphModule, inputs: Any, **how: Any) -> Any:
+        device = contextlib.nullcontext() if real else described_device()
+        try:
+            copy, moved = (copied(gm), list(inputs)) if real else on_cuda(gm, inputs)
+            with device:
+                compile_fx_inner(copy, moved, **how)
+        except Exception as error:
+            result.failure = said(error)
+            if not result.graph:  # it failed before the rewrites
+                result.look_at(gm.graph)
+        raise Seen
+
+    return inner_compile
 
 
 def said(error: Exception) -> str:
@@ -161,13 +171,16 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 @contextlib.contextmanager
 def watching(result: Compiled, rewriting: bool) -> Iterator[None]:
     """Compilations leave what they make in `result`, and the rewrites run or not."""
-    apply = Rewrites.apply
+    apply, apply_joint = Rewrites.apply, JointRewrites.apply
 
     def watched(self: Rewrites, gm: fx.GraphModule | fx.Graph) -> int:
         if rewriting:
             apply(self, gm)
         result.look_at(gm if isinstance(gm, fx.Graph) else gm.graph)
         return 0
+
+    def joint(self: JointRewrites, gm: fx.GraphModule | fx.Graph) -> int:
+        return apply_joint(self, gm) if rewriting else 0
 
     def enter(self: Scheduler, kernel: BaseSchedulerNode) -> None:
         parts = [part.node for part in kernel.get_nodes() if part.node is not None]
@@ -186,6 +199,7 @@ def watching(result: Compiled, rewriting: bool) -> Iterator[None]:
 
     with (
         mock.patch.object(Rewrites, "apply", watched),
+        mock.patch.object(JointRewrites, "apply", joint),
         mock.patch.object(Scheduler, "enter_context", enter),
         mock.patch.object(GraphLowering, "compile_to_module", read),
     ):

@@ -13,6 +13,8 @@ from torch._inductor.virtualized import V
 from kda_ops._gradients import Signature
 from kda_ops._numerics import RCP_LN2
 from kda_ops._registry import OPERATORS
+from kda_ops.conv.formulas import convolution_gradients
+from kda_ops.conv.short_conv.op import short_conv_op
 from kda_ops.gating.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.gating.formulas import gate_nats, gate_nats_gradients
 from kda_ops.gating.gate.op import gate_op
@@ -54,11 +56,8 @@ def as_operator(op: Any, formula: Callable[..., Any]) -> Callable[..., Any]:
     return gradients
 
 
-def of_gate(
-    raw_gate: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None,
-    gradient: Tensor,
-) -> tuple[Callable[[], Tensor], ...]:  # fmt: skip
-    of_x, of_A = gate_nats_gradients(raw_gate, A_log, dt_bias, lower_bound, gradient)
+def of_gate(raw_gate: Tensor, *args: Any) -> tuple[Callable[[], Tensor], ...]:
+    of_x, of_A = gate_nats_gradients(raw_gate, *args)
     tokens = tuple(range(raw_gate.dim() - 2))
     return lambda: of_x, lambda: rows_added(of_A, tokens).sum(-1), lambda: rows_added(of_x, tokens)
 
@@ -84,18 +83,37 @@ def of_rms_norm_gated(o: Tensor, *args: Any) -> tuple[Callable[[], Tensor], ...]
     return lambda: of_o, lambda: of_output_gate, lambda: rows_added(of_weight, tokens)
 
 
+def of_short_conv(x: Tensor, *args: Any) -> tuple[Callable[[], Tensor], ...]:
+    if x.dim() == 2:
+        x, args = x[None], (*args[:-1], args[-1][None])
+    of_x, of_bias, of_taps = convolution_gradients(x, *args)
+    return lambda: of_x, lambda: of_taps.sum((0, 1)).t(), lambda: of_bias.sum((0, 1))
+
+
 FORMULAS: dict[Any, Callable[..., Any]] = {
     gate_op: of_gate,
     l2norm_op: of_l2norm,
     rms_norm_gated_op: of_rms_norm_gated,
+    short_conv_op: of_short_conv,
 }
+
+
+# On a CPU the convolution that oneDNN has is better than one by shifted reads.
+ALONG_TOKENS = (short_conv_op,)
+
+
+def tables_of(op: Any, args: tuple[Any, ...]) -> Any:
+    """The offsets among the arguments of an operator, or None."""
+    names = Signature(op).arguments
+    return args[names.index("cu_seqlens")] if "cu_seqlens" in names else None
 
 
 def lower_to_formula(op: Any) -> None:
     gradients = as_operator(op, FORMULAS[op])
 
     def lower(*args: Any) -> Any:
-        if args[-2] is None:
+        no_gradient, empty = args[-2] is None, not has_chunks(args[0], tables_of(op, args))
+        if no_gradient or (op in ALONG_TOKENS and empty):
             return call_operator(*args)
         return inline(gradients, args, fake_arguments())
 

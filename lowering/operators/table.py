@@ -43,7 +43,14 @@ KERNELS = (
     state_copy_op,
 )
 
+# Gradients with kernels of their own, which are launched from the graph likewise.
+GRADIENTS = (chunk_kda_op, chunk_kda_gated_op)
+
 for op in REFERENCES:
     lower_to_reference(OPERATORS[op])
 for op in KERNELS:
     lower_to_kernel(OPERATORS[op])
+for op in GRADIENTS:
+    backward = OPERATORS[op].backward
+    assert backward is not None
+    lower_to_kernel(backward)

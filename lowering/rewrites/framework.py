@@ -1,7 +1,8 @@
 """What every graph rewrite shares: what is checked, replacing a part of a graph, and a log of it.
 
 Rewrites run on Inductor's post-grad graph, after Inductor's own patterns. The graph is functional
-there, so a write of a state between two operators is an edge like any other.
+there, so a write of a state between two operators is an edge like any other. Those of a forward
+with its gradient (`register_joint`) run on the joint graph, before it is parted in two.
 
 A rewrite is three functions:
 
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.fx_passes import joint_graph
 from torch._inductor.fx_passes.post_grad import pass_patterns
 from torch._inductor.pattern_matcher import stable_topological_sort
 
@@ -97,12 +99,16 @@ class Match:
         outputs: Those of them whose values live on, computed by the replacement.
         inputs: Nodes that the replacement reads.
         values: What the guard and the replacement need to know.
+        parts: Of what is replaced in two places, a forward and its gradient, each part.
+        anchor: The call that stands for it, if that is not the one that was looked at.
     """
 
     inner: list[fx.Node]
     outputs: list[fx.Node]
     inputs: list[fx.Node]
     values: dict[str, Any] = field(default_factory=dict)
+    parts: "tuple[Match, ...]" = ()
+    anchor: fx.Node | None = None
 
     def __post_init__(self) -> None:
         self.inner = list(dict.fromkeys(self.inner))
@@ -125,6 +131,7 @@ class Rewrite:
             match = self.pattern(node)
             if match is None:
                 continue
+            node = match.anchor or node
             match.inner = list(dict.fromkeys([*match.inner, *sizes_for(match.inner)]))
             outcome = outcome_of(self.name, node, match)
             rejected = self._rejected(match) or self._replace(graph, node, match)
@@ -200,6 +207,11 @@ def has_external_users(match: Match) -> Refusal | None:
 
 def creates_cycle(match: Match) -> Refusal | None:
     """Why the replacement could not come before everything that uses it."""
+    for part in match.parts:
+        if (refusal := creates_cycle(part)) is not None:
+            return refusal
+    if match.parts:
+        return None
     inner, first = set(match.inner), min(match.inner)
     pending, seen = list(match.inputs), set()
     while pending:
@@ -259,6 +271,7 @@ def _bytes(node: fx.Node) -> int:
 
 
 _steps: list[Callable[[fx.Graph], None]] = []
+_joint_steps: list[Callable[[fx.Graph], None]] = []
 _listeners: list[list[Outcome]] = []
 
 
@@ -287,6 +300,31 @@ def register(
     _steps.append(Rewrite(name, anchors, pattern, guard, replacement))
 
 
+def register_joint(
+    name: str,
+    anchors: tuple[Any, ...],
+    pattern: Callable[[fx.Node], Match | None],
+    guard: Callable[[Match], Refusal | None],
+    replacement: Callable[[fx.Graph, Match], dict[fx.Node, fx.Node]],
+) -> None:
+    """Adds a rewrite of the joint graph: of a forward with its gradient, before they are parted."""
+    _joint_steps.append(Rewrite(name, anchors, pattern, guard, replacement))
+
+
+class JointRewrites:
+    """The rewrites of a forward with its gradient, in the shape of one of Inductor's pattern passes
+    over the joint graph.
+    """
+
+    def apply(self, gm: fx.GraphModule | fx.Graph) -> int:
+        graph = gm if isinstance(gm, fx.Graph) else gm.graph
+        called = {call.op.namespace for call in map(Call.of, graph.nodes) if call is not None}
+        if called and REFERENCE_NAMESPACE not in called:
+            for step in _joint_steps:
+                step(graph)
+        return 0
+
+
 class Rewrites:
     """All rewrites in sequence, in the shape of one of Inductor's own pattern passes.
 
@@ -306,5 +344,6 @@ class Rewrites:
 
 def install_rewrites() -> None:
     """Runs the rewrites after Inductor's patterns, in no slot that belongs to the user."""
-    if not any(isinstance(patterns, Rewrites) for patterns in pass_patterns):
-        pass_patterns.append(Rewrites())
+    for passes, ours in ((pass_patterns, Rewrites), (joint_graph.pass_patterns, JointRewrites)):
+        if not any(isinstance(patterns, ours) for patterns in passes):
+            passes.append(ours())

@@ -96,10 +96,11 @@ def gate_is_faster_alone(match: Match) -> Refusal | None:
     return None
 
 
-def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+def fused_args(graph: fx.Graph, match: Match) -> dict[str, Any]:
+    """The arguments of the fused operator by name, of norms those before it."""
     call, gate = match.values["call"], match.values["gate"]
     beta, factor, _ = match.values["beta"]
-    args = {
+    return {
         **call.args,
         **gate.args,
         "raw_gate": reshape(graph, gate.args["raw_gate"], value(call.args["g_cumsum"]).shape),
@@ -107,7 +108,11 @@ def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
         "beta_scale": factor,
         "qk_norm_eps": None,
     }
-    news, states = emit(graph, FUSED[call.op], args, call)
+
+
+def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
+    call = match.values["call"]
+    news, states = emit(graph, FUSED[call.op], fused_args(graph, match), call)
     olds = [call.result(i) for i in range(call.results)]
     return {old: new for old, new in zip(olds, news, strict=True) if old is not None} | states
 
