@@ -1,4 +1,4 @@
-"""Where gradients are taken, the chunked recurrence from raw inputs comes with its own gradient.
+"""In training graphs the chunked recurrence runs from raw inputs, with a gradient of its own.
 
     chunk_kda(l2norm(q), l2norm(k), v, gate_cumsum(x, ...), beta_scale * sigmoid(beta))
     chunk_kda_backward(...) -> l2norm_backward, gate_cumsum_backward, that of the sigmoid
@@ -6,8 +6,9 @@
     chunk_kda_gated(q, k, v, x, beta, ...)
     chunk_kda_gated_backward(q, k, v, x, beta, ...)
 
-In the joint graph, before it is parted: after that the forward graph returns normalised q and k,
-the cumulative gate and beta, and nothing can take their place. Then the raw inputs are saved.
+It matches the joint graph, before it is partitioned: after that the forward graph returns
+normalized q and k, the cumulative gate and beta, and nothing can replace them. Raw inputs are saved
+instead.
 """
 
 from dataclasses import dataclass, field
