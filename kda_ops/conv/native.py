@@ -31,7 +31,7 @@ def short_conv_qkv(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
     head_dim: int, norm_eps: float, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    parts = _apart(x, weight, bias, None, key_dim, "")
+    parts = _unpacked(x, weight, bias, None, key_dim, "")
     return _qkv(parts, activation, head_dim, norm_eps, cu_seqlens)
 
 
@@ -40,7 +40,7 @@ def short_conv_qkv_state(
     head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    parts = _apart(x, weight, bias, conv_state, key_dim, layout)
+    parts = _unpacked(x, weight, bias, conv_state, key_dim, layout)
     pages = (state_indices, has_initial_state, layout)
     return _qkv(parts, activation, head_dim, norm_eps, cu_seqlens, pages)
 
@@ -73,7 +73,7 @@ Part = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, weight, bias, c
 Pages = tuple[Tensor, Tensor | None, str]  # slots, has_initial_state, layout
 
 
-def _apart(
+def _unpacked(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor | None, key_dim: int,
     layout: str,
 ) -> list[Part]:  # fmt: skip

@@ -2,10 +2,9 @@
 
     accelerate(model)  # in place and at once; `restore(model)` undoes it
 
-A layer gets another class, a subclass of its own, and nothing else changes: parameters and their
-names, submodules, hooks, sharding plans, what is saved, and the caches that transformers makes. So
-a prefill and the decode that follows it may run either way. transformers itself is imported by
-`register` alone, or is there because a model is.
+A layer's class is replaced by a subclass of it, and nothing else changes: parameters and their
+names, submodules, hooks, sharding plans, checkpoints, and transformers' own caches. So a prefill
+and the decode that follows it may run either way. Only `register` imports transformers.
 
 Models: Kimi Linear, GLM-5-Next and Ling 3 (`bailing_hybrid`).
 """

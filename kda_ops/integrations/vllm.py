@@ -1,8 +1,8 @@
-"""For who comes from vLLM: its names for KDA states, their transfer and its two fused functions.
+"""For vLLM users: its names for KDA states, their transfer and its two fused functions.
 
-Each is a thin front of what this package has, so that an engine can move one call at a time. Names
-and argument order are vLLM's where the meaning is the same; where it is not, the docstring says how
-it differs. Nothing of vLLM is imported.
+Each is a thin wrapper of this package's own, so that an engine can migrate one call at a time.
+Names and argument order are vLLM's where the meaning is the same; where it is not, the docstring
+says how it differs. vLLM is never imported.
 """
 
 import os
