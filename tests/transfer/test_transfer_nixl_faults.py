@@ -288,7 +288,8 @@ def test_a_request_that_is_not_offered(prefill: Prefill, decode: Decode) -> None
         assert (result.outcome, result.spoiled) == ("failed", ((), ()))
         reader.check()
     read_all(reader, "there", "P2")
-    prefill.do("take_released")
+    ends = (("over", "expired"), ("there", "done"))
+    assert prefill.released(4, [reader]) == {("P2", r, *end) for r in range(2) for end in ends}
 
 
 @pytest.mark.parametrize("how", ["withdrawn", "expired"])
