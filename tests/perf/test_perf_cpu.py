@@ -1,8 +1,8 @@
 """How pairs are measured on a CPU and told, without measuring any."""
 
+import functools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,14 +10,13 @@ import pytest
 
 from perf import bench_cpu
 from perf.analysis import report
-from perf.bench_cpu import WARM_UP, measure_pair
+from perf.bench_cpu import BLOCK, WARM_UP, measure_pair
 
 
 class FakeBenchmark:
-    """Stands for pytest-benchmark: makes the calls, and says that the median took `seconds`."""
+    """Stands for pytest-benchmark: makes the calls."""
 
-    def __init__(self, seconds: float) -> None:
-        self.stats = SimpleNamespace(stats=SimpleNamespace(median=seconds))
+    def __init__(self) -> None:
         self.extra_info: dict[str, Any] = {}
         self.group = ""
 
@@ -29,19 +28,21 @@ class FakeBenchmark:
 
 def measured(seconds: float, other: float, target: float, **options: Any) -> dict[str, Any]:
     """What is written down of a call of `seconds` beside one of `other` seconds."""
-    benchmark, now, order = FakeBenchmark(seconds), [0.0], []
+    benchmark, now, order = FakeBenchmark(), [0.0], []
 
-    def passes() -> None:
-        order.append("other")
-        now[0] += other
+    def passes(name: str, duration: float) -> None:
+        order.append(name)
+        now[0] += duration
 
     with (
         mock.patch.object(bench_cpu.time, "perf_counter", side_effect=lambda: now[0]),
         mock.patch.object(bench_cpu.machine, "cpu", return_value="a processor"),
     ):
-        calls = (lambda: order.append("call"), "a copy", passes)
-        measure_pair(benchmark, "work", "small", *calls, target, rounds=4, **options)
-    assert order == ["other", "call"] * (WARM_UP + 4)
+        own, others = (functools.partial(passes, *x) for x in (("call", seconds), ("other", other)))
+        calls = (own, "a copy", others)
+        measure_pair(benchmark, "work", "small", *calls, target, rounds=2 * BLOCK, **options)
+    turns = ["other"] * BLOCK + ["call"] * BLOCK
+    assert order == ["other", "call"] * WARM_UP + turns * 2
     return benchmark.extra_info
 
 
