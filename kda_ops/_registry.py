@@ -83,6 +83,13 @@ OPERATORS: dict[Any, Operator] = {}
 REFERENCES: dict[Any, Any] = {}  # operator of `kda_ops` -> that of `kda_ops_reference`
 
 
+def backward_of(op: Any) -> Any:
+    """The operator that computes the gradient of `op`."""
+    backward = OPERATORS[op].backward
+    assert backward is not None, f"{op} has no gradient"
+    return backward.op
+
+
 def selected(op: Any) -> Any:
     """The operator that public functions call for `op`: `op` itself, or with `config.impl =
     "reference"` its definition on any device. Dynamo traces this and guards on the configuration.

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kda_ops._checks import check_lower_bound
+from kda_ops._checks import MAX_HEAD_DIM, check_lower_bound
 from kda_ops._numerics import accumulation_dtype
 from kda_ops.conv.checks import resolve_activation
 from kda_ops.conv.short_conv import short_conv
@@ -38,7 +38,6 @@ LAYERS = {  # by the name of the class, the module that has it
     "BailingHybridDeltaAttention": "transformers.models.bailing_hybrid.modeling_bailing_hybrid",
 }
 READ_DIRECTLY = ["conv1d", "forget_gate", "o_norm"]  # submodules whose parameters a layer reads
-MOST_HEAD_DIM = 256
 
 
 # ---------------------------------------------------------------------- models
@@ -154,9 +153,9 @@ def _check(name: str, layer: Any) -> None:
         resolve_activation(layer.activation)
     except ValueError as error:
         raise ValueError(f"{name or 'model'} cannot be accelerated: {error}") from error
-    if layer.head_dim > MOST_HEAD_DIM:
+    if layer.head_dim > MAX_HEAD_DIM:
         raise ValueError(
-            f"{name or 'model'} must have a head_dim of at most {MOST_HEAD_DIM}, "
+            f"{name or 'model'} must have a head_dim of at most {MAX_HEAD_DIM}, "
             f"got {layer.head_dim}"
         )
     forward = vars(layer).get("_old_forward", vars(layer).get("forward"))

@@ -12,7 +12,7 @@ from torch._inductor.virtualized import V
 
 from kda_ops._gradients import Signature
 from kda_ops._numerics import RCP_LN2
-from kda_ops._registry import OPERATORS
+from kda_ops._registry import backward_of
 from kda_ops.conv.formulas import convolution_gradients
 from kda_ops.conv.short_conv.op import short_conv_op
 from kda_ops.gating.chunk_cumsum.op import chunk_cumsum_op
@@ -27,13 +27,6 @@ from kda_ops.norm.rms_norm_gated.op import rms_norm_gated_op
 from kda_ops.varlen import real_rows
 
 aten = torch.ops.aten
-
-
-def backward_of(op: Any) -> Any:
-    """The operator of a gradient."""
-    backward = OPERATORS[op].backward
-    assert backward is not None, f"{op} has no gradient"
-    return backward.op
 
 
 def as_operator(op: Any, formula: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from kda_ops._gradients import Signature
-from kda_ops._registry import OPERATORS
+from kda_ops._registry import backward_of
 from kda_ops.delta_rule.chunk_kda.op import chunk_kda_op
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op
 from kda_ops.gating.chunk_cumsum.op import chunk_cumsum_op
@@ -41,12 +41,6 @@ NAME = "chunk_kda_training"
 # what activation checkpointing and the partitioner read of a node
 PARTED_BY = ("recompute", "ac_graph_id", "partitioner_tag", "seq_nr")
 RESULTS = ("output_gradient_0", "output_gradient_1")
-
-
-def backward_of(op: Any) -> Any:
-    backward = OPERATORS[op].backward
-    assert backward is not None
-    return backward.op
 
 
 BACKWARD, FUSED_BACKWARD = backward_of(chunk_kda_op), backward_of(chunk_kda_gated_op)
