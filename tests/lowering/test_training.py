@@ -42,6 +42,15 @@ VARIANTS = {
 }
 
 
+def assert_exact(results: list[Tensor], module: Any, x: Tensor, **kwargs: Any) -> None:
+    """Holds what `gradients` returned of a compiled module to eager fp64."""
+    eager = gradients(module, module, x, **kwargs)
+    wide = copy.deepcopy(module).double()
+    exact = gradients(wide, wide, x.detach().double().requires_grad_(), **kwargs)
+    for result, low, high in zip(results, eager, exact, strict=True):
+        assert_close(result, low, high, x.dtype)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layer(variant: str) -> None:
     """One graph each way, the fused operator and its gradient, and the numbers of eager fp64."""
@@ -58,11 +67,7 @@ def test_layer(variant: str) -> None:
     assert {n.removesuffix("_backward") for n in found.operators(0) + found.operators(1)} <= (
         ours | {"l2norm"}
     )
-    eager = gradients(module, module, x, **kwargs)
-    wide = copy.deepcopy(module).double()
-    exact = gradients(wide, wide, x.detach().double().requires_grad_(), **kwargs)
-    for result, low, high in zip(results, eager, exact, strict=True):
-        assert_close(result, low, high, x.dtype)
+    assert_exact(results, module, x, **kwargs)
 
 
 def step(
@@ -198,8 +203,7 @@ def test_one_graph_for_any_length() -> None:
         torch._dynamo.mark_dynamic(x, 1)
         with torch._dynamo.config.patch(error_on_recompile=True):
             results = gradients(call, module, x)
-        for result, eager in zip(results, gradients(module, module, x), strict=True):
-            torch.testing.assert_close(result, eager, atol=1e-4, rtol=1e-4)
+        assert_exact(results, module, x)
     assert len(found.graphs) == 2
     assert found.fired == [REWRITE]
 
