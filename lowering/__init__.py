@@ -48,14 +48,18 @@ def install() -> None:
             importlib.import_module(f"kda_ops.lowering.{folder}.{name}")
     from kda_ops.lowering.cache_key import install_cache_key
     from kda_ops.lowering.compat import (
+        analyse_kernels_inlined,
         fold_no_views_of_other_sizes,
         keep_order_when_recomputed,
         lower_storage_offset,
+        tell_overlap_by_hints,
     )
     from kda_ops.lowering.graph.snapshots import keep_copies, keep_reads_apart, order_reads
     from kda_ops.lowering.rewrites.framework import install_rewrites
 
     lower_storage_offset()
+    tell_overlap_by_hints()
+    analyse_kernels_inlined()
     fold_no_views_of_other_sizes()
     keep_order_when_recomputed()
     keep_copies()

@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._pytree import tree_leaves
 
+from kda_ops._tracing import hint
 from kda_ops.lowering.graph.matching import same_shape, value, values
 from kda_ops.lowering.graph.provenance import inherit
 
@@ -201,3 +202,62 @@ def fold_no_views_of_other_sizes() -> None:
         return deduce(self, node)
 
     UniformValueConstantFolder._deduce_value = _deduce_value
+
+
+def tell_overlap_by_hints() -> None:
+    """Lets CUDA graphs take inputs of unknown sizes, such as a server's rows.
+
+    Torch 2.11 asks whether an input overlaps itself and cannot tell without sizes; newer versions
+    do not ask.
+    """
+    from torch._inductor import output_code
+
+    if not hasattr(output_code, "complex_memory_overlap"):
+        return
+    overlaps = output_code.complex_memory_overlap
+
+    @functools.wraps(overlaps)
+    def complex_memory_overlap(x: torch.Tensor) -> bool:
+        numbers = (*x.shape, *x.stride())
+        if free_unbacked_symbols(numbers):
+            known = [hint(n) if isinstance(n, torch.SymInt) else n for n in numbers]
+            if None in known:
+                return False
+            size, stride = known[: x.dim()], known[x.dim() :]
+            x = torch.empty_strided(size, stride, dtype=x.dtype, device="meta")
+        return bool(overlaps(x))
+
+    output_code.complex_memory_overlap = complex_memory_overlap
+
+
+def analyse_kernels_inlined() -> None:
+    """Puts the device functions of this package's kernels in line before PyTorch looks for what a
+    kernel writes.
+
+    It takes every argument of a function for part of the result: if a page is looked up by a
+    function, then what is stored there seems to be stored to the lookup table too. A table that is
+    written is an input that no CUDA graph accepts.
+    """
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    generate = triton_kernel_wrap.generate_ttir
+
+    @functools.wraps(generate)
+    def generate_ttir(kernel: Any, *args: Any) -> Any:
+        module, names = generate(kernel, *args)
+        while hasattr(kernel, "fn"):
+            kernel = kernel.fn
+        if kernel.__module__.partition(".")[0] == "kda_ops":
+            put_in_line(module)
+        return module, names
+
+    triton_kernel_wrap.generate_ttir = generate_ttir
+
+
+def put_in_line(module: Any) -> None:
+    """Replaces the calls in a Triton module by what they call."""
+    from triton._C.libtriton import ir, passes
+
+    manager = ir.pass_manager(module.context)
+    passes.common.add_inliner(manager)
+    manager.run(module, "inline")

@@ -171,12 +171,25 @@ def inline(
 
     inputs = [args[i] for i in traced]
     shown = [values[i] for i in traced]
+    copied = []
     if exact_strides:
+        declared = V.graph.current_node.target._schema.arguments
+        written = [args[i] for i in traced if declared[i].is_write]
+        for x in written:
+            x.realize()  # what is not in memory yet would be computed into a buffer of its own
         placed = [_placed(x, value) for x, value in zip(inputs, shown, strict=True)]
+        copied = [
+            (x, y)
+            for x, (y, _) in zip(inputs, placed, strict=True)
+            if x in written and x.get_name() != y.get_name()
+        ]
         inputs, shown = [list(y) for y in zip(*placed, strict=True)]
     with V.fake_mode:
         graph = make_fx(call, decomposition_table=select_decomp_table())(*shown)
-    return compat.inline_subgraph(graph, inputs)
+    result = compat.inline_subgraph(graph, inputs)
+    for x, y in copied:
+        lowerings[torch.ops.aten.copy_.default](x, y)
+    return result
 
 
 def _placed(x: Any, value: Any) -> tuple[Any, Any]:

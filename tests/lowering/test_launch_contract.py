@@ -18,7 +18,7 @@ from kda_ops.cache.batch import KDABatch
 from kda_ops.nn.layer import KimiDeltaAttention
 from kda_ops.tuning import override
 from kda_ops.varlen import prepare_chunk_indices
-from tests.support.fake_cuda import Summary, cuda_code, summary
+from tests.support.fake_cuda import Summary, captured, cuda_code, summary
 from tests.support.launches import DECODE, PREFILL, expect, launches
 
 HIDDEN, K, H = 64, 64, 2
@@ -100,6 +100,25 @@ def test_sizes_of_a_step_are_32_bit_arguments() -> None:
     )
     sizes = dict(re.findall(r"'(T|N|NC|xnumel)': '(\w+)'", source))
     assert sizes == dict.fromkeys(("T", "N", "NC", "xnumel"), "i32")
+
+
+@pytest.mark.parametrize("dynamic", [False, None], ids=["static", "default"])
+@pytest.mark.parametrize("kind", ["decode", "prefill", "mixed"])
+def test_a_cuda_graph_writes_only_the_states(kind: str, dynamic: bool | None) -> None:
+    """A graph that writes another input is not captured."""
+    layer = Stack(KINDS[:1]).layers[0].requires_grad_(False)
+    batch = {
+        "decode": KDABatch.decode([1, 2, 3]),
+        "prefill": KDABatch.prefill([70, 30], [1, 2], has_initial_state=[True, False]),
+        "mixed": KDABatch.mixed([1, 1], [70], [1, 2, 3], has_initial_state=[True]),
+    }[kind]
+    state = layer.state_spec().allocate(6)
+    x = torch.randn(1, batch.num_tokens, HIDDEN, dtype=torch.bfloat16)
+    with captured() as found:
+        cuda_code(layer, x, state=state, batch=batch, dynamic=dynamic)
+    (graph,) = found
+    written = {tuple(graph.example_inputs[i].shape) for i in graph.mutated_input_idxs}
+    assert written == {tuple(pages.shape) for pages in state}
 
 
 @lengths

@@ -28,7 +28,7 @@ def layer(dtype: torch.dtype = torch.float32, **options: Any) -> KimiDeltaAttent
 def gradients(call: Callable[..., Any], module: Any, x: Tensor, **kwargs: Any) -> list[Tensor]:
     """The output, and the gradients of a random projection of it: of x and of all parameters."""
     out = call(x, **kwargs)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return [out, *torch.autograd.grad((out * weight).sum(), [x, *module.parameters()])]
 
 

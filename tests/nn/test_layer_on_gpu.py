@@ -38,6 +38,8 @@ MODES = ["one", "batch", "varlen", "prefill", "decode", "speculative", "mixed"]
 STEPS, SEQUENCES = 100, 6
 every_layout = pytest.mark.parametrize("layout", ["SD", "DS"])
 every_gate = pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
+# PyTorch starts its tree of graphs with an empty one
+starts_a_tree = pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 
 
 def make_layer(layout: str, gate: dict[str, Any], K: int = 64) -> KimiDeltaAttention:
@@ -86,6 +88,7 @@ def test_compiled_against_fp64(mode: str, layout: str, gate: dict[str, Any]) -> 
                 assert_close(s, r, e, operand_dtype=BF16)
 
 
+@starts_a_tree
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("speculative", [False, True], ids=["plain", "speculative"])
 def test_three_graphs_serve_random_steps(speculative: bool, mode: str | None) -> None:
@@ -143,8 +146,7 @@ def test_padded_rows_of_a_projection(entries: int) -> None:
         assert_close(y, reference.cpu(), e)
 
 
-# PyTorch starts its tree of graphs with an empty one
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@starts_a_tree
 @every_gate
 @every_layout
 def test_cuda_graphs_of_a_decode_step(layout: str, gate: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ itself runs the CPU graph. So launches can be counted in CPU CI, static and
 dynamic, forward and backward.
 """
 
+import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ import torch._inductor.config
 from kda_ops.lowering.explain.generated_code import Summary, summary
 from kda_ops.lowering.explain.virtual_gpu import described_device, described_driver, on_cuda
 
-__all__ = ["REINDEXES", "Summary", "cuda_code", "summary"]
+__all__ = ["REINDEXES", "Summary", "captured", "cuda_code", "summary"]
 
 # Inductor fuses a reduction with pointwise work on its result in another shape; torch 2.11 does not
 REINDEXES = hasattr(torch._inductor.config, "loop_reindexing_after_fusion")
@@ -81,3 +82,30 @@ def cuda_code(
         if backward:
             result.sum().backward()
     return result, sources
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[list[Any]]:
+    """Has `cuda_code` compile for CUDA graphs.
+
+    Yields the `CompiledFxGraph` of each graph that would be captured whole; one that would be
+    skipped, or cut into parts, is not in the list.
+    """
+    import torch._inductor.config as inductor_config
+    from torch._inductor import cudagraph_utils, output_code
+
+    found: list[Any] = []
+
+    def keep(inputs: Any, graph: Any, *args: Any) -> None:
+        if not graph.cudagraph_info.cudagraph_fail_reasons and len(graph.partition_maps or []) < 2:
+            graph.example_inputs = inputs
+            found.append(graph)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(inductor_config.patch({"triton.cudagraphs": True}))
+        for name in ("cudagraph_post_compile", "cudagraph_partition_post_compile"):
+            stack.enter_context(mock.patch.object(output_code, name, keep))
+        if hasattr(cudagraph_utils, "check_caching_allocator_for_cudagraphs"):
+            name = "check_caching_allocator_for_cudagraphs"
+            stack.enter_context(mock.patch.object(cudagraph_utils, name, return_value=None))
+        yield found

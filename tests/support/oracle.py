@@ -78,7 +78,7 @@ def assert_close(
     if not out.dtype.is_floating_point:
         assert torch.equal(out.cpu(), fp64), "integer results differ"
         return
-    out64, reference64 = out.detach().cpu().double(), reference.detach().double()
+    out64, reference64 = (x.detach().cpu().double() for x in (out, reference))
     finite = fp64.isfinite()
     assert torch.equal(out64[~finite].nan_to_num(0, 1, -1), fp64[~finite].nan_to_num(0, 1, -1)), (
         "non-finite values"
