@@ -79,49 +79,6 @@ def packed_bias(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> Tensor 
     return None if q is None or k is None or v is None else torch.cat([q, k, v])
 
 
-def convolution_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
-    cu_seqlens: Tensor | None, gradient: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What the gradients of `conv_whole` are sums of, `x [B, T, D]`, in the accumulation dtype.
-
-    Returns:
-        The gradient of x; that of the rows before their activation, whose sum over tokens is the
-        bias's; and token by token, `[B, T, W, D]`, that of the taps.
-    """
-    acc, T, W = accumulation_dtype(x), x.shape[1], weight.shape[1]
-    x, gradient, taps = x.to(acc), gradient.to(acc), weight.to(acc).unbind(1)
-    rows = torch.arange(T, device=x.device)
-    before, after = rows, T - 1 - rows  # tokens of the same sequence
-    if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1
-        real = (sequence < len(cu_seqlens) - 1)[:, None]
-        before = rows - cu_seqlens[sequence]
-        after = cu_seqlens[(sequence + 1).clamp(max=len(cu_seqlens) - 1)] - 1 - rows
-        x, gradient = torch.where(real, x, 0.0), torch.where(real, gradient, 0.0)
-
-    # by index: what `F.pad` makes Inductor writes to memory
-
-    def earlier(z: Tensor, n: int) -> Tensor:
-        return torch.where((before >= n)[:, None], z[:, (rows - n).clamp(min=0)], 0.0)
-
-    def later(z: Tensor, n: int) -> Tensor:
-        return torch.where((after >= n)[:, None], z[:, (rows + n).clamp(max=T - 1)], 0.0)
-
-    if activation == "silu":
-        y = sum((taps[W - 1 - n] * earlier(x, n) for n in range(W)), torch.zeros_like(x))
-        y = y if bias is None else y + bias.to(acc)
-        s = torch.sigmoid(y)
-        gradient = gradient * (s * (1 + y * (1 - s)))
-    of_x = sum((taps[W - 1 - n] * later(gradient, n) for n in range(W)), torch.zeros_like(x))
-    # one sum over tokens for all taps
-    back = torch.arange(W - 1, -1, -1, device=x.device)
-    window = x[:, (rows[:, None] - back).clamp(min=0)]
-    window = torch.where((before[:, None] >= back)[..., None], window, 0.0)
-    return of_x, gradient, gradient.unsqueeze(2) * window
-
-
-@contextmanager
 def packed_state(states: tuple[Tensor, Tensor, Tensor], layout: str) -> Iterator[Tensor]:
     """The convolution states of q, k and v as one; what is written to it is theirs afterwards."""
     dim = 2 if layout == "SD" else 1

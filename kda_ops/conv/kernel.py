@@ -83,6 +83,38 @@ def unit_heads(y, ok, normed, EPS: tl.constexpr, HEADS: tl.constexpr, PADDED: tl
 
 
 @triton.jit
+def token_block(cu_seqlens_ptr, pid, T, N, block_t, blocks_per_sequence, VARLEN: tl.constexpr):
+    """Token block `pid` (int64): its sequence n, the row of that sequence's first token and its
+    length, the block's first token in the sequence, and whether it is a sequence.
+
+    In a dense batch every sequence has `blocks_per_sequence` token blocks. With `cu_seqlens`,
+    sequence n owns the blocks from `cu_seqlens[n] // block_t + n` on, which are always enough and
+    are found by bisection; the rows past the last sequence are sequence N, which is none.
+    """
+    if VARLEN:
+        n = tl.zeros((), tl.int64)
+        high = n + N
+        while n < high:
+            middle = (n + high + 1) // 2
+            fits = tl.load(cu_seqlens_ptr + middle).to(tl.int64) // block_t + middle <= pid
+            n = tl.where(fits, middle, n)
+            high = tl.where(fits, high, middle - 1)
+        offset = tl.load(cu_seqlens_ptr + n).to(tl.int64)
+        first_row = tl.minimum(tl.maximum(offset, 0), T)
+        end = tl.load(cu_seqlens_ptr + n + 1, mask=n < N, other=T).to(tl.int64)
+        length = tl.minimum(tl.maximum(end, first_row), T) - first_row
+        start = tl.maximum(pid - (offset // block_t + n), 0) * block_t
+        active = n < N
+    else:
+        n = pid // blocks_per_sequence
+        first_row = n * T
+        length = first_row * 0 + T
+        start = (pid - n * blocks_per_sequence) * block_t
+        active = n >= 0
+    return n, first_row, length, start, active
+
+
+@triton.jit
 def conv_sequence(
     x_ptr, weight_ptr, bias_ptr, y_ptr, state_ptr, slots_ptr, has_initial_ptr, cu_seqlens_ptr,
     pid, c, ok, normed, T, N, num_slots,
@@ -97,36 +129,15 @@ def conv_sequence(
     those of y, which is dense with `width` channels. All pointers are to channel 0. HEADS is 0 for
     no norm; else each row gets `unit_heads` where `normed`.
 
-    The token block is `pid` (int64). In a dense batch every sequence has `blocks_per_sequence`
-    token blocks. With `cu_seqlens`, sequence n owns the blocks from `cu_seqlens[n] // block_t + n`
-    on, which are always enough and are found by bisection; the rows past the last sequence are
-    sequence N, which is skipped.
+    The token block is `pid` (int64), see `token_block`; rows past the last sequence are skipped.
 
     The program of a sequence's first tokens reads the history and also writes the new state,
     directly from the end of x, so that no other program touches the slot.
     """
-    if VARLEN:
-        n = tl.zeros((), tl.int64)
-        high = n + N
-        while n < high:
-            middle = (n + high + 1) // 2
-            fits = tl.load(cu_seqlens_ptr + middle).to(tl.int64) // block_t + middle <= pid
-            n = tl.where(fits, middle, n)
-            high = tl.where(fits, high, middle - 1)
-        offset = tl.load(cu_seqlens_ptr + n).to(tl.int64)
-        first_row = tl.minimum(tl.maximum(offset, 0), T)
-        end = tl.load(cu_seqlens_ptr + n + 1, mask=n < N, other=T).to(tl.int64)
-        length = tl.minimum(tl.maximum(end, first_row), T) - first_row
-        start = tl.maximum(pid - (offset // block_t + n), 0) * block_t  # token in the sequence
-        x_ptr += first_row * stride_x_row
-        active = n < N
-    else:
-        n = pid // blocks_per_sequence
-        first_row = n * T
-        length = first_row * 0 + T
-        start = (pid - n * blocks_per_sequence) * block_t
-        x_ptr += n * stride_x_batch
-        active = n >= 0
+    n, first_row, length, start, active = token_block(
+        cu_seqlens_ptr, pid, T, N, block_t, blocks_per_sequence, VARLEN
+    )
+    x_ptr += first_row * stride_x_row if VARLEN else n * stride_x_batch
     if start >= tl.maximum(length, 1):
         return
     stop = tl.minimum(start + block_t, length)

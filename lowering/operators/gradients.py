@@ -1,5 +1,7 @@
 """Gradients as IR, which fuses with its neighbours: of pointwise work and of rows by their
 formulas, of sums along a chunk as a scan from its end. Sums over tokens are reductions: no atomics.
+On a GPU that of the gated norm is a kernel: Inductor reads its inputs once for the rows and again
+for the weight.
 """
 
 from collections.abc import Callable
@@ -12,14 +14,19 @@ from torch._inductor.virtualized import V
 
 from kda_ops._gradients import Signature
 from kda_ops._numerics import RCP_LN2
-from kda_ops._registry import backward_of
-from kda_ops.conv.formulas import convolution_gradients
-from kda_ops.conv.short_conv.op import short_conv_op
+from kda_ops._registry import OPERATORS, backward_of
 from kda_ops.gating.chunk_cumsum.op import chunk_cumsum_op
 from kda_ops.gating.formulas import gate_nats, gate_nats_gradients
 from kda_ops.gating.gate.op import gate_op
 from kda_ops.gating.gate_cumsum.op import gate_cumsum_op
-from kda_ops.lowering.inline import call_operator, fake_arguments, inline, lowers
+from kda_ops.lowering.inline import (
+    call_operator,
+    fake_arguments,
+    inline,
+    inline_launcher,
+    lowers,
+    on_gpu,
+)
 from kda_ops.lowering.operators.chunk_cumsum import Direction, has_chunks, sums_in_chunks
 from kda_ops.norm.formulas import gated_rms_norm_gradients, l2_normalized_gradient
 from kda_ops.norm.l2norm.op import l2norm_op
@@ -76,38 +83,22 @@ def of_rms_norm_gated(o: Tensor, *args: Any) -> tuple[Callable[[], Tensor], ...]
     return lambda: of_o, lambda: of_output_gate, lambda: rows_added(of_weight, tokens)
 
 
-def of_short_conv(x: Tensor, *args: Any) -> tuple[Callable[[], Tensor], ...]:
-    if x.dim() == 2:
-        x, args = x[None], (*args[:-1], args[-1][None])
-    of_x, of_bias, of_taps = convolution_gradients(x, *args)
-    return lambda: of_x, lambda: of_taps.sum((0, 1)).t(), lambda: of_bias.sum((0, 1))
-
-
 FORMULAS: dict[Any, Callable[..., Any]] = {
     gate_op: of_gate,
     l2norm_op: of_l2norm,
     rms_norm_gated_op: of_rms_norm_gated,
-    short_conv_op: of_short_conv,
 }
 
 
-# On a CPU the convolution that oneDNN has is better than one by shifted reads.
-ALONG_TOKENS = (short_conv_op,)
-
-
-def tables_of(op: Any, args: tuple[Any, ...]) -> Any:
-    """The offsets among the arguments of an operator, or None."""
-    names = Signature(op).arguments
-    return args[names.index("cu_seqlens")] if "cu_seqlens" in names else None
-
-
 def lower_to_formula(op: Any) -> None:
-    gradients = as_operator(op, FORMULAS[op])
+    gradients, backward = as_operator(op, FORMULAS[op]), OPERATORS[op].backward
+    launcher = None if backward is None else backward.launcher
 
     def lower(*args: Any) -> Any:
-        no_gradient, empty = args[-2] is None, not has_chunks(args[0], tables_of(op, args))
-        if no_gradient or (op in ALONG_TOKENS and empty):
+        if args[-2] is None:
             return call_operator(*args)
+        if launcher is not None and on_gpu(args[0]):
+            return inline_launcher(launcher, *args)
         return inline(gradients, args, fake_arguments())
 
     lowers(backward_of(op))(lower)

@@ -14,7 +14,7 @@ from tests.support.generated import load
 from tests.support.operators import cases, public_function
 from tests.support.oracle import assert_close, copy_inputs, poisoned, tensors
 
-FORMULAS = ("gate", "l2norm", "rms_norm_gated", "short_conv")
+FORMULAS = ("gate", "l2norm", "rms_norm_gated")
 SCANS = ("chunk_cumsum", "gate_cumsum")
 
 
@@ -148,16 +148,12 @@ def random_inputs(name: str, variant: str) -> dict[str, Any]:
     ("name", "variant", "dynamic"),
     [
         ("l2norm", "", True),
-        ("rms_norm_gated", "", False),
         ("gate", "", False),
         ("gate", "bounded", True),
         ("chunk_cumsum", "", False),
         ("chunk_cumsum", "", True),
         ("chunk_cumsum", "whole", False),
         ("chunk_cumsum", "varlen", False),
-        ("short_conv", "", False),
-        ("short_conv", "", True),
-        ("short_conv", "varlen", False),
         ("gate_cumsum", "", True),
         ("gate_cumsum", "bounded", False),
         ("gate_cumsum", "varlen", False),
@@ -223,10 +219,8 @@ def test_compiled_gradients(name: str) -> None:
     [
         ("gate", 5),
         ("l2norm", 1),
-        ("rms_norm_gated", 3),
         ("chunk_cumsum", 1),
         ("gate_cumsum", 7),
-        ("short_conv", 7),
     ],
 )
 def test_launches(name: str, most: int, dynamic: bool) -> None:
@@ -238,6 +232,19 @@ def test_launches(name: str, most: int, dynamic: bool) -> None:
     assert len(found.launches) <= most, str(found)
     assert all(f"fused_{name}_backward" in launch for launch in found.launches), str(found)
     assert "tl.atomic" not in source
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("name", "parameters"), [("rms_norm_gated", 1), ("short_conv", 2)])
+def test_a_kernel_and_a_sum_per_parameter(name: str, parameters: int, dynamic: bool) -> None:
+    """The sums are over the parts of the kernel's programs."""
+    call, values = training(name)
+    _, (_, source) = cuda_code(call, *values, dynamic=dynamic, backward=True)
+    found = summary(source)
+    assert found.externs == []
+    *others, kernel = sorted(found.launches, reverse=True)
+    assert kernel == f"{name}_backward_kernel"
+    assert len(others) <= 1 + parameters  # the gradient of the test's sum is filled
 
 
 @pytest.mark.parametrize(("name", "kernels"), [("gate", 1), ("rms_norm_gated", 1)])

@@ -32,6 +32,7 @@ short_conv_op = define_op(
     reference=short_conv_reference,
     fake=short_conv_fake,
     cuda="kda_ops.conv.short_conv.kernel:launch_short_conv",
+    cuda_backward="kda_ops.conv.short_conv.backward:launch_short_conv_backward",
     roles={"cu_seqlens": OFFSETS},
     check_values=check_short_conv_values,
 )

@@ -17,6 +17,7 @@ rms_norm_gated_op = define_op(
     reference=rms_norm_gated_reference,
     fake=rms_norm_gated_fake,
     cuda="kda_ops.norm.rms_norm_gated.kernel:launch_rms_norm_gated",
+    cuda_backward="kda_ops.norm.rms_norm_gated.backward:launch_rms_norm_gated_backward",
 )
 
 
