@@ -12,6 +12,7 @@ OPERATORS = (
     "conv_split",
     "gate_cumsum",
     "gradients",
+    "short_conv_backward",
 )  # files of lowerings
 FUSIONS = (  # in the order in which they run
     "fuse_plain_l2norm",

@@ -76,13 +76,25 @@ def inline_reference(reference: Callable[..., Any], *args: Any) -> Any:
     return inline(reference, args, fake_arguments())
 
 
-def inline_launcher(launcher: Callable[..., Any], *args: Any) -> Any:
+def inline_launcher(
+    launcher: Callable[..., Any],
+    *args: Any,
+    values: Sequence[Any] | None = None,
+    writes: Sequence[Any] | None = None,
+) -> Any:
     """Lowers the current node to the kernel launches (and allocations) of its launcher.
+
+    If `args` are not the node's own arguments, `values` are their fake values, and `writes` those
+    that are written.
 
     The launcher reads strides from its arguments while it is traced, so the buffers are held to
     exactly those strides; see `_placed`.
     """
-    return inline(launcher, args, fake_arguments(), exact_strides=True)
+    if values is None:
+        values = fake_arguments()
+        declared = V.graph.current_node.target._schema.arguments
+        writes = [x for x, argument in zip(args, declared, strict=True) if argument.is_write]
+    return inline(launcher, args, values, exact_strides=True, writes=writes or ())
 
 
 def lower_to_kernel(operator: Operator | Backward) -> None:
@@ -157,8 +169,11 @@ def inline(
     values: Sequence[Any],
     *,
     exact_strides: bool = False,
+    writes: Sequence[Any] = (),
 ) -> Any:
-    """Lowers what a function does to `args`, traced with the fake `values` of them."""
+    """Lowers what a function does to `args`, traced with the fake `values` of them. It writes to
+    `writes`.
+    """
     traced = [
         i for i, value in enumerate(values) if isinstance(value, (torch.Tensor, torch.SymInt))
     ]
@@ -173,15 +188,14 @@ def inline(
     shown = [values[i] for i in traced]
     copied = []
     if exact_strides:
-        declared = V.graph.current_node.target._schema.arguments
-        written = [args[i] for i in traced if declared[i].is_write]
+        written = [x for x in inputs if any(x is y for y in writes)]
         for x in written:
             x.realize()  # what is not in memory yet would be computed into a buffer of its own
         placed = [_placed(x, value) for x, value in zip(inputs, shown, strict=True)]
         copied = [
             (x, y)
             for x, (y, _) in zip(inputs, placed, strict=True)
-            if x in written and x.get_name() != y.get_name()
+            if any(x is z for z in written) and x.get_name() != y.get_name()
         ]
         inputs, shown = [list(y) for y in zip(*placed, strict=True)]
     with V.fake_mode:

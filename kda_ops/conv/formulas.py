@@ -79,6 +79,7 @@ def packed_bias(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> Tensor 
     return None if q is None or k is None or v is None else torch.cat([q, k, v])
 
 
+@contextmanager
 def packed_state(states: tuple[Tensor, Tensor, Tensor], layout: str) -> Iterator[Tensor]:
     """The convolution states of q, k and v as one; what is written to it is theirs afterwards."""
     dim = 2 if layout == "SD" else 1

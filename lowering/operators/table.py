@@ -44,7 +44,7 @@ KERNELS = (
 )
 
 # Gradients with kernels of their own, which are launched from the graph likewise.
-GRADIENTS = (chunk_kda_op, chunk_kda_gated_op, short_conv_op)
+GRADIENTS = (chunk_kda_op, chunk_kda_gated_op)
 
 for op in REFERENCES:
     lower_to_reference(OPERATORS[op])

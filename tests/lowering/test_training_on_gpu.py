@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from kda_ops import KimiDeltaAttention
 from tests.lowering.test_training import gradients
@@ -44,3 +45,24 @@ def test_gradients_of_a_compiled_layer(variant: str, K: int) -> None:
         high = gradients(wide, wide, x.detach().double().requires_grad_(), **kwargs)
         for result, eager, exact in zip(results, low, high, strict=True):
             assert_close(result, eager, exact, x.dtype)
+
+
+# PyTorch starts its tree of graphs with an empty one
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_step_in_cuda_graphs() -> None:
+    """Captured forward and backward, replayed with other inputs."""
+    torch.manual_seed(0)
+    module = KimiDeltaAttention(HIDDEN, 64, 2, dtype=torch.bfloat16)
+    wide, on_device = copy.deepcopy(module).double(), copy.deepcopy(module).cuda()
+    call = torch.compile(on_device, fullgraph=True, mode="reduce-overhead")
+    counters.clear()
+    for _ in range(4):
+        x = torch.randn(1, T, HIDDEN, dtype=torch.bfloat16).requires_grad_()
+        torch.compiler.cudagraph_mark_step_begin()
+        results = gradients(call, on_device, x.detach().cuda().requires_grad_())
+        results = [y.detach().clone() for y in results]
+        low = gradients(module, module, x)
+        high = gradients(wide, wide, x.detach().double().requires_grad_())
+        for result, eager, exact in zip(results, low, high, strict=True):
+            assert_close(result, eager, exact, x.dtype)
+    assert counters["inductor"]["cudagraph_skips"] == 0

@@ -76,6 +76,22 @@ def assert_gradients(device: str, needed: str, options: dict[str, Any]) -> None:
         assert x.is_contiguous()
 
 
+def assert_in_place(device: str, widths: tuple[int, ...]) -> None:
+    """From the parts of y's gradient into a part of a wider one."""
+    args, dy = arguments(device, D=sum(widths), bias=True)
+    needs = [True, True, True, False, False]
+    whole = torch.full((*dy.shape[:2], sum(widths) + 10), 7.0, dtype=dy.dtype, device=device)
+    dx = whole[..., 4:-6]
+    parts = [y.contiguous() for y in dy.split(widths, -1)]
+    found = launch_short_conv_backward(*args, [parts], needs, dx)
+    assert found[0] is dx
+    assert (whole[..., :4] == 7).all()
+    assert (whole[..., -6:] == 7).all()
+    low, high = exact(args, dy, needs, None), exact(args, dy, needs, torch.float64)
+    for x, y, z in zip(found, low, high, strict=True):
+        assert_close(x, y, z, dy.dtype)
+
+
 def small_blocks() -> Any:
     """Several blocks of tokens in a sequence."""
     values = {"STEP_T": 4, "BLOCK_D": 16, "MAX_STEPS": 2, "PROGRAMS": 1, "num_warps": 1}
@@ -94,6 +110,23 @@ def test_gradients_in_the_interpreter(name: str) -> None:
 def test_only_what_is_needed(needed: str) -> None:
     with within_tensors(), small_blocks():
         assert_gradients("cpu", needed, {"bias": True})
+
+
+some_widths = pytest.mark.parametrize("widths", [(16, 32, 16), (32, 16), (16, 8, 24)], ids=str)
+
+
+@pytest.mark.interpreter
+@some_widths
+def test_in_place_in_the_interpreter(widths: tuple[int, ...]) -> None:
+    with small_blocks():
+        assert_in_place("cpu", widths)
+
+
+@pytest.mark.gpu
+@some_widths
+def test_in_place_on_the_gpu(widths: tuple[int, ...]) -> None:
+    with small_blocks():
+        assert_in_place("cuda", widths)
 
 
 @pytest.mark.gpu
@@ -122,5 +155,3 @@ def test_an_unused_result_has_no_gradient() -> None:
         assert torch.equal(x, torch.zeros_like(y))
     launched = launch_short_conv_backward(*args, [None], [True] * 3 + [False] * 2)
     assert all(map(torch.equal, launched, found))
-
-

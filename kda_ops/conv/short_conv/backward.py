@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
-from kda_ops.conv.kernel import conv_blocks, conv_taps, token_block
+from kda_ops.conv.kernel import conv_blocks, conv_taps, three, token_block
 from kda_ops.kernel import quick_sigmoid
 from kda_ops.tuning import choose
 
@@ -39,17 +39,21 @@ def of_input(sums, i: tl.constexpr, taps, W: tl.constexpr):
 
 @triton.jit
 def short_conv_backward_kernel(
-    x_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, totals_ptr, cu_seqlens_ptr,
-    T, D, N, block_t, blocks_per_sequence, stride_x_batch, stride_x_row,
+    x_ptr, weight_ptr, bias_ptr, dy_ptr, dy_1_ptr, dy_2_ptr, dx_ptr, totals_ptr, cu_seqlens_ptr,
+    T, D, N, width_0, width_1, block_t, blocks_per_sequence, stride_x_batch, stride_x_row,
+    stride_dx_row,
     W: tl.constexpr, BLOCK_W: tl.constexpr, STEP_T: tl.constexpr, BLOCK_D: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, NEED_X: tl.constexpr, NEED_TOTALS: tl.constexpr,
-    VARLEN: tl.constexpr,
+    VARLEN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program computes the gradients of block_t tokens of one sequence x BLOCK_D channels.
 
     The gradient of a token needs those of the W - 1 sums after it, which are computed again by the
     program of the tokens that follow. Of taps and bias a program stores its own part, `[W + 1]`
     rows of `totals`, zeros for a block without tokens.
+
+    With PARTS of 2 or 3, the gradient of y lies in so many dense tensors, one for the first
+    `width_0` channels, one for the next `width_1`; both are multiples of BLOCK_D.
 
     Grid: token blocks x D blocks, D fastest, on the only axis without a limit of 65535.
     """
@@ -61,8 +65,20 @@ def short_conv_backward_kernel(
         cu_seqlens_ptr, pid, T, N, block_t, blocks_per_sequence, VARLEN
     )
     x_ptr += first_row * stride_x_row if VARLEN else n * stride_x_batch
-    dy_ptr += first_row * D
-    dx_ptr += first_row * D
+    width, column = D, c
+    if PARTS > 1:
+        first_channel = tl.program_id(0) % d_blocks * BLOCK_D
+        width = width_0
+        if first_channel >= width_0:
+            dy_ptr = dy_1_ptr
+            width = width_1
+            column = c - width_0
+        if PARTS == 3 and first_channel >= width_0 + width_1:
+            dy_ptr = dy_2_ptr
+            width = D - width_0 - width_1
+            column = c - width_0 - width_1
+    dy_ptr += first_row * width
+    dx_ptr += first_row * stride_dx_row
     totals_ptr += pid * (W + 1) * D
     stop = tl.minimum(start + block_t, length)
 
@@ -91,7 +107,7 @@ def short_conv_backward_kernel(
                 there = ok & (t + step < length)
                 row = (t + step) * stride_x_row + c
                 rows += (tl.load(x_ptr + row, mask=there, other=0.0),)
-                dys += (tl.load(dy_ptr + (t + step) * D + c, mask=there, other=0.0),)
+                dys += (tl.load(dy_ptr + (t + step) * width + column, mask=there, other=0.0),)
             for step in tl.static_range(STEP_T):
                 gradient = before_activation(rows, step, dys[step], taps, bias, W, SILU)
                 gradient = tl.where(t + step < length, gradient, 0.0)
@@ -101,17 +117,21 @@ def short_conv_backward_kernel(
                     added = ()
                     for tap in tl.static_range(W):
                         added += (totals[tap] + own * rows[step + tap].to(tl.float32),)
-                    totals = added + (totals[W] + own,)
+                    added += (totals[W] + own,)
+                    totals = added
             if NEED_X:
                 for step in tl.static_range(STEP_T):
                     i = t + step - (W - 1)
                     dx = of_input(sums, step, taps, W).to(dx_ptr.dtype.element_ty)
-                    tl.store(dx_ptr + i * D + c, dx, mask=ok & (i >= start) & (i < stop))
+                    tl.store(
+                        dx_ptr + i * stride_dx_row + c, dx, mask=ok & (i >= start) & (i < stop)
+                    )
             window = rows[STEP_T:]
             sums = sums[STEP_T:]
     elif NEED_X:
         for i in range(start, stop):
-            tl.store(dx_ptr + i * D + c, tl.zeros([BLOCK_D], dx_ptr.dtype.element_ty), mask=ok)
+            zeros = tl.zeros([BLOCK_D], dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + i * stride_dx_row + c, zeros, mask=ok)
     if NEED_TOTALS:
         for row in tl.static_range(W + 1):
             tl.store(totals_ptr + row * D + c, totals[row], mask=ok)
@@ -119,9 +139,13 @@ def short_conv_backward_kernel(
 
 def launch_short_conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
-    cu_seqlens: Tensor | None, output_gradients: Sequence[Tensor | None],
-    needs_gradient: Sequence[bool],
+    cu_seqlens: Tensor | None, output_gradients: Sequence[Tensor | Sequence[Tensor] | None],
+    needs_gradient: Sequence[bool], dx: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
+    """The gradient of y may be given as the two or three tensors of which it is the concatenation
+    along the channels. That of x is written to `dx` if it is given, whose leading axes must be
+    dense rows.
+    """
     (dy,) = output_gradients
     need_x, need_weight, need_bias = needs_gradient[:3]
     if dy is None:
@@ -137,18 +161,25 @@ def launch_short_conv_backward(
     block_t, blocks_per_sequence, N, blocks = conv_blocks(
         batch, T, cu_seqlens, d_blocks, chosen["STEP_T"], chosen["MAX_STEPS"], chosen["PROGRAMS"]
     )
+    parts = [dy] if isinstance(dy, Tensor) else list(dy)
+    widths = [y.shape[-1] for y in parts]
+    if len(parts) > 1 and any(width % chosen["BLOCK_D"] for width in widths):
+        parts = [torch.cat(parts, -1)]
     need_totals = need_weight or need_bias
-    dx = torch.empty(x.shape if need_x else (0,), dtype=x.dtype, device=x.device)
+    if dx is None:
+        dx = torch.empty(x.shape if need_x else (0, D), dtype=x.dtype, device=x.device)
     totals = torch.empty(
         (blocks, W + 1, D) if need_totals else (0,), dtype=torch.float32, device=x.device
     )
     traceable(short_conv_backward_kernel)[(d_blocks * blocks,)](
-        x, weight.contiguous(), contiguous(bias), dy.contiguous(), dx, totals,
-        contiguous(cu_seqlens), T, D, N, block_t, blocks_per_sequence, stride_batch, x.stride(-2),
+        x, weight.contiguous(), contiguous(bias), *three([y.contiguous() for y in parts], None),
+        dx, totals, contiguous(cu_seqlens), T, D, N, widths[0],
+        widths[1] if len(parts) > 1 else 0, block_t, blocks_per_sequence, stride_batch,
+        x.stride(-2), dx.stride(-2),
         W=W, BLOCK_W=triton.next_power_of_2(W), SILU=activation == "silu",
         HAS_BIAS=bias is not None, NEED_X=need_x, NEED_TOTALS=need_totals,
-        VARLEN=cu_seqlens is not None, STEP_T=chosen["STEP_T"], BLOCK_D=chosen["BLOCK_D"],
-        num_warps=chosen["num_warps"],
+        VARLEN=cu_seqlens is not None, PARTS=len(parts), STEP_T=chosen["STEP_T"],
+        BLOCK_D=chosen["BLOCK_D"], num_warps=chosen["num_warps"],
     )  # fmt: skip
     gradients = [dx] if need_x else []
     if need_weight:  # permuted before the sum, whose result then is dense

@@ -181,8 +181,12 @@ def launch_gradient(
         }
     sums = None
     if found["A_log"] is not None or found["dt_bias"] is not None:
-        shape = (workspace.tiles.shape[0], HV, 2, K)
-        sums = torch.zeros(shape, dtype=torch.float32, device=device)
+        # a table of chunks may have fewer than its rows, and a slab fewer than others
+        whole = x.cu_seqlens is None and len(parts) == 1
+        make, rows = (
+            (torch.empty, batch.programs) if whole else (torch.zeros, workspace.tiles.shape[0])
+        )
+        sums = make((rows, HV, 2, K), dtype=torch.float32, device=device)
     matrices = torch.empty((MATRICES, 64, 64), dtype=torch.int16, device=device)
     traceable(level_matrices_kernel)[(MATRICES,)](matrices, num_warps=4)
     pairs = workspace.tiles.view(torch.float16)
