@@ -1,0 +1,284 @@
+"""Training: gradients of the core, the convolution and the gated norm, and a step of a whole layer.
+
+Core: from raw projections, the gradients of q, k, v, the gate's input and parameters, and beta;
+backward alone, and with its forward. Layer: the gradients of its input and all parameters, compiled
+and eager, FLA's with the same weights. There are no rows for the eager references: their gradient
+takes 60 times as long. `peak_MB` includes arguments and results.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kda_ops.delta_rule.chunk_kda_gated.backward import launch_chunk_kda_gated_backward
+from kda_ops.nn.layer import KimiDeltaAttention
+from perf.baselines.fla import fla
+from perf.bench_core import core_inputs
+from perf.bench_layer import HEAD_DIM, HEADS, HIDDEN, WEIGHTS, fla_layer_like
+from perf.harness.rows import COMPILED, OURS, Call, Inputs, Prepare, Row
+
+NAMES = ("q", "k", "v", "raw_gate", "raw_beta", "A_log", "dt_bias")
+D = 128
+CORES: dict[str, tuple[tuple[int, ...], int, float | None]] = {
+    "softplus-T8192-H32": ((8192,), 32, None),
+    "softplus-T4096-H16": ((4096,), 16, None),
+    "softplus-T2048-H32": ((2048,), 32, None),
+    "softplus-T8192-H8": ((8192,), 8, None),
+    "bounded-T8192-H64": ((8192,), 64, -5.0),
+    "softplus-8x1024-H32": ((1024,) * 8, 32, None),
+}
+FLA = next(iter(fla(None)), None)  # its name in rows, None if it is not installed
+
+
+def with_gradient(inputs: Inputs) -> Inputs:
+    """The inputs of the core, and the gradient of its output."""
+    return inputs | {"do": torch.randn_like(inputs["v"])}
+
+
+def our_core(forward: bool) -> Prepare:
+    operator = torch.ops.kda_ops.chunk_kda_gated.default
+    names = [x.name for x in operator._schema.arguments]
+    constants = {"beta_scale": 1.0, "qk_norm_eps": 1e-6, "scale": D**-0.5}
+    needs = [name in NAMES for name in names]
+
+    def prepare(inputs: Inputs) -> Call:
+        given = inputs | constants | {"output_final_state": False}
+        arguments = [given.get(name) for name in names]
+
+        def call() -> Any:
+            o = operator(*arguments)[0] if forward else None
+            found = launch_chunk_kda_gated_backward(*arguments, [inputs["do"], None], needs)
+            return o, found
+
+        return call
+
+    return prepare
+
+
+def differentiated(forward: bool, leaves: list[Tensor], output: Any, gradient: Tensor) -> Call:
+    """A call of autograd: backward alone, or with its forward."""
+    with torch.enable_grad():
+        kept = None if forward else output()
+
+    def call() -> Any:
+        with torch.enable_grad():
+            o = output() if kept is None else kept
+            return o, torch.autograd.grad(o, leaves, gradient, retain_graph=not forward)
+
+    return call
+
+
+def fla_core(forward: bool) -> Prepare:
+    def prepare(inputs: Inputs) -> Call:
+        from fla.ops.kda import chunk_kda
+
+        leaves = [inputs[name].detach().requires_grad_() for name in NAMES]
+        lower_bound = inputs["lower_bound"]
+
+        def output() -> Tensor:
+            q, k, v, x, beta, A_log, dt_bias = leaves
+            o: Tensor = chunk_kda(
+                q,
+                k,
+                v,
+                x,
+                beta,
+                A_log=A_log,
+                dt_bias=dt_bias.reshape(-1),
+                use_qk_l2norm_in_kernel=True,
+                use_gate_in_kernel=True,
+                use_beta_sigmoid_in_kernel=True,
+                safe_gate=lower_bound is not None,
+                lower_bound=lower_bound,
+                cu_seqlens=inputs.get("cu_seqlens"),
+            )[0]
+            return o
+
+        return differentiated(forward, leaves, output, inputs["do"])
+
+    return prepare
+
+
+def core_rows() -> list[Row]:
+    found = []
+    for name, (lengths, H, lower_bound) in CORES.items():
+        n = 2 * sum(lengths) * H * D  # bytes of one tensor
+        for stage, forward in (("core backward", False), ("core training", True)):
+            for provider, side in providers(fla_core, our_core):
+                row = Row(
+                    stage=stage,
+                    case=name,
+                    provider=provider,
+                    make=lambda device, sizes=(lengths, H, lower_bound): with_gradient(
+                        core_inputs(device, *sizes)
+                    ),
+                    prepare=side(forward),
+                    expected=None,
+                    # q, k, v, the gate's input, do and four gradients; forward four of them and o
+                    bytes_moved=(14 if forward else 9) * n,
+                    graph=False,
+                )
+                found.append(row)
+    return found
+
+
+def providers(theirs: Any, ours: Any) -> list[tuple[str, Any]]:
+    """The baseline first, for our ratio to it."""
+    return [(name, side) for name, side in ((FLA, theirs), (OURS, ours)) if name is not None]
+
+
+CHANNELS, TOKENS = 12288, 8192
+
+
+def conv_inputs(device: torch.device) -> Inputs:
+    x, dy = torch.randn(2, 1, TOKENS, CHANNELS, device=device, dtype=torch.bfloat16)
+    return {"x": x, "dy": dy, "weight": torch.randn(CHANNELS, 4, device=device).bfloat16()}
+
+
+def our_convolution(inputs: Inputs) -> Call:
+    backward = torch.ops.kda_ops.short_conv_backward.default
+    arguments = (inputs["x"], inputs["weight"], None, "silu", None, inputs["dy"])
+    return lambda: backward(*arguments, [True, True, False, False, False])[:2]
+
+
+def fla_convolution(inputs: Inputs) -> Call:
+    from fla.modules.convolution import causal_conv1d
+
+    x, weight = (inputs[name].detach().requires_grad_() for name in ("x", "weight"))
+
+    def output() -> Tensor:
+        y: Tensor = causal_conv1d(x, weight, activation="silu")[0]
+        return y
+
+    return differentiated(False, [x, weight], output, inputs["dy"])
+
+
+def norm_inputs(device: torch.device) -> Inputs:
+    shape = (1, TOKENS, HEADS, HEAD_DIM)
+    o, gate, dy = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
+    weight = torch.ones(HEAD_DIM, device=device, dtype=torch.bfloat16)
+    return {"o": o, "output_gate": gate, "weight": weight, "dy": dy}
+
+
+def our_norm(inputs: Inputs) -> Call:
+    backward = torch.ops.kda_ops.rms_norm_gated_backward.default
+    arguments = (*(inputs[name] for name in ("o", "output_gate", "weight")), 1e-5, inputs["dy"])
+    return lambda: backward(*arguments, [True, True, True, False])
+
+
+def fla_norm(inputs: Inputs) -> Call:
+    from fla.modules.fused_norm_gate import rms_norm_gated
+
+    leaves = [inputs[name].detach().requires_grad_() for name in ("o", "output_gate", "weight")]
+
+    def output() -> Tensor:
+        y: Tensor = rms_norm_gated(*leaves, None, activation="sigmoid", eps=1e-5)
+        return y
+
+    return differentiated(False, leaves, output, inputs["dy"])
+
+
+def small_rows() -> list[Row]:
+    found = []
+    for stage, make, theirs, ours, count in (
+        ("short_conv backward", conv_inputs, fla_convolution, our_convolution, 3 * CHANNELS),
+        ("rms_norm_gated backward", norm_inputs, fla_norm, our_norm, 5 * HEADS * HEAD_DIM),
+    ):
+        for provider, prepare in providers(theirs, ours):
+            row = Row(
+                stage=stage,
+                case=f"T{TOKENS}-H{HEADS}",
+                provider=provider,
+                make=make,
+                prepare=prepare,
+                expected=None,
+                bytes_moved=2 * TOKENS * count,
+                graph=False,
+            )
+            found.append(row)
+    return found
+
+
+@functools.cache
+def trained_layer() -> KimiDeltaAttention:
+    torch.manual_seed(0)
+    return KimiDeltaAttention(HIDDEN, HEAD_DIM, HEADS, device="cuda", dtype=torch.bfloat16)
+
+
+def layer_inputs(device: torch.device, tokens: int) -> Inputs:
+    x, do = torch.randn(2, 1, tokens, HIDDEN, device=device, dtype=torch.bfloat16)
+    return {"hidden_states": x, "do": do}
+
+
+def step_of(module: nn.Module, call: Any, inputs: Inputs) -> Call:
+    x = inputs["hidden_states"].detach().requires_grad_()
+    leaves = [x, *module.parameters()]
+
+    def output() -> Tensor:
+        result = call(x)
+        return result[0] if isinstance(result, tuple) else result
+
+    return differentiated(True, leaves, output, inputs["do"])
+
+
+@functools.cache
+def compiled_layer(mode: str | None) -> Any:
+    """Made once for all sets of inputs of a row."""
+    return torch.compile(trained_layer(), fullgraph=True, mode=mode, dynamic=False)
+
+
+def our_step(mode: str | None) -> Prepare:
+    return lambda inputs: step_of(trained_layer(), compiled_layer(mode), inputs)
+
+
+def our_eager_step(inputs: Inputs) -> Call:
+    module = trained_layer()
+    return step_of(module, module, inputs)
+
+
+def fla_step(inputs: Inputs) -> Call:
+    module = copy.deepcopy(fla_layer_like(trained_layer())).train()
+    return step_of(module, module, inputs)
+
+
+def layer_rows() -> list[Row]:
+    found = []
+    for tokens in (8192, 2048):
+        sides: list[tuple[str | None, Prepare]] = [
+            (FLA, fla_step),
+            (OURS, our_eager_step),
+            (COMPILED, our_step(None)),
+            (f"{COMPILED}, CUDA graphs", our_step("reduce-overhead")),
+        ]
+        for provider, prepare in sides:
+            if provider is None:
+                continue
+            row = Row(
+                stage="layer training",
+                case=f"T{tokens}-H{HEADS}",
+                provider=provider,
+                make=lambda device, tokens=tokens: layer_inputs(device, tokens),
+                prepare=prepare,
+                expected=None,
+                flops=6 * tokens * WEIGHTS,
+                bytes_moved=3 * 2 * WEIGHTS,
+                graph=False,
+            )
+            found.append(row)
+    return found
+
+
+@pytest.mark.parametrize("row", [*layer_rows(), *small_rows(), *core_rows()], ids=str)
+def bench_training(row: Row, measure: Callable[[Row], None], benchmark: Any) -> None:
+    measure(row)
+    call = row.prepare(row.make(torch.device("cuda")))
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    benchmark.extra_info["peak_MB"] = round(torch.cuda.max_memory_allocated() * 1e-6)
