@@ -1,4 +1,4 @@
-"""The gradient kernels of chunked KDA compile to machine code, fit the GPUs' shared memory and
+"""The gradient kernels compile to machine code, fit the GPUs' shared memory and
 spill no more than is listed here.
 """
 
@@ -14,6 +14,8 @@ import torch
 
 from kda_ops._cases import with_states
 from kda_ops._registry import OPERATORS
+from kda_ops.conv.short_conv import backward as conv
+from kda_ops.norm.rms_norm_gated import backward as norm
 from tests.operators.test_cubin import TARGETS, Launch, Recorder, compile_launch, spilled_bytes
 from tests.support.backward import KernelCase, launch_case
 
@@ -46,6 +48,21 @@ def launches(shared: int) -> dict[str, list[Launch]]:
         inputs = import_module("kda_ops.delta_rule.chunk_kda_gated.kernel")
         patches.enter_context(mock.patch.object(inputs, "traceable", recorder))
         sizes = {"T": 256, "H": 32, "K": 128, "V": 128}
+        for module in (conv, norm):
+            patches.enter_context(mock.patch.object(module, "traceable", recorder))
+        x, weight = torch.randn(1, 256, 4096).bfloat16(), torch.randn(4096, 4).bfloat16()
+        ends = torch.tensor([0, 100, 250])
+        for bias, offsets, dy in (
+            (None, None, list(x.split([2048, 1024, 1024], -1))),
+            (weight[:, 0], ends, x),
+        ):
+            conv.launch_short_conv_backward(
+                x, weight, bias, "silu", offsets, [dy], [True, True, bias is not None]
+            )
+        heads = x.unflatten(-1, (32, 128))
+        norm.launch_rms_norm_gated_backward(
+            heads, heads, weight[:128, 0], 1e-5, [heads], [True] * 3
+        )
         for case in (
             KernelCase("chunk_kda_gated", {**sizes, "norm": True}),
             KernelCase("chunk_kda", {**sizes, "H": 1, "cu_seqlens": RAGGED}, with_states),

@@ -38,6 +38,35 @@ def of_input(sums, i: tl.constexpr, taps, W: tl.constexpr):
 
 
 @triton.jit
+def conv_gradients(
+    x_ptr, dy_ptr, dx_ptr, t, start, stop, length, c, column, ok, stride_x_row, width,
+    stride_dx_row, window, sums, taps, bias,
+    W: tl.constexpr, STEP_T: tl.constexpr, SILU: tl.constexpr, NEED_X: tl.constexpr,
+):  # fmt: skip
+    """STEP_T more rows of x behind `window`, and gradients of the convolution's sums behind `sums`.
+
+    The gradients of x that are complete with them are stored, where they are of own tokens. Past
+    the end of the sequence y's gradient counts as zero, and so does that of a sum: where it is NaN
+    instead, an input that is not finite has made those of the last tokens NaN too.
+    """
+    rows = window
+    dys = ()
+    for step in tl.static_range(STEP_T):
+        there = ok & (t + step < length)
+        rows += (tl.load(x_ptr + (t + step) * stride_x_row + c, mask=there, other=0.0),)
+        dys += (tl.load(dy_ptr + (t + step) * width + column, mask=there, other=0.0),)
+    for step in tl.static_range(STEP_T):
+        sums += (before_activation(rows, step, dys[step], taps, bias, W, SILU),)
+    if NEED_X:
+        for step in tl.static_range(STEP_T):
+            i = t + step - (W - 1)
+            dx = of_input(sums, step, taps, W).to(dx_ptr.dtype.element_ty)
+            mask = ok & (i >= start) & (i < stop)
+            tl.store(dx_ptr + i * stride_dx_row + c, dx, mask=mask)
+    return rows, sums
+
+
+@triton.jit
 def short_conv_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, dy_ptr, dy_1_ptr, dy_2_ptr, dx_ptr, totals_ptr, cu_seqlens_ptr,
     T, D, N, width_0, width_1, block_t, blocks_per_sequence, stride_x_batch, stride_x_row,
@@ -100,34 +129,31 @@ def short_conv_backward_kernel(
         for _ in tl.static_range(W - 1):
             sums += (tl.zeros([BLOCK_D], tl.float32),)
 
-        for t in range(start, stop + W - 1, STEP_T):
-            rows = window
-            dys = ()
-            for step in tl.static_range(STEP_T):
-                there = ok & (t + step < length)
-                row = (t + step) * stride_x_row + c
-                rows += (tl.load(x_ptr + row, mask=there, other=0.0),)
-                dys += (tl.load(dy_ptr + (t + step) * width + column, mask=there, other=0.0),)
-            for step in tl.static_range(STEP_T):
-                gradient = before_activation(rows, step, dys[step], taps, bias, W, SILU)
-                gradient = tl.where(t + step < length, gradient, 0.0)
-                sums += (gradient,)
-                if NEED_TOTALS:
-                    own = tl.where(t + step < stop, gradient, 0.0)
+        # whole steps of own tokens: those past `stop` are past the sequence's end, and zero
+        for t in range(start, stop, STEP_T):
+            rows, sums = conv_gradients(
+                x_ptr, dy_ptr, dx_ptr, t, start, stop, length, c, column, ok, stride_x_row, width,
+                stride_dx_row, window, sums, taps, bias, W, STEP_T, SILU, NEED_X,
+            )  # fmt: skip
+            if NEED_TOTALS:
+                for step in tl.static_range(STEP_T):
+                    gradient = sums[W - 1 + step]
                     added = ()
                     for tap in tl.static_range(W):
-                        added += (totals[tap] + own * rows[step + tap].to(tl.float32),)
-                    added += (totals[W] + own,)
+                        added += (totals[tap] + gradient * rows[step + tap].to(tl.float32),)
+                    added += (totals[W] + gradient,)
                     totals = added
-            if NEED_X:
-                for step in tl.static_range(STEP_T):
-                    i = t + step - (W - 1)
-                    dx = of_input(sums, step, taps, W).to(dx_ptr.dtype.element_ty)
-                    tl.store(
-                        dx_ptr + i * stride_dx_row + c, dx, mask=ok & (i >= start) & (i < stop)
-                    )
             window = rows[STEP_T:]
             sums = sums[STEP_T:]
+        if NEED_X:
+            end = start + tl.cdiv(stop - start, STEP_T) * STEP_T
+            for t in range(end, stop + W - 1, STEP_T):
+                rows, sums = conv_gradients(
+                    x_ptr, dy_ptr, dx_ptr, t, start, stop, length, c, column, ok, stride_x_row,
+                    width, stride_dx_row, window, sums, taps, bias, W, STEP_T, SILU, NEED_X,
+                )  # fmt: skip
+                window = rows[STEP_T:]
+                sums = sums[STEP_T:]
     elif NEED_X:
         for i in range(start, stop):
             zeros = tl.zeros([BLOCK_D], dx_ptr.dtype.element_ty)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.kernel import quick_sigmoid
 from kda_ops.norm.kernel import four_axes, row_offset
 from kda_ops.tuning import choose
 
@@ -27,7 +28,7 @@ def rms_norm_gated_backward_kernel(
     """
     v = tl.arange(0, BLOCK_V)
     weight = tl.load(weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK_V], tl.float32)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)  # of rows in registers: added up at the end
     first = tl.program_id(0).to(tl.int64) * steps * BLOCK_ROWS
     for step in range(steps):
         row = first + step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -42,7 +43,7 @@ def rms_norm_gated_backward_kernel(
             o_at = o_row[:, None] + v[None, :]
             gate_at = gate_row[:, None] + v[None, :]
         o = tl.load(o_ptr + o_at, mask=ok, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_V]
-        gate = tl.sigmoid(tl.load(gate_ptr + gate_at, mask=ok, other=0.0).to(tl.float32))
+        gate = quick_sigmoid(tl.load(gate_ptr + gate_at, mask=ok, other=0.0).to(tl.float32))
         dy = tl.load(dy_ptr + dense, mask=ok, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(o * o, axis=1) / V + EPS)[:, None]
         y = o * scale
@@ -56,9 +57,10 @@ def rms_norm_gated_backward_kernel(
             dgate = of_weight * weight[None, :] * (1.0 - gate)
             tl.store(dgate_ptr + dense, dgate.to(dgate_ptr.dtype.element_ty), mask=ok)
         if NEED_WEIGHT:
-            total += tl.sum(of_weight, axis=0)
+            total += of_weight
     if NEED_WEIGHT:
-        tl.store(totals_ptr + tl.program_id(0).to(tl.int64) * V + v, total, mask=v < V)
+        part = totals_ptr + tl.program_id(0).to(tl.int64) * V + v
+        tl.store(part, tl.sum(total, axis=0), mask=v < V)
 
 
 def launch_rms_norm_gated_backward(
