@@ -159,6 +159,15 @@ def read_before_and_after(states: Sequence[Tensor], step: Step) -> list[Tensor]:
     return [*results, *(x + 1 for x in old), *(x.mean() for x in states)]
 
 
+def swapped(states: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+    a, b = states
+    results = RECURRENT((a,), inputs)
+    before = a.clone()
+    a.copy_(b)
+    b.copy_(before)
+    return results + RECURRENT((a,), inputs)
+
+
 PROGRAMS = [
     put_back_from_copies,
     put_back_after_two_steps,
@@ -227,16 +236,7 @@ def test_a_layer_of_a_cache(whole: bool, device: str) -> None:
 @devices
 def test_states_that_are_swapped(device: str) -> None:
     (state,), inputs = RECURRENT.inputs(device)
-
-    def program(states: list[Tensor], inputs: Inputs) -> list[Tensor]:
-        a, b = states
-        results = RECURRENT((a,), inputs)
-        before = a.clone()
-        a.copy_(b)
-        b.copy_(before)
-        return results + RECURRENT((a,), inputs)
-
-    compare(program, [state, 2 * state], inputs)
+    compare(swapped, [state, 2 * state], inputs)
 
 
 @devices

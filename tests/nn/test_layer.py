@@ -16,6 +16,7 @@ from kda_ops import config
 from kda_ops.cache.batch import KDABatch
 from kda_ops.nn.layer import KimiDeltaAttention
 from tests.support.fake_cuda import cuda_code, summary
+from tests.support.generated import load
 from tests.support.oracle import assert_close
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -545,6 +546,17 @@ def test_no_copy_of_the_states(layout: str, dynamic: bool) -> None:
     found = summary(source)
     assert [name for name in found.launches if name.endswith("_kernel")]
     assert {name.rpartition(".")[2] for name in found.externs} == {"mm", "addmm"}
+
+
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_code_for_a_gpu(mode: str) -> None:
+    """What the generated kernels and the hand-written ones compute together."""
+    layer = KimiDeltaAttention(HIDDEN, 16, 2, dtype=BF16).requires_grad_(False)
+    inputs = mode_arguments(mode, layer, 0)
+    if mode == "prefill":
+        batch = KDABatch.prefill([70, 3], [2, 1], has_initial_state=[True, False])
+        inputs |= {"hidden_states": inputs["hidden_states"][:, :73], "batch": batch}
+    check_call(lambda **inputs: cuda_code(layer, load=load, **inputs)[0], layer, inputs)
 
 
 def test_layout_is_a_constant_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:

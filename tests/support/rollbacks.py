@@ -20,6 +20,8 @@ from kda_ops.conv.short_conv_update.cases import short_conv_update_inputs
 from kda_ops.delta_rule.chunk_kda_gated.cases import chunk_kda_gated_inputs
 from kda_ops.delta_rule.kda_decode.cases import kda_decode_inputs
 from kda_ops.delta_rule.recurrent_kda.cases import recurrent_inputs
+from tests.support.fake_cuda import cuda_code
+from tests.support.generated import load
 from tests.support.operators import NAMES, public_function
 from tests.support.oracle import assert_close, tensors
 
@@ -131,11 +133,20 @@ STEPPERS = [
 
 
 def compare(
-    program: Callable[..., list[Tensor]], states: Any, *args: Any, dynamic: bool = False
+    program: Callable[..., list[Tensor]],
+    states: Any,
+    *args: Any,
+    dynamic: bool = False,
+    interpreted: bool = False,
 ) -> None:
     """Checks a compiled program against eager fp64 by the rule: its results, and the states it
     writes, its first argument.
+
+    With `interpreted`, what is generated for a GPU is run, on CPU tensors in Triton's interpreter.
     """
+    compiled = torch.compile(program, fullgraph=True, dynamic=dynamic)
+    if interpreted:
+        compiled = lambda *args: cuda_code(program, *args, dynamic=dynamic, load=load)[0]  # noqa: E731
 
     def run(function: Any, states: Any, args: Any) -> list[Tensor]:
         return [*function(states, *args), *tree_leaves(states)]
@@ -143,7 +154,7 @@ def compare(
     with torch.no_grad():
         expected = run(program, tree_map(torch.clone, states), args)
         fp64 = run(program, *tree_map(double, (states, args)))
-        found = run(torch.compile(program, fullgraph=True, dynamic=dynamic), states, args)
+        found = run(compiled, states, args)
     for x, e, e64 in zip(found, expected, fp64, strict=True):
         assert_close(x, e, e64)
 
