@@ -12,6 +12,7 @@ import kda_ops
 from kda_ops import KimiDeltaAttention
 from kda_ops._numerics import RCP_LN2
 from tests.support.fake_cuda import captured, cuda_code
+from tests.support.generated import load
 from tests.support.launches import FORBIDDEN, GEMMS, PREFILL, Summary, expect, summary
 from tests.support.oracle import assert_close
 from tests.support.training import Training, trained
@@ -271,6 +272,26 @@ def test_launches(dynamic: bool) -> None:
     made = [name for name in backward.launches if name.startswith("triton_")]
     assert sorted({*backward.launches} - {*made}) == sorted(GRADIENT)
     assert len(made) <= MADE, str(backward)
+
+
+def test_code_for_a_gpu() -> None:
+    """What both graphs compute: the kernels by hand around Inductor's, and the convolution's, which
+    reads y's gradient in parts and writes x's into that of the projection.
+    """
+    module = KimiDeltaAttention(32, 64, 2, dtype=torch.bfloat16)
+    x = torch.randn(2, 40, 32, dtype=torch.bfloat16, requires_grad=True)
+
+    def gradients_of_sum(module: Any, x: Tensor) -> list[Tensor]:
+        out = module(x)
+        return [out, *torch.autograd.grad(out.sum(), [x, *module.parameters()])]
+
+    out, (_, backward) = cuda_code(module, x, backward=True, load=load)
+    assert "'PARTS': 3" in backward
+    found = [out, x.grad, *(p.grad for p in module.parameters())]
+    low = gradients_of_sum(module, x)
+    high = gradients_of_sum(copy.deepcopy(module).double(), x.detach().double().requires_grad_())
+    for result, eager, exact in zip(found, low, high, strict=True):
+        assert_close(result, eager, exact, x.dtype)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -91,7 +91,9 @@ class Kernel:
             self.arguments = [n for n in signature if n not in constexprs]
             self.arguments += meta["inductor_meta"]["extra_launcher_args"]
             # what is None is printed as -1
-            self.constants = meta["triton_meta"]["constants"]
+            self.constants = dict(meta["triton_meta"]["constants"])
+            if "PACKED" in self.constants:
+                self.constants["PACKED"] = False  # inline assembly is not interpreted
         else:
             self.arguments = [n for n, kind in signature.items() if kind != "constexpr"]
             self.constants = {n: BLOCKS[n] for n, kind in signature.items() if kind == "constexpr"}
