@@ -76,6 +76,13 @@ def load_cpp(source: str) -> ctypes.CDLL:
     return CppCodeCache.load(source)
 
 
+def cache_folders() -> dict[str, str]:
+    """Where Inductor and Triton keep what they compile."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
+
+    return {"Inductor": cache_dir(), "Triton": triton_cache_dir(0)}
+
+
 def size_hint(expression: Any) -> int:
     """The number that a symbolic size of the graph being lowered had when it was traced."""
     sizes = V.graph.sizevars

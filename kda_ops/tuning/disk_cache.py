@@ -22,6 +22,7 @@ import torch
 
 logger = logging.getLogger("kda_ops.tuning")
 TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
+KERNELS = ("kernel.py", "kernels/*.py", "backward.py")  # files with kernels
 
 
 def folder() -> Path:
@@ -50,7 +51,7 @@ def versions() -> dict[str, str]:
             continue
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    kernels = (*root.rglob("kernel.py"), *root.rglob("kernels/*.py"))
+    kernels = [x for name in KERNELS for x in root.rglob(name)]
     for path in sorted([*kernels, *root.glob("tuning/*.py")]):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
