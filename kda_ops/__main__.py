@@ -4,10 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kda_ops.demos import compiled_layer, disaggregated
+from kda_ops.demos import compiled_layer, disaggregated, training
 from kda_ops.explain import command as explain
 
-COMMANDS = {"demo": compiled_layer, "explain": explain, "pd-demo": disaggregated}
+COMMANDS = {
+    "demo": compiled_layer,
+    "train": training,
+    "explain": explain,
+    "pd-demo": disaggregated,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
