@@ -9,7 +9,6 @@ import random
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import types
 from collections import Counter
@@ -34,6 +33,7 @@ from tests.support.oracle import assert_close
 
 ROOT = Path(kda_ops.__file__).parent.parent
 PAGE = (ROOT / "docs" / "training.md").read_text()
+(SHOWN,) = re.findall(r"^```text\n(model .*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 SIZES = {"hidden": 16, "layers": 2, "heads": 2, "batch": 2, "length": 80}
 TINY = [f"--{name}={size}" for name, size in SIZES.items()]
 TINY += ["--device=cpu", "--lr=3e-3"]
@@ -69,11 +69,11 @@ def train(text: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[
     return call
 
 
-def losses(text: Path, dtype: str, **options: Any) -> Tensor:
+def losses(text: Path, dtype: str, steps: int = STEPS, **options: Any) -> Tensor:
     """The losses of an eager training in a dtype."""
     settings = Settings(**SIZES, lr=3e-3, seed=0, dtype=dtype)
     trainer = Trainer(settings, read_text(text), torch.device("cpu"), eager=True, **options)
-    for _ in range(STEPS):
+    for _ in range(steps):
         trainer.step()
     return torch.tensor(trainer.read(), dtype=torch.float64 if dtype == "fp64" else torch.float32)
 
@@ -100,21 +100,15 @@ def test_compiled(
     from torch._dynamo.utils import counters
 
     whole, half = tmp_path / "whole.pt", tmp_path / "half.pt"
+    fresh = [*TINY, f"--text={text}"]
     counters.clear()
-    for path, steps, *more in (
-        (whole, STEPS, f"--text={text}"),
-        (half, STEPS // 2, f"--text={text}"),
-        (half, STEPS, f"--resume={half}"),
-    ):
-        capsys.readouterr()
-        arguments = [*TINY, f"--steps={steps}", f"--save={path}", *more]
-        if "resume" in arguments[-1]:
-            arguments = arguments[len(SIZES) :]  # they are in the checkpoint
-        assert main(["train", *arguments]) == 0
+    assert main(["train", *fresh, f"--steps={STEPS}", f"--save={whole}"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert f"resumed after {STEPS // 2} steps of {half}" in out
-    assert shapes(out) <= shapes(PAGE)  # what the page shows, up to numbers
+    assert shapes(out) == shapes(SHOWN)
+    assert main(["train", *fresh, f"--steps={STEPS // 2}", f"--save={half}"]) == 0
+    assert main(["train", f"--steps={STEPS}", f"--save={half}", f"--resume={half}"]) == 0
+    assert f"resumed after {STEPS // 2} steps of {half}" in capsys.readouterr().out
     assert counters["stats"]["unique_graphs"] == 2  # of any block, and of the head
     assert not counters["graph_break"]
 
@@ -122,22 +116,21 @@ def test_compiled(
     assert found[0] == found[1]
     reference, exact = oracle
     assert_close(torch.tensor(found[0]), reference, exact)
-    assert exact[-1] < 0.7 * math.log(256)
+    assert exact[-1] < 0.75 * exact[0]
 
 
 def shapes(text: str) -> set[str]:
-    """The lines of a text with each number, path and name of a text replaced."""
-    text = re.sub(r"^(text  +)[^,]*,|\S+\.pt", r"\1F", text, flags=re.MULTILINE)
-    text = re.sub(r"threads?,", "threads,", re.sub(r"torch \S+,", "torch V,", text))
-    text = re.sub(r" +\d[\d,.]*(e-\d+)?|(?<=/)\d+", " #", text)
-    return {line.rstrip() for line in text.splitlines() if not re.search(r"\||---", line)}
+    """The lines of what is printed without the curve, and without what differs from run to run."""
+    text = re.sub(r"\S+\.pt", "FILE", re.sub(r"^(text +)[^,]*", r"\1FILE", text, flags=re.M))
+    text = re.sub(r"threads?,", "threads,", re.sub(r"torch \S+,", "torch VERSION,", text))
+    text = re.sub(r" +", " ", re.sub(r"\d[\d,.]*(?<!,)", "#", text))
+    return {line.strip() for line in text.splitlines() if not re.search(r"\||--|^ # step", line)}
 
 
 def test_bf16(train: Callable[..., dict[str, Any]], oracle: tuple[Tensor, Tensor]) -> None:
     """Under autocast, with weights in fp32: as near to fp64 as bf16 is."""
-    found = train("--dtype=bf16", "--steps", STEPS)
-    wide, exact = oracle
-    bf16 = torch.tensor(found["losses"])
+    bf16 = torch.tensor(train("--dtype=bf16", "--steps=10")["losses"])
+    wide, exact = (x[:10] for x in oracle)
     assert not torch.equal(bf16, wide)
     assert_close(bf16, wide, exact, torch.bfloat16)
 
@@ -194,10 +187,10 @@ def test_ctrl_c_ends_after_a_whole_step(
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", interrupted)
-        found = train("--steps=9", "--save", path, status=command.INTERRUPTED)
+        found = train("--steps=7", "--save", path, status=command.INTERRUPTED)
     assert len(found["losses"]) == 5
     assert signal.getsignal(signal.SIGINT) is handler
-    assert train("--steps=9", "--resume", path)["losses"] == train("--steps=9")["losses"]
+    assert train("--steps=7", "--resume", path)["losses"] == train("--steps=7")["losses"]
 
 
 def test_out_of_memory(
@@ -238,7 +231,8 @@ def fla_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fla_installed")
 def test_the_baseline_has_our_weights(text: Path, oracle: tuple[Tensor, Tensor]) -> None:
     """The same losses, and weights of its own."""
-    assert_close(losses(text, "fp32", mixer=FlaMixer), *oracle)
+    reference, exact = (x[:10] for x in oracle)
+    assert_close(losses(text, "fp32", 10, mixer=FlaMixer), reference, exact)
     ours = kda_ops.KimiDeltaAttention(16, 8, 2)
     storages = {p.untyped_storage().data_ptr() for p in ours.parameters()}
     assert storages.isdisjoint(p.data_ptr() for p in fla_layer(ours).parameters())
@@ -253,10 +247,10 @@ def test_baseline(
 ) -> None:
     """As on a GPU: ours first, then theirs, in one table and one drawing."""
     monkeypatch.setattr(command, "_check_baseline", lambda *_: None)
-    found = train("--steps=12", "--baseline=fla")
+    found = train("--steps=3", "--baseline=fla")
     assert found["baseline"]["name"].startswith("FLA ")
-    assert len(found["baseline"]["losses"]) == 12
-    arguments = [*TINY, "--eager", "--steps=12", "--baseline=fla", f"--text={text}"]
+    assert len(found["baseline"]["losses"]) == 3
+    arguments = [*TINY, "--eager", "--steps=3", "--baseline=fla", f"--text={text}"]
     assert main(["train", *arguments]) == 0
     out = capsys.readouterr().out
     assert re.search(
@@ -524,20 +518,15 @@ def test_a_python_without_help_topics(
     assert refused() == "this Python has no help topics: name a text with --text"
 
 
-def test_help_in_a_fresh_process() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kda_ops", "train", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
     for option in (*SIZES, "text", "device", "steps", "lr", "seed", "dtype", "eager", "save",
                    "resume", "baseline", "picture", "json"):  # fmt: skip
-        assert f"--{option}" in done.stdout
-    assert "(default: 64, 512 on a GPU)" in re.sub(r"\s+", " ", done.stdout)
+        assert f"--{option}" in out
+    assert "(default: 64, 512 on a GPU)" in re.sub(r"\s+", " ", out)
 
 
 # ---------------------------------------------------------------------- the page
