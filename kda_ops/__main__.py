@@ -4,10 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kda_ops.demos import compiled_layer, disaggregated, doctor
+from kda_ops.demos import compiled_layer, disaggregated, doctor, training
 from kda_ops.explain import command as explain
 
-COMMANDS = {"demo": compiled_layer, "doctor": doctor, "explain": explain, "pd-demo": disaggregated}
+COMMANDS = {
+    "demo": compiled_layer,
+    "train": training,
+    "explain": explain,
+    "doctor": doctor,
+    "pd-demo": disaggregated,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

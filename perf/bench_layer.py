@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kda_ops.cache.batch import KDABatch
+from kda_ops.demos.training.baseline import fla_layer
 from kda_ops.nn.layer import KimiDeltaAttention
 from perf.baselines.fla import fla
 from perf.harness.rows import COMPILED, OURS, Call, Inputs, Row, RunReferences
@@ -67,30 +68,7 @@ def references(inputs: Inputs) -> Call:
 @functools.cache
 def fla_layer_like(ours: KimiDeltaAttention) -> torch.nn.Module:
     """FLA's layer with the weights of ours."""
-    from fla.layers import KimiDeltaAttention as FlaLayer
-
-    theirs = FlaLayer(
-        hidden_size=ours.hidden_size,
-        head_dim=ours.head_k_dim,
-        num_heads=ours.num_heads,
-        lower_bound=ours.lower_bound,
-        safe_gate=ours.lower_bound is not None,
-    )
-    weights = dict(ours.named_parameters())
-    weights["o_norm.weight"] = weights.pop("o_norm_weight")
-    for gate in "fg":
-        for part in ("weight", "bias"):
-            if f"{gate}_proj.{part}" in weights:
-                weights[f"{gate}_proj.1.{part}"] = weights.pop(f"{gate}_proj.{part}")
-    del weights["in_proj.weight"]
-    for name, projection in ours.in_parts().items():
-        weights[f"{name}_proj.0.weight" if name in "fg" else f"{name}_proj.weight"] = projection
-    convolutions = weights.pop("conv_weight").split([ours.in_sizes[x] for x in "qkv"])
-    for name, convolution in zip("qkv", convolutions, strict=True):
-        weights[f"{name}_conv1d.weight"] = convolution
-    for name, parameter in theirs.named_parameters():
-        parameter.data = weights[name].data.reshape(parameter.shape)
-    return theirs.eval()
+    return fla_layer(ours).eval()
 
 
 def theirs(inputs: Inputs) -> Call:

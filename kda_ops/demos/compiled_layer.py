@@ -28,6 +28,7 @@ from torch import Tensor
 from kda_ops import config
 from kda_ops._progress import progress
 from kda_ops.cache.batch import KDABatch
+from kda_ops.demos import arguments
 from kda_ops.nn.layer import KimiDeltaAttention, State
 
 SUMMARY = "compile a Kimi Linear layer, prefill a text and decode, checked against fp64"
@@ -41,17 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m kda_ops demo`."""
     parser.add_argument(
         "--device",
-        type=_device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        type=arguments.device,
+        default=arguments.default_device(),
         help="device of the layer, cpu or cuda",
     )
     parser.add_argument(
         "--tokens",
-        type=_positive,
+        type=arguments.positive,
         default=argparse.SUPPRESS,
         help="prompt length in bytes (default: 256 on the CPU, 2048 elsewhere)",
     )
-    parser.add_argument("--heads", type=_positive, default=32, help="number of heads")
+    parser.add_argument("--heads", type=arguments.positive, default=32, help="number of heads")
     parser.add_argument(
         "--layout",
         choices=(*config.LAYOUTS, config.AUTO),
@@ -60,38 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--text",
-        type=_text,
+        type=arguments.text_file,
         metavar="FILE",
         help="file with the prompt and its continuation (default: the source of this command)",
     )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"no CUDA device is available, got {name!r}")
-    return device
-
-
-def _positive(value: str) -> int:
-    if not value.isdecimal() or int(value) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {value!r}")
-    return int(value)
-
-
-def _text(name: str) -> Path:
-    path = Path(name)
-    try:
-        if not path.read_bytes():
-            raise argparse.ArgumentTypeError(f"must not be empty, got {name}")
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot read {name}: {error.strerror}") from error
-    return path
 
 
 @dataclass(frozen=True)
@@ -121,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     source = args.text or TEXT
     print(f"layer   hidden {HIDDEN}, {args.heads} heads of {HEAD_DIM}, softplus gate, bf16")
     print(f"text    {source.name}, {tokens} bytes prefilled, {STEPS} decoded one by one")
-    print(f"device  {_device_name(args.device)}, torch {torch.__version__}", flush=True)
+    print(f"device  {arguments.device_name(args.device)}, torch {torch.__version__}", flush=True)
     torch.manual_seed(0)
     with torch.no_grad():
         original = KimiDeltaAttention(
@@ -155,12 +128,6 @@ def decode() -> tuple[KimiDeltaAttention, tuple[Tensor], dict[str, object]]:
     layer = KimiDeltaAttention(HIDDEN, HEAD_DIM, 32, dtype=DTYPE)
     how = {"state": layer.state_spec().allocate(SLOTS), "batch": KDABatch.decode([SLOT])}
     return layer, (torch.randn(1, 1, HIDDEN, dtype=DTYPE),), how
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device}, {torch.cuda.get_device_name(device)}"
-    return f"{device}, {torch.get_num_threads()} threads"
 
 
 def _measure(

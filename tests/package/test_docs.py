@@ -72,7 +72,7 @@ def test_modules_that_are_named_exist() -> None:
         text = page.read_text()
         for path in re.findall(r"`((?:kda_ops|lowering|tests|perf|docs)/[\w./-]+)`", text):
             assert (ROOT / path).exists(), f"{page.name} names {path}"
-        for name in re.findall(r"(?<![/\w])kda_ops(?:\.\w+)+", text):
+        for name in re.findall(r"(?<![/\w.])kda_ops(?:\.\w+)+", text):
             assert resolves(name), f"{page.name} names {name}"
 
 

@@ -363,6 +363,22 @@ def replicated_data(mesh: DeviceMesh) -> None:
         assert_close(p.grad, reference[name], fp64[name], BF16)
 
 
+@scenario
+def replicated_data_compiled(mesh: DeviceMesh) -> None:
+    """DDP with a compiled layer; the first of two steps does not reduce."""
+    original = layer().to(BF16)
+    replica = DistributedDataParallel(copy.deepcopy(original))
+    compiled = torch.compile(replica, backend="aot_eager")
+    x = inputs(dist.get_rank(), BF16)
+    with replica.no_sync():
+        loss(compiled(x)).backward()
+    loss(compiled(x)).backward()
+    reference = alone(copy.deepcopy(original), lambda rank: inputs(rank, BF16))
+    fp64 = alone(copy.deepcopy(original).double(), lambda rank: inputs(rank, torch.float64))
+    for name, p in replica.module.named_parameters():
+        assert_close(p.grad / 2, reference[name], fp64[name], BF16)
+
+
 def main(rank: int, world: int, store: str) -> None:
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group(

@@ -46,8 +46,9 @@ class Command(NamedTuple):
 
 
 HELP = [
-    Command("--help", ("usage: ", "demo", "explain", "pd-demo")),
+    Command("--help", ("usage: ", "demo", "train", "explain", "pd-demo")),
     Command("demo --help", (r"--text FILE", r"fp64")),
+    Command("train --help", (r"--resume PATH", r"bit for bit")),
     Command("explain --help", (r"module:factory", r"--html FILE")),
     Command("pd-demo --help", (r"--prefill-tp", r"NIXL")),
 ]
@@ -55,6 +56,7 @@ WRONG = [
     Command("", (r"required: command",), 2),
     Command("nothing", (r"invalid choice: 'nothing'",), 2),
     Command("demo --tokens none", (r"must be a whole number from 1, got 'none'",), 2),
+    Command("train --hidden 10 --heads 3", (r"must be a multiple of --heads",), 2),
     Command("explain my_model", (r"must be module:factory, got 'my_model'",), 2),
     Command("explain no_such_model:factory", (r"there is no module 'no_such_model'",), 2),
     Command("pd-demo --tokens 3", (r"must be a whole number from 17, got '3'",), 2),
@@ -64,6 +66,7 @@ RIGHT = [
         "demo --device cpu --tokens 70 --heads 1",
         (r"compiled_layer\.py, 70 bytes", r"all is well\n$"),
     ),
+    Command("train --eager --device cpu --steps 2", (r"help topics", r"\nkda-ops ")),
     Command("explain my_model:factory --html my_model.html", (r"chunk_kda_gated", r"8 -> 4")),
 ]
 PD_DEMO = Command(
