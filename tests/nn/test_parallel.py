@@ -1,0 +1,55 @@
+"""The layer by heads over 2 and 4 ranks, operators on DTensors, and FSDP2 on top of both.
+
+`tests/support/parallel_ranks.py` and `dtensor_ranks.py` have the scenarios; those of one file run
+in the same processes, once.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import dtensor_ranks, lost_ranks, parallel_ranks
+from tests.support.processes import failures_of, start
+
+LAYERS, OPERATORS = "tests.support.parallel_ranks", "tests.support.dtensor_ranks"
+FOUND: dict[tuple[str, int], dict[str, str]] = {}
+
+
+def failures(module: str, world: int, folder: Path) -> dict[str, str]:
+    if (module, world) not in FOUND:
+        FOUND[module, world] = failures_of(module, world, folder / "store")
+    return FOUND[module, world]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", parallel_ranks.SCENARIOS)
+def test_layer(name: str, world: int, tmp_path: Path) -> None:
+    assert name not in failures(LAYERS, world, tmp_path), FOUND[LAYERS, world][name]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", dtensor_ranks.SCENARIOS)
+def test_operators(name: str, world: int, tmp_path: Path) -> None:
+    assert name not in failures(OPERATORS, world, tmp_path), FOUND[OPERATORS, world][name]
+
+
+def test_a_lost_rank_is_an_error(tmp_path: Path) -> None:
+    """Wherever a rank dies, or takes another mesh, the others get an error, and none waits on."""
+    ranks = {
+        when: start("tests.support.lost_ranks", 2, tmp_path / f"store{i}", when)
+        for i, when in enumerate(lost_ranks.WHEN)
+    }
+    try:
+        for when, (first, second) in ranks.items():
+            for process in (first,) if when != "another mesh" else (first, second):
+                # starting takes its time; waiting for the other no more than the timeout
+                output, _ = process.communicate(timeout=60 + 2 * lost_ranks.TIMEOUT_S)
+                error = json.loads(output.splitlines()[-1])
+                assert error is not None, when
+                assert "Error" in error.partition(":")[0], (when, error)
+    finally:
+        for process in itertools.chain(*ranks.values()):
+            process.kill()
+            process.wait()
