@@ -6,6 +6,7 @@ in the same processes, once.
 
 import itertools
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -52,4 +53,19 @@ def test_a_lost_rank_is_an_error(tmp_path: Path) -> None:
     finally:
         for process in itertools.chain(*ranks.values()):
             process.kill()
-            process.wait()
+            process.communicate()
+
+
+def test_the_page_runs_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setenv("PAGE_PORT", str(free.getsockname()[1]))
+    ranks = start("tests.support.page_ranks", 2, tmp_path / "store")
+    try:
+        for rank, process in enumerate(ranks):
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, f"rank {rank} failed"
+            assert int(output.splitlines()[-1]) >= 4
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()

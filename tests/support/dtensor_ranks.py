@@ -321,6 +321,8 @@ def a_model_of_dtensors(mesh: DeviceMesh) -> None:
     assert backward == {}, backward
     compare(sharded, whole, out, expected)
 
+    if mesh.size() > 2:  # time: compilation does not depend on the number of ranks
+        return
     # compiled: the same, counted in the graphs
     from tests.support.graph_code import Graphs  # loads Dynamo
 

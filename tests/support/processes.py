@@ -51,6 +51,7 @@ def failures_of(module: str, world: int, store: Path, timeout_s: float = 300) ->
     finally:
         for process in ranks:
             process.kill()
+            process.communicate()
     return found
 
 
