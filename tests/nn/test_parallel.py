@@ -1,7 +1,7 @@
 """The layer by heads over 2 and 4 ranks, operators on DTensors, and FSDP2 on top of both.
 
-`tests/support/parallel_ranks.py` and `dtensor_ranks.py` have the scenarios; those of one file run
-in the same processes, once.
+`tests/support/parallel_ranks.py` and `dtensor_ranks.py` have the scenarios; all of them run in the
+same processes, once.
 """
 
 import itertools
@@ -14,26 +14,19 @@ import pytest
 from tests.support import dtensor_ranks, lost_ranks, parallel_ranks
 from tests.support.processes import failures_of, start
 
-LAYERS, OPERATORS = "tests.support.parallel_ranks", "tests.support.dtensor_ranks"
-FOUND: dict[tuple[str, int], dict[str, str]] = {}
+SCENARIOS = parallel_ranks.SCENARIOS | dtensor_ranks.SCENARIOS
 
 
-def failures(module: str, world: int, folder: Path) -> dict[str, str]:
-    if (module, world) not in FOUND:
-        FOUND[module, world] = failures_of(module, world, folder / "store")
-    return FOUND[module, world]
+@pytest.fixture(scope="module", params=[2, 4], ids=["two ranks", "four ranks"])
+def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Failures by scenario and rank."""
+    store = tmp_path_factory.mktemp("parallel") / "store"
+    return failures_of("tests.support.parallel_ranks", request.param, store)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", parallel_ranks.SCENARIOS)
-def test_layer(name: str, world: int, tmp_path: Path) -> None:
-    assert name not in failures(LAYERS, world, tmp_path), FOUND[LAYERS, world][name]
-
-
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", dtensor_ranks.SCENARIOS)
-def test_operators(name: str, world: int, tmp_path: Path) -> None:
-    assert name not in failures(OPERATORS, world, tmp_path), FOUND[OPERATORS, world][name]
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(name: str, failures: dict[str, str]) -> None:
+    assert name not in failures, failures[name]
 
 
 def test_a_lost_rank_is_an_error(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
-"""What one rank of `tests/nn/test_parallel.py` runs for operators on DTensors: `python -m
-tests.support.dtensor_ranks RANK WORLD STORE`.
+"""What one rank of `tests/nn/test_parallel.py` runs for operators on DTensors, in the processes of
+`tests/support/parallel_ranks.py`.
 
 Every operator, sharded by each axis that its rule allows, against the same call in one process in
 fp64; and a model of DTensors.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,6 @@ from torch.distributed.tensor.parallel import (
 import kda_ops
 from kda_ops import fused
 from kda_ops._sharding import RULES
-from tests.support.processes import run_scenarios
 
 SCENARIOS: dict[str, Callable[[DeviceMesh], None]] = {}
 B, T, H, HV, K, V, W, SLOTS, HIDDEN = 4, 70, 4, 8, 8, 16, 4, 5, 32
@@ -337,7 +335,7 @@ def a_model_of_dtensors(mesh: DeviceMesh) -> None:
 
 
 @scenario
-def refusals(mesh: DeviceMesh) -> None:
+def moved_states_are_refused(mesh: DeviceMesh) -> None:
     """A state stays where it is: what would have to move it is an error."""
     name = "recurrent_kda"
     function, tensors, others = calls()[name]
@@ -393,7 +391,3 @@ def two_dimensions(mesh: DeviceMesh) -> None:
     A_log = distribute_tensor(tensors["A_log"], grid, [Replicate(), Shard(0)]).requires_grad_()
     function(raw, A_log).sum().backward()
     assert A_log.grad.placements == (Partial(), Shard(0))
-
-
-if __name__ == "__main__":
-    run_scenarios(SCENARIOS, int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 from kda_ops import KDABatch, KimiDeltaAttention
 from kda_ops.nn import HeadwiseParallel, parallelize, state_dict_by_parts
 from kda_ops.nn.fsdp import EXACT
+from tests.support import dtensor_ranks
 from tests.support.fsdp_ranks import BF16, Gates, loss
 from tests.support.oracle import assert_close
 from tests.support.processes import run_scenarios
@@ -494,4 +495,6 @@ def refusals(mesh: DeviceMesh) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    run_scenarios(SCENARIOS, int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run_scenarios(
+        SCENARIOS | dtensor_ranks.SCENARIOS, int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    )
