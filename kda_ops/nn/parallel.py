@@ -4,7 +4,9 @@
 
 Each rank computes `HV / ranks` value heads and the key heads that they need, and the outputs are
 summed: one collective per layer, an all-reduce, or with `sequence_parallel` an all-gather before
-the layer and a reduce-scatter after it. States are those of `state_spec()`, of one rank's heads.
+the layer and a reduce-scatter after it. A backward has the same for the input, and a small
+all-reduce for each parameter that all ranks have. States are those of `state_spec()`, of one rank's
+heads.
 
 **Parameters.** Every parameter becomes a DTensor whose values over all ranks, in order, are those
 of the whole layer: a plain `Shard` by heads, or `Replicate` for what all heads share (the first
@@ -102,7 +104,7 @@ class HeadwiseParallel(ParallelStyle):
                 check_layer(name, layer, device_mesh)
         except ValueError as error:
             problem = error
-        facts = [(name, type(x).__name__, repr(x)) for name, x in layers]
+        facts = [(name, description(x)) for name, x in layers]
         check_agreement(device_mesh, (device_mesh.mesh.tolist(), repr(self), facts), problem)
         for _, layer in layers:
             shard_layer(layer, device_mesh, self)
@@ -184,6 +186,15 @@ def check_layer(name: str, layer: KimiDeltaAttention, mesh: DeviceMesh) -> None:
             units_held(heads, ranks, 0)
         except ValueError as error:
             raise ValueError(f"{name} cannot be sharded by {kind}: {error}") from error
+
+
+def description(layer: KimiDeltaAttention) -> str:
+    """What the ranks must agree on, since their collectives follow from it."""
+    parameters = [
+        f"{name} {list(p.shape)} {p.dtype} {p.device.type}{'' if p.requires_grad else ' frozen'}"
+        for name, p in layer.named_parameters()
+    ]
+    return f"{type(layer).__name__}({layer.extra_repr()}): {', '.join(parameters)}"
 
 
 def check_agreement(mesh: DeviceMesh, facts: Any, problem: ValueError | None) -> None:

@@ -321,6 +321,7 @@ def a_model_of_dtensors(mesh: DeviceMesh) -> None:
 
     if mesh.size() > 2:  # time: compilation does not depend on the number of ranks
         return
+
     # compiled: the same, counted in the graphs
     from tests.support.graph_code import Graphs  # loads Dynamo
 
@@ -332,6 +333,33 @@ def a_model_of_dtensors(mesh: DeviceMesh) -> None:
     for gathering in ("all_gather", "all_to_all", "reduce_scatter", "broadcast"):
         assert not any(gathering in g for g in graphs.code), gathering
     compare(sharded, whole, out, expected)
+
+    # a step that writes a sharded state
+    function, tensors, _ = calls()["recurrent_kda"]
+    shards = {k: placed("recurrent_kda", k, x, "H", mesh) for k, x in tensors.items()}
+    graphs = Graphs()
+    with torch.no_grad():
+        out = torch.compile(function, fullgraph=True, backend=graphs)(**shards)
+    assert not any("c10d" in code for code in graphs.code)
+    assert_equal(out, function(**tensors))
+    assert_equal(shards["state"], tensors["state"])
+
+
+@scenario
+def definitions_and_inference_mode(mesh: DeviceMesh) -> None:
+    """The operators' twins of `kda_ops.reference()` have the same rules."""
+    for name in ("chunk_kda", "gate", "conv_split"):
+        function, tensors, others = calls()[name]
+        letter = letters(name)[-1]
+        sharded = {k: placed(name, k, x, letter, mesh) for k, x in tensors.items()}
+        expected = results(function(**tensors, **others))
+        with kda_ops.reference():
+            found = results(function(**sharded, **others))
+        with torch.inference_mode():
+            found += results(function(**sharded, **others))
+        for a, b in zip(found, [*expected, *expected], strict=True):
+            assert a.placements[0].is_shard(), name
+            assert_equal(a, b, name)
 
 
 @scenario

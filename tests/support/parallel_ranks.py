@@ -491,6 +491,9 @@ def refusals(mesh: DeviceMesh) -> None:
     assert "same layers" in refusal(
         lambda: parallelize(layer(), mesh, sequence_parallel=rank == ranks - 1)
     )
+    odd: Any = layer()
+    odd.A_log.requires_grad_(rank != ranks - 1)  # its gradient is no collective, others are
+    assert "same layers" in refusal(lambda: parallelize(odd, mesh))
 
 
 if __name__ == "__main__":
