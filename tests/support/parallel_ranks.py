@@ -245,9 +245,9 @@ def compiled(mesh: DeviceMesh) -> None:
         mesh,
         lambda layer: torch.compile(layer, fullgraph=True, backend=graphs),
     )
-    for code in graphs.code:
-        assert code.count("all_reduce.default(") == 1
-        assert "aten.cat" not in code.split("chunk_kda")[0].split("recurrent_kda")[0]
+    # one for prompts, one for single tokens; weights are read where they are
+    assert [code.count("all_reduce.default(") for code in graphs.code] == [1, 1]
+    assert not any("aten.cat" in code.split("conv")[0] for code in graphs.code)
 
 
 def shared_folder() -> str:
