@@ -6,6 +6,7 @@
   importing the package never loads Triton), which does not take fp64;
 * the fake implementation calls `lowering.install()` as soon as anything is traced, before it is
   lowered or looked up in a cache;
+* DTensors run by the rules of `_sharding`;
 * autocast is disabled inside the operator: it computes in the dtypes of its inputs, and so does its
   gradient;
 * a functional operator differentiates through its own operator `<name>_backward`: the
@@ -37,7 +38,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.autograd.graph import increment_version
 
-from kda_ops import config, tuning
+from kda_ops import _sharding, config, tuning
 from kda_ops._checks import check_kernel_dtype, check_writable
 from kda_ops._gradients import (
     Backward,
@@ -201,6 +202,7 @@ def define_op(
 
     def fake_impl(*args: Any) -> Any:
         activate_lowerings()
+        _sharding.activate(op, backward and backward.op)
         if not moves_only and any(isinstance(x, Tensor) and x.is_cuda for x in args):
             _refuse_fp64(names, tensors, args)
         return fake(*args)
@@ -243,14 +245,18 @@ def _define_reference(op: Any, operator: Operator) -> Any:
 
     def fake_impl(*args: Any) -> Any:
         activate_lowerings()
+        _sharding.activate(twin, backward and backward.op)
         return operator.fake(*args)
 
+    backward = None
     twin = _define(operator.schema, tuple(op.tags), _REFERENCE_LIBRARY)
     _implement(_REFERENCE_LIBRARY, twin, operator.cpu, operator.cpu, fake_impl)
     if operator.backward is None:
         refuse_gradients(_REFERENCE_LIBRARY, _name(twin), twin)
     else:
-        _define_backward(_REFERENCE_LIBRARY, operator.schema, twin, operator.reference, None, {})
+        backward = _define_backward(
+            _REFERENCE_LIBRARY, operator.schema, twin, operator.reference, None, {}
+        )
     return twin
 
 

@@ -118,7 +118,8 @@ def check_step(layer: Layer, hidden_states: Tensor, inputs: Projected, state: St
     check_dtype("o_norm_weight", layer.o_norm_weight)
     check_device(hidden_states=hidden_states, o_norm_weight=layer.o_norm_weight)
     check_not_negative("norm_eps", layer.norm_eps)
-    if type(layer.o_proj) is nn.Linear and not torch.is_autocast_enabled(x.device.type):
+    plain = type(layer.o_proj) is nn.Linear or not isinstance(layer.o_proj, nn.Module)
+    if plain and not torch.is_autocast_enabled(x.device.type):
         weight = layer.o_proj.weight
         check_shape("o_proj.weight", weight, (weight.shape[0], layer.value_dim))
         check_dtype("o_proj.weight", weight, (x.dtype,))

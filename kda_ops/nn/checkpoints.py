@@ -8,7 +8,7 @@ Four naming schemes are recognized by their names:
   `q_conv1d`, `k_conv1d`, `v_conv1d`;
 * Hugging Face: `forget_gate.f_a_proj`, `forget_gate.f_b_proj`, `forget_gate.A_log`,
   `forget_gate.dt_bias`, `g_a_proj`, `g_b_proj`, one `conv1d`;
-* kda_ops: the layer's own, `in_proj`, `conv_weight`, ...
+* kda_ops: the layer's own, `in_proj`, `conv_weight`, ..., packed or by parts (`kda_ops.nn.parts`).
 
 A full-rank gate is a single `f_proj` or `g_proj` in all but the last. The last has one matrix,
 `in_proj`, where the others have one each for q, k, v, the gates and beta.
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from kda_ops.nn.parts import join_parts
 
 if TYPE_CHECKING:
     from kda_ops.nn.layer import KimiDeltaAttention
@@ -64,10 +66,10 @@ def convert_state_dict(
         raise ValueError(
             f"state_dict must have names that start with {prefix!r}, got {_some(state_dict)}"
         )
+    join_parts(layer, found)
     naming = detect_naming(found)
     parts = {
-        name: _sources(name, tuple(parameter.shape), layer, naming)
-        for name, parameter in layer.named_parameters()
+        name: _sources(name, shape, layer, naming) for name, shape in layer.parameter_shapes.items()
     }
     shapes = {source: allowed for sources in parts.values() for source, allowed in sources.items()}
 

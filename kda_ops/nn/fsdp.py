@@ -7,7 +7,7 @@ only their gradients are reduced in the group's dtype and widened afterwards.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,15 +15,26 @@ import torch
 EXACT = ("A_log", "dt_bias")
 
 
-def keep_exact(hook: Callable[..., Any]) -> None:
-    """Marks the hook's parameter, if it is FSDP2's and a parameter of the gate.
+def sharded_by(hook: Callable[..., Any]) -> Iterator[Any]:
+    """FSDP2's parameter objects in the closure of a hook.
 
     FSDP2 registers a hook with the module of each parameter it manages, which is the only place to
-    reach it before its groups are made: its parameter object is in the hook's closure.
+    reach it before its groups are made.
     """
     for cell in getattr(hook, "__closure__", None) or ():
-        taken = cell.cell_contents
-        if type(taken).__name__ == "FSDPParam" and taken._module_info.param_name in EXACT:
+        if type(cell.cell_contents).__name__ == "FSDPParam":
+            yield cell.cell_contents
+
+
+def is_fsdp_hook(hook: Callable[..., Any]) -> bool:
+    """Whether FSDP2 registers a hook for a parameter that it shards."""
+    return any(True for _ in sharded_by(hook))
+
+
+def keep_exact(hook: Callable[..., Any]) -> None:
+    """Marks the hook's parameter, if it is FSDP2's and a parameter of the gate."""
+    for taken in sharded_by(hook):
+        if taken._module_info.param_name in EXACT:
             taken.__class__ = _exact_param()
 
 

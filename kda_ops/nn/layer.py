@@ -10,17 +10,23 @@ from torch import Tensor, nn
 from kda_ops._tracing import open_sizes
 from kda_ops.cache.batch import KDABatch
 from kda_ops.cache.spec import KDAStateSpec
-from kda_ops.config import configured_layout, resolve_layout
-from kda_ops.nn import mixing
-from kda_ops.nn.call_checks import check_call, check_step
+from kda_ops.config import configured_layout
+from kda_ops.nn.apply import apply
 from kda_ops.nn.checkpoints import convert_state_dict
 from kda_ops.nn.config import check_heads, check_options, gate_rank, value_head_dim
 from kda_ops.nn.fsdp import keep_exact
-from kda_ops.nn.input_projection import input_sizes, padded, parts_of, project
-from kda_ops.nn.states import State, fresh_layout, fresh_state
-from kda_ops.varlen import prepare_chunk_indices
+from kda_ops.nn.input_projection import input_sizes, padded, parts_of
+from kda_ops.nn.parts import join_parts
+from kda_ops.nn.states import State
 
 __all__ = ["KimiDeltaAttention", "State"]
+
+
+def accept_either_form(
+    layer: "KimiDeltaAttention", state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Lets a layer load packed weights and parts. A function: a layer with its hooks is copied."""
+    layer.adapt_state_dict(state_dict, prefix)
 
 
 class KimiDeltaAttention(nn.Module):
@@ -146,6 +152,7 @@ class KimiDeltaAttention(nn.Module):
             self.g_proj = nn.Linear(rank, value_dim, bias=output_gate_bias, **kw)
         self.o_norm_weight = nn.Parameter(torch.empty(head_v_dim, **kw))
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False, **kw)
+        self.register_load_state_dict_pre_hook(accept_either_form)
         self.reset_parameters()
 
     @property
@@ -162,6 +169,11 @@ class KimiDeltaAttention(nn.Module):
     def conv_dim(self) -> int:
         """D, the total channels of q, k and v."""
         return 2 * self.key_dim + self.value_dim
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters of the whole layer, packed."""
+        return {name: tuple(p.shape) for name, p in self.named_parameters()}
 
     def in_parts(self) -> dict[str, Tensor]:
         """The rows of `in_proj` by the names in `in_sizes`, without `pad`: views of its weight."""
@@ -188,8 +200,8 @@ class KimiDeltaAttention(nn.Module):
         step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse softplus
         bound = self.conv_size**-0.5
-        for parameter in (self.conv_weight, self.conv_bias):
-            if parameter is not None:
+        for name, parameter in self.named_parameters():
+            if name.startswith("conv_"):
                 parameter.uniform_(-bound, bound)
         self.o_norm_weight.fill_(1)
 
@@ -209,6 +221,10 @@ class KimiDeltaAttention(nn.Module):
         """As in `nn.Module`. FSDP2 calls it for each parameter that it shards."""
         keep_exact(hook)
         return super().register_load_state_dict_post_hook(hook)
+
+    def adapt_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Brings a state dict, in place, to the form of this layer; see `kda_ops.nn.parts`."""
+        join_parts(self, state_dict, prefix)
 
     def load_checkpoint(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
         """Loads the layer's weights from a checkpoint of FLA, Hugging Face, Moonshot or this class.
@@ -231,6 +247,14 @@ class KimiDeltaAttention(nn.Module):
         Layout `"auto"` is resolved here, for the device of the weights. `transfer`: whether the
         states will be moved between ranks or engines.
         """
+        return self.make_spec(
+            1, num_spec=num_spec, recurrent_dtype=recurrent_dtype, transfer=transfer
+        )
+
+    def make_spec(
+        self, tp_size: int, *, num_spec: int, recurrent_dtype: Any, transfer: bool
+    ) -> KDAStateSpec:
+        """`state_spec` for a number of ranks."""
         conv_size: Any = self.conv_size if self.use_short_conv else None
         spec = KDAStateSpec(
             self.num_heads,
@@ -239,11 +263,12 @@ class KimiDeltaAttention(nn.Module):
             self.head_v_dim,
             conv_size=conv_size,
             num_spec=num_spec,
-            conv_dtype=self.in_proj.weight.dtype,
+            conv_dtype=self.o_proj.weight.dtype,
             recurrent_dtype=recurrent_dtype,
             layout=configured_layout(self.conv_layout),
+            tp_size=tp_size,
         )
-        return spec.decide_layout(self.in_proj.weight.device, transfer=transfer)
+        return spec.decide_layout(self.o_proj.weight.device, transfer=transfer)
 
     def forward(
         self,
@@ -286,25 +311,6 @@ class KimiDeltaAttention(nn.Module):
         """
         if isinstance(batch, KDABatch) and torch.compiler.is_dynamo_compiling():
             open_sizes(batch, hidden_states)
-        check_call(self, hidden_states, state, batch, cu_seqlens, chunk_indices)
-        layout = resolve_layout(
-            self.conv_layout, None if state is None else state[0], self.conv_dim
+        return apply(
+            self, hidden_states, state, batch, cu_seqlens, chunk_indices, output_state=output_state
         )
-        inputs = project(self, hidden_states)
-        if batch is not None and state is not None:
-            check_step(self, hidden_states, inputs, state)
-            o = mixing.step(self, inputs, state, batch, layout)
-        else:
-            x, state_indices = inputs.x, None
-            if cu_seqlens is not None and chunk_indices is None:
-                chunk_indices = prepare_chunk_indices(cu_seqlens, x.shape[1])
-            if output_state:
-                layout = fresh_layout(self, x)
-                sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-                state = fresh_state(self, sequences + 1, x, layout)
-                state_indices = torch.arange(1, sequences + 1, device=x.device)
-            o = mixing.prefill(
-                self, inputs, state, state_indices, None, cu_seqlens, chunk_indices, layout
-            )
-        output = self.o_proj(o.flatten(-2))
-        return (output, state) if output_state else output

@@ -12,14 +12,26 @@ from kda_ops._cases import operator_packages
 
 ROOT = Path(kda_ops.__file__).parent.parent
 TOP = ("kda_ops", "lowering", "tests", "perf")
-HEAVY = ("triton", "torch._inductor", "torch._dynamo", "sympy", "numpy.testing", "nixl", "fla")
+HEAVY = (
+    "triton", "torch._inductor", "torch._dynamo", "torch.distributed.tensor", "sympy",
+    "numpy.testing", "nixl", "fla",
+)  # fmt: skip
 OPERATOR_FILES = {"__init__", "op", "reference", "kernel", "cases"}
 MAY_HAVE = {"backward"}
 
 # The packages of `kda_ops` from the bottom up. A package imports from packages below it, and from
 # those on the same floor that are named here.
 FLOORS = (
-    {"_numerics", "_roles", "_launch", "_progress", "_gradients", "_tracing", "config"},
+    {
+        "_numerics",
+        "_roles",
+        "_launch",
+        "_progress",
+        "_gradients",
+        "_tracing",
+        "_sharding",
+        "config",
+    },
     {"_checks", "kernel"},
     {"varlen", "_cases"},
     {"tuning"},

@@ -6,10 +6,7 @@ compares it with the same in one process. Prints the scenarios that failed and w
 """
 
 import copy
-import datetime
-import json
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from kda_ops.nn.fsdp import EXACT
 from kda_ops.nn.layer import KimiDeltaAttention
 from tests.support.oracle import assert_close
+from tests.support.processes import run_scenarios
 
 HIDDEN, TOKENS, BF16 = 32, 70, torch.bfloat16
 SCENARIOS: dict[str, Callable[[DeviceMesh], None]] = {}
@@ -379,22 +377,5 @@ def replicated_data_compiled(mesh: DeviceMesh) -> None:
         assert_close(p.grad / 2, reference[name], fp64[name], BF16)
 
 
-def main(rank: int, world: int, store: str) -> None:
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout
-    )
-    mesh = init_device_mesh("cpu", (world,))
-    failures = {}
-    for name, run in SCENARIOS.items():
-        torch.manual_seed(0)
-        try:
-            run(mesh)
-        except Exception:
-            failures[name] = traceback.format_exc()
-    print(json.dumps(failures))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run_scenarios(SCENARIOS, int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

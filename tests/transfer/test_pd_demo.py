@@ -8,24 +8,14 @@ import torch
 
 from kda_ops.__main__ import main
 from kda_ops.demos.disaggregated import serve
-from kda_ops.demos.disaggregated.model import Caches, Stack, StackConfig, shard_kda
+from kda_ops.demos.disaggregated.model import Caches, Stack, StackConfig
 from kda_ops.demos.disaggregated.rank import Place, Rank
 from kda_ops.demos.disaggregated.sequence import Sequences
-from kda_ops.nn.layer import KimiDeltaAttention
 
 
 def alone(**config: object) -> Sequences:
     made = StackConfig(**config)
     return Sequences(Stack(made), Caches(made, 1))
-
-
-@pytest.mark.parametrize(("H", "HV", "tp"), [(4, 4, 2), (4, 8, 4), (2, 8, 4), (1, 4, 4)])
-def test_the_ranks_of_a_layer_add_up_to_it(H: int, HV: int, tp: int) -> None:
-    """With heads of keys on several ranks too."""
-    full = KimiDeltaAttention(24, 8, H, num_v_heads=HV).double().requires_grad_(False)
-    x = torch.randn(2, 70, 24, dtype=torch.float64)
-    parts = [shard_kda(full, tp, rank, "SD").double()(x) for rank in range(tp)]
-    torch.testing.assert_close(sum(parts), full(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.nixl

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from kda_ops.cache.batch import KDABatch
 from kda_ops.cache.spec import KDAStateSpec, Segment, units_held
+from kda_ops.nn import parallelize
 from kda_ops.nn.layer import KimiDeltaAttention
 from kda_ops.transfer.geometry import EngineGeometry, packed_geometry, state_geometry
 from kda_ops.transfer.pages import buffer_pages
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 DTYPE = torch.float32
 
@@ -111,43 +115,17 @@ class Mlp(nn.Module):
         self.down.weight = _parameter(self.down.weight.chunk(tp_size, dim=1)[rank])
 
 
-def shard_kda(full: KimiDeltaAttention, tp_size: int, rank: int, layout: str) -> KimiDeltaAttention:
-    """The layer of one rank, for default gates: its own heads of everything per
-    head, low-rank projections whole.
-    """
-    H, HV = full.num_heads, full.num_v_heads
-    local = KimiDeltaAttention(
-        full.hidden_size,
-        full.head_k_dim,
-        len(units_held(H, tp_size, rank)),
-        num_v_heads=len(units_held(HV, tp_size, rank)),
-        conv_layout=layout,
-    )
-    weights = dict(full.state_dict())
-    heads = {"q": H, "k": H, "v": HV, "b": HV}
-    rows = torch.cat(
-        [held(x, heads[n], tp_size, rank) if n in heads else x for n, x in full.in_parts().items()]
-    )
-    weights["in_proj.weight"] = local.in_padded(rows)
-    taps = weights["conv_weight"].split([full.in_sizes[x] for x in "qkv"])
-    weights["conv_weight"] = torch.cat(
-        [held(x, heads[n], tp_size, rank) for n, x in zip("qkv", taps, strict=True)]
-    )
-    for name in ("f_proj.weight", "A_log", "dt_bias", "g_proj.weight", "g_proj.bias"):
-        weights[name] = held(weights[name], HV, tp_size, rank)
-    weights["o_proj.weight"] = held(weights["o_proj.weight"].t(), HV, tp_size, rank).t()
-    local.load_state_dict(weights)
-    return local
-
-
 class Stack(nn.Module):
-    """Embedding, blocks, logits. `reduce` sums partial results over the ranks."""
+    """Embedding, blocks, logits; with a mesh the share of one of its ranks.
+
+    KDA layers are parallel by `kda_ops.nn.parallelize`. Of the others `reduce` sums the partial
+    results over the ranks.
+    """
 
     def __init__(
         self,
         config: StackConfig,
-        tp_size: int = 1,
-        rank: int = 0,
+        mesh: "DeviceMesh | None" = None,
         reduce: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         super().__init__()
@@ -169,13 +147,12 @@ class Stack(nn.Module):
         self.mlps = nn.ModuleList(Mlp(config) for _ in config.layers)
         self.norms = nn.ModuleList(nn.RMSNorm(config.hidden) for _ in range(2 * len(self.mlps) + 1))
         self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
-        if tp_size > 1:
-            for i, mixer in enumerate(self.mixers):
+        if mesh is not None:
+            parallelize(self, mesh, src_data_rank=None)  # the seed is the same on all ranks
+            for mixer, mlp in zip(self.mixers, self.mlps, strict=True):
                 if isinstance(mixer, Attention):
-                    mixer.shard(config, tp_size, rank)
-                else:
-                    self.mixers[i] = shard_kda(mixer, tp_size, rank, config.layout)
-                self.mlps[i].shard(tp_size, rank)
+                    mixer.shard(config, mesh.size(), mesh.get_local_rank())
+                mlp.shard(mesh.size(), mesh.get_local_rank())
 
     @torch.no_grad()
     def forward(
@@ -192,13 +169,13 @@ class Stack(nn.Module):
         for i, (mixer, mlp) in enumerate(zip(self.mixers, self.mlps, strict=True)):
             y = self.norms[2 * i](x)
             if isinstance(mixer, Attention):
-                y = mixer(y, caches.kv[attention], blocks, start)
+                y = self.reduce(mixer(y, caches.kv[attention], blocks, start))
                 attention += 1
             else:
                 state = (caches.conv[kda], caches.recurrent[kda])
                 y = mixer(y[None], state=state, batch=batch)[0]
                 kda += 1
-            x = x + self.reduce(y)
+            x = x + y
             x = x + self.reduce(mlp(self.norms[2 * i + 1](x)))
         return self.head(self.norms[-1](x))
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from kda_ops.demos.disaggregated.model import Caches, Stack, StackConfig
 from kda_ops.demos.disaggregated.sequence import Sequences
@@ -94,12 +95,14 @@ class Rank:
 
         torch.set_num_threads(1)
         self.place = place
+        mesh = None
         if place.tp_size > 1:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
             store = dist.FileStore(place.store, place.tp_size)
             dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.tp_size)
+            mesh = init_device_mesh("cpu", (place.tp_size,))
         reduce = sum_over_ranks if place.tp_size > 1 else lambda x: x
-        model = Stack(config, place.tp_size, place.rank, reduce)
+        model = Stack(config, mesh, reduce)
         caches = Caches(config, place.tp_size, place.page_padding)
         self.sequences = Sequences(model, caches)
         self.engine = TransferEngine(
