@@ -18,11 +18,14 @@ ROOT = Path(kda_ops.__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
 COMPILE = (ROOT / "docs" / "compile.md").read_text()
-ROLLBACK = "inductor-rollback.md"  # its script runs in tests/lowering/test_rollback.py
+ELSEWHERE = [
+    "inductor-rollback.md",  # its script runs in tests/lowering/test_rollback.py
+    "integrations-fla.md",  # in tests/integrations/test_fla.py, where that is installed
+]
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES
-    if page.name != ROLLBACK
+    if page.name not in ELSEWHERE
     for number, block in enumerate(
         re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
     )
