@@ -1,5 +1,5 @@
-"""What needs transformers is collected where a version with all models is installed, and once: it
-runs no kernels.
+"""What needs transformers or flash-linear-attention is collected where they are installed
+(transformers with all models), and once: it runs no kernels.
 """
 
 import importlib.util
@@ -13,5 +13,9 @@ def installed() -> bool:
     return importlib.util.find_spec("transformers.models.bailing_hybrid") is not None
 
 
-if os.environ.get("TRITON_INTERPRET") == "1" or not installed():
-    collect_ignore_glob = ["test_transformers*.py"]
+once = os.environ.get("TRITON_INTERPRET") != "1"
+collect_ignore_glob = []
+if not once or not installed():
+    collect_ignore_glob.append("test_transformers*.py")
+if not once or importlib.util.find_spec("fla") is None:
+    collect_ignore_glob.append("test_fla*.py")

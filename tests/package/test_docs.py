@@ -20,6 +20,7 @@ README = PAGES[0].read_text()
 COMPILE = (ROOT / "docs" / "compile.md").read_text()
 ELSEWHERE = {
     "inductor-rollback.md",  # its script runs in tests/lowering/test_rollback.py
+    "integrations-fla.md",  # in tests/integrations/test_fla.py, where that is installed
     "parallel.md",  # its script runs on two ranks, in tests/nn/test_parallel.py
 }
 BLOCKS = [

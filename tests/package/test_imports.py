@@ -202,6 +202,10 @@ def test_only_its_integration_imports_transformers() -> None:
     assert offenders("transformers", "kda_ops", "lowering") == {"kda_ops.integrations.transformers"}
 
 
+def test_only_its_integration_imports_fla() -> None:
+    assert offenders("fla", "kda_ops", "lowering") <= {"kda_ops.integrations.fla"}
+
+
 def test_only_lowering_imports_inductor() -> None:
     assert offenders("torch._inductor", "kda_ops", "perf") == set()
 

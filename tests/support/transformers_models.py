@@ -12,12 +12,13 @@ HIDDEN = ("fla", "causal_conv1d")
 MODELS = ("kimi_linear", "glm5_next", "bailing_hybrid")
 FILES = [f"transformers.models.{model}.modeling_{model}" for model in MODELS]
 
-hidden = [name for name in HIDDEN if name not in sys.modules]
-for name in hidden:
-    sys.modules[name] = None  # type: ignore[assignment]
+loaded = {name: sys.modules.get(name) for name in HIDDEN}
+sys.modules |= dict.fromkeys(HIDDEN)  # type: ignore[arg-type]
 kimi_linear, glm5_next, bailing_hybrid = map(importlib.import_module, FILES)
-for name in hidden:
+for name, module in loaded.items():
     del sys.modules[name]
+    if module is not None:  # by another test
+        sys.modules[name] = module
 
 COMMON = {
     "vocab_size": 61,
