@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,53 @@ def paged_conv_state(
     """
     pages = torch.randn(slots, L * D + 64, device=device).to(dtype)
     return pages[:, : L * D].unflatten(1, (L, D) if layout == "SD" else (D, L))
+
+
+def named(cases: list[Case], *names: str) -> list[Case]:
+    """The cases of these names."""
+    by_name = {case.name: case for case in cases}
+    return [by_name[name] for name in names]
+
+
+def dense(case: Case) -> Case:
+    """A case without `state_indices`: sequence n is on page n; pages that are not read are NaN."""
+
+    def make(device: torch.device) -> dict[str, Any]:
+        inputs = case.make(device)
+        sequences = len(inputs.pop("state_indices"))
+        if "state" in inputs and "has_initial_state" in inputs:
+            pages = inputs["state"].nan_to_num_(0.5)
+            pages[:sequences][~inputs["has_initial_state"]] = torch.nan
+        return inputs
+
+    return replace(case, name=f"{case.name}-dense", make=make)
+
+
+def k_first(case: Case) -> Case:
+    """A case with its recurrent states `[..., K, V]`, in pages with gaps."""
+
+    def make(device: torch.device) -> dict[str, Any]:
+        inputs = case.make(device)
+        for name in ("state", "initial_state"):
+            if name in inputs:
+                state = inputs[name].transpose(-1, -2)
+                gaps = state.new_full((len(state), state[0].numel() + 8), torch.nan)
+                inputs[name] = gaps[:, :-8].unflatten(1, state.shape[1:]).copy_(state)
+        return {**inputs, "state_layout": "KV"}
+
+    return replace(case, name=f"{case.name}-KV", make=make)
+
+
+def negative(case: Case) -> Case:
+    """A case with negative slots for its null ones: the last page, and far before the first."""
+
+    def make(device: torch.device) -> dict[str, Any]:
+        inputs = case.make(device)
+        slots = inputs["state_indices"]
+        below = -1 - 99 * (torch.arange(slots.numel(), device=device) % 2).view(slots.shape)
+        return {**inputs, "state_indices": torch.where(slots == 0, below.to(slots.dtype), slots)}
+
+    return replace(case, name=f"{case.name}-negative", make=make)
 
 
 def unpacked(inputs: dict[str, Any], widths: tuple[int, int, int]) -> dict[str, Any]:

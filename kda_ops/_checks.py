@@ -138,7 +138,7 @@ def check_gate_parameters(
         raise ValueError(f"{name} must have shape [..., HV, K], got {tuple(x.shape)}")
     HV, K = x.shape[-2], x.shape[-1]
     if A_log is not None:
-        check_shape("A_log", A_log, (HV,))
+        check_shape("A_log", A_log, (HV,), (1, 1, HV, 1))
         check_dtype("A_log", A_log)
     elif lower_bound is None:
         raise ValueError("A_log must be given unless lower_bound is, got None")
@@ -147,6 +147,11 @@ def check_gate_parameters(
         check_dtype("dt_bias", dt_bias)
     check_lower_bound(lower_bound)
     check_device(**{name: x, "A_log": A_log, "dt_bias": dt_bias})
+
+
+def rates_of(A_log: Tensor | None) -> Tensor | None:
+    """`A_log [HV]`, of itself or of `[1, 1, HV, 1]`, as FLA and transformers keep it."""
+    return A_log if A_log is None or A_log.dim() == 1 else A_log.reshape(-1)
 
 
 def check_chunk_size(chunk_size: int) -> None:
@@ -209,15 +214,43 @@ def check_writable(**states: Tensor | None) -> None:
             )
 
 
-def check_paged_state(state: Tensor, HV: int, V: int, K: int) -> None:
-    """Recurrent states `[slots, HV, V, K]`."""
+def check_state_layout(state_layout: str) -> None:
+    if state_layout not in ("VK", "KV"):
+        raise ValueError(f"state_layout must be 'VK' or 'KV', got {state_layout!r}")
+
+
+def check_state(name: str, state: Tensor, pages: int, HV: int, V: int, K: int, layout: str) -> None:
+    """Recurrent states `[pages, HV, V, K]`, or `[pages, HV, K, V]` in state layout KV."""
+    check_state_layout(layout)
+    check_rank(name, state, 4)
+    last = (V, K) if layout == "VK" else (K, V)
+    if tuple(state.shape) != (pages, HV, *last):
+        raise ValueError(
+            f"{name} must have shape {[pages, HV, *last]} in state_layout {layout}, "
+            f"got {tuple(state.shape)}"
+        )
+    check_dtype(name, state, STATES)
+
+
+def check_paged_state(state: Tensor, HV: int, V: int, K: int, layout: str) -> None:
+    """Recurrent states with any number of pages; see `check_state`."""
     check_rank("state", state, 4)
-    check_shape("state", state, (state.shape[0], HV, V, K))
-    check_dtype("state", state, STATES)
+    check_state("state", state, state.shape[0], HV, V, K, layout)
 
 
-def check_slot_table(state_indices: Tensor, sequences: int, fewest_columns: int = 1) -> None:
-    """Slots `[N]` or `[N, columns]`."""
+def check_pages(name: str, state: Tensor, state_indices: Tensor | None, sequences: int) -> None:
+    """Without `state_indices`, sequence n is on page n, which there must be."""
+    if state_indices is None and state.shape[0] < sequences:
+        raise ValueError(
+            f"{name} must have a page for each of {sequences} sequences without state_indices, "
+            f"got shape {tuple(state.shape)}"
+        )
+
+
+def check_slot_table(state_indices: Tensor | None, sequences: int, fewest_columns: int = 1) -> None:
+    """Slots `[N]` or `[N, columns]`, or None."""
+    if state_indices is None:
+        return
     check_dtype("state_indices", state_indices, INTEGERS)
     check_rank("state_indices", state_indices, 1, 2)
     if state_indices.dim() == 1:
@@ -238,41 +271,42 @@ def check_accepted(num_accepted: Tensor, sequences: int) -> None:
 
 
 def check_step_tables(
-    state_indices: Tensor, num_accepted: Tensor | None, sequences: int, fewest_columns: int = 1
-) -> None:
+    state_indices: Tensor | None, num_accepted: Tensor | None, sequences: int,
+    fewest_columns: int = 1,
+) -> None:  # fmt: skip
     """The tables of a step on paged states; each column is a token."""
     check_slot_table(state_indices, sequences, fewest_columns)
     if num_accepted is None:
         return
-    if state_indices.dim() == 1:
+    if state_indices is None or state_indices.dim() == 1:
         raise ValueError(
             "num_accepted must come with state_indices of shape [N, 1 + num_spec], "
-            f"got {tuple(state_indices.shape)}"
+            f"got {None if state_indices is None else tuple(state_indices.shape)}"
         )
     check_accepted(num_accepted, sequences)
 
 
 def check_slot_values(name: str, slots: Tensor, num_slots: int) -> None:
-    """Every slot is in `[0, num_slots)`."""
-    bad = ((slots < 0) | (slots >= num_slots)).flatten().nonzero()
+    """Every slot is below `num_slots`; 0 and negative ones are padding."""
+    bad = (slots >= num_slots).flatten().nonzero()
     if len(bad):
-        raise ValueError(f"{name} must be in [0, {num_slots}), got {int(slots.flatten()[bad[0]])}")
+        raise ValueError(f"{name} must be below {num_slots}, got {int(slots.flatten()[bad[0]])}")
 
 
 def check_distinct_slots(name: str, slots: Tensor) -> None:
-    """Slots are unique, except the null slot 0: else two sequences would write the same one."""
-    used = sorted(slot for slot in slots.flatten().tolist() if slot != 0)
+    """Slots are unique, except those of padding: else two sequences would write the same one."""
+    used = sorted(slot for slot in slots.flatten().tolist() if slot > 0)
     for slot, following in itertools.pairwise(used):
         if slot == following:
             raise ValueError(f"{name} must not repeat, got {slot} more than once")
 
 
 def check_unshared_slots(table: Tensor) -> None:
-    """No two sequences of `state_indices [N, columns]` share a slot, except the null slot 0."""
+    """No two sequences of `state_indices [N, columns]` share a slot, except those of padding."""
     owners: dict[int, int] = {}
     for n, slots in enumerate(table.tolist()):
-        for slot in set(slots) - {0}:
-            if owners.setdefault(slot, n) != n:
+        for slot in set(slots):
+            if slot > 0 and owners.setdefault(slot, n) != n:
                 raise ValueError(
                     f"state_indices must not share a slot between sequences, "
                     f"got slot {slot} for sequences {owners[slot]} and {n}"
@@ -310,9 +344,10 @@ def check_attention_inputs(
 def check_chunk_states(
     q: Tensor, v: Tensor, initial_state: Tensor | None, output_final_state: bool,
     state: Tensor | None, state_indices: Tensor | None, has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Tensor | None, state_layout: str,
 ) -> None:  # fmt: skip
     """The states of whole sequences: initial and final, or paged and written in place."""
+    check_state_layout(state_layout)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     HV, V, K = v.shape[2], v.shape[3], q.shape[3]
     if state is None:
@@ -321,8 +356,7 @@ def check_chunk_states(
         if has_initial_state is not None:
             raise ValueError("has_initial_state must come with state, got has_initial_state alone")
         if initial_state is not None:
-            check_shape("initial_state", initial_state, (N, HV, V, K))
-            check_dtype("initial_state", initial_state, STATES)
+            check_state("initial_state", initial_state, N, HV, V, K, state_layout)
             check_device(q=q, initial_state=initial_state)
         return
     if initial_state is not None:
@@ -331,28 +365,39 @@ def check_chunk_states(
         raise ValueError(
             "output_final_state must be False with state, which receives the final states"
         )
-    if state_indices is None:
-        raise ValueError("state_indices must be given with state, got None")
-    check_paged_state(state, HV, V, K)
-    check_shape("state_indices", state_indices, (N,))
-    check_dtype("state_indices", state_indices, INTEGERS)
+    check_paged_state(state, HV, V, K, state_layout)
+    check_pages("state", state, state_indices, N)
+    if state_indices is not None:
+        check_shape("state_indices", state_indices, (N,))
+        check_dtype("state_indices", state_indices, INTEGERS)
     if has_initial_state is not None:
         check_shape("has_initial_state", has_initial_state, (N,))
         check_dtype("has_initial_state", has_initial_state, (torch.bool,))
     check_device(q=q, state=state, state_indices=state_indices, has_initial_state=has_initial_state)
 
 
+def check_page_values(state: Tensor, state_indices: Tensor | None) -> None:
+    """Slots `[N]` of whole sequences."""
+    if state_indices is not None:
+        check_slot_values("state_indices", state_indices, state.shape[0])
+        check_distinct_slots("state_indices", state_indices)
+
+
 def check_step_values(
-    state: Tensor, state_indices: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None,
-    total_tokens: int,
+    state: Tensor, state_indices: Tensor | None, num_accepted: Tensor | None,
+    cu_seqlens: Tensor | None, total_tokens: int,
 ) -> None:  # fmt: skip
     """Contents of the tables of a step on paged states: slots, counts and offsets."""
+    if state_indices is None:
+        if cu_seqlens is not None:
+            check_cu_seqlens_values(cu_seqlens, total_tokens)
+        return
     check_slot_values("state_indices", state_indices, state.shape[0])
     table = state_indices if state_indices.dim() == 2 else state_indices[:, None]
     check_unshared_slots(table)
     columns = table.shape[1]
     if num_accepted is not None:
-        check_accepted_values("num_accepted", num_accepted, columns, (table == 0).all(dim=1))
+        check_accepted_values("num_accepted", num_accepted, columns, (table <= 0).all(dim=1))
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, total_tokens)
         longest = max(cu_seqlens.diff().tolist(), default=0)

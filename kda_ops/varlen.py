@@ -105,6 +105,22 @@ def even_length(offsets: Tensor, rows: int) -> int | None:
     return tokens if offsets.tolist() == [*range(0, rows + 1, tokens)] else None
 
 
+def pages_of(
+    state_indices: Tensor | None, sequences: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The page of each sequence, `[N]`, int64, and whether it has one, `[N]`, bool; 0 where not.
+
+    The one rule of all operators: slot 0 and negative slots are padding. Without `state_indices`
+    sequence n is on page n, page 0 included.
+    """
+    if state_indices is None:
+        every = torch.arange(sequences, device=device)
+        return every, torch.ones_like(every, dtype=torch.bool)
+    slots = state_indices.long()
+    live = slots > 0
+    return slots.where(live, 0), live
+
+
 def page_index(slots: Tensor) -> Any:
     """What to index pages with for `slots [N]`, int64: a slice where they are `known` to follow one
     another, which gathers nothing.

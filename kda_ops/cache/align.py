@@ -213,7 +213,7 @@ def _check_positions(positions: Tensor, copies: Tensor, block_table: Tensor) -> 
     table = block_table.tolist()
     for r, (row, copied) in enumerate(zip(positions.tolist(), copies.tolist(), strict=True)):
         for position in row if copied else ():
-            if not 0 <= position < len(table[r]) or table[r][position] == 0:
+            if not 0 <= position < len(table[r]) or table[r][position] <= 0:
                 raise ValueError(
                     f"block_table must hold a block at position {position} of row {r}, "
                     f"got {table[r]}"

@@ -67,8 +67,9 @@ class KDABatch:
             allowed. Rows past the last one are padding.
         state_indices: `[N]` or `[N, 1 + num_spec]`, int32 or int64, pages of the state. In the
             second form, the recurrent state after speculative token j of a decode goes to page j of
-            its row, and the convolution state and prefills use page 0. Slot 0 is the null block:
-            nothing is read or written there and the sequence's output is zero.
+            its row, and the convolution state and prefills use page 0. Slot 0 is the null block,
+            and a negative slot is as good: nothing is read or written and the sequence's output is
+            zero.
         has_initial_state: `[N]`, bool, whether a prefill continues from its slot instead of
             starting from zeros. Decodes always continue.
         num_accepted: `[num_decodes]`, int32 or int64: accepted tokens of the decode's last step, at

@@ -110,7 +110,7 @@ def check_batch_values(batch: "KDABatch") -> None:
         )
     for name, sequences in accepted_counts(batch).items():
         count = getattr(batch, name)
-        ignored = (table[sequences.start : sequences.stop] == 0).all(dim=1)
+        ignored = (table[sequences.start : sequences.stop] <= 0).all(dim=1)
         if name == "prefill_num_accepted":
             ignored |= ~batch.has_initial_state[batch.num_decodes :]
         check_accepted_values(name, count, most, ignored)

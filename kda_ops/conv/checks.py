@@ -10,11 +10,11 @@ from kda_ops._checks import (
     check_cu_seqlens_shape,
     check_cu_seqlens_values,
     check_device,
-    check_distinct_slots,
     check_dtype,
+    check_page_values,
+    check_pages,
     check_rank,
     check_shape,
-    check_slot_values,
 )
 
 
@@ -23,6 +23,12 @@ def resolve_activation(activation: str | None) -> str | None:
     if activation not in ("silu", "swish", None):
         raise ValueError(f"activation must be 'silu', 'swish' or None, got {activation!r}")
     return None if activation is None else "silu"
+
+
+def taps_of(weight: Any) -> Any:
+    """A weight `[D, W]`, of itself or of `nn.Conv1d`'s `[D, 1, W]`."""
+    given = isinstance(weight, Tensor) and weight.dim() == 3 and weight.shape[1] == 1
+    return weight.squeeze(1) if given else weight
 
 
 def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -79,10 +85,10 @@ def check_conv_sequences(
                 raise ValueError(f"{name} must come with conv_state, got {name} alone")
     else:
         check_conv_state(conv_state, layout, x.shape[-1], weight.shape[1])
-        if state_indices is None:
-            raise ValueError("state_indices must be given with conv_state, got None")
-        check_dtype("state_indices", state_indices, INTEGERS)
-        check_shape("state_indices", state_indices, (sequences,))
+        check_pages("conv_state", conv_state, state_indices, sequences)
+        if state_indices is not None:
+            check_dtype("state_indices", state_indices, INTEGERS)
+            check_shape("state_indices", state_indices, (sequences,))
     if has_initial_state is not None:
         check_dtype("has_initial_state", has_initial_state, (torch.bool,))
         check_shape("has_initial_state", has_initial_state, (sequences,))
@@ -106,14 +112,16 @@ def conv_parts(
     x: Any, weight: Any, bias: Any, conv_state: Any, layout: str
 ) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
     """`(x, weight, bias, conv_state)` of packed q | k | v, or of each of q, k and v if every
-    argument is three tensors.
+    argument is three tensors. Every weight is `[D, W]`, see `taps_of`.
 
     Checks what a kernel assumes to be the same for q, k and v: dtypes, tokens of the inputs, taps
     of the weights, and slots, rows and channel strides of the states.
     """
     given = {"x": x, "weight": weight, "bias": bias, "conv_state": conv_state}
     if not any(isinstance(value, (tuple, list)) for value in given.values()):
-        return [(x, weight, bias, conv_state)]
+        return [(x, taps_of(weight), bias, conv_state)]
+    if isinstance(weight, (tuple, list)):
+        given["weight"] = tuple(taps_of(part) for part in weight)
     for name, value in given.items():
         if value is None and name in ("bias", "conv_state"):
             given[name] = (None, None, None)
@@ -131,11 +139,12 @@ def conv_parts(
                 check_dtype(name, part, (value[0].dtype,))
             check_device(**{f"{name} of {y}": part for y, part in zip("qkv", value, strict=True)})
     check_rank("x", x[0], 2, 3)
-    check_rank("weight", weight[0], 2)
+    weights = given["weight"]
+    check_rank("weight", weights[0], 2)
     for part in x[1:]:
         check_shape("x", part, (*x[0].shape[:-1], part.shape[-1]))
-    for part in weight[1:]:
-        check_shape("weight", part, (part.shape[0], *weight[0].shape[1:]))
+    for part in weights[1:]:
+        check_shape("weight", part, (part.shape[0], *weights[0].shape[1:]))
     if conv_state is not None:
         rows, dim = (1, 2) if layout == "SD" else (2, 1)
         first = conv_state[0]
@@ -160,6 +169,5 @@ def check_conv_values(
     """Values of the offsets and slots of a convolution of whole sequences."""
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, x.shape[-2])
-    if conv_state is not None and state_indices is not None:
-        check_slot_values("state_indices", state_indices, conv_state.shape[0])
-        check_distinct_slots("state_indices", state_indices)
+    if conv_state is not None:
+        check_page_values(conv_state, state_indices)

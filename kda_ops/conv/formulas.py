@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kda_ops._numerics import accumulation_dtype
-from kda_ops.varlen import even_length, known, page_index, sequence_offsets
+from kda_ops.varlen import even_length, known, page_index, pages_of, sequence_offsets
 
 SHORT = 8  # tokens: below, rows are gathered sooner than a sequence is convolved by itself
 
@@ -200,54 +200,55 @@ def conv_whole(
 
 def conv_whole_state(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, conv_state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    layout: str,
 ) -> Tensor:  # fmt: skip
     """`conv_whole` with a history from each sequence's slot, to which the last W - 1 rows go."""
     rows = x if x.dim() == 3 else x[None]
-    past = weight.shape[1] - 1
-    history = known_history(rows, past, conv_state, state_indices, has_initial_state, layout)
-    y = conv_sequences(rows, history, weight, bias, activation, cu_seqlens, state_indices != 0)
-    keep_last(rows, history, conv_state, state_indices, cu_seqlens, layout)
+    past, sequences = weight.shape[1] - 1, len(sequence_offsets(rows, cu_seqlens)) - 1
+    pages, live = pages_of(state_indices, sequences, x.device)
+    history = known_history(rows, past, conv_state, pages, live, has_initial_state, layout)
+    y = conv_sequences(rows, history, weight, bias, activation, cu_seqlens, live)
+    keep_last(rows, history, conv_state, pages, live, cu_seqlens, layout)
     return y.view(x.shape)
 
 
 def known_history(
-    x: Tensor, past: int, conv_state: Tensor, state_indices: Tensor,
+    x: Tensor, past: int, conv_state: Tensor, pages: Tensor, live: Tensor,
     has_initial_state: Tensor | None, layout: str,
 ) -> Tensor:  # fmt: skip
-    """The `past` rows before each sequence, `[N, past, D]`: its slot's, or zeros."""
+    """The `past` rows before each sequence, `[N, past, D]`: its page's, or zeros."""
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)  # [slots, L, D]
-    read = (state_indices != 0) & (False if has_initial_state is None else has_initial_state)
-    rows = state[page_index(state_indices.long()), :past].to(accumulation_dtype(x))
+    read = live & (False if has_initial_state is None else has_initial_state)
+    rows = state[page_index(pages), :past].to(accumulation_dtype(x))
     return torch.where(read[:, None, None], rows, 0.0)
 
 
 def keep_last(
-    x: Tensor, history: Tensor, conv_state: Tensor, state_indices: Tensor,
+    x: Tensor, history: Tensor, conv_state: Tensor, pages: Tensor, live: Tensor,
     cu_seqlens: Tensor | None, layout: str,
 ) -> None:  # fmt: skip
-    """Writes the last rows of each history and its sequence to its slot, as many as the history
+    """Writes the last rows of each history and its sequence to its page, as many as the history
     has.
     """
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)
     offsets = sequence_offsets(x, cu_seqlens)
-    state_indices, past = state_indices.long(), history.shape[1]
-    active = state_indices != 0
+    past = history.shape[1]
     even = even_length(offsets, x.shape[0] * x.shape[1])
-    if even is not None and bool(active.all()):
-        last = x.reshape(len(state_indices), even, -1)[:, -past:]
+    if even is not None and bool(live.all()):
+        last = x.reshape(len(pages), even, -1)[:, -past:]
         kept = torch.cat([history, last], dim=1)[:, -past:]
-        state[page_index(state_indices), :past] = kept.to(state.dtype)
+        state[page_index(pages), :past] = kept.to(state.dtype)
         return
     index = (offsets[1:] - offsets[:-1])[:, None] + torch.arange(past, device=x.device)
-    sequence = torch.arange(len(state_indices), device=x.device)[:, None].expand_as(index)
+    sequence = torch.arange(len(pages), device=x.device)[:, None].expand_as(index)
     new = extended_rows(history, x.reshape(-1, x.shape[-1]), offsets, sequence, index)
-    state[state_indices[active], :past] = new[active].to(state.dtype)
+    state[pages[live], :past] = new[live].to(state.dtype)
 
 
 def conv_update(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
-    state_indices: Tensor, num_accepted: Tensor | None, offsets: Tensor, layout: str,
+    state_indices: Tensor | None, num_accepted: Tensor | None, offsets: Tensor, layout: str,
 ) -> Tensor:  # fmt: skip
     """`short_convolution` of new tokens against their slots, which are shifted in place.
 
@@ -257,8 +258,8 @@ def conv_update(
         weight: `[D, W]`.
         bias: `[D]` or None.
         activation: `"silu"` or None.
-        state_indices: `[N]` or `[N, columns]`, of which column 0 is taken.
-        num_accepted: `[N]` or None; looked at where the slot is not 0.
+        state_indices: `[N]` or `[N, columns]`, of which column 0 is taken, or None.
+        num_accepted: `[N]` or None; looked at where the sequence has a page.
         offsets: `[N + 1]`, int64.
         layout: `"SD"` or `"DS"`.
 
@@ -267,15 +268,16 @@ def conv_update(
     """
     past = weight.shape[1] - 1
     state = conv_state if layout == "SD" else conv_state.transpose(1, 2)  # [slots, L, D]
-    state_indices = (state_indices[:, 0] if state_indices.dim() == 2 else state_indices).long()
-    sequences, L = state_indices.shape[0], state.shape[1]
-    active = state_indices != 0
+    if state_indices is not None and state_indices.dim() == 2:
+        state_indices = state_indices[:, 0]
+    sequences, L = len(offsets) - 1, state.shape[1]
+    pages, active = pages_of(state_indices, sequences, x.device)
     if num_accepted is None:
-        history = state[page_index(state_indices), :past]
+        history = state[page_index(pages), :past]
     else:
         first = torch.where(active, num_accepted.long() - 1, 0)
         window = first[:, None] + torch.arange(past, device=x.device)
-        history = state[state_indices[:, None], window]
+        history = state[pages[:, None], window]
     acc = accumulation_dtype(x)
     history = torch.where(active[:, None, None], history.to(acc), 0.0)
     tokens = even_length(offsets, len(x))
@@ -283,7 +285,7 @@ def conv_update(
         rows = x.reshape(sequences, tokens, -1)
         y = conv_sequences(rows, history, weight, bias, activation, None, None)
         new = torch.cat([history, rows], dim=1)[:, 1:]
-        state[page_index(state_indices), : new.shape[1]] = new.to(state.dtype)
+        state[page_index(pages), : new.shape[1]] = new.to(state.dtype)
         return y.view(x.shape)
     y = short_convolution(x, history, weight, bias, activation, offsets, active)
 
@@ -292,7 +294,5 @@ def conv_update(
     new = extended_rows(history, x.to(acc), offsets, sequence, rows + 1)
     lengths = offsets[1:] - offsets[:-1]
     written = (active & (lengths > 0))[:, None] & (rows < past - 1 + lengths[:, None])
-    state[state_indices[:, None].expand_as(rows)[written], rows[written]] = new[written].to(
-        state.dtype
-    )
+    state[pages[:, None].expand_as(rows)[written], rows[written]] = new[written].to(state.dtype)
     return y

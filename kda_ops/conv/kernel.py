@@ -143,8 +143,12 @@ def conv_sequence(
     stop = tl.minimum(start + block_t, length)
     y_ptr += first_row * width
     if HAS_STATE:
-        slot = tl.load(slots_ptr + n * stride_slots, mask=active, other=0).to(tl.int64)
-        active = (slot > 0) & (slot < num_slots)
+        if slots_ptr is None:  # sequence n is on page n
+            slot = n
+            active = active & (n < num_slots)
+        else:
+            slot = tl.load(slots_ptr + n * stride_slots, mask=active, other=0).to(tl.int64)
+            active = (slot > 0) & (slot < num_slots)
         state_ptr += slot * stride_state_slot
     if (VARLEN or HAS_STATE) and active == 0:
         for i in range(start, stop):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kda_ops.conv.formulas import keep_last, known_history
 from kda_ops.native import address, fp32, kernel
-from kda_ops.varlen import sequence_offsets
+from kda_ops.varlen import pages_of, sequence_offsets
 
 _ARGUMENTS = (c_void_p, c_int64, *6 * (c_void_p,), *5 * (c_int64,), c_double, c_int64)
 
@@ -21,7 +21,8 @@ def short_conv(
 
 def short_conv_state(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, conv_state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    layout: str,
 ) -> Tensor:  # fmt: skip
     pages = (state_indices, has_initial_state, layout)
     return _convolve(x, weight, bias, activation, cu_seqlens, conv_state, pages)
@@ -37,7 +38,7 @@ def short_conv_qkv(
 
 def short_conv_qkv_state(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
-    head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor,
+    head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor | None,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parts = _unpacked(x, weight, bias, conv_state, key_dim, layout)
@@ -58,7 +59,8 @@ def short_conv_qkv_unpacked_state(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parts = [
         (q, q_weight, q_bias, q_state),
@@ -70,7 +72,7 @@ def short_conv_qkv_unpacked_state(
 
 
 Part = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, weight, bias, convolution state
-Pages = tuple[Tensor, Tensor | None, str]  # slots, has_initial_state, layout
+Pages = tuple[Tensor | None, Tensor | None, str]  # slots, has_initial_state, layout
 
 
 def _unpacked(
@@ -126,11 +128,11 @@ def _convolve(
     rows = x if x.dim() == 3 else x[None]
     offsets = sequence_offsets(rows, cu_seqlens)
     N, (D, W) = len(offsets) - 1, weight.shape
-    history, live = None, offsets.new_ones(N, dtype=torch.bool)
-    if conv_state is not None and pages is not None:
-        state_indices, has_initial_state, layout = pages
-        live = state_indices != 0
-        known = known_history(rows, W - 1, conv_state, state_indices, has_initial_state, layout)
+    history = None
+    state_indices, has_initial_state, layout = pages or (None, None, "SD")
+    index, live = pages_of(state_indices, N, x.device)
+    if conv_state is not None:
+        known = known_history(rows, W - 1, conv_state, index, live, has_initial_state, layout)
         history = known.contiguous()
     flat = fp32(rows.flatten(0, 1))
     whole = bool(live.all()) and (N == 0 or int(offsets[-1]) == len(flat))
@@ -140,6 +142,6 @@ def _convolve(
         flat.data_ptr(), flat.stride(0), *map(address, (*kept, history, y, offsets, live)),
         *(N, D, W, activation == "silu", norm[0]), norm[1], torch.get_num_threads(),
     )  # fmt: skip
-    if history is not None and conv_state is not None and pages is not None:
-        keep_last(rows, history, conv_state, state_indices, cu_seqlens, layout)
+    if history is not None and conv_state is not None:
+        keep_last(rows, history, conv_state, index, live, cu_seqlens, layout)
     return y.to(x.dtype).view(x.shape)

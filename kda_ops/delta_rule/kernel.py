@@ -67,6 +67,17 @@ def update_state(
     return S * decay + over_v(delta, V_FIRST) * k, o
 
 
+def slot_table(state_indices: Tensor | None) -> tuple[bool, Any, Any, Any]:
+    """Of slots `[N]`, `[N, columns]` or None: whether each token has its own, the columns, and the
+    strides for sequences and columns.
+    """
+    if state_indices is None:
+        return False, 1, 0, 0
+    if state_indices.dim() == 1:
+        return False, 1, state_indices.stride(0), 0
+    return True, state_indices.shape[1], *state_indices.stride()
+
+
 def flat_rows(x: Tensor, rows: Any) -> Tensor:
     """`[..., heads, dim]` as `[rows, heads, dim]` with a dense last axis."""
     x = x.reshape(rows, *x.shape[-2:])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kda_ops.delta_rule.state_layout import state_strides
 from kda_ops.native import InvalidValues, address, dense, fp32, kernel
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -83,7 +84,8 @@ def _run(
     parts: list[Any], key_dim: int, activation: str | None, f: Tensor, beta: Tensor, z: Tensor,
     A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float,
     norm_weight: Tensor, norm_eps: float, qk_norm_eps: float, scale: float, state: Tensor,
-    state_indices: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor | None, num_accepted: Tensor | None, cu_seqlens: Tensor | None,
+    state_layout: str, layout: str,
 ) -> Tensor:  # fmt: skip
     """The output in fp32. A part is its x, state, weight and bias, and its first channel in them.
 
@@ -98,19 +100,24 @@ def _run(
         None if table is None else table.contiguous()
         for table in (state_indices, num_accepted, cu_seqlens)
     ]
+    N = T if cu_seqlens is None else len(cu_seqlens) - 1
+    columns = (
+        state_indices.shape[1] if state_indices is not None and state_indices.dim() == 2 else 0
+    )
     o = x.new_zeros(1, T, HV, V)
     channels: Any = (_Channels * 3)()
     for i, (x_i, state_i, weight_i, bias_i, first) in enumerate(parts):
         channels[i] = _channels(x_i, state_i, weight_i, bias_i, first, row, channel)
     step = _Step(
         channels, *(_DTYPES[conv_state.dtype], _DTYPES[state.dtype]),
-        *(T, len(state_indices), key_dim // K, HV, K, V), *(weight.shape[1], conv_state.shape[row]),
+        *(T, N, key_dim // K, HV, K, V), *(weight.shape[1], conv_state.shape[row]),
         activation == "silu",
-        *((1, 0) if state_indices.dim() == 1 else (state_indices.shape[1], 1)),
+        *(max(columns, 1), columns > 0),
         *((address(table), table is not None and table.dtype == torch.int64) for table in tables),
         (address(A_log), address(dt_bias), lower_bound is not None, lower_bound or 0.0),
         *map(address, (f, beta, z, norm_weight)), *(beta.stride(0), state.data_ptr()),
-        *(conv_state.shape[0], state.shape[0], *state.stride()), o.data_ptr(),
+        *(conv_state.shape[0], state.shape[0]), *state_strides(state, state_layout=state_layout),
+        o.data_ptr(),
         *(beta_scale, norm_eps, qk_norm_eps, scale),
     )  # fmt: skip
     run = kernel("kda_decode", c_void_p, c_int64, result=c_int)

@@ -17,14 +17,15 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kda_ops._checks import MAX_HEAD_DIM, check_lower_bound
 from kda_ops._numerics import accumulation_dtype
 from kda_ops.conv.checks import resolve_activation
 from kda_ops.conv.short_conv import short_conv
+from kda_ops.conv.short_conv_update import short_conv_update
 from kda_ops.delta_rule.chunk_kda import chunk_kda
+from kda_ops.delta_rule.recurrent_kda import recurrent_kda
 from kda_ops.gating.gate import gate
 from kda_ops.gating.gate_cumsum import gate_cumsum
 from kda_ops.norm.l2norm import l2norm
@@ -270,8 +271,9 @@ class KDALayer(nn.Module):
         f = self._heads(self._forget_gate_input(hidden_states))
         beta = self.b_proj(hidden_states)
         beta = torch.sigmoid(beta.to(accumulation_dtype(beta)))
-        if old_state is not None and hidden_states.shape[1] == 1:
-            o = self._decode(x, f, beta, cache, old_conv, old_state)
+        steps = old_state is not None and hidden_states.shape[1] == 1
+        if steps and not _needs_gradient(hidden_states, *self.parameters()):
+            o = self._decode(x, f, beta, old_conv, old_state)
         else:
             o = self._prefill(x, f, beta, cache, old_conv, old_state, cu_seqlens)
         z = self._heads(self._output_gate(hidden_states))
@@ -296,8 +298,13 @@ class KDALayer(nn.Module):
             )
             if old_conv is not None:  # the history goes before the tokens
                 rows = new_conv.transpose(1, 2)
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        y = short_conv(rows, weight, bias, activation=self.activation, cu_seqlens=cu_seqlens)
+        y = short_conv(
+            rows,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            activation=self.activation,
+            cu_seqlens=cu_seqlens,
+        )
         q, k, v = self._split(y[:, rows.shape[1] - x.shape[1] :])
         A_log, dt_bias, lower_bound = self._gate()
         g_cumsum = gate_cumsum(f, A_log, dt_bias, lower_bound=lower_bound, cu_seqlens=cu_seqlens)
@@ -307,34 +314,34 @@ class KDALayer(nn.Module):
             v,
             g_cumsum,
             beta,
-            initial_state=None if old_state is None else old_state.transpose(-1, -2),
+            initial_state=old_state,
             output_final_state=cache is not None,
             cu_seqlens=cu_seqlens,
+            state_layout="KV",
         )
         if state is not None:
-            cache.update_recurrent_state(state.transpose(-1, -2).float(), self.layer_idx)
+            cache.update_recurrent_state(state.float(), self.layer_idx)
         return o
 
-    def _decode(
-        self, x: Tensor, f: Tensor, beta: Tensor, cache: Any, conv: Tensor, state: Tensor
-    ) -> Tensor:
-        """One token of every sequence, which follows the states of the cache.
+    def _decode(self, x: Tensor, f: Tensor, beta: Tensor, conv: Tensor, state: Tensor) -> Tensor:
+        """One token of every sequence, on the states of the cache in place.
 
-        In plain PyTorch: the operators that step take page 0 of a state for nobody's.
+        Of the W columns of a convolution state the first is from before the history: nobody reads
+        it, and it stays as it is.
         """
-        window = torch.cat([conv[..., 1:], x.transpose(1, 2).to(conv.dtype)], dim=-1)
-        conv.copy_(window)
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        dtype = accumulation_dtype(x)
-        y = (window[..., -weight.shape[1] :].to(dtype) * weight.to(dtype)).sum(-1)
-        y = y if bias is None else y + bias.to(dtype)
-        y = y if resolve_activation(self.activation) is None else F.silu(y)
-        q, k, v = self._split(y.to(x.dtype))
+        past = self.conv1d.weight.shape[-1] - 1
+        y = short_conv_update(
+            x[:, 0],
+            conv[..., conv.shape[-1] - past :],
+            self.conv1d.weight,
+            self.conv1d.bias,
+            activation=self.activation,
+            layout="DS",
+        )
+        q, k, v = self._split(y[:, None])
         A_log, dt_bias, lower_bound = self._gate()
-        g = gate(f, A_log, dt_bias, lower_bound=lower_bound)[:, 0]
-        o, new = _step(l2norm(q), l2norm(k), v, g, beta[:, 0], state)
-        cache.update_recurrent_state(new.float(), self.layer_idx)
-        return o[:, None].to(x.dtype)
+        g = gate(f, A_log, dt_bias, lower_bound=lower_bound)
+        return recurrent_kda(l2norm(q), l2norm(k), v, g, beta, state, state_layout="KV")
 
     def _split(self, y: Tensor) -> list[Tensor]:
         """q, k and v by head."""
@@ -370,29 +377,6 @@ def _lower_bound(forget_gate: Any) -> float | None:
     return getattr(forget_gate, "safe_gate_lower_bound", None)
 
 
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence, `recurrent_kda` without pages: reads `state` twice.
-
-    Args:
-        q: `[B, H, K]`, normalised.
-        k: Like q.
-        v: `[B, H, V]`.
-        g: `[B, H, K]` in nats.
-        beta: `[B, H]`, after its sigmoid.
-        state: `[B, H, K, V]`.
-
-    Returns:
-        o `[B, H, V]` and the new state, in the dtype that q accumulates in.
-    """
-    dtype = accumulation_dtype(q)
-    q, k, v, g, beta, state = (x.to(dtype) for x in (q, k, v, g, beta, state))
-    q = q * q.shape[-1] ** -0.5
-    decay = g.exp()
-    # both products with the state before it is written, so that one pass makes them
-    read = ((k * decay)[..., None] * state).sum(-2)
-    o = ((q * decay)[..., None] * state).sum(-2)
-    change = beta[..., None] * (v - read)
-    o = o + (q * k).sum(-1, keepdim=True) * change
-    return o, decay[..., None] * state + k[..., None] * change[..., None, :]
+def _needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records: it does not through the operators that step a state."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

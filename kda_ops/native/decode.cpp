@@ -26,7 +26,7 @@ struct Step { // `_Step` of decode.py
   int64_t conv_dtype, state_dtype; // 0 fp32, 1 bf16, 2 fp16
   int64_t T, N, H, HV, K, V, W, L;
   int64_t activated, columns, per_token;
-  Integers slots, accepted, offsets;
+  Integers slots, accepted, offsets; // without slots sequence n is on page n
   Gate gate;
   const float *f, *beta, *z, *norm_weight; // f and z dense, by token
   int64_t beta_token;
@@ -36,6 +36,12 @@ struct Step { // `_Step` of decode.py
   double beta_scale, norm_eps, qk_norm_eps, scale;
 
   int64_t first(int64_t n) const { return offsets.data ? offsets[n] : n; }
+  // -1 for none
+  int64_t page(int64_t n, int64_t column) const {
+    if (!slots.data) return n;
+    const int64_t slot = slots[n * columns + column];
+    return slot > 0 ? slot : -1;
+  }
 };
 
 // Whether slots, counts and offsets are what the operator takes.
@@ -48,11 +54,11 @@ bool valid(const Step& s) {
     if (tokens < 0 || tokens > most || (s.per_token && tokens > s.columns)) return false;
     bool padding = true;
     for (int64_t j = 0; j < s.columns; j++) {
-      const int64_t slot = s.slots[n * s.columns + j];
-      if (slot < 0 || slot >= s.state_slots || (j == 0 && slot >= s.conv_slots)) return false;
-      if (slot == 0) continue;
+      const int64_t page = s.page(n, j);
+      if (page >= s.state_slots || (j == 0 && page >= s.conv_slots)) return false;
+      if (page < 0) continue;
       padding = false;
-      owners.push_back({slot, n});
+      owners.push_back({page, n});
     }
     if (s.accepted.data && !padding) {
       const int64_t accepted = s.accepted[n];
@@ -154,7 +160,7 @@ void sequence_head(const Step& s, int64_t n, int64_t h, Workspace& work) {
   const int64_t K = s.K, V = s.V, KP = padded(K), groups = s.HV / s.H;
   const int64_t first = s.first(n), tokens = s.first(n + 1) - first;
   if (tokens == 0) return;
-  const auto slot = [&](int64_t column) { return s.slots[n * s.columns + column]; };
+  const auto page = [&](int64_t column) { return s.page(n, column); };
   const int64_t continued =
       s.accepted.data ? std::clamp<int64_t>(s.accepted[n] - 1, 0, s.columns - 1) : 0;
 
@@ -167,18 +173,18 @@ void sequence_head(const Step& s, int64_t n, int64_t h, Workspace& work) {
   work.head = h;
   auto& [head_of_taps, taps, window, rows, own, decay, o] = work;
   rows.assign(tokens * width, 0.f);
-  for (int p = 0; p < 3 && slot(0) != 0; p++)
+  for (int p = 0; p < 3 && page(0) >= 0; p++)
     convolve<ConvState>(
-        s, s.channels[p], taps[p], slot(0), continued, first, tokens, h * sizes[p], sizes[p],
+        s, s.channels[p], taps[p], page(0), continued, first, tokens, h * sizes[p], sizes[p],
         window, &rows[places[p]], width);
   for (int64_t j = 0; j < tokens; j++)
     for (int p = 0; p < 2; p++) normalize(&rows[j * width + places[p]], KP, s.qk_norm_eps);
 
-  const int64_t source = slot(continued);
-  if (source == 0) return;
+  const int64_t source = page(continued);
+  if (source < 0) return;
   const auto target = [&](int64_t j) {
-    if (s.per_token) return j < s.columns ? slot(j) : 0;
-    return j + 1 == tokens ? source : 0;
+    if (s.per_token) return j < s.columns ? page(j) : -1;
+    return j + 1 == tokens ? source : -1;
   };
   const bool in_place = std::is_same_v<State, float> && tokens == 1 && target(0) == source &&
       s.state_k == 1 && K % TILE == 0;
@@ -206,7 +212,7 @@ void sequence_head(const Step& s, int64_t n, int64_t h, Workspace& work) {
       const float squares = dot(o.data(), o.data(), padded(V));
       const float norm = 1 / std::sqrt(squares / V + float(s.norm_eps));
       gate_output(o.data(), norm, s.norm_weight, s.z + row * V, V, s.o + row * V);
-      if (in_place || target(j) == 0) continue;
+      if (in_place || target(j) < 0) continue;
       for (int64_t v = 0; v < V; v++)
         copy(S + v * KP, 1, K, pages + target(j) * s.state_slot + v * s.state_v, s.state_k);
     }

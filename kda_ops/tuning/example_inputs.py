@@ -64,7 +64,7 @@ def _example(role: Role | None, x: Any, call: Call, chunk: int, generator: torch
         return x
     shape, stride = [hint(n) for n in x.shape], [hint(n) for n in x.stride()]
     if isinstance(role, Pages):
-        shape[role.axis] = min(shape[role.axis], _slots_used(call) + 1)
+        shape[role.axis] = min(shape[role.axis], _pages_used(call) + 1)
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     empty = math.prod(shape) == 0
     flat = torch.zeros(0 if empty else extent, dtype=x.dtype, device=generator.device)
@@ -82,12 +82,18 @@ def _of_role(role: Role, call: Call) -> Any:
     return next((x for other, x in call if other is role), None)
 
 
-def _slots_used(call: Call) -> int:
+def _pages_used(call: Call) -> int:
     """Number of pages that the call reads and writes."""
-    slots, copies = _of_role(SLOTS, call), _of_role(COPIES, call)
+    slots, copies, offsets = (_of_role(role, call) for role in (SLOTS, COPIES, OFFSETS))
     if slots is not None:
         return math.prod(hint(n) for n in slots.shape)
-    return 0 if copies is None else 2 * hint(copies.shape[0])
+    if copies is not None:
+        return 2 * hint(copies.shape[0])
+    if all(role is not SLOTS for role, _ in call):
+        return 0
+    # without slots sequence n is on page n
+    first = next(x for _, x in call if isinstance(x, Tensor))
+    return hint(first.shape[0]) if offsets is None else hint(offsets.shape[0]) - 1
 
 
 def _table(role: Role | None, like: Tensor, call: Call, chunk: int) -> Tensor:

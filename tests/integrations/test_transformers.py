@@ -234,6 +234,28 @@ def test_both_names_of_a_cache(name: str) -> None:
     assert cache.get_conv_state(0).shape == (2, 3 * 48, 4)
 
 
+def test_a_decode_step_is_in_place() -> None:
+    """On the tensors of the cache; where autograd records, by the differentiable operators."""
+    model = accelerate(kimi())
+    layer, caches = kda_layers(model)[0], [DynamicCache(config=model.config) for _ in range(2)]
+    x = torch.randn(2, 41, 32)
+    found = []
+    for cache, grad in zip(caches, (False, True), strict=True):
+        with torch.no_grad():
+            layer(x[:, :40], cache=cache)
+        states = cache.get_conv_state(0), cache.get_recurrent_state(0)
+        before = [state.data_ptr() for state in states]
+        with torch.set_grad_enabled(grad):
+            found.append(layer(x[:, 40:], cache=cache))
+        assert found[-1].requires_grad == grad
+        assert [state.data_ptr() for state in states] == before
+        assert (states[0][..., -1] != 0).all()
+    assert relative_error(*found) < FP32
+    for state in ("get_conv_state", "get_recurrent_state"):
+        first, second = (getattr(cache, state)(0).detach() for cache in caches)
+        assert relative_error(first[..., 1:], second[..., 1:]) < FP32
+
+
 def test_nothing_of_fla_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """With it installed, unmodified layers call Triton's kernels, which a CPU does not have."""
 

@@ -1,5 +1,6 @@
 """Accelerated models of transformers under `torch.compile`: one graph, few, the right numbers."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, StaticCache
 
 from kda_ops.integrations.transformers import KDALayer, accelerate, restore
+from tests.support.fake_cuda import cuda_code, summary
 from tests.support.transformers_models import (
     bailing,
     glm,
@@ -104,6 +106,22 @@ def test_decode_steps_share_a_graph() -> None:
     for token in ids[:, 70:].split(1, dim=1):
         compiled(token, cache=cache)
     assert compiled.graphs == 2
+
+
+@pytest.mark.parametrize("build", [kimi, bailing])
+def test_a_decode_step_is_one_kernel_on_a_gpu(build: Callable[[], nn.Module]) -> None:
+    """On the cache's own tensors, besides what belongs to the projections."""
+    model = accelerate(build())
+    layer = next(x for x in model.modules() if isinstance(x, KDALayer))
+    cache, x = DynamicCache(config=model.config), torch.randn(2, 71, 32)
+    with torch.no_grad():
+        layer(x[:, :70], cache=cache)
+        eager = copy.deepcopy(cache)
+        found, (code,) = cuda_code(lambda y: layer(y, cache=cache), x[:, 70:])
+        expected = layer(x[:, 70:], cache=eager)
+    assert relative_error(found, expected) < FP32
+    kernels = [name for name in summary(code).launches if not name.startswith("triton")]
+    assert kernels == ["kda_decode_kernel"]
 
 
 @pytest.mark.parametrize("build", [glm, bailing])

@@ -23,6 +23,8 @@ class Step:
     norm_eps = (1e-6, 1e-6)
     cleared = True
     varlen = True
+    paged = True
+    state_layout = "VK"
     accepted: tuple[Tensor | None, Tensor | None] = (None, None)  # of convolution and recurrence
 
     def __call__(
@@ -30,6 +32,8 @@ class Step:
     ):
         if not self.varlen:
             cu = None
+        if not self.paged:
+            state_indices = None
         y = self.convolve(x, conv, weight, state_indices, cu)[None]
         q, k, v = y.split([KEY, KEY, VALUE], dim=-1)
         q = self.normalize(q.unflatten(-1, (H, K)), self.norm_eps[0])
@@ -42,6 +46,7 @@ class Step:
             heads = tuple(y.transpose(0, 1) for y in heads)
         state = self.between(state, conv)
         how = {"cu_seqlens": cu, "num_accepted": self.accepted[1]}
+        how["state_layout"] = self.state_layout
         o = kda_ops.recurrent_kda(*heads, state, state_indices, **how)
         o = o.view(1, T, HV, V) if cu is None else o
         return self.finish(o, z, o_weight, cu)
@@ -178,6 +183,26 @@ def test_a_speculative_step_is_one_operator(attributes: dict[str, object], dynam
     assert found.refused == []
     assert found.operators == ["kda_decode"]
     assert found.copies == 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("varlen", [False, True], ids=["one-each", "ragged"])
+def test_a_step_of_a_dense_cache_is_one_operator(varlen: bool, dynamic: bool) -> None:
+    """A page for each sequence, with K first."""
+    step = variant(paged=False, varlen=varlen, state_layout="KV", layout="DS")
+    found = compiled(step, dynamic=dynamic, state=torch.randn(T, HV, K, V))
+    assert found.refused == []
+    assert found.operators == ["kda_decode"]
+    assert found.copies == 0
+
+
+def test_one_state_by_slots_and_one_without_stay() -> None:
+    def convolve(self, x, conv, weight, state_indices, cu):
+        return kda_ops.short_conv_update(x, conv, weight, cu_seqlens=cu, layout=self.layout)
+
+    found = compiled(variant(convolve=convolve))
+    assert found.operators == SMALL
+    assert "other state_indices" in found.refused[0][1]
 
 
 def test_other_accepted_tokens_stay() -> None:

@@ -697,7 +697,7 @@ def test_forward_errors_write_nothing() -> None:
         ),
         (
             {"state": short, "batch": KDABatch.decode([1, 5])},
-            "state_indices must be in [0, 5), got 5",
+            "state_indices must be below 5, got 5",
         ),
     ]
     for arguments, message in wrong:

@@ -345,7 +345,7 @@ CU = torch.tensor([0, 30, 70])
         bad("raw_gate must have dtype", raw_gate=torch.zeros(1, 70, 4, 16, dtype=torch.int64)),
         bad("raw_beta must have shape [1, 70, 4], got (1, 70, 2)", raw_beta=torch.zeros(1, 70, 2)),
         bad("raw_beta must have dtype", raw_beta=torch.zeros(1, 70, 4, dtype=torch.int64)),
-        bad("A_log must have shape [4], got (2,)", A_log=torch.zeros(2)),
+        bad("A_log must have shape [4] or [1, 1, 4, 1], got (2,)", A_log=torch.zeros(2)),
         bad("A_log must be given unless lower_bound is, got None", A_log=None),
         bad("dt_bias must have shape [4, 16] or [64], got (4,)", dt_bias=torch.zeros(4)),
         bad("lower_bound must be None or in [-5, 0), got 1.0", lower_bound=1.0),
@@ -364,12 +364,11 @@ CU = torch.tensor([0, 30, 70])
             chunk_indices=torch.zeros(3, 2, dtype=torch.int32),
         ),
         bad(
-            "initial_state must have shape [1, 4, 24, 16], got (1, 4, 16, 24)",
+            "initial_state must have shape [1, 4, 24, 16] in state_layout VK, got (1, 4, 16, 24)",
             initial_state=torch.zeros(1, 4, 16, 24),
         ),
         bad("state_indices must come with state", state_indices=SLOT),
         bad("has_initial_state must come with state", has_initial_state=SLOT.bool()),
-        bad("state_indices must be given with state", state=STATE),
         bad(
             "output_final_state must be False with state",
             state=STATE,
@@ -381,7 +380,7 @@ CU = torch.tensor([0, 30, 70])
             state=STATE.half(),
             state_indices=SLOT,
         ),
-        bad("state_indices must be in [0, 3), got 3", state=STATE, state_indices=SLOT + 2),
+        bad("state_indices must be below 3, got 3", state=STATE, state_indices=SLOT + 2),
         bad(
             "state_indices must not repeat, got 2 more than once",
             cu_seqlens=CU,

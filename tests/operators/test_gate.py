@@ -104,7 +104,7 @@ X, A, BIAS = torch.zeros(1, 5, 2, 4), torch.zeros(2), torch.zeros(2, 4)
     [
         ((X.int(), A), {}, r"raw_gate must have dtype .*, got int32"),
         ((X[0, 0, 0], A), {}, r"raw_gate must have shape \[\.\.\., HV, K\], got \(4,\)"),
-        ((X, torch.zeros(3)), {}, r"A_log must have shape \[2\], got \(3,\)"),
+        ((X, torch.zeros(3)), {}, r"A_log must have shape \[2\] or \[1, 1, 2, 1\], got \(3,\)"),
         ((X, A.long()), {}, r"A_log must have dtype .*, got int64"),
         ((X, None), {}, r"A_log must be given unless lower_bound is, got None"),
         ((X, A, torch.zeros(4, 2)), {}, r"dt_bias must have shape \[2, 4\] or \[8\], got \(4, 2\)"),

@@ -101,7 +101,7 @@ CU = offsets((40, 60))
     [
         ((X[0], A), {}, r"raw_gate must have 4 dimensions, got shape \(100, 2, 4\)"),
         ((X.int(), A), {}, r"raw_gate must have dtype .*, got int32"),
-        ((X, A[:1]), {}, r"A_log must have shape \[2\], got \(1,\)"),
+        ((X, A[:1]), {}, r"A_log must have shape \[2\] or \[1, 1, 2, 1\], got \(1,\)"),
         ((X, None), {}, r"A_log must be given unless lower_bound is, got None"),
         ((X, A, torch.zeros(9)), {}, r"dt_bias must have shape \[2, 4\] or \[8\], got \(9,\)"),
         ((X, A), {"lower_bound": 1.0}, r"lower_bound must be None or in \[-5, 0\), got 1.0"),

@@ -338,7 +338,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"raw_beta": lambda x: x[:, :2]}, "raw_beta must have 11 tokens like x, got shape (1, 2, 3)"),
     ({"raw_beta": lambda x: x[..., :2]}, "raw_beta must have shape [1, 11, 3], got (1, 11, 2)"),
     ({"A_log": lambda x: None}, "A_log must be given unless lower_bound is, got None"),
-    ({"A_log": lambda x: x[1:]}, "A_log must have shape [3], got (2,)"),
+    ({"A_log": lambda x: x[1:]}, "A_log must have shape [3] or [1, 1, 3, 1], got (2,)"),
     ({"dt_bias": lambda x: x[1:]}, "dt_bias must have shape [3, 48] or [144], got (2, 48)"),
     ({"lower_bound": lambda x: -6.0}, "lower_bound must be None or in [-5, 0), got -6.0"),
     ({"norm_weight": lambda x: x[1:]}, "norm_weight must have shape [32], got (31,)"),
@@ -384,7 +384,7 @@ def test_heads_must_fit() -> None:
 
 
 VALUE_ERRORS: dict[str, Any] = {
-    "slot": (lambda x: x["state_indices"][1].fill_(18), "state_indices must be in [0, 18), got 18"),
+    "slot": (lambda x: x["state_indices"][1].fill_(18), "state_indices must be below 18, got 18"),
     "shared": (
         lambda x: x["state_indices"][1].copy_(x["state_indices"][0]),
         "state_indices must not share a slot between sequences",
@@ -398,7 +398,7 @@ VALUE_ERRORS: dict[str, Any] = {
     ),
     "conv slots": (
         lambda x: x.update(conv_state=x["conv_state"][:1]),
-        "state_indices must be in [0, 1), got",
+        "state_indices must be below 1, got",
     ),
     "conv room": (
         lambda x: x.update(conv_state=x["conv_state"][:, :4]),

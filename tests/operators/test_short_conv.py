@@ -228,7 +228,6 @@ def test_gradients_of_padding_are_zero() -> None:
         ),
         ({"conv_state": torch.zeros(7, 3, 12).int()}, r"conv_state must have dtype .*, got int32"),
         ({"conv_state": None}, r"state_indices must come with conv_state, got state_indices alone"),
-        ({"state_indices": None}, r"state_indices must be given with conv_state, got None"),
         (
             {"state_indices": torch.zeros(6)},
             r"state_indices must have dtype int32, int64, got float32",
@@ -237,8 +236,7 @@ def test_gradients_of_padding_are_zero() -> None:
             {"state_indices": torch.zeros(5).int()},
             r"state_indices must have shape \[6\], got \(5,\)",
         ),
-        ({"state_indices": SLOTS + 1}, r"state_indices must be in \[0, 7\), got 7"),
-        ({"state_indices": SLOTS - 1}, r"state_indices must be in \[0, 7\), got -1"),
+        ({"state_indices": SLOTS + 1}, r"state_indices must be below 7, got 7"),
         (
             {"state_indices": SLOTS.clamp(max=2)},
             r"state_indices must not repeat, got 2 more than once",

@@ -371,6 +371,10 @@ def test_tables_of_example_arguments() -> None:
     assert offsets.tolist() == [0, 4, 8]
     assert chunks[:2].tolist() == [[0, 0], [1, 0]]
     assert flags.all()
+    for offsets, pages in ((None, 9), (torch.zeros(4, dtype=torch.int32), 4)):
+        dense = {"x": None, "pages": CONV_PAGES, "to": SLOTS, "offsets": OFFSETS}
+        made = [torch.zeros(8, 5), torch.zeros(50, 5, 4), None, offsets]
+        assert len(examples(dense, made, CPU)[1]) == pages  # sequence n on page n
     conv = torch.zeros(2, 50, 3, 4)  # of two layers
     plan = torch.zeros(4, 4, dtype=torch.int32)
     pages, plan = examples({"conv": CONV_PAGES, "plan": COPIES}, [conv, plan], CPU)

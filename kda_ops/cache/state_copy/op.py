@@ -21,8 +21,8 @@ def check_state_copy_values(conv: Tensor, plan: Tensor, max_bias: int) -> None:
         for name, slot in (("conv_src", conv_src), ("recurrent_src", recurrent_src)):
             if slot >= slots:
                 raise ValueError(f"plan must have {name} below {slots}, got {slot} in row {r}")
-        if not 0 <= dst < slots:
-            raise ValueError(f"plan must have dst in [0, {slots}), got {dst} in row {r}")
+        if dst >= slots:
+            raise ValueError(f"plan must have dst below {slots}, got {dst} in row {r}")
         if not 0 <= bias <= max_bias:
             raise ValueError(f"plan must have bias in [0, {max_bias}], got {bias} in row {r}")
 
@@ -57,8 +57,9 @@ def state_copy(
       the same slot (a shift);
     * the whole recurrent state of its own source slot goes to the same destination.
 
-    A negative source skips that part. Slot 0 is the null block: nothing is written to it. Requests
-    are copied in no particular order: no row may write what another one reads or writes.
+    A negative source skips that part. Slot 0 is the null block, and a negative slot is as good:
+    nothing is written to it. Requests are copied in no particular order: no row may write what
+    another one reads or writes.
 
     Args:
         conv: `[layers, slots, L, D]` in layout SD, `[layers, slots, D, L]` in DS, or one layer

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kda_ops._cases import Case, paged_conv_state
+from kda_ops._cases import Case, dense, named, negative, paged_conv_state
 
 
 def short_conv_inputs(
@@ -131,4 +131,9 @@ CASES = [
         state_indices=(3, 1, 2, 4),
         initial=(1, 0, 1, 0),
     ),
+]
+
+CASES += [
+    *map(dense, named(CASES, "DS", "SD-ragged")),
+    *map(negative, named(CASES, "DS", "SD-ragged")),
 ]

@@ -47,7 +47,8 @@ def launch_short_conv(
 
 def launch_short_conv_state(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, conv_state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    layout: str,
 ) -> Tensor:  # fmt: skip
     return _launch(
         x, weight, bias, activation, conv_state, state_indices, has_initial_state, cu_seqlens,

@@ -7,7 +7,12 @@ from kda_ops._checks import check_rank
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import CONV_PAGES, OFFSETS, SLOTS
 from kda_ops.config import resolve_layout
-from kda_ops.conv.checks import check_conv_sequences, check_conv_values, resolve_activation
+from kda_ops.conv.checks import (
+    check_conv_sequences,
+    check_conv_values,
+    resolve_activation,
+    taps_of,
+)
 from kda_ops.conv.short_conv.reference import short_conv_reference, short_conv_state_reference
 from kda_ops.native import define_native
 
@@ -21,7 +26,7 @@ def check_short_conv_values(x: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def check_short_conv_state_values(
-    x: Tensor, conv_state: Tensor, state_indices: Tensor, cu_seqlens: Tensor | None
+    x: Tensor, conv_state: Tensor, state_indices: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
     check_conv_values(x, cu_seqlens, conv_state, state_indices)
 
@@ -39,7 +44,7 @@ short_conv_op = define_op(
 
 short_conv_state_op = define_op(
     "short_conv.state(Tensor x, Tensor weight, Tensor? bias, str? activation, "
-    "Tensor(a!) conv_state, Tensor state_indices, Tensor? has_initial_state, "
+    "Tensor(a!) conv_state, Tensor? state_indices, Tensor? has_initial_state, "
     "Tensor? cu_seqlens, str layout) -> Tensor",
     reference=short_conv_state_reference,
     fake=short_conv_fake,
@@ -72,22 +77,23 @@ def short_conv(
     With `conv_state`, the last W - 1 rows of `concat(history, x)` are then written to rows `[0, W -
     1)` of the slot. So a sequence shorter than W - 1 keeps the end of its history (zeros without an
     initial state), and an empty one keeps its initial state or, without one, writes zeros. Rows
-    from W - 1 on are not touched. Slot 0 is the null block: the output of a sequence mapped to it
-    is zero, and its slot is neither read nor written. Rows of x past the last sequence are not read
-    and give zero.
+    from W - 1 on are not touched. Slot 0 is the null block, and a negative slot is as good: the
+    output of such a sequence is zero, and no state is read or written. Rows of x past the last
+    sequence are not read and give zero.
 
     Source: Kimi Linear (arXiv:2510.26692), section 4; FlashLinearAttention's `ShortConvolution`.
 
     Args:
         x: `[B, T, D]`, or `[T, D]` for one sequence; fp16, bf16 or fp32 (fp64 on the CPU). With
             `cu_seqlens`, B is 1. Copied if the last axis is not contiguous.
-        weight: `[D, W]`, W at least 2; the last tap applies to the token itself.
+        weight: `[D, W]`, or `[D, 1, W]` as in `nn.Conv1d`, W at least 2; the last tap applies to
+            the token itself.
         bias: `[D]` or None.
         activation: `"silu"` (also called `"swish"`) or None.
         conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 1`, any
             strides, written in place. Its dtype may differ from that of x.
-        state_indices: `[N]`, int32 or int64, the slot of each sequence; unique, except the null
-            slot 0. Required with `conv_state`.
+        state_indices: `[N]`, int32 or int64, the slot of each sequence; unique, except those of
+            padding. None with `conv_state`: sequence n is page n of at least N, and none is null.
         has_initial_state: `[N]`, bool. None means that no sequence has one.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.
@@ -104,6 +110,7 @@ def short_conv(
     """
     activation = resolve_activation(activation)
     check_rank("x", x, 2, 3)
+    weight = taps_of(weight)
     layout = resolve_layout(layout, conv_state, x.shape[-1])
     check_conv_sequences(
         x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, layout

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kda_ops._cases import Case, paged_conv_state, unpacked
+from kda_ops._cases import Case, dense, named, negative, paged_conv_state, unpacked
 
 
 def short_conv_qkv_inputs(
@@ -199,4 +199,9 @@ CASES = [
         initial=(1,),
         unpack=True,
     ),
+]
+
+CASES += [
+    *map(dense, named(CASES, "DS", "apart-SD-ragged-bias")),
+    *map(negative, named(CASES, "SD", "apart-SD-ragged-bias")),
 ]

@@ -96,7 +96,7 @@ def launch_short_conv_qkv(
 
 def launch_short_conv_qkv_state(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
-    head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor,
+    head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor | None,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _launch(
@@ -120,7 +120,8 @@ def launch_short_conv_qkv_unpacked_state(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _launch(
         (q, k, v), (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), activation,

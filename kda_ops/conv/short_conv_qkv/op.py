@@ -50,7 +50,7 @@ def check_short_conv_qkv_values(x: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def check_short_conv_qkv_state_values(
-    x: Tensor, conv_state: Tensor, state_indices: Tensor, cu_seqlens: Tensor | None
+    x: Tensor, conv_state: Tensor, state_indices: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
     check_conv_values(x, cu_seqlens, conv_state, state_indices)
 
@@ -60,7 +60,7 @@ def check_short_conv_qkv_unpacked_values(q: Tensor, cu_seqlens: Tensor | None) -
 
 
 def check_short_conv_qkv_unpacked_state_values(
-    q: Tensor, q_state: Tensor, state_indices: Tensor, cu_seqlens: Tensor | None
+    q: Tensor, q_state: Tensor, state_indices: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
     check_conv_values(q, cu_seqlens, q_state, state_indices)
 
@@ -77,7 +77,7 @@ short_conv_qkv_op = define_op(
 
 short_conv_qkv_state_op = define_op(
     "short_conv_qkv.state(Tensor x, Tensor weight, Tensor? bias, str? activation, int key_dim, "
-    "int head_dim, float norm_eps, Tensor(a!) conv_state, Tensor state_indices, "
+    "int head_dim, float norm_eps, Tensor(a!) conv_state, Tensor? state_indices, "
     "Tensor? has_initial_state, Tensor? cu_seqlens, str layout) -> (Tensor, Tensor, Tensor)",
     reference=short_conv_qkv_state_reference,
     fake=short_conv_qkv_fake,
@@ -102,7 +102,7 @@ short_conv_qkv_unpacked_op = define_op(
 
 short_conv_qkv_unpacked_state_op = define_op(
     f"short_conv_qkv.unpacked_state({_UNPACKED}, Tensor(a!) q_state, Tensor(b!) k_state, "
-    "Tensor(c!) v_state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
+    "Tensor(c!) v_state, Tensor? state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
     "str layout) -> (Tensor, Tensor, Tensor)",
     reference=short_conv_qkv_unpacked_state_reference,
     fake=short_conv_qkv_unpacked_fake,
@@ -142,7 +142,7 @@ def short_conv_qkv(
 
     Equals `short_conv` of x (q | k | v along its channels), split into three, and `l2norm` of each
     head of q and k, without rounding in between. State, slots, empty sequences and padding are as
-    in `short_conv`: padding tokens and tokens of slot 0 give zeros.
+    in `short_conv`: padding tokens and tokens of null slots give zeros.
 
     Models with separate q, k and v, such as FLA's and Moonshot's, pass x, weight, bias and
     conv_state as three tensors each, `(of q, of k, of v)`; they are not packed.
@@ -152,7 +152,8 @@ def short_conv_qkv(
     Args:
         x: `[B, T, D]`, the packed projections, `D = 2 * key_dim + value_dim`; fp16, bf16 or fp32
             (fp64 on the CPU). With `cu_seqlens`, B is 1. Copied if the last axis is not contiguous.
-        weight: `[D, W]`, W at least 2; the last tap applies to the token itself.
+        weight: `[D, W]`, or `[D, 1, W]` as in `nn.Conv1d`, W at least 2; the last tap applies to
+            the token itself.
         bias: `[D]` or None.
         key_dim: Channels of q, and of k: H * K.
         head_dim: K, in `[1, 256]`, a divisor of `key_dim`.
@@ -160,8 +161,8 @@ def short_conv_qkv(
         activation: `"silu"` (also called `"swish"`) or None.
         conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 1`, any
             strides, written in place. Its dtype may differ from that of x.
-        state_indices: `[N]`, int32 or int64, the slot of each sequence; unique, except the null
-            slot 0. Required with `conv_state`.
+        state_indices: `[N]`, int32 or int64, the slot of each sequence; unique, except those of
+            padding. None with `conv_state`: sequence n is page n of at least N, and none is null.
         has_initial_state: `[N]`, bool. None means that no sequence has one.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.

@@ -19,7 +19,7 @@ def short_conv_qkv_reference(
 
 def short_conv_qkv_state_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
-    head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor,
+    head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor | None,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = x.to(accumulation_dtype(x))
@@ -46,7 +46,8 @@ def short_conv_qkv_unpacked_state_reference(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with packed_state((q_state, k_state, v_state), layout) as conv_state:
         return short_conv_qkv_state_reference(

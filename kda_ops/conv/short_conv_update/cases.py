@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kda_ops._cases import Case, paged_conv_state
+from kda_ops._cases import Case, dense, named, negative, paged_conv_state
 
 
 def short_conv_update_inputs(
@@ -119,4 +119,9 @@ CASES = [
         for layout in ("SD", "DS")
         for N in (1, 16, 64, 256)
     ),
+]
+
+CASES += [
+    *map(dense, named(CASES, "DS-bf16-bias", "SD-q3", "DS-speculative")),
+    *map(negative, named(CASES, "DS-bf16-bias", "SD-speculative")),
 ]

@@ -42,8 +42,12 @@ def short_conv_update_kernel(
         first_row = n * MAX_TOKENS
         length = n * 0 + MAX_TOKENS
         x_ptr += n * stride_x_sequence
-    slot = tl.load(slots_ptr + n * stride_slots, mask=n < N, other=0).to(tl.int64)
-    active = (slot > 0) & (slot < num_slots)
+    if slots_ptr is None:  # sequence n is on page n
+        slot = n
+        active = (n < N) & (n < num_slots)
+    else:
+        slot = tl.load(slots_ptr + n * stride_slots, mask=n < N, other=0).to(tl.int64)
+        active = (slot > 0) & (slot < num_slots)
     tokens = tl.where(active, tl.minimum(length, MAX_TOKENS), 0)
     y_ptr += first_row * D
     for i in range(tokens, length):
@@ -78,7 +82,8 @@ def short_conv_update_kernel(
 
 def launch_short_conv_update(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
-    state_indices: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    state_indices: Tensor | None, num_accepted: Tensor | None, cu_seqlens: Tensor | None,
+    layout: str,
 ) -> Tensor:  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.stride(-1) != 1:
@@ -86,7 +91,7 @@ def launch_short_conv_update(
     D, W = x.shape[-1], int(weight.shape[1])
     stride_slot, stride_row, stride_dim = conv_state_strides(conv_state, layout)
     L = conv_state.shape[1 if layout == "SD" else 2]
-    N = state_indices.shape[0]
+    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chosen = choose("short_conv_update", x.device, D=D, W=W, dtype=x.dtype, layout=layout)
     if cu_seqlens is not None:
         programs, max_tokens, stride_sequence = N + 1, int(L) - W + 2, 0
@@ -96,7 +101,8 @@ def launch_short_conv_update(
     traceable(short_conv_update_kernel)[(programs * triton.cdiv(D, chosen["BLOCK_D"]),)](
         x, conv_state, weight.contiguous(), contiguous(bias), y, state_indices,
         contiguous(num_accepted), contiguous(cu_seqlens), x.shape[0], D, N, conv_state.shape[0], L,
-        stride_sequence, x.stride(-2), stride_slot, stride_row, stride_dim, state_indices.stride(0),
+        stride_sequence, x.stride(-2), stride_slot, stride_row, stride_dim,
+        0 if state_indices is None else state_indices.stride(0),
         W=W, BLOCK_W=triton.next_power_of_2(W), MAX_TOKENS=max_tokens, SILU=activation == "silu",
         HAS_BIAS=bias is not None, HAS_ACCEPTED=num_accepted is not None,
         VARLEN=cu_seqlens is not None, **chosen,

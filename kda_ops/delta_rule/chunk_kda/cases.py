@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kda_ops._cases import Case, with_pages, with_states
+from kda_ops._cases import Case, dense, k_first, named, negative, with_pages, with_states
 from kda_ops._numerics import CHUNK, RCP_LN2
 
 
@@ -198,4 +198,11 @@ CASES = [
     ),
     _perf("T8192-H32", T=8192, H=32),
     _perf("8x1024-H32", T=8192, H=32, sequences=8),
+]
+
+CASES += [
+    *map(dense, named(CASES, "pages", "pages-fp32")),
+    *map(k_first, named(CASES, "states-fp32", "pages-general-bf16")),
+    *map(dense, map(k_first, named(CASES, "pages-general-bf16"))),
+    *map(negative, named(CASES, "pages", "pages-fp32")),
 ]

@@ -113,8 +113,8 @@ def launch_chunk_kda(
 
 def launch_chunk_kda_state(
     q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    chunk_indices: Tensor | None, state_layout: str,
 ) -> Tensor:  # fmt: skip
-    states = States(None, state, state_indices, has_initial_state)
+    states = States(None, state, state_indices, has_initial_state, True, state_layout)
     return _launch(q, k, v, g_cumsum, beta, scale, states, cu_seqlens, chunk_indices)

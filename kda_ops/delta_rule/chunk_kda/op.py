@@ -7,11 +7,10 @@ from kda_ops._checks import (
     check_attention_inputs,
     check_chunk_states,
     check_device,
-    check_distinct_slots,
     check_dtype,
     check_number,
+    check_page_values,
     check_shape,
-    check_slot_values,
     check_varlen,
 )
 from kda_ops._numerics import CHUNK, accumulation_dtype
@@ -19,6 +18,7 @@ from kda_ops._registry import define_op, selected
 from kda_ops._roles import CHUNKS, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops.delta_rule.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
 from kda_ops.delta_rule.chunked.states import chunked_fake, chunked_state_fake
+from kda_ops.delta_rule.state_layout import v_first
 from kda_ops.native import define_native
 from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
 
@@ -43,13 +43,12 @@ def check_chunk_kda_values(
 
 
 def check_chunk_kda_state_values(
-    q: Tensor, g_cumsum: Tensor, state: Tensor, state_indices: Tensor, cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
+    q: Tensor, g_cumsum: Tensor, state: Tensor, state_indices: Tensor | None,
+    cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
 ) -> None:  # fmt: skip
     check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
     _check_sums(g_cumsum, cu_seqlens)
-    check_slot_values("state_indices", state_indices, state.shape[0])
-    check_distinct_slots("state_indices", state_indices)
+    check_page_values(state, state_indices)
 
 
 chunk_kda_op = define_op(
@@ -66,8 +65,8 @@ chunk_kda_op = define_op(
 
 chunk_kda_state_op = define_op(
     "chunk_kda.state(Tensor q, Tensor k, Tensor v, Tensor g_cumsum, Tensor beta, float scale, "
-    "Tensor(a!) state, Tensor state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
-    "Tensor? chunk_indices) -> Tensor",
+    "Tensor(a!) state, Tensor? state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
+    "Tensor? chunk_indices, str state_layout) -> Tensor",
     reference=chunk_kda_state_reference,
     fake=chunked_state_fake,
     cuda="kda_ops.delta_rule.chunk_kda.kernel:launch_chunk_kda_state",
@@ -98,6 +97,7 @@ def chunk_kda(
     state: Tensor | None = None,
     state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
+    state_layout: str = "VK",
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention over whole sequences, 64 tokens at a time.
 
@@ -124,24 +124,30 @@ def chunk_kda(
             give NaN. fp32 (fp64 with fp64 q).
         beta: `[B, T, HV]` after its sigmoid, any floating dtype.
         scale: Scale of the output, `K ** -0.5` if None.
-        initial_state: `[N, HV, V, K]`, bf16 or fp32 (fp64 on the CPU); zeros if None.
+        initial_state: `[N, HV, V, K]`, or `[N, HV, K, V]` in state layout KV, bf16 or fp32 (fp64 on
+            the CPU); zeros if None.
         output_final_state: Whether to return the states after the last token.
         cu_seqlens: `[N + 1]`, int32 or int64, offsets of the sequences in T (then B is 1). Without
             it every batch row is a sequence, `N = B`.
         chunk_indices: The batch's chunk table, `kda_ops.varlen.prepare_chunk_indices(cu_seqlens,
             T)`; computed if None.
-        state: `[slots, HV, V, K]`, bf16 or fp32, any strides (padded pages): paged states, read and
-            **written in place**, instead of `initial_state`.
+        state: `[slots, HV, V, K]`, or `[slots, HV, K, V]` in state layout KV, bf16 or fp32, any
+            strides (padded pages): paged states, read and **written in place**, instead of
+            `initial_state`.
         state_indices: `[N]`, int32 or int64, with `state`: the slot of each sequence; unique,
-            except the null slot 0. The output of a sequence on slot 0 is zero, and no state is read
-            or written. Kernels treat a slot out of range the same way.
+            except those of padding, 0 or negative: there the output is zero, and no state is read
+            or written. Kernels treat a slot out of range the same way. None with `state`: sequence
+            n is page n of at least N, and none is null.
         has_initial_state: `[N]`, bool, with `state`: where False the sequence starts from zeros.
             All True if None.
+        state_layout: `"VK"`, or `"KV"` for states of FLA or transformers, of all three states.
+            Where K = V, shapes do not tell one from the other: the argument has to.
 
     Returns:
         `(o, final_state)`. `o [B, T, HV, V]` in the dtype of v; rows past the last sequence are
-        zero, and their inputs are not read. `final_state [N, HV, V, K]` in the dtype of
-        `initial_state`, or fp32 (fp64 with fp64 q) without one; None unless `output_final_state`.
+        zero, and their inputs are not read. `final_state [N, HV, V, K]`, or a view
+        `[N, HV, K, V]` of it in state layout KV, in the dtype of `initial_state`, or fp32 (fp64
+        with fp64 q) without one; None unless `output_final_state`.
 
     Raises:
         ValueError: An invalid shape, dtype, device or combination of arguments; on the CPU also
@@ -154,21 +160,24 @@ def chunk_kda(
     check_device(q=q, k=k, v=v, g_cumsum=g_cumsum, beta=beta)
     check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)
     check_chunk_states(
-        q, v, initial_state, output_final_state, state, state_indices, has_initial_state, cu_seqlens
-    )
+        q, v, initial_state, output_final_state, state, state_indices, has_initial_state,
+        cu_seqlens, state_layout,
+    )  # fmt: skip
     if scale is None:
         scale = q.shape[3] ** -0.5
     check_number("scale", scale)
     if cu_seqlens is not None and chunk_indices is None:
         chunk_indices = prepare_chunk_indices(cu_seqlens, q.shape[1])
     if state is None:
+        if initial_state is not None:
+            initial_state = v_first(initial_state, state_layout)
         o, final = selected(chunk_kda_op)(
             q, k, v, g_cumsum, beta, scale, initial_state, output_final_state, cu_seqlens,
             chunk_indices,
         )  # fmt: skip
-        return o, final if output_final_state else None
+        return o, v_first(final, state_layout) if output_final_state else None
     o = selected(chunk_kda_state_op)(
         q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens,
-        chunk_indices,
+        chunk_indices, state_layout,
     )  # fmt: skip
     return o, None

@@ -19,9 +19,10 @@ def chunk_kda_reference(
 
 def chunk_kda_state_reference(
     q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    chunk_indices: Tensor | None, state_layout: str,
 ) -> Tensor:  # fmt: skip
     return chunked_kda_state(
-        q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens
-    )
+        q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens,
+        state_layout,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kda_ops._cases import Case, with_pages, with_states
+from kda_ops._cases import Case, dense, k_first, named, negative, with_pages, with_states
 from kda_ops._numerics import CHUNK
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -172,3 +172,10 @@ CASES = [
     _perf("norm-bounded-T8192-H32", T=8192, H=32, norm=True, gate="bounded"),
     _perf("norm-8x1024-H32", T=8192, H=32, sequences=8, norm=True),
 ]  # fmt: skip
+
+CASES += [
+    *map(dense, named(CASES, "pages", "pages-fp32")),
+    *map(k_first, named(CASES, "states-fp32", "pages-general-bf16")),
+    *map(dense, map(k_first, named(CASES, "pages-fp32"))),
+    *map(negative, named(CASES, "pages")),
+]

@@ -219,9 +219,9 @@ def launch_chunk_kda_gated(
 def launch_chunk_kda_gated_state(
     q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, raw_beta: Tensor, A_log: Tensor | None,
     dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
-    scale: float, state: Tensor, state_indices: Tensor, has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+    scale: float, state: Tensor, state_indices: Tensor | None, has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, chunk_indices: Tensor | None, state_layout: str,
 ) -> Tensor:  # fmt: skip
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
-    states = States(None, state, state_indices, has_initial_state)
+    states = States(None, state, state_indices, has_initial_state, True, state_layout)
     return _launch(q, k, v, raw_gate, raw_beta, raw, scale, states, cu_seqlens, chunk_indices)

@@ -27,14 +27,15 @@ def chunk_kda_gated_reference(
 def chunk_kda_gated_state_reference(
     q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, raw_beta: Tensor, A_log: Tensor | None,
     dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
-    scale: float, state: Tensor, state_indices: Tensor, has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+    scale: float, state: Tensor, state_indices: Tensor | None, has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, chunk_indices: Tensor | None, state_layout: str,
 ) -> Tensor:  # fmt: skip
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
     q, k, g_cumsum, beta = _as_used(q, k, raw_gate, raw_beta, raw, cu_seqlens, chunk_indices)
     return chunked_kda_state(
-        q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens
-    )
+        q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens,
+        state_layout,
+    )  # fmt: skip
 
 
 def _as_used(

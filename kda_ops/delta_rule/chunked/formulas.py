@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kda_ops._numerics import CHUNK, accumulation_dtype
-from kda_ops.varlen import prepare_chunk_indices
+from kda_ops.delta_rule.state_layout import v_first
+from kda_ops.varlen import pages_of, prepare_chunk_indices
 
 
 def chunked_kda(
@@ -33,20 +34,17 @@ def chunked_kda(
 
 def chunked_kda_state(
     q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor, scale: float, state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    state_layout: str,
 ) -> Tensor:  # fmt: skip
     """`chunk_kda` on paged states, in place; the output has the dtype of v."""
     offsets = _offsets(q, cu_seqlens)
-    live = (state_indices > 0) & (state_indices < state.shape[0])
+    pages, live = pages_of(state_indices, len(offsets) - 1, q.device)
     read = live if has_initial_state is None else live & has_initial_state
-    S = (
-        state[torch.where(live, state_indices, 0).long()]
-        .to(accumulation_dtype(q))
-        .transpose(-1, -2)
-    )
-    S = torch.where(read[:, None, None, None], S, 0)
+    k_first = v_first(state, state_layout).transpose(-1, -2)
+    S = torch.where(read[:, None, None, None], k_first[pages].to(accumulation_dtype(q)), 0)
     o, S = _forward(q, k, v, G, beta, scale, S, offsets)
-    state[state_indices[live].long()] = S[live].transpose(-1, -2).to(state.dtype)
+    k_first[pages[live]] = S[live].to(state.dtype)
     tokens = torch.repeat_interleave(live, offsets[1:] - offsets[:-1])  # [tokens of sequences]
     dead = torch.nn.functional.pad(~tokens, (0, q.shape[0] * q.shape[1] - len(tokens)), value=True)
     return o.masked_fill(dead.view(*q.shape[:2], 1, 1), 0)

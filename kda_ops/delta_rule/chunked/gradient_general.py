@@ -20,9 +20,9 @@ from kda_ops.delta_rule.chunked.workspace import (
     Batch,
     at_least_one,
     dense_rows,
-    state_strides,
     token_strides,
 )
+from kda_ops.delta_rule.state_layout import state_strides
 
 BLOCK = 16
 OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1}

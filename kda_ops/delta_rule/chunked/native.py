@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kda_ops.delta_rule.chunked.states import NOT_RAW, Raw
+from kda_ops.delta_rule.state_layout import v_first
 from kda_ops.native import address, dense, fp32, kernel
-from kda_ops.varlen import page_index, sequence_offsets
+from kda_ops.varlen import page_index, pages_of, sequence_offsets
 
 _INPUT = (c_void_p, c_int64, c_int64)
 _ARGUMENTS = (*5 * _INPUT, *6 * (c_void_p,), *7 * (c_int64,), *4 * (c_double,), c_int64)
@@ -25,10 +26,11 @@ def chunk_kda(
 
 def chunk_kda_state(
     q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, state: Tensor,
-    state_indices: Tensor, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    chunk_indices: Tensor | None, state_layout: str,
 ) -> Tensor:  # fmt: skip
     inputs = (q, k, v, g_cumsum, beta)
+    state = v_first(state, state_layout)
     return _paged(inputs, None, scale, state, state_indices, has_initial_state, cu_seqlens)
 
 
@@ -46,11 +48,12 @@ def chunk_kda_gated(
 def chunk_kda_gated_state(
     q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, raw_beta: Tensor, A_log: Tensor | None,
     dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
-    scale: float, state: Tensor, state_indices: Tensor, has_initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+    scale: float, state: Tensor, state_indices: Tensor | None, has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, chunk_indices: Tensor | None, state_layout: str,
 ) -> Tensor:  # fmt: skip
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
     inputs = (q, k, v, raw_gate, raw_beta)
+    state = v_first(state, state_layout)
     return _paged(inputs, raw, scale, state, state_indices, has_initial_state, cu_seqlens)
 
 
@@ -70,19 +73,19 @@ def _whole(
 
 
 def _paged(
-    inputs: Inputs, raw: Raw | None, scale: float, state: Tensor, state_indices: Tensor,
+    inputs: Inputs, raw: Raw | None, scale: float, state: Tensor, state_indices: Tensor | None,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> Tensor:  # fmt: skip
     offsets = sequence_offsets(inputs[0][:, :, 0], cu_seqlens)
-    live = state_indices > 0
+    index, live = pages_of(state_indices, len(offsets) - 1, offsets.device)
     read = live if has_initial_state is None else live & has_initial_state
-    pages = page_index(state_indices.long().where(live, 0))
+    pages = page_index(index)
     S = torch.where(read[:, None, None, None], state[pages], 0.0).to(torch.float32).contiguous()
     o = _run(inputs, S, offsets, live, raw, scale)
     if bool(live.all()):
         state[pages] = S.to(state.dtype)
     else:
-        state[state_indices[live].long()] = S[live].to(state.dtype)
+        state[index[live]] = S[live].to(state.dtype)
     return o
 
 

@@ -11,14 +11,16 @@ from kda_ops._numerics import accumulation_dtype
 
 
 class States(NamedTuple):
-    """Initial and final states; or in `final` pages for both, with the page of each sequence and
-    which of them have an initial state.
+    """Initial and final states; or `paged`, in `final` pages for both, with the page of each
+    sequence, None for that of its number, and which of them have an initial state.
     """
 
     initial: Tensor | None
     final: Tensor | None
     indices: Tensor | None = None
     has_initial: Tensor | None = None
+    paged: bool = False
+    state_layout: str = "VK"
 
 
 class Raw(NamedTuple):

@@ -157,11 +157,6 @@ def token_strides(*tensors: Tensor) -> list[Any]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def state_strides(*states: Tensor | None) -> list[Any]:
-    """The four strides of each state, zeros for None."""
-    return [stride for x in states for stride in ((0,) * 4 if x is None else x.stride())]
-
-
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory per program; 64 KB, which every GPU has, if unknown."""
     if device.type != "cuda":

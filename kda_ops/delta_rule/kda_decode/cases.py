@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kda_ops._cases import Case, paged_conv_state, unpacked
+from kda_ops._cases import Case, dense, k_first, named, negative, paged_conv_state, unpacked
 
 
 def paged_states(
@@ -190,3 +190,10 @@ CASES = [
     _case("SD-batch64-H32-spec3", 64, 32, 32, 128, 128, lengths=(4,) * 64, num_spec=3,
           accepted=(2,) * 64, padding=0, perf=True),
 ]  # fmt: skip
+
+CASES += [
+    *map(dense, named(CASES, "SD-bf16", "SD-ragged", "apart-DS-fp32-gva-ragged")),
+    *map(k_first, named(CASES, "DS-fp16-gva-K24-V40", "SD-speculative", "SD-K256-V200")),
+    *map(dense, map(k_first, named(CASES, "DS-bf16-state-harsh"))),
+    *map(negative, named(CASES, "SD-bf16", "SD-speculative")),
+]

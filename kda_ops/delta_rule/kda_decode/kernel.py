@@ -16,7 +16,14 @@ from kda_ops.conv.kernel import (
     shift_history,
     three,
 )
-from kda_ops.delta_rule.kernel import flat_rows, over_v, rounded_product, update_state
+from kda_ops.delta_rule.kernel import (
+    flat_rows,
+    over_v,
+    rounded_product,
+    slot_table,
+    update_state,
+)
+from kda_ops.delta_rule.state_layout import state_strides
 from kda_ops.gating.kernel import gate_rate
 from kda_ops.kernel import bias_row
 from kda_ops.tuning import choose
@@ -33,6 +40,7 @@ def step_of(
 ):  # fmt: skip
     """First row and tokens of sequence n, the slot of its convolution state, the source slot of its
     recurrent state, and the row offset of its history. In bounds for any offsets and counts.
+    Without slots sequence n is on page n.
     """
     first = n
     length = tl.where(n < N, 1, 0).to(tl.int64)
@@ -40,7 +48,10 @@ def step_of(
         first = tl.minimum(tl.maximum(tl.load(cu_ptr + n).to(tl.int64), 0), T)
         end = tl.load(cu_ptr + n + 1, mask=n < N, other=T).to(tl.int64)
         length = tl.minimum(tl.maximum(end, first), T) - first
-    slot = tl.load(indices_ptr + n * stride_indices_row, mask=n < N, other=0).to(tl.int64)
+    if indices_ptr is None:
+        slot = tl.where(n < N, n, -1)
+    else:
+        slot = tl.load(indices_ptr + n * stride_indices_row, mask=n < N, other=0).to(tl.int64)
     source = slot
     past = length * 0
     if HAS_ACCEPTED:
@@ -155,8 +166,12 @@ def kda_decode_kernel(
         n, cu_ptr, indices_ptr, accepted_ptr, N, T, columns, L, stride_indices_row,
         stride_indices_column, W, HAS_ACCEPTED, VARLEN,
     )  # fmt: skip
-    has_conv = (slot > 0) & (slot < conv_slots)
-    live = (source > 0) & (source < slots)
+    if indices_ptr is None:
+        has_conv = (slot >= 0) & (slot < conv_slots)
+        live = (source >= 0) & (source < slots)
+    else:
+        has_conv = (slot > 0) & (slot < conv_slots)
+        live = (source > 0) & (source < slots)
     readable = tl.minimum(length, TOKENS)
     tokens = tl.where(has_conv | live, readable, 0)
     conv_count = tl.where(has_conv, tokens, 0)
@@ -300,15 +315,16 @@ def _launch(
     biases: tuple[Tensor | None, ...], activation: str | None, raw_gate: Tensor, raw_beta: Tensor,
     output_gate: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None,
     beta_scale: float, norm_weight: Tensor, norm_eps: float, qk_norm_eps: float, scale: float,
-    state: Tensor, state_indices: Tensor, num_accepted: Tensor | None, cu_seqlens: Tensor | None,
-    layout: str,
+    state: Tensor, state_indices: Tensor | None, num_accepted: Tensor | None,
+    cu_seqlens: Tensor | None, state_layout: str, layout: str,
 ) -> Tensor:  # fmt: skip
     """Takes one packed tensor of each for the convolution, or three, for q, k and v."""
     HV, K, V = int(raw_gate.shape[-2]), int(raw_gate.shape[-1]), int(output_gate.shape[-1])
     W = int(weights[0].shape[1])
     H = (sum(int(weight.shape[0]) for weight in weights) - HV * V) // (2 * K)
     x, conv_state = xs[0], conv_states[0]
-    T, N = x.shape[0], state_indices.shape[0]
+    T = x.shape[0]
+    N = T if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = torch.empty((1, T, HV, V), dtype=x.dtype, device=x.device)
     xs = tuple(x if x.stride(1) == 1 else x.contiguous() for x in xs)
     raw_gate, output_gate = (flat_rows(y, T) for y in (raw_gate, output_gate))
@@ -317,10 +333,9 @@ def _launch(
         *(conv_state_strides(conv_state, layout) for conv_state in conv_states), strict=True
     )
     L = conv_state.shape[1 if layout == "SD" else 2]
-    varlen, per_token = cu_seqlens is not None, state_indices.dim() == 2
-    columns, column_stride = 1, 0
-    if per_token:
-        columns, column_stride = state_indices.shape[1], state_indices.stride(1)
+    varlen = cu_seqlens is not None
+    per_token, columns, *table_strides = slot_table(state_indices)
+    *page_strides, stride_v, stride_k = state_strides(state, state_layout=state_layout)
     tokens = int(L) - W + 2 if varlen else 1
     # without cu_seqlens an empty batch still launches: CUDA has no empty grid
     sequences = N + 1 if varlen else torch.sym_max(N, 1)
@@ -333,10 +348,10 @@ def _launch(
         N, T, conv_state.shape[0], state.shape[0], columns, L,
         *three([x.stride(0) for x in xs], 0), *three(slot_strides, 0), *three(row_strides, 0),
         stride_dim, *raw_gate.stride()[:2], *raw_beta.stride(), *output_gate.stride()[:2],
-        *state.stride()[:2], state_indices.stride(0), column_stride,
+        *page_strides, *table_strides,
         SCALE=scale, LOWER_BOUND=0.0 if lower_bound is None else lower_bound, BETA_SCALE=beta_scale,
-        NORM_EPS=norm_eps, QK_NORM_EPS=qk_norm_eps, STRIDE_STATE_V=int(state.stride(2)),
-        STRIDE_STATE_K=int(state.stride(3)), H=H, HV=HV, K=K, V=V, W=W, TOKENS=tokens,
+        NORM_EPS=norm_eps, QK_NORM_EPS=qk_norm_eps, STRIDE_STATE_V=int(stride_v),
+        STRIDE_STATE_K=int(stride_k), H=H, HV=HV, K=K, V=V, W=W, TOKENS=tokens,
         BLOCK_K=triton.next_power_of_2(K), BLOCK_W=triton.next_power_of_2(W), UNPACKED=len(xs) == 3,
         SILU=activation == "silu", HAS_BIAS=biases[0] is not None, HAS_A=A_log is not None,
         HAS_DT_BIAS=dt_bias is not None, BOUNDED=lower_bound is not None, PER_TOKEN=per_token,

@@ -14,6 +14,7 @@ from kda_ops._checks import (
     check_not_negative,
     check_number,
     check_paged_state,
+    check_pages,
     check_rank,
     check_shape,
     check_slot_values,
@@ -21,6 +22,7 @@ from kda_ops._checks import (
     check_step_values,
     check_tensor,
     check_width,
+    rates_of,
 )
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import CONV_PAGES, OFFSETS, SLOTS, STATE_PAGES
@@ -51,12 +53,10 @@ def kda_decode_unpacked_fake(q: Tensor, output_gate: Tensor) -> Tensor:
 
 
 def check_kda_decode_values(
-    x: Tensor, conv_state: Tensor, weight: Tensor, state: Tensor, state_indices: Tensor,
+    x: Tensor, conv_state: Tensor, weight: Tensor, state: Tensor, state_indices: Tensor | None,
     num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> None:  # fmt: skip
     check_step_values(state, state_indices, num_accepted, cu_seqlens, x.shape[0])
-    table = state_indices if state_indices.dim() == 2 else state_indices[:, None]
-    check_slot_values("state_indices", table[:, 0], conv_state.shape[0])
     most = conv_tokens(conv_state, weight, layout)
     if cu_seqlens is not None:
         longest = max(cu_seqlens.diff().tolist(), default=0)
@@ -65,8 +65,12 @@ def check_kda_decode_values(
                 f"cu_seqlens must have at most {most} tokens per sequence for a conv_state of "
                 f"shape {tuple(conv_state.shape)}, got {longest}"
             )
+    if state_indices is None:
+        return
+    table = state_indices if state_indices.dim() == 2 else state_indices[:, None]
+    check_slot_values("state_indices", table[:, 0], conv_state.shape[0])
     if num_accepted is not None:
-        bad = ((num_accepted > most) & (table != 0).any(dim=1)).nonzero()
+        bad = ((num_accepted > most) & (table > 0).any(dim=1)).nonzero()
         if len(bad):
             raise ValueError(
                 f"num_accepted must be at most {most} for a conv_state of shape "
@@ -75,7 +79,7 @@ def check_kda_decode_values(
 
 
 def check_kda_decode_unpacked_values(
-    q: Tensor, q_state: Tensor, q_weight: Tensor, state: Tensor, state_indices: Tensor,
+    q: Tensor, q_state: Tensor, q_weight: Tensor, state: Tensor, state_indices: Tensor | None,
     num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
 ) -> None:  # fmt: skip
     check_kda_decode_values(
@@ -91,8 +95,8 @@ def conv_tokens(conv_state: Tensor, weight: Tensor, layout: str) -> int:
 _STEP = (
     "str? activation, Tensor raw_gate, Tensor raw_beta, Tensor output_gate, Tensor? A_log, "
     "Tensor? dt_bias, float? lower_bound, float beta_scale, Tensor norm_weight, float norm_eps, "
-    "float qk_norm_eps, float scale, Tensor(d!) state, Tensor state_indices, "
-    "Tensor? num_accepted, Tensor? cu_seqlens, str layout"
+    "float qk_norm_eps, float scale, Tensor(d!) state, Tensor? state_indices, "
+    "Tensor? num_accepted, Tensor? cu_seqlens, str state_layout, str layout"
 )
 
 kda_decode_op = define_op(
@@ -153,10 +157,11 @@ def kda_decode(
     qk_norm_eps: float = 1e-6,
     scale: float | None = None,
     state: Tensor,
-    state_indices: Tensor,
+    state_indices: Tensor | None = None,
     num_accepted: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
+    state_layout: str = "VK",
 ) -> Tensor:
     """A decode step of one or a few tokens per sequence: everything a KDA layer does between its
     projections; both states are written in place.
@@ -169,23 +174,24 @@ def kda_decode(
     Models with separate q, k and v, such as FLA's and Moonshot's, pass x, conv_state, weight and
     bias as three tensors each, `(of q, of k, of v)`; they are not packed.
 
-    Slot 0 is the null block: a sequence mapped to it is padding, its output is zero and its states
-    are not written. Two sequences never share a slot. Source: Kimi Linear (arXiv:2510.26692),
-    sections 3 and 4.
+    Slot 0 is the null block, and a negative slot is as good: a sequence on one is padding, its
+    output is zero and its states are not written. Two sequences never share a slot. Source:
+    Kimi Linear (arXiv:2510.26692), sections 3 and 4.
 
     Args:
         x: `[T, D]`, the packed projections q | k | v of all tokens, `D = 2 H K + HV V`; fp16, bf16
             or fp32 (fp64 on the CPU). Value head i uses key head `i // (HV // H)`.
         conv_state: `[slots, L, D]` in layout SD, `[slots, D, L]` in layout DS, `L >= W - 2 + q` for
             q tokens per sequence; any strides: pages may be padded.
-        weight: `[D, W]`, W at least 2; the last tap applies to the token itself.
+        weight: `[D, W]`, or `[D, 1, W]` as in `nn.Conv1d`, W at least 2; the last tap applies to
+            the token itself.
         bias: `[D]` or None.
         activation: `"silu"` (also called `"swish"`) or None.
         raw_gate: `[..., HV, K]` with T leading elements, the gate's input.
         raw_beta: `[..., HV]`, before its sigmoid.
         output_gate: `[..., HV, V]`, the output gate before its sigmoid.
-        A_log: `[HV]`, natural log of the decay rate; None means a rate of 1 and needs
-            `lower_bound`.
+        A_log: `[HV]` or `[1, 1, HV, 1]`, natural log of the decay rate; None means a rate of 1 and
+            needs `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to raw_gate.
         lower_bound: None, or a bound of the gate in `[-5, 0)` in **nats**; see `gate`.
         beta_scale: 1, or 2 for eigenvalues down to -1.
@@ -193,7 +199,8 @@ def kda_decode(
         norm_eps: Added to the mean of squares of the output.
         qk_norm_eps: Added to the sum of squares of q and of k.
         scale: Scale of the output, `K ** -0.5` by default.
-        state: `[slots, HV, V, K]`, fp32 or bf16 (fp64 on the CPU), any strides.
+        state: `[slots, HV, V, K]`, or `[slots, HV, K, V]` in state layout KV; fp32 or bf16 (fp64
+            on the CPU), any strides.
         state_indices: `[N]` or `[N, 1 + num_spec]`, int32 or int64; see `recurrent_kda`.
         num_accepted: `[N]`, int32 or int64, in `[1, 1 + num_spec]`: accepted tokens of the previous
             step. Only with a two-dimensional `state_indices`; None means 1.
@@ -201,6 +208,7 @@ def kda_decode(
             non-decreasing, empty sequences allowed, last at most T. A sequence has at most
             `L - W + 2` tokens, and `L - W + 2` is at most 8. None: every sequence has one token.
         layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
+        state_layout: `"VK"` or `"KV"`; see `recurrent_kda`.
 
     Returns:
         `[1, T, HV, V]` in x's dtype, contiguous; padding rows are zero.
@@ -249,7 +257,7 @@ def kda_decode(
     check_dtype("norm_weight", norm_weight)
     check_not_negative("norm_eps", norm_eps)
     check_not_negative("qk_norm_eps", qk_norm_eps)
-    check_paged_state(state, HV, V, K)
+    check_paged_state(state, HV, V, K, state_layout)
     sequences = T
     if cu_seqlens is not None:
         check_cu_seqlens_shape(cu_seqlens)
@@ -261,6 +269,8 @@ def kda_decode(
                 f"cu_seqlens, got {tuple(conv_states[0].shape)} in layout {layout}"
             )
     check_step_tables(state_indices, num_accepted, sequences)
+    check_pages("conv_state", conv_states[0], state_indices, sequences)
+    check_pages("state", state, state_indices, sequences)
     for x_part, weight_part, bias_part, conv_part in parts:
         check_device(x=x_part, conv_state=conv_part, weight=weight_part, bias=bias_part)
     check_device(
@@ -272,9 +282,9 @@ def kda_decode(
     check_number("scale", scale)
     check_beta_scale(beta_scale)
     step = (
-        activation, raw_gate, raw_beta, output_gate, A_log, dt_bias, lower_bound, beta_scale,
-        norm_weight, norm_eps, qk_norm_eps, scale, state, state_indices, num_accepted, cu_seqlens,
-        layout,
+        activation, raw_gate, raw_beta, output_gate, rates_of(A_log), dt_bias, lower_bound,
+        beta_scale, norm_weight, norm_eps, qk_norm_eps, scale, state, state_indices, num_accepted,
+        cu_seqlens, state_layout, layout,
     )  # fmt: skip
     op = selected(kda_decode_op if len(parts) == 1 else kda_decode_unpacked_op)
     return op(*xs, *conv_states, *weights, *biases, *step)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kda_ops._numerics import accumulation_dtype
 from kda_ops.conv.formulas import conv_update, packed_bias, packed_state
-from kda_ops.delta_rule.formulas import recurrence, source_slots
+from kda_ops.delta_rule.formulas import recurrence, source_pages
 from kda_ops.gating.formulas import gate_nats
 from kda_ops.norm.formulas import gated_rms_norm, l2_normalized
 from kda_ops.varlen import even_length
@@ -18,8 +18,9 @@ def kda_decode_reference(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
     raw_gate: Tensor, raw_beta: Tensor, output_gate: Tensor, A_log: Tensor | None,
     dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, norm_weight: Tensor,
-    norm_eps: float, qk_norm_eps: float, scale: float, state: Tensor, state_indices: Tensor,
-    num_accepted: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    norm_eps: float, qk_norm_eps: float, scale: float, state: Tensor,
+    state_indices: Tensor | None, num_accepted: Tensor | None, cu_seqlens: Tensor | None,
+    state_layout: str, layout: str,
 ) -> Tensor:  # fmt: skip
     """Nothing is rounded between the parts."""
     T, (HV, K), V = x.shape[0], raw_gate.shape[-2:], output_gate.shape[-1]
@@ -36,11 +37,11 @@ def kda_decode_reference(
         q, k, v.unflatten(-1, (HV, V)),
         gate_nats(raw_gate.reshape(1, T, HV, K), A_log, dt_bias, lower_bound),
         beta_scale * torch.sigmoid(raw_beta.reshape(1, T, HV).to(acc)), state, state_indices,
-        num_accepted, scale, offsets,
+        num_accepted, scale, offsets, state_layout,
     )  # fmt: skip
     normed = gated_rms_norm(o, output_gate.reshape(1, T, HV, V), norm_weight, norm_eps)
-    source = source_slots(state_indices, num_accepted)
-    live = (source > 0) & (source < len(state))
+    source, live = source_pages(state_indices, num_accepted, len(offsets) - 1, x.device)
+    live = live & (source < len(state))
     if even_length(offsets, T) is not None and bool(live.all()):
         return normed.to(x.dtype)
     sequence = torch.searchsorted(offsets, torch.arange(T, device=x.device), right=True) - 1

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kda_ops._cases import Case
+from kda_ops._cases import Case, dense, k_first, named, negative
 
 
 def paged_states(
@@ -155,4 +155,11 @@ CASES = [
         for N in (1, 16, 64, 256)
     ],
     _case("batch64-H32-spec3", 64, 4, 32, 32, 128, 128, num_spec=3, padding=0, perf=True),
+]
+
+CASES += [
+    *map(dense, named(CASES, "decode-fp32-strided", "tokens-3", "ragged")),
+    *map(k_first, named(CASES, "decode-fp16-gva-K24-V40", "spec-accepted")),
+    *map(dense, map(k_first, named(CASES, "decode-bf16"))),
+    *map(negative, named(CASES, "decode-fp16-gva-K24-V40", "spec-accepted")),
 ]

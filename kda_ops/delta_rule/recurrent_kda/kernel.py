@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
-from kda_ops.delta_rule.kernel import flat_rows, rounded_product
+from kda_ops.delta_rule.kernel import flat_rows, rounded_product, slot_table
+from kda_ops.delta_rule.state_layout import state_strides
 from kda_ops.tuning import choose
 
 
@@ -26,7 +27,7 @@ def recurrent_kda_kernel(
     touches those rows, so a slot may be read and written in one launch. Grid: sequences x HV x V
     blocks, flattened, V blocks fastest; with `cu_seqlens` one more "sequence" zeroes the padding
     rows after the last one. A sequence whose slot is null or out of range neither reads nor writes
-    a state and outputs zeros.
+    a state and outputs zeros. Without slots sequence n is on page n.
     """
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     ACC: tl.constexpr = tl.float32
@@ -50,8 +51,12 @@ def recurrent_kda_kernel(
         if HAS_ACCEPTED:
             column = tl.load(accepted_ptr + n).to(tl.int64) - 1
             column = tl.minimum(tl.maximum(column, 0), columns - 1)
-        source = tl.load(indices_ptr + n * indices_row + column * indices_column).to(tl.int64)
-        live = (source > 0) & (source < slots)
+        if indices_ptr is None:
+            source = n
+            live = n < slots
+        else:
+            source = tl.load(indices_ptr + n * indices_row + column * indices_column).to(tl.int64)
+            live = (source > 0) & (source < slots)
         tile = hv * state_head + i_v.to(tl.int64)[:, None] * state_v + i_k[None, :] * state_k
         S = tl.load(state_ptr + source * state_slot + tile, mask=ok & live, other=0.0)
         S = S.to(ACC)  # [BLOCK_V, BLOCK_K]
@@ -93,15 +98,17 @@ def recurrent_kda_kernel(
 
 
 def launch_recurrent_kda(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, state_indices: Tensor,
-    num_accepted: Tensor | None, scale: float, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor,
+    state_indices: Tensor | None, num_accepted: Tensor | None, scale: float,
+    cu_seqlens: Tensor | None, state_layout: str,
 ) -> Tensor:  # fmt: skip
     H, K, HV, V = int(q.shape[-2]), int(q.shape[-1]), int(v.shape[-2]), int(v.shape[-1])
-    N, rows = state_indices.shape[0], v.shape[0] * v.shape[1]
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = v.shape[0] * v.shape[1]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     q, k, v, g = (flat_rows(x, rows) for x in (q, k, v, g))
     beta = beta.reshape(rows, HV)
-    per_token = state_indices.dim() == 2
+    per_token, columns, *table_strides = slot_table(state_indices)
     varlen = cu_seqlens is not None
     chosen = choose("recurrent_kda", q.device, K=K, V=V, state=state.dtype, per_token=per_token)
     block_k = triton.next_power_of_2(K)
@@ -111,10 +118,9 @@ def launch_recurrent_kda(
     sequences = N + 1 if varlen else torch.sym_max(N, 1)
     traceable(recurrent_kda_kernel)[(sequences * programs,)](
         q, k, v, g, beta, state, state_indices, contiguous(num_accepted), contiguous(cu_seqlens), o,
-        N, rows, 0 if varlen else o.shape[1], state.shape[0],
-        state_indices.shape[1] if per_token else 1, *q.stride()[:2], *k.stride()[:2],
-        *v.stride()[:2], *g.stride()[:2], *beta.stride(), *state.stride(), state_indices.stride(0),
-        state_indices.stride(1) if per_token else 0,
+        N, rows, 0 if varlen else o.shape[1], state.shape[0], columns, *q.stride()[:2],
+        *k.stride()[:2], *v.stride()[:2], *g.stride()[:2], *beta.stride(),
+        *state_strides(state, state_layout=state_layout), *table_strides,
         SCALE=scale, H=H, HV=HV, K=K, V=V, BLOCK_K=block_k, BLOCK_V=block_v, PER_TOKEN=per_token,
         HAS_ACCEPTED=num_accepted is not None, VARLEN=varlen, num_warps=chosen["num_warps"],
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kda_ops._checks import check_gate_parameters
+from kda_ops._checks import check_gate_parameters, rates_of
 from kda_ops._numerics import accumulation_dtype
 from kda_ops._registry import define_op, selected
 from kda_ops.gating.gate.reference import gate_reference
@@ -44,7 +44,8 @@ def gate(
 
     Args:
         raw_gate: `[..., HV, K]`, fp16, bf16 or fp32 (fp64 on the CPU), any strides.
-        A_log: `[HV]`, natural log of the decay rate. None means `a = 1` and needs `lower_bound`.
+        A_log: `[HV]` or `[1, 1, HV, 1]`, natural log of the decay rate. None means `a = 1` and
+            needs `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to raw_gate.
         lower_bound: None, or a bound in `[-5, 0)` in nats.
 
@@ -55,4 +56,4 @@ def gate(
         ValueError: An invalid shape, dtype, device or `lower_bound`.
     """
     check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
-    return selected(gate_op)(raw_gate, A_log, dt_bias, lower_bound)
+    return selected(gate_op)(raw_gate, rates_of(A_log), dt_bias, lower_bound)

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from kda_ops._checks import check_chunk_size, check_gate_parameters, check_rank, check_varlen
+from kda_ops._checks import (
+    check_chunk_size,
+    check_gate_parameters,
+    check_rank,
+    check_varlen,
+    rates_of,
+)
 from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import CHUNKS, OFFSETS
@@ -52,7 +58,8 @@ def gate_cumsum(
 
     Args:
         raw_gate: `[B, T, HV, K]`, fp16, bf16 or fp32 (fp64 on the CPU), any strides.
-        A_log: `[HV]`, natural log of the decay rate. None means `a = 1` and needs `lower_bound`.
+        A_log: `[HV]` or `[1, 1, HV, 1]`, natural log of the decay rate. None means `a = 1` and
+            needs `lower_bound`.
         dt_bias: `[HV, K]` or `[HV * K]`, added to raw_gate.
         lower_bound: None, or a bound in `[-5, 0)` in nats.
         chunk_size: Tokens per chunk, a power of two from 16 to 256.
@@ -76,5 +83,5 @@ def gate_cumsum(
     if cu_seqlens is not None and chunk_indices is None:
         chunk_indices = prepare_chunk_indices(cu_seqlens, raw_gate.shape[1], chunk_size)
     return selected(gate_cumsum_op)(
-        raw_gate, A_log, dt_bias, lower_bound, chunk_size, cu_seqlens, chunk_indices
+        raw_gate, rates_of(A_log), dt_bias, lower_bound, chunk_size, cu_seqlens, chunk_indices
     )

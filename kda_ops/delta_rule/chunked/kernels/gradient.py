@@ -43,9 +43,9 @@ from kda_ops.delta_rule.chunked.workspace import (
     Batch,
     at_least_one,
     dense_rows,
-    state_strides,
     token_strides,
 )
+from kda_ops.delta_rule.state_layout import state_strides
 from kda_ops.tuning import choose
 
 

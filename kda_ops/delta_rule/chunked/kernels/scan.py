@@ -33,8 +33,8 @@ from kda_ops.delta_rule.chunked.workspace import (
     Workspace,
     at_least_one,
     stages,
-    state_strides,
 )
+from kda_ops.delta_rule.state_layout import state_strides
 from kda_ops.tuning import choose
 
 
@@ -240,14 +240,14 @@ def launch_scan(o: Tensor, workspace: Workspace, batch: Batch, K: int, states: S
     """Writes the output to `o`, and the final states."""
     HV, V = o.shape[2:]
     KP = workspace.columns
-    initial, final, indices, has_initial = states
+    initial, final, indices, has_initial, paged, state_layout = states
     sizes: dict[str, Any] = dict(
         HV=HV, K=K, V=V, KP=KP, **batch.constants, INITIAL=initial is not None,
-        FINAL=final is not None, PAGED=indices is not None, HAS_INITIAL=has_initial is not None,
+        FINAL=final is not None, PAGED=paged, HAS_INITIAL=has_initial is not None,
     )  # fmt: skip
     slots = 0 if final is None else final.shape[0]
     tables = (contiguous(indices), contiguous(has_initial), *batch.sequences, slots)
-    strides = state_strides(initial, final)
+    strides = state_strides(initial, final, state_layout=state_layout)
     pairs = HV * at_least_one(batch.N)
     if o.dtype == torch.float32:
         chosen = choose("chunk_scan_fp32", o.device)

@@ -118,12 +118,16 @@ def sequence_part(
 @triton.jit
 def page_of(indices_ptr, n, slots, PAGED: tl.constexpr):
     """The state's page of sequence n, and whether it is valid (slot 0 and slots out of range are
-    not).
+    not). Without slots it is page n.
     """
     if PAGED:
-        page = tl.load(indices_ptr + n).to(tl.int64)
-        live = (page > 0) & (page < slots)
-        page = tl.where(live, page, 0)
+        if indices_ptr is None:
+            page = n
+            live = n < slots
+        else:
+            page = tl.load(indices_ptr + n).to(tl.int64)
+            live = (page > 0) & (page < slots)
+            page = tl.where(live, page, 0)
     else:
         page = n
         live = n >= 0
