@@ -76,7 +76,7 @@ def faster_layout(
             )
             ops.kda_decode(
                 x, conv, weight, None, "silu", f, beta, z, rates, None, None, 1.0, norm, EPS,
-                EPS, K**-0.5, state, *step, layout,
+                EPS, K**-0.5, state, *step, "VK", layout,
             )  # fmt: skip
 
         return run

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 import kda_ops
 from kda_ops import config, tuning
+from kda_ops.cache import layout_autotune
 from kda_ops.cache.batch import KDABatch
 from kda_ops.cache.spec import KDAStateSpec
 from kda_ops.nn.layer import KimiDeltaAttention
@@ -202,6 +203,24 @@ def test_a_fresh_state_in_compiled_code(faster: str, monkeypatch: pytest.MonkeyP
     assert found.shape == ((2, 3, 48) if faster == "SD" else (2, 48, 3))
     assert_close(found if faster == "SD" else found.transpose(1, 2), conv, conv.double())
     assert_close(out, expected, exact)
+
+
+@pytest.mark.parametrize("num_spec", [0, 3])
+def test_what_is_timed_runs(num_spec: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it is never timed."""
+    run: list[str] = []
+
+    def call_both(kernel: str, device: Any, *, bench: Any, **key: Any) -> dict[str, str]:
+        for layout in ("SD", "DS"):
+            bench({"layout": layout})()
+            run.append(layout)
+        return {"layout": "DS"}
+
+    monkeypatch.setattr(layout_autotune, "choose", call_both)
+    monkeypatch.setattr(layout_autotune, "SEQUENCES", 2)
+    arguments = (1, 1, 16, 16, 4, num_spec, "torch.bfloat16", "torch.float32", "cpu")
+    assert layout_autotune.faster_layout(*arguments) == "DS"
+    assert run == ["SD", "DS"]
 
 
 @pytest.mark.gpu

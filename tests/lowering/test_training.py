@@ -271,7 +271,7 @@ def test_launches(dynamic: bool) -> None:
     assert backward.externs == []
     made = [name for name in backward.launches if name.startswith("triton_")]
     assert sorted({*backward.launches} - {*made}) == sorted(GRADIENT)
-    assert len(made) <= MADE, str(backward)
+    assert len(made) <= MADE + dynamic, str(backward)  # there may be no tokens: sums are filled
 
 
 def test_code_for_a_gpu() -> None:

@@ -181,8 +181,8 @@ def launch_gradient(
         }
     sums = None
     if found["A_log"] is not None or found["dt_bias"] is not None:
-        # a table of chunks may have fewer than its rows, and a slab fewer than others
-        whole = x.cu_seqlens is None and len(parts) == 1
+        # a table of chunks may have fewer than its rows, a slab fewer than others
+        whole = x.cu_seqlens is None and len(parts) == 1 and isinstance(T, int) and T > 0
         make, rows = (
             (torch.empty, batch.programs) if whole else (torch.zeros, workspace.tiles.shape[0])
         )
