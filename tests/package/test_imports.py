@@ -304,14 +304,22 @@ for name in sorted(set(sys.modules) - before):
 
 
 def test_importing_takes_under_50_ms(tmp_path: Path) -> None:
-    """The least CPU time of several runs: other load on the machine only adds to it."""
+    """Of a machine that parses argparse.py in 20: others are slower, or slow at times. The least of
+    several runs, in CPU time: other load on the machine only adds to it.
+    """
     script = """
-import time
+import argparse, ast, inspect, time
 import torch
-start = time.process_time()
-import kda_ops
-print(time.process_time() - start)
+source = inspect.getsource(argparse)
+
+def took(call):
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+unit = min(took(lambda: ast.parse(source)) for _ in range(5)) / 20
+print(took(lambda: __import__("kda_ops")) / unit)
 """
     run(script, tmp_path)
     times = [float(run(script, tmp_path)) for _ in range(5)]
-    assert min(times) < 0.05, times
+    assert min(times) < 50, times
