@@ -126,6 +126,8 @@ def activate(op: Any, backward_op: Any = None) -> None:
     name = op._schema.name.partition("::")[2]
     if op._schema.overload_name:
         name += f".{op._schema.overload_name}"
+    if name not in RULES:  # DTensor then refuses the operator
+        return
     register(op, parse(RULES[name]), None)
     if backward_op is not None:
         register(backward_op, parse(RULES[name]), [x.name for x in op._schema.arguments])
