@@ -62,3 +62,9 @@ def test_the_page_runs_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+def test_every_operator_has_a_rule() -> None:
+    schemas = [operator.schema for operator in OPERATORS.values()]
+    names = {schema[: schema.index("(")] for schema in schemas}
+    assert {name for name in names if not name.startswith("test_")} == RULES.keys()
