@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from kda_ops._registry import OPERATORS
+from kda_ops._sharding import RULES
 from tests.support import dtensor_ranks, lost_ranks, parallel_ranks
 from tests.support.processes import failures_of, start
 
