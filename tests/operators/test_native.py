@@ -219,7 +219,6 @@ def test_the_number_of_threads_changes_nothing(name: str) -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "slot outside": {"state_indices": [[9, 2], [3, 4]]},
     "slot outside the states in a later column": {"state_indices": [[1, 9], [3, 4]]},
-    "negative slot": {"state_indices": [[1, 2], [-1, 4]]},
     "shared slot": {"state_indices": [[1, 2], [3, 1]]},
     "nothing accepted": {"num_accepted": [0, 1]},
     "too much accepted": {"num_accepted": [1, 3]},

@@ -144,7 +144,7 @@ def calls() -> dict[str, Call]:
                 x["k_weight"], x["v_weight"], None, None, None, "silu", x["raw_gate"],
                 x["raw_beta"], x["output_gate"], x["A_log"], x["dt_bias"], None, 1.0,
                 x["norm_weight"], 1e-5, 1e-6, K**-0.5, x["state"], x["state_indices"], None, None,
-                "SD",
+                "VK", "SD",
             ),
             {name: x[:, 0] for name, x in separate.items()} | kernel | windows | {
                 "raw_gate": randn(B, HV, K), "raw_beta": randn(B, HV),
