@@ -19,7 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one-sequence": {"batch": None},
     "bias": {"bias": True, "dtype": FP16},
     "no-activation": {"activation": None, "bias": True},
-    "ragged": {"batch": 1, "cu_seqlens": SHORT, "bias": True},
+    "ragged": {"batch": 1, "T": 60, "cu_seqlens": SHORT, "bias": True},
     "no-sequences": {"batch": 1, "cu_seqlens": [0]},
     "no-tokens": {"T": 0, "bias": True},
     "two-taps": {"W": 2, "dtype": FP32},
@@ -33,7 +33,7 @@ NEEDS = {"all": (True, True, True), "x": (True, False, False), "taps": (False, T
 
 
 def arguments(
-    device: str, batch: int | None = 2, T: int = 70, D: int = 24, W: int = 4, bias: bool = False,
+    device: str, batch: int | None = 2, T: int = 30, D: int = 24, W: int = 4, bias: bool = False,
     activation: str | None = "silu", dtype: torch.dtype = BF16, cu_seqlens: list[int] | None = None,
     padded: int = 0, transposed: bool = False,
 ) -> tuple[list[Any], Tensor]:  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
 from kda_ops.conv.kernel import conv_blocks, conv_taps, three, token_block
-from kda_ops.kernel import quick_sigmoid
+from kda_ops.kernel import LOG2E
 from kda_ops.tuning import choose
 
 
@@ -23,8 +23,11 @@ def before_activation(
         y = bias
         for tap in tl.static_range(W):
             y += rows[i + tap].to(tl.float32) * taps[tap]
-        s = quick_sigmoid(y)
-        gradient *= s * (1.0 + y * (1.0 - s))
+        # 1 - s as e s: a difference would lose digits; without the limit it would be inf times 0
+        e = tl.minimum(tl.exp2(y * -LOG2E), 1e30)
+        r = tl.rsqrt(1.0 + e)
+        s = r * r
+        gradient *= s * (1.0 + y * (e * s))
     return gradient
 
 
