@@ -30,6 +30,7 @@ from kda_ops import config
 from kda_ops._cases import Case, operator_packages, public_function
 from kda_ops._progress import progress
 from kda_ops._registry import lowering_module
+from kda_ops._versions import version
 from kda_ops.tuning import configs, disk_cache
 
 SUMMARY = "say what works here: versions, kernels, caches, known bad combinations"
@@ -93,14 +94,6 @@ def print_report(found: list[Finding]) -> None:
         print(f"{marks[finding.status]} {finding.name:<{width}}  {finding.text}")
     counts = {status: sum(x.status == status for x in found) for status in ("warning", "error")}
     print(f"\n{counts['error']} errors (x), {counts['warning']} warnings (!)")
-
-
-def version(distribution: str) -> str | None:
-    """The installed version of a distribution, None without it."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def numbers(text: str | None) -> tuple[int, ...]:

@@ -14,11 +14,12 @@ import os
 import tempfile
 from collections.abc import Mapping
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from kda_ops._versions import version
 
 logger = logging.getLogger("kda_ops.tuning")
 TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
@@ -42,13 +43,7 @@ def folder() -> Path:
 @cache
 def versions() -> dict[str, str]:
     """Versions of torch and Triton, and a hash of the kernels and the timing code."""
-    triton = "none"
-    for package in TRITON_PACKAGES:
-        try:
-            triton = metadata.version(package)
-            break
-        except metadata.PackageNotFoundError:
-            continue
+    triton = next(filter(None, map(version, TRITON_PACKAGES)), "none")
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     kernels = [x for name in KERNELS for x in root.rglob(name)]

@@ -8,12 +8,12 @@ import functools
 import platform
 import subprocess
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kda_ops._versions import version
 from perf.harness.timing import gpu_seconds
 
 COPY_BYTES = 1 << 30
@@ -48,14 +48,6 @@ def ceilings() -> Ceilings:
     )
     product = gpu_seconds(lambda: a @ b)
     return Ceilings(2 * COPY_BYTES / copy, 2 * MATMUL_SIZE**3 / product)
-
-
-def version(distribution: str) -> str | None:
-    """The installed version of a distribution, None without it."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def software() -> dict[str, Any]:

@@ -24,6 +24,7 @@ MAY_HAVE = {"backward"}
 FLOORS = (
     {
         "_numerics",
+        "_versions",
         "_roles",
         "_launch",
         "_progress",

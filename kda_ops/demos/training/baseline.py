@@ -1,12 +1,12 @@
 """The same model with the layer of flash-linear-attention (FLA)."""
 
 import importlib
-import importlib.metadata
 import importlib.util
 
 import torch
 from torch import Tensor, nn
 
+from kda_ops._versions import version
 from kda_ops.nn.layer import KimiDeltaAttention
 
 
@@ -14,12 +14,8 @@ def fla_version() -> str | None:
     """The version of FLA, or None where it is not installed."""
     if importlib.util.find_spec("fla") is None:
         return None
-    for name in ("fla-core", "flash-linear-attention"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "of unknown version"
+    found = version("fla-core") or version("flash-linear-attention")
+    return found or "of unknown version"
 
 
 def fla_layer(ours: KimiDeltaAttention) -> nn.Module:
