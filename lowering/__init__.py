@@ -23,6 +23,7 @@ FUSIONS = (  # in the order in which they run
     "fuse_cumsum_scale",
     "fuse_gate_cumsum",
     "fuse_kda_decode",
+    "fuse_training_convs",
     "fuse_separate_convs",
     "fuse_chunk_kda_gated",
     "fuse_chunk_norms",
@@ -56,6 +57,7 @@ def install() -> None:
         tell_overlap_by_hints,
     )
     from kda_ops.lowering.graph.snapshots import keep_copies, keep_reads_apart, order_reads
+    from kda_ops.lowering.rewrites.before_autograd import install_before_autograd
     from kda_ops.lowering.rewrites.framework import install_rewrites
 
     lower_storage_offset()
@@ -66,5 +68,6 @@ def install() -> None:
     keep_copies()
     order_reads()
     keep_reads_apart()
+    install_before_autograd()
     install_rewrites()
     install_cache_key()

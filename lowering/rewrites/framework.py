@@ -1,8 +1,10 @@
 """What every graph rewrite shares: what is checked, replacing a part of a graph, and a log of it.
 
 Rewrites run on Inductor's post-grad graph, after Inductor's own patterns. The graph is functional
-there, so a write of a state between two operators is an edge like any other. Those of a forward
-with its gradient (`register_joint`) run on the joint graph, before it is parted in two.
+there, so a write of a state between two operators is an edge like any other (`POST_GRAD`). In
+training those of plain PyTorch also run before autograd, which then sees operators with gradients
+of their own (`BEFORE_AUTOGRAD`), and those of a forward with its gradient run on the joint graph,
+before it is parted in two (`JOINT`).
 
 A rewrite is three functions:
 
@@ -124,7 +126,9 @@ class Rewrite:
     guard: Callable[[Match], Refusal | None]
     replacement: Callable[[fx.Graph, Match], dict[fx.Node, fx.Node]]
 
-    def __call__(self, graph: fx.Graph) -> None:
+    def __call__(self, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+        """Replaces what matches; returns what took whose place."""
+        replaced: dict[fx.Node, fx.Node] = {}
         for node in [node for node in graph.nodes if operator_of(node) in self.anchors]:
             if node._erased:
                 continue
@@ -134,8 +138,9 @@ class Rewrite:
             node = match.anchor or node
             match.inner = list(dict.fromkeys([*match.inner, *sizes_for(match.inner)]))
             outcome = outcome_of(self.name, node, match)
-            rejected = self._rejected(match) or self._replace(graph, node, match)
+            rejected = self._rejected(match) or self._replace(graph, node, match, replaced)
             report(outcome if rejected is None else refused(outcome, node, *rejected))
+        return replaced
 
     def _rejected(self, match: Match) -> tuple[str, Refusal] | None:
         """The first check that rejects a match, and why."""
@@ -150,7 +155,7 @@ class Rewrite:
         return None
 
     def _replace(
-        self, graph: fx.Graph, anchor: fx.Node, match: Match
+        self, graph: fx.Graph, anchor: fx.Node, match: Match, replaced: dict[fx.Node, fx.Node]
     ) -> tuple[str, Refusal] | None:
         last = max(match.inner)
         before = last.prev
@@ -166,6 +171,7 @@ class Rewrite:
             describe(made, anchor)
             made.meta["rewrite"] = self.name
             made = made.prev
+        replaced |= news
         for old, new in news.items():
             old.replace_all_uses_with(new)
         out_of_order = any(user < new for new in news.values() for user in new.users)
@@ -270,8 +276,9 @@ def _bytes(node: fx.Node) -> int:
     return x.dtype.itemsize * math.prod(known) if len(known) == len(sizes) else 0
 
 
-_steps: list[Callable[[fx.Graph], None]] = []
-_joint_steps: list[Callable[[fx.Graph], None]] = []
+BEFORE_AUTOGRAD: list[Rewrite] = []  # of a training graph
+JOINT: list[Rewrite] = []  # of a forward with its gradient, before they are parted
+POST_GRAD: list[Rewrite] = []  # of every graph
 _listeners: list[list[Outcome]] = []
 
 
@@ -295,20 +302,12 @@ def register(
     pattern: Callable[[fx.Node], Match | None],
     guard: Callable[[Match], Refusal | None],
     replacement: Callable[[fx.Graph, Match], dict[fx.Node, fx.Node]],
+    *,
+    stages: tuple[list[Rewrite], ...] = (POST_GRAD,),
 ) -> None:
-    """Adds a rewrite behind those that are registered."""
-    _steps.append(Rewrite(name, anchors, pattern, guard, replacement))
-
-
-def register_joint(
-    name: str,
-    anchors: tuple[Any, ...],
-    pattern: Callable[[fx.Node], Match | None],
-    guard: Callable[[Match], Refusal | None],
-    replacement: Callable[[fx.Graph, Match], dict[fx.Node, fx.Node]],
-) -> None:
-    """Adds a rewrite of the joint graph: of a forward with its gradient, before they are parted."""
-    _joint_steps.append(Rewrite(name, anchors, pattern, guard, replacement))
+    """Adds a rewrite, in each of some stages, behind those that are registered."""
+    for stage in stages:
+        stage.append(Rewrite(name, anchors, pattern, guard, replacement))
 
 
 class JointRewrites:
@@ -320,7 +319,7 @@ class JointRewrites:
         graph = gm if isinstance(gm, fx.Graph) else gm.graph
         called = {call.op.namespace for call in map(Call.of, graph.nodes) if call is not None}
         if called and REFERENCE_NAMESPACE not in called:
-            for step in _joint_steps:
+            for step in JOINT:
                 step(graph)
         return 0
 
@@ -336,7 +335,7 @@ class Rewrites:
         called = {call.op.namespace for call in map(Call.of, graph.nodes) if call is not None}
         if called:
             share_sizes(graph)
-            for step in _steps if REFERENCE_NAMESPACE not in called else ():
+            for step in POST_GRAD if REFERENCE_NAMESPACE not in called else ():
                 step(graph)
             place_copies(graph)
         return 0

@@ -30,10 +30,11 @@ from kda_ops.lowering.graph.matching import (
     Refusal,
     is_view,
     only_user,
+    strip_casts,
     value,
 )
 from kda_ops.lowering.rewrites import fuse_chunk_kda_gated, fuse_chunk_norms
-from kda_ops.lowering.rewrites.framework import Match, describe, register_joint
+from kda_ops.lowering.rewrites.framework import JOINT, Match, describe, register
 from kda_ops.norm.l2norm.op import l2norm_op
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -183,17 +184,17 @@ def follow_beta(found: Gradients, backward: Call, beta: Any) -> None:
     start = gradient(backward, "beta")
     if start is None or beta is None:
         return
-    raw, factor, nodes = beta
-    sigmoid = next((n for n in nodes if n.target is aten.sigmoid.default), None)
+    raw, factor, made = beta
+    sigmoid = next((n for n in made if n.target is aten.sigmoid.default), None)
     node, slope = start, None
     found.inner.append(start)
     while slope is None or value(node).dtype != value(raw).dtype:
         user = only_user(node)
         if user is None:
             break
-        if user.target is aten.mul.Tensor and slope_of(user, node, sigmoid):
-            slope = user.args[1] if user.args[0] is node else user.args[0]
-            found.inner += [slope, *(n for n in slope.all_input_nodes if n is not sigmoid)]
+        if user.target is aten.mul.Tensor and (nodes := slope_of(user, node, sigmoid)):
+            slope = nodes[0]
+            found.inner += nodes
         elif user.target is aten.mul.Tensor and user.args[1] == factor != 1:
             factor = 1.0
         elif not is_view(user) and user.target is not prims.convert_element_type.default:
@@ -206,19 +207,20 @@ def follow_beta(found: Gradients, backward: Call, beta: Any) -> None:
     found.ends["raw_beta"] = node
 
 
-def slope_of(product: fx.Node, x: fx.Node, s: fx.Node | None) -> bool:
-    """Whether a product is that of `x` and `s (1 - s)`."""
-    slope = product.args[1] if product.args[0] is x else product.args[0]
-    if not isinstance(slope, fx.Node) or slope.target is not aten.mul.Tensor or s is None:
-        return False
-    rest = slope.args[1] if slope.args[0] is s else slope.args[0]
-    return (
-        s in slope.args
-        and isinstance(rest, fx.Node)
-        and rest.target is aten.sub.Tensor
-        and rest.args == (1, s)
-        and not rest.kwargs
-    )
+def slope_of(product: fx.Node, x: fx.Node, s: fx.Node | None) -> list[fx.Node]:
+    """The nodes from a sigmoid `s` to its slope `s (1 - s)`, if a product is that of `x` and the
+    slope; the slope comes first.
+    """
+    slope: Any = product.args[1] if product.args[0] is x else product.args[0]
+    if s is None or not isinstance(slope, fx.Node) or slope.target is not aten.mul.Tensor:
+        return []
+    rest: Any = next((n for n in slope.all_input_nodes if n.target is aten.sub.Tensor), None)
+    if rest is None or rest.args[0] != 1 or rest.kwargs or len(slope.all_input_nodes) != 2:
+        return []
+    wide: Any = rest.args[1]
+    if wide not in slope.args or strip_casts(wide) is not s:
+        return []
+    return [slope, rest] if wide is s else [slope, rest, wide]
 
 
 def guard(match: Match) -> Refusal | None:
@@ -267,4 +269,4 @@ def place(node: fx.Node, old: fx.Node) -> None:
     node.meta |= {key: old.meta[key] for key in PARTED_BY if key in old.meta}
 
 
-register_joint(NAME, (BACKWARD,), pattern, guard, replacement)
+register(NAME, (BACKWARD,), pattern, guard, replacement, stages=(JOINT,))

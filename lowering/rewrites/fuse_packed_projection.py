@@ -23,8 +23,7 @@ from kda_ops.lowering.graph.emitting import compute, reshape
 from kda_ops.lowering.graph.matching import (
     Call,
     Refusal,
-    follow_views,
-    only_user,
+    is_view,
     same_shape,
     strip_views,
     value,
@@ -47,8 +46,7 @@ CONVOLUTIONS = (
 def pattern(node: fx.Node) -> Match | None:
     rank = value(node).dim()
     axis = node.args[1] if len(node.args) > 1 else 0
-    call = Call.of(only_user(follow_views(node)[-1]))
-    if call is None or call.op not in CONVOLUTIONS or axis % rank != rank - 1:
+    if axis % rank != rank - 1 or not is_convolved(node):
         return None
     inner, sources = [node], []
     for part in node.args[0]:
@@ -58,6 +56,16 @@ def pattern(node: fx.Node) -> Match | None:
     packed = whole(sources)
     inputs = sources if packed is None else [packed]
     return Match(inner, [node], inputs, {"cat": node, "sources": sources, "packed": packed})
+
+
+def is_convolved(x: fx.Node) -> bool:
+    """Whether a convolution reads `x`, or a view of it; a backward may too."""
+    for user in x.users:
+        if is_view(user) and is_convolved(user):
+            return True
+        if (call := Call.of(user)) is not None and call.op in CONVOLUTIONS:
+            return True
+    return False
 
 
 def whole(sources: list[fx.Node]) -> fx.Node | None:

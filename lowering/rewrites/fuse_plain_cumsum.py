@@ -29,7 +29,7 @@ from kda_ops.lowering.graph.matching import (
     strip_views,
     value,
 )
-from kda_ops.lowering.rewrites.framework import Match, register
+from kda_ops.lowering.rewrites.framework import BEFORE_AUTOGRAD, POST_GRAD, Match, register
 
 aten, prims = torch.ops.aten, torch.ops.prims
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -128,4 +128,11 @@ def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
     return {y: reshape(graph, sums, value(y).shape)}
 
 
-register("plain_cumsum", (aten.cumsum.default,), pattern, guard, replacement)
+register(
+    "plain_cumsum",
+    (aten.cumsum.default,),
+    pattern,
+    guard,
+    replacement,
+    stages=(BEFORE_AUTOGRAD, POST_GRAD),
+)

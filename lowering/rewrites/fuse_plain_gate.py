@@ -35,7 +35,7 @@ from kda_ops.lowering.graph.matching import (
     times_one,
     value,
 )
-from kda_ops.lowering.rewrites.framework import Match, register
+from kda_ops.lowering.rewrites.framework import BEFORE_AUTOGRAD, POST_GRAD, Match, register
 from kda_ops.lowering.rewrites.patterns.gates import one_more, sigmoid_of
 
 aten = torch.ops.aten
@@ -268,4 +268,11 @@ def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
     return {g: compute(graph, gate_op, x, A, bias, match.values["bound"])}
 
 
-register("plain_gate", (chunk_cumsum_op, recurrent_kda_op), pattern, guard, replacement)
+register(
+    "plain_gate",
+    (chunk_cumsum_op, recurrent_kda_op),
+    pattern,
+    guard,
+    replacement,
+    stages=(BEFORE_AUTOGRAD, POST_GRAD),
+)

@@ -19,7 +19,7 @@ from kda_ops.lowering.graph.matching import (
     strip_views,
     value,
 )
-from kda_ops.lowering.rewrites.framework import Match, register
+from kda_ops.lowering.rewrites.framework import BEFORE_AUTOGRAD, POST_GRAD, Match, register
 from kda_ops.lowering.rewrites.patterns.norms import NOT_A_NUMBER, clamped, normed
 from kda_ops.norm.l2norm.op import l2norm_op
 
@@ -77,4 +77,11 @@ def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
     return {y: compute(graph, l2norm_op, x, eps)}
 
 
-register("plain_l2norm", (aten.sum.dim_IntList,), pattern, guard, replacement)
+register(
+    "plain_l2norm",
+    (aten.sum.dim_IntList,),
+    pattern,
+    guard,
+    replacement,
+    stages=(BEFORE_AUTOGRAD, POST_GRAD),
+)

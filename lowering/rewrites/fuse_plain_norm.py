@@ -26,7 +26,7 @@ from kda_ops.lowering.graph.matching import (
     strip_views_and_casts,
     value,
 )
-from kda_ops.lowering.rewrites.framework import Match, register
+from kda_ops.lowering.rewrites.framework import BEFORE_AUTOGRAD, POST_GRAD, Match, register
 from kda_ops.lowering.rewrites.patterns.gates import sigmoid_of
 from kda_ops.lowering.rewrites.patterns.norms import NOT_A_NUMBER, normed
 from kda_ops.norm.rms_norm_gated.op import rms_norm_gated_op
@@ -106,4 +106,11 @@ def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
     return {y: reshape(graph, normed, value(y).shape)}
 
 
-register("plain_rms_norm_gated", (aten.mean.dim,), pattern, guard, replacement)
+register(
+    "plain_rms_norm_gated",
+    (aten.mean.dim,),
+    pattern,
+    guard,
+    replacement,
+    stages=(BEFORE_AUTOGRAD, POST_GRAD),
+)

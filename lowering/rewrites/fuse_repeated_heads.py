@@ -18,7 +18,7 @@ from kda_ops.delta_rule.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.delta_rule.recurrent_kda.op import recurrent_kda_op
 from kda_ops.lowering.graph.emitting import compute, emit, reshape
 from kda_ops.lowering.graph.matching import Call, Refusal, same_shape, strip_views, value
-from kda_ops.lowering.rewrites.framework import Match, register
+from kda_ops.lowering.rewrites.framework import BEFORE_AUTOGRAD, POST_GRAD, Match, register
 from kda_ops.norm.l2norm.op import l2norm_op
 
 aten = torch.ops.aten
@@ -102,4 +102,6 @@ def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
     return {old: new for old, new in zip(olds, news, strict=True) if old is not None} | states
 
 
-register("repeated_heads", ANCHORS, pattern, guard, replacement)
+register(
+    "repeated_heads", ANCHORS, pattern, guard, replacement, stages=(BEFORE_AUTOGRAD, POST_GRAD)
+)

@@ -1,0 +1,258 @@
+"""Rewrites of a training graph before autograd, where it still says what the model's author wrote.
+
+Behind autograd a norm or a gate in plain PyTorch is spread over the forward and the backward, and
+what lies between is saved: no pattern finds it. As an operator it has a gradient of its own, and
+`chunk_kda_training` goes on from there.
+
+Dynamo's graph is neither functional nor of one form, so patterns do not read it. It is traced to
+ATen with its fake values, the rewrites run on the trace, and the operators that they put there are
+copied to Dynamo's graph. All else of that graph stays as it is: autocast, checkpoints, modes.
+"""
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.pattern_matcher import stable_topological_sort
+from torch._inductor.virtualized import V
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from kda_ops._registry import NAMESPACE
+from kda_ops.lowering.graph.provenance import inherit
+from kda_ops.lowering.graph.sizes import share_sizes
+from kda_ops.lowering.rewrites.framework import BEFORE_AUTOGRAD
+
+logger = logging.getLogger("kda_ops.lowering")
+
+
+def rewrite_before_autograd(gm: fx.GraphModule) -> None:
+    """Replaces plain PyTorch by operators in one of Dynamo's graphs, if it is trained."""
+    given = [x.meta.get("example_value") for x in gm.graph.find_nodes(op="placeholder")]
+    tensors = [x for x in given if isinstance(x, torch.Tensor)]
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+        return
+    if not any(getattr(node.target, "namespace", None) == NAMESPACE for node in gm.graph.nodes):
+        return
+    if not all(type(x) in (FakeTensor, torch.nn.Parameter) for x in tensors):
+        logger.debug("not rewritten before autograd: an input is a subclass of tensors")
+        return
+    # that of Dynamo, which is no longer the current one
+    mode = next(x.fake_mode for x in tensors if isinstance(x, FakeTensor))
+    try:
+        traced = trace(gm)
+    except Exception as error:  # a graph that stays as it is is right, only slower
+        logger.debug("not rewritten before autograd: %s: %s", type(error).__name__, error)
+        return
+    with V.set_fake_mode(mode), torch.no_grad():
+        share_sizes(traced.graph)
+        replaced: dict[fx.Node, fx.Node] = {}
+        for step in BEFORE_AUTOGRAD:
+            replaced |= step(traced.graph)
+    copy_back(gm.graph, traced, replaced)
+
+
+class Retrace(fx.Interpreter):
+    """Runs Dynamo's graph. What is opaque has the value that it had in Dynamo.
+
+    Attributes:
+        results: The tensor of each node.
+        writers: Nodes that have written an argument.
+        written: The memory that they wrote.
+    """
+
+    def __init__(self, gm: fx.GraphModule, opaque: dict[fx.Node, Any]) -> None:
+        super().__init__(gm)
+        self.opaque = opaque
+        self.results: dict[fx.Node, torch.Tensor] = {}
+        self.writers: set[fx.Node] = set()
+        self.written: set[int | None] = set()
+        self.entered: list[Any] = []
+
+    def run_node(self, node: fx.Node) -> Any:
+        read = [x for x in node.all_input_nodes if x in self.results]
+        versions = [self.results[x]._version for x in read]
+        result = self.opaque[node] if node in self.opaque else super().run_node(node)
+        for x, version in zip(read, versions, strict=True):
+            if self.results[x]._version != version:
+                self.writers.add(node)
+                self.written.add(storage(x))
+        if node.target is _enter_autocast:
+            self.entered.append(result)
+        elif node.target is _exit_autocast:
+            self.entered.remove(self.env[node.args[0]])
+        if isinstance(result, torch.Tensor):
+            self.results[node] = result
+        return result
+
+    def run(self, *args: Any) -> Any:
+        try:
+            with torch.no_grad():
+                return super().run(*args)
+        finally:
+            while self.entered:
+                _exit_autocast(self.entered.pop())
+
+
+def storage(node: fx.Node) -> int | None:
+    """The memory that a node of Dynamo's is a view of."""
+    x = node.meta.get("example_value")
+    return x.untyped_storage()._cdata if isinstance(x, torch.Tensor) else None
+
+
+@dataclass
+class Traced:
+    """Dynamo's graph in ATen.
+
+    Attributes:
+        graph: The graph.
+        nodes: For each node of Dynamo's with a tensor the node with that tensor.
+        barriers: Nodes of Dynamo's that stay where they are, and others on their side of them.
+        written: The memory that is written.
+    """
+
+    graph: fx.Graph
+    nodes: dict[fx.Node, fx.Node]
+    barriers: set[fx.Node]
+    written: set[int | None]
+
+
+def opaque_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that are not traced: inputs, subgraphs, what runs without gradients or is no
+    tensor's, sizes that are known at run time.
+    """
+    found, recorded = [], True
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            recorded = node.args[0]
+        if node.target in (_enter_autocast, _exit_autocast) or node.op == "output":
+            continue
+        if (
+            not recorded
+            or node.op in ("placeholder", "get_attr", "call_module")
+            or isinstance(node.target, HigherOrderOperator)
+            or "example_value" not in node.meta
+            or free_unbacked_symbols(node.meta["example_value"])
+        ):
+            found.append(node)
+    return found
+
+
+def trace(gm: fx.GraphModule) -> Traced:
+    opaque = opaque_nodes(gm.graph)
+    leaves, structure = tree_flatten([node.meta.get("example_value") for node in opaque])
+    symbolic = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, symbolic)]
+    runs: list[Retrace] = []
+
+    def run(*values: Any) -> list[torch.Tensor]:
+        known = dict(zip(places, values, strict=True))
+        flat = [known.get(i, x) for i, x in enumerate(leaves)]
+        run = Retrace(gm, dict(zip(opaque, tree_unflatten(flat, structure), strict=True)))
+        run.run()
+        runs.append(run)
+        return list(run.results.values())
+
+    table = select_decomp_table()
+    with enable_python_dispatcher(), fx.traceback.preserve_node_meta():
+        graph = make_fx(run, decomposition_table=table)(*[leaves[i] for i in places]).graph
+    write_elsewhere(graph)
+    (output,), (run_,) = graph.find_nodes(op="output"), runs
+    nodes = dict(zip(run_.results, output.args[0], strict=True))
+    hidden = {*opaque, *gm.graph.find_nodes(op="output")}
+    output.args = ([nodes[x] for x in nodes if x in hidden or not hidden.isdisjoint(x.users)],)
+    given = ("placeholder", "get_attr")
+    modes = [x for x in gm.graph.nodes if x.target in (_enter_autocast, _exit_autocast)]
+    barriers = {*run_.writers, *modes, *(x for x in opaque if x.op not in given)}
+    return Traced(graph, nodes, barriers, run_.written)
+
+
+def write_elsewhere(graph: fx.Graph) -> None:
+    """Makes new values of what decompositions write in place, as that of `F.rms_norm` does."""
+    for node in graph.nodes:
+        name = getattr(node.target, "_opname", "")
+        plain = getattr(torch.ops.aten, name.removesuffix("_"), None)
+        overload = getattr(plain, getattr(node.target, "_overloadname", ""), None)
+        if not name.endswith("_") or overload is None or len(node.args[0].users) > 1:
+            continue
+        if (
+            isinstance(node.args[0].target, torch._ops.OpOverload)
+            and not node.args[0].target.is_view
+        ):
+            node.target = overload
+
+
+def copy_back(graph: fx.Graph, traced: Traced, replaced: dict[fx.Node, fx.Node]) -> None:
+    """Copies what took the place of a traced node to Dynamo's graph, in the place of the node that
+    was traced.
+    """
+    originals: dict[fx.Node, fx.Node] = {}
+    for original, node in traced.nodes.items():
+        originals.setdefault(node, original)
+    for original, node in traced.nodes.items():
+        new = node
+        while new in replaced:
+            new = replaced[new]
+        if new is node or new._erased:
+            continue
+        copies = copied(new, originals)
+        read = [x for copy in copies for x in copy.all_input_nodes if x in originals] or [new]
+        after = max([original, *(originals[x] for x in read)])
+        if not traced.written.isdisjoint(storage(x) for x in (original, *map(originals.get, read))):
+            logger.debug("not rewritten before autograd: %s is written", original)
+            continue
+        if between(original, after) & traced.barriers:
+            logger.debug("not rewritten before autograd: %s reads what comes late", original)
+            continue
+        with graph.inserting_before(original if after is original else after.next):
+            for copy in copies:
+                made = graph.node_copy(copy, originals.__getitem__)
+                made.meta = {"example_value": copy.meta["val"]}
+                inherit(made, original)
+                originals[copy] = made
+        original.replace_all_uses_with(originals[new])
+    stable_topological_sort(graph)
+
+
+def between(first: fx.Node, last: fx.Node) -> set[fx.Node]:
+    """The nodes from one to another."""
+    found = {last}
+    while first is not last:
+        found.add(first)
+        first = first.next
+    return found
+
+
+def copied(node: fx.Node, originals: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """A node and what leads to it from nodes that Dynamo's graph has, in order."""
+    found: dict[fx.Node, None] = {}
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node not in originals and node not in found:
+            found[node] = None
+            pending += node.all_input_nodes
+    return sorted(found)
+
+
+def install_before_autograd() -> None:
+    """Runs these rewrites before Inductor's own passes over Dynamo's graph, in no user's slot."""
+    from torch._inductor import compile_fx
+
+    passes = compile_fx.pre_grad_passes
+
+    @functools.wraps(passes)
+    def pre_grad_passes(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> fx.GraphModule:
+        rewrite_before_autograd(gm)
+        return passes(gm, *args, **kwargs)
+
+    compile_fx.pre_grad_passes = pre_grad_passes
