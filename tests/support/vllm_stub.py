@@ -257,14 +257,16 @@ def describe(
     rows = int(lengths.sum())
     fields: dict[str, Any] = {"num_actual_tokens": rows + padded_tokens}
     if not speculative.any():
-        decode = (lengths == 1) & (computed > 0)
+        # a request without tokens is padding, which counts as a decode unless it follows a prefill
+        decode = (lengths == 0) | (lengths == 1) & (computed > 0)
         decodes = next((i for i, x in enumerate(decode.tolist()) if not x), len(decode))
         prefills = int((lengths[decodes:] > 0).sum())
+        decode_rows = decodes if prefills else rows + padded_tokens
         return Metadata(
             num_prefills=prefills,
-            num_prefill_tokens=rows - decodes,
+            num_prefill_tokens=rows + padded_tokens - decode_rows,
             num_decodes=decodes,
-            num_decode_tokens=decodes,
+            num_decode_tokens=decode_rows,
             num_spec_decodes=0,
             num_spec_decode_tokens=0,
             has_initial_state=computed > 0 if prefills else None,
