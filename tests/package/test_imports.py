@@ -199,6 +199,10 @@ def test_only_its_integration_imports_vllm() -> None:
     assert offenders("vllm", *TOP) == {"kda_ops.integrations.vllm.plugin"}
 
 
+def test_only_its_integration_imports_sglang() -> None:
+    assert offenders("sglang", *TOP) == {"kda_ops.integrations.sglang"}
+
+
 def test_only_its_integration_imports_transformers() -> None:
     assert offenders("transformers", "kda_ops", "lowering") == {"kda_ops.integrations.transformers"}
 

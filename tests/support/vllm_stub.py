@@ -86,7 +86,7 @@ def install(
             package = ".".join(parts[: i + 1])
             if package not in sys.modules:
                 monkeypatch.setitem(sys.modules, package, ModuleType(package))
-    monkeypatch.setattr("kda_ops.integrations.vllm.plugin.version", lambda name: version)
+    monkeypatch.setattr("kda_ops._versions.version", lambda name: version)
     breaks.clear()
     return SimpleNamespace(**names)
 

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from kda_ops._checks import MAX_HEAD_DIM
-from kda_ops._versions import version
+from kda_ops._versions import why_unknown
 from kda_ops.cache.batch import KDABatch
 from kda_ops.conv.short_conv_qkv import short_conv_qkv
 from kda_ops.delta_rule.chunk_kda_gated import chunk_kda_gated
@@ -35,7 +35,7 @@ from kda_ops.norm.rms_norm_gated import rms_norm_gated
 
 log = logging.getLogger(__name__)
 
-READ = ("0.33.",)  # versions whose source was read
+READ = "0.33"  # the version whose source was read
 LAYER = "KimiGatedDeltaNetAttention"
 FORWARD = ["self", "mixed_qkv", "g1", "g2", "beta", "core_attn_out"]
 
@@ -66,11 +66,9 @@ def register(*, any_version: bool = False) -> bool:
 
 def _register(any_version: bool) -> str | None:
     """Registers the layer, or says why not."""
-    found = version("vllm")
-    if found is None:
-        return "vLLM is not installed"
-    if not (any_version or found.startswith(READ)):
-        return f"vLLM must be {' or '.join(x + 'x' for x in READ)}, got {found}"
+    reason = why_unknown("vLLM", READ, any_version)
+    if reason is not None:
+        return reason
     try:
         registry = importlib.import_module("vllm.model_executor.custom_op")
         layers = importlib.import_module(
@@ -81,7 +79,7 @@ def _register(any_version: bool) -> str | None:
         register_oot = registry.PluggableLayer.register_oot
         layer = None if taken is not None else _layer_class(stock)
     except (ImportError, AttributeError) as error:
-        return f"vLLM {found} has another interface: {error}"
+        return f"this vLLM has another interface: {error}"
     if taken is not None:
         return None if issubclass(taken, KDALayer) else f"{taken.__qualname__} has replaced it"
     signature = list(inspect.signature(stock._forward).parameters)
