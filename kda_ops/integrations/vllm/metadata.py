@@ -56,9 +56,8 @@ def _one_kind(metadata: Any) -> Step:
         N = cu_seqlens.shape[0] - 1
         state_indices = metadata.non_spec_state_indices_tensor[:N]
         num_accepted, continues = None, metadata.has_initial_state
+        # without prefills, padding sequences and rows are counted as decodes
         decodes, decode_rows = metadata.num_decodes, metadata.num_decode_tokens
-        if metadata.num_prefills == 0:  # padding sequences and rows are decodes as well
-            decodes, decode_rows, continues = N, rows, None
     if continues is None:
         continues = state_indices.new_ones(N, dtype=torch.bool)
     batch = KDABatch(
