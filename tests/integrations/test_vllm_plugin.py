@@ -19,6 +19,7 @@ from kda_ops import KimiDeltaAttention
 from kda_ops.integrations.vllm import batch_of_metadata, register
 from kda_ops.integrations.vllm.plugin import KDALayer
 from tests.support import vllm_stub
+from tests.support.operators import run_kernels
 from tests.support.oracle import assert_close
 from tests.support.vllm_stub import Request, describe, forward_context
 
@@ -37,6 +38,7 @@ class Server:
         num_spec: int = 0,
         bound: float | None = None,
         dtype: torch.dtype = torch.float64,
+        kernels: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self.reference = KimiDeltaAttention(
@@ -54,6 +56,7 @@ class Server:
         loaded = vllm_stub.load_weights(self.layer, checkpoint(self.reference))
         assert loaded == set(dict(self.layer.named_parameters()))
         self.cache = vllm_stub.allocate(self.layer, 12, layout, dtype)
+        self.call = run_kernels(self.layer) if kernels else self.layer
         self.histories: dict[int, Tensor] = {}
 
     def step(self, *requests: Request, graph: tuple[int, int] = (0, 0), rows: int = 0) -> None:
@@ -64,7 +67,7 @@ class Server:
         hidden[count:] = float("nan")
         described = describe(requests, *graph)
         with torch.inference_mode(), forward_context({NAME: described}):
-            out = self.layer(hidden, torch.arange(len(hidden)))
+            out = self.call(hidden_states=hidden, positions=torch.arange(len(hidden)))
         assert torch.equal(out[count:], torch.zeros_like(out[count:]))
         for request, x, y in zip(
             requests,
@@ -167,6 +170,18 @@ def test_a_16_bit_model(vllm: Any) -> None:
     assert [x.dtype for x in server.cache] == [torch.bfloat16, torch.float32]
     server.step(Request([3], 0, 70))
     server.step(Request([3], 70, 1), Request([2], 0, 9))
+
+
+@pytest.mark.interpreter
+def test_the_kernels_take_what_vllm_passes(vllm: Any) -> None:
+    """Views of wide projections, tables and pages, in all kinds of steps."""
+    server = Server(vllm, vllm.layout, num_spec=SPEC, dtype=torch.bfloat16, kernels=True)
+    a, b = [3, 4, 5], [6, 7, 8]
+    server.step(Request(a, 0, 9), rows=2)
+    server.step(Request(a, 9, 3, accepted=1), graph=(1, 4))
+    server.step(Request(b, 0, 2), Request(a, 11, 2, accepted=2))
+    server.step(Request(a, 12, 1), Request(b, 2, 3), graph=(1, 0))
+    assert server.untouched(0, 1, 2, 9, 10, 11)
 
 
 def test_runs_without_metadata(vllm: Any) -> None:
