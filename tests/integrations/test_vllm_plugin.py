@@ -302,6 +302,12 @@ def test_it_stays_out_of_what_it_does_not_know(
     assert "this vLLM has another interface: module 'vllm.forward_context'" in refused()
     assert stub.op_registry_oot == {}
 
+    def broken(name: str) -> None:
+        raise OSError(f"{name} needs a library")
+
+    monkeypatch.setattr("kda_ops.integrations.vllm.plugin.importlib.import_module", broken)
+    assert refused().endswith("vllm.model_executor.custom_op needs a library")
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),

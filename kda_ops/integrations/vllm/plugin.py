@@ -78,7 +78,7 @@ def _register(any_version: bool) -> str | None:
         taken = registry.op_registry_oot.get(LAYER)
         register_oot = registry.PluggableLayer.register_oot
         layer = None if taken is not None else _layer_class(stock)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever an import raises here would end vLLM
         return f"this vLLM has another interface: {error}"
     if taken is not None:
         return None if issubclass(taken, KDALayer) else f"{taken.__qualname__} has replaced it"
