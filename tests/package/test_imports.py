@@ -195,8 +195,12 @@ def test_only_the_engine_imports_nixl() -> None:
     assert offenders("nixl", "kda_ops", "lowering") <= {"kda_ops.transfer.nixl"}
 
 
-def test_nobody_imports_vllm() -> None:
-    assert offenders("vllm", *TOP) == set()
+def test_only_its_integration_imports_vllm() -> None:
+    assert offenders("vllm", *TOP) == {"kda_ops.integrations.vllm.plugin"}
+
+
+def test_only_its_integration_imports_sglang() -> None:
+    assert offenders("sglang", *TOP) == {"kda_ops.integrations.sglang"}
 
 
 def test_only_its_integration_imports_transformers() -> None:
