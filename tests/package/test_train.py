@@ -1,6 +1,7 @@
 """`python -m kda_ops train`: its losses, its checkpoints, what it prints and refuses."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -444,7 +445,7 @@ def test_bad_options(
 def test_a_picture_needs_matplotlib(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main(["train", "--picture", "curve.png"])
     assert "it needs matplotlib: pip install matplotlib" in capsys.readouterr().err
