@@ -7,6 +7,8 @@ import argparse
 import contextlib
 import io
 import json
+import re
+import shlex
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +19,10 @@ import torch
 
 from kda_ops.__main__ import main
 from kda_ops.demos.training.command import _check_ranks
-from kda_ops.demos.training.options import Refused
+from kda_ops.demos.training.options import DEFAULTS, Refused, add_arguments
 from kda_ops.demos.training.ranks import Ranks, device_of, ranks_of
 from kda_ops.demos.training.trainer import Settings
-from tests.support.processes import start
+from tests.support.processes import ROOT, start
 from tests.support.train_ranks import LAUNCHES, LOST, OPTIONS
 
 STEPS = 8
@@ -131,6 +133,23 @@ def test_a_lost_rank_is_an_error(folder: Path) -> None:
     assert first["code"] is None
     assert "Connection" in first["err"]
     assert not (folder / f"{LOST}-1.json").exists()
+
+
+def test_the_commands_of_the_page_fit() -> None:
+    """Processes, options and the sizes that are their defaults, on a CPU and on GPUs."""
+    page = (ROOT / "docs" / "several-gpus.md").read_text()
+    lines = re.findall(
+        r"^(?:torchrun --nproc-per-node (\d+)|python) -m kda_ops train ?(.*)$", page, re.M
+    )
+    assert len(lines) == 6
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for world, options in lines:
+        args = parser.parse_args(shlex.split(options, comments=True))
+        ranks = ranks_of(args, {"WORLD_SIZE": world, "RANK": "0"} if world else {})
+        assert ranks.world == int(world or 1)
+        for defaults in DEFAULTS.values():
+            _check_ranks(args, Settings(**defaults), ranks)
 
 
 # ---------------------------------------------------------------------- what is refused

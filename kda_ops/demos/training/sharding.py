@@ -44,6 +44,9 @@ def tensor_parallel(model: ByteModel, mesh: DeviceMesh) -> None:
         "head.logits": ColwiseParallel(input_layouts=TOKENS, output_layouts=Replicate()),
     }
     parallelize_module(model, mesh, ends, src_data_rank=None)
+    # waits for it: a tensor that is still awaited is of another class than what other blocks get,
+    # and compiled code has no right gradient for it
+    model.embedding.register_forward_hook(lambda module, args, x: x.clone())
     for block in model.blocks:
         parallelize_module(block, mesh, block_styles(), src_data_rank=None)
     parallelize(model, mesh, sequence_parallel=True, src_data_rank=None)
