@@ -496,6 +496,7 @@ def test_checkpoints_that_do_not_fit(
     assert refused("--resume", other) == wrong
     torch.save({"model": {}}, other)
     assert refused("--resume", other) == wrong
+    assert refused("--resume", tmp_path) == wrong.replace(str(other), str(tmp_path))
     train("--steps=2", "--save", path, f"--text={own}")
     assert refused("--resume", path, "--steps=2") == (
         f"--steps must be more than the 2 of {path}, got 2"

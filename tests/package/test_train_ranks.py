@@ -23,7 +23,7 @@ from kda_ops.demos.training.options import DEFAULTS, Refused, add_arguments
 from kda_ops.demos.training.ranks import Ranks, device_of, ranks_of
 from kda_ops.demos.training.trainer import Settings
 from tests.support.processes import ROOT, start
-from tests.support.train_ranks import LAUNCHES, LOST, OPTIONS
+from tests.support.train_ranks import COMPILED, LAUNCHES, LOST, OPTIONS
 
 STEPS = 8
 
@@ -31,7 +31,7 @@ STEPS = 8
 def in_one_process(*options: object) -> list[float]:
     """The losses of a run of the command in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert main(["train", *OPTIONS, *map(str, options)]) == 0
+        assert main(["train", *OPTIONS, "--eager", *map(str, options)]) == 0
     losses: list[float] = json.loads(out.getvalue())["losses"]
     return losses
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processes = start("tests.support.train_ranks", 4, path, *ports)
     try:
         for process in processes:
-            process.communicate(timeout=200)
+            process.communicate(timeout=400)
             assert process.returncode == 0
     finally:
         for process in processes:
@@ -88,6 +88,7 @@ def assert_same(losses: list[float], whole: list[float], steps: int) -> None:
     [
         ("dp", 4, (1, 2, False), "2 data parallel x 1 tensor parallel"),
         ("tp", 4, (2, 1, False), "1 data parallel x 2 tensor parallel"),
+        (COMPILED, 4, (2, 1, False), "1 data parallel x 2 tensor parallel"),
         ("both", 6, (2, 2, True), "2 data parallel by FSDP2 x 2 tensor parallel"),
         ("replicas", 5, (2, 2, False), "2 data parallel x 2 tensor parallel"),
     ],

@@ -4,6 +4,7 @@ with a port for each of `LAUNCHES`. Writes what each printed to `FOLDER/<launch>
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -12,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kda_ops.__main__ import main
 from kda_ops.demos.training.trainer import Trainer
 
-LOST = "lost"
+COMPILED, LOST = "compiled", "lost"
 OPTIONS = ["--device=cpu", "--dtype=fp64", "--lr=3e-3", "--hidden=16", "--layers=2", "--heads=2"]
-OPTIONS += ["--batch=4", "--length=72", "--eager", "--json"]
+OPTIONS += ["--batch=4", "--length=72", "--json"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ LAUNCHES = (
     Launch("tp", range(2, 4), "--tp=2 --resume=one --steps=4 --save=tp"),
     Launch("both", range(4), "--tp=2 --dp=2 --fsdp --resume=tp --steps=6 --save=tp"),
     Launch("replicas", range(4), "--tp=2 --resume=dp --steps=5"),
+    Launch(COMPILED, range(2, 4), "--tp=2 --resume=one --steps=4"),
     Launch("other text", range(2), "--text=text --steps=1"),
     Launch(LOST, range(2), "--text=text --steps=4"),
 )
@@ -54,6 +58,10 @@ def launch(run: Launch, process: int, port: int) -> dict[str, Any]:
     options = run.options.split()
     if run.name == "other text" and rank == 1:
         options[0] = "--text=other"
+    if run.name == COMPILED:  # up to code generation, which one process has tests for
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    else:
+        options.append("--eager")
     if run.name == LOST and rank == 1:
         Trainer.read = lambda self: os._exit(0)  # type: ignore[method-assign]
     out, err, code = io.StringIO(), io.StringIO(), None

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # Dimensions of the mesh, outermost first: neighbors, on the fastest links, are tensor parallel. The
 # batch is spread over the first two, of which one has a single rank; the first holds replicas of
-# the weights, the second shards.
+# the weights, the second shards. One that splits sequences belongs between these and `TENSOR`: its
+# ranks have the same rows, and the mean of the losses is over them too.
 REPLICATE, SHARD, TENSOR = "dp_replicate", "dp_shard", "tp"
 TIMEOUT_S = 600  # how long a rank waits for another, which may be compiling
 
