@@ -526,7 +526,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     out = capsys.readouterr().out
     for option in (*SIZES, "text", "device", "steps", "lr", "seed", "dtype", "eager", "save",
-                   "resume", "baseline", "picture", "json"):  # fmt: skip
+                   "resume", "baseline", "picture", "json", "tp", "dp", "fsdp"):  # fmt: skip
         assert f"--{option}" in out
     assert "(default: 64, 512 on a GPU)" in re.sub(r"\s+", " ", out)
 
