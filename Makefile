@@ -96,6 +96,7 @@ perf-compare: $(VENV)/.perf-installed
 
 perf-report: $(VENV)/.perf-installed
 	$(RUN) -m perf.analysis.report $(wildcard $(HISTORY)/h200/*.json) --page docs/performance.md --picture docs/assets/report.png
+	$(RUN) -m perf.analysis.mesh --page docs/several-gpus.md
 	$(RUN) -m perf.analysis.overview $(OVERVIEW) --svg docs/assets/overview.svg
 
 clean:

@@ -1,5 +1,6 @@
 """State dicts of whole models, in the form that parallel ones have."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,12 @@ def state_dict_by_parts(model: nn.Module) -> dict[str, Any]:
     Returns:
         A new dict.
     """
-    found = dict(model.state_dict())
+    return by_parts(model, model.state_dict())
+
+
+def by_parts(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by the names of a model's parameters, with packed ones as views of their parts."""
+    found = dict(tensors)
     for path, layer in model.named_modules():
         if not isinstance(layer, KimiDeltaAttention):
             continue

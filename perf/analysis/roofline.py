@@ -258,17 +258,17 @@ def report(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_notes(path: Path, text: str) -> None:
-    """Replaces the text between the markers of the notes.
+def write_notes(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replaces the text between two markers of a page.
 
     Raises:
         ValueError: The file lacks the markers.
     """
     notes = path.read_text()
-    if notes.count(BEGIN) != 1 or notes.count(END) != 1:
-        raise ValueError(f"{path} must hold {BEGIN} and {END} once each")
-    head, rest = notes.split(BEGIN)
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    if notes.count(begin) != 1 or notes.count(end) != 1:
+        raise ValueError(f"{path} must hold {begin} and {end} once each")
+    head, rest = notes.split(begin)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

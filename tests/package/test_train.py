@@ -1,6 +1,7 @@
 """`python -m kda_ops train`: its losses, its checkpoints, what it prints and refuses."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -444,7 +445,7 @@ def test_bad_options(
 def test_a_picture_needs_matplotlib(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main(["train", "--picture", "curve.png"])
     assert "it needs matplotlib: pip install matplotlib" in capsys.readouterr().err
@@ -495,6 +496,7 @@ def test_checkpoints_that_do_not_fit(
     assert refused("--resume", other) == wrong
     torch.save({"model": {}}, other)
     assert refused("--resume", other) == wrong
+    assert refused("--resume", tmp_path) == wrong.replace(str(other), str(tmp_path))
     train("--steps=2", "--save", path, f"--text={own}")
     assert refused("--resume", path, "--steps=2") == (
         f"--steps must be more than the 2 of {path}, got 2"
@@ -524,7 +526,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     out = capsys.readouterr().out
     for option in (*SIZES, "text", "device", "steps", "lr", "seed", "dtype", "eager", "save",
-                   "resume", "baseline", "picture", "json"):  # fmt: skip
+                   "resume", "baseline", "picture", "json", "tp", "dp", "fsdp"):  # fmt: skip
         assert f"--{option}" in out
     assert "(default: 64, 512 on a GPU)" in re.sub(r"\s+", " ", out)
 

@@ -7,11 +7,15 @@ learns the help topics that come with Python.
 A run is a function of its options: on the CPU --resume gives the losses, bit for bit, that one
 longer run would have given. Ctrl-C ends a run after the current step; --save still saves it.
 
+Under torchrun it trains in several processes, with gloo on CPUs and NCCL on GPUs, with the losses
+of one. --resume takes what any number of them has saved.
+
 Exits with 1 if the loss is not finite or the device is out of memory, with 2 if an option is wrong,
 with 130 after Ctrl-C.
 """
 
-from kda_ops.demos.training.command import add_arguments, run
+from kda_ops.demos.training.command import run
+from kda_ops.demos.training.options import add_arguments
 
 SUMMARY = "train a byte-level language model of KDA blocks on a text"
 

@@ -1,8 +1,9 @@
 """The command: its options, what it refuses, what it prints."""
 
 import argparse
+import contextlib
 import dataclasses
-import importlib.util
+import io
 import json
 import math
 import signal
@@ -10,102 +11,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import nn
 
 from kda_ops._checks import MAX_HEAD_DIM
 from kda_ops._progress import Bar, progress
 from kda_ops.demos import arguments
 from kda_ops.demos.training.baseline import FlaMixer, fla_version
-from kda_ops.demos.training.curve import SUFFIXES, draw, write_picture
+from kda_ops.demos.training.checkpoints import load_checkpoint
+from kda_ops.demos.training.curve import draw, write_picture
+from kda_ops.demos.training.model import BYTES, mlp_width
+from kda_ops.demos.training.options import DEFAULTS, SHAPE, Refused
+from kda_ops.demos.training.ranks import Ranks, connected, device_of, ranks_of
 from kda_ops.demos.training.text import Text, read_text
-from kda_ops.demos.training.trainer import Settings, Trainer, load_checkpoint
-from kda_ops.nn.layer import KimiDeltaAttention
+from kda_ops.demos.training.trainer import Settings, Trainer
 
 OURS = "kda-ops"
-STEPS, REPORT = 200, 10  # steps of a run, and between two readings of the loss
+REPORT = 10  # steps between two readings of the loss
 INTERRUPTED = 130  # as a shell has it
-DTYPES = ("fp32", "bf16", "fp64")
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"hidden": 64, "layers": 2, "heads": 2, "batch": 4, "length": 128, "lr": 3e-3},
-    "cuda": {"hidden": 512, "layers": 6, "heads": 4, "batch": 16, "length": 1024, "lr": 1e-3},
-}
-DEFAULTS["cpu"] |= {"seed": 0, "dtype": "fp32"}
-DEFAULTS["cuda"] |= {"seed": 0, "dtype": "bf16"}
-SHAPE = ("hidden", "layers", "heads")  # what the weights of a checkpoint fit
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m kda_ops train`."""
-    cpu, cuda = DEFAULTS["cpu"], DEFAULTS["cuda"]
-
-    def setting(name: str, what: str, **options: Any) -> None:
-        """An option whose default is the device's, or the checkpoint's."""
-        default = f"{cpu[name]}" + (f", {cuda[name]} on a GPU" if cuda[name] != cpu[name] else "")
-        options |= {"default": argparse.SUPPRESS, "help": f"{what} (default: {default})"}
-        parser.add_argument(f"--{name}", **options)
-
-    parser.add_argument(
-        "--text",
-        type=arguments.text_file,
-        metavar="FILE",
-        help="file to train on (default: the help topics of Python)",
-    )
-    parser.add_argument(
-        "--device",
-        type=arguments.device,
-        default=arguments.default_device(),
-        help="device of the model, cpu or cuda",
-    )
-    parser.add_argument(
-        "--steps", type=arguments.positive, default=STEPS, help="steps of the whole run"
-    )
-    setting("batch", "sequences of a step", type=arguments.positive, metavar="N")
-    setting("length", "bytes of a sequence", type=arguments.positive, metavar="N")
-    setting(
-        "hidden", "width of the model, a multiple of --heads", type=arguments.positive, metavar="N"
-    )
-    setting("layers", "number of blocks", type=arguments.positive, metavar="N")
-    setting("heads", "heads of a block", type=arguments.positive, metavar="N")
-    setting("lr", "learning rate after the warm-up", type=arguments.rate, metavar="RATE")
-    setting("seed", "seed of weights and batches", type=arguments.seed, metavar="N")
-    setting("dtype", "dtype; bf16 keeps the weights in fp32, fp64 needs the CPU", choices=DTYPES)
-    parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument(
-        "--baseline",
-        choices=("fla",),
-        help="then train with flash-linear-attention's layer, from the same weights (on a GPU)",
-    )
-    parser.add_argument(
-        "--save", type=arguments.new_file, metavar="PATH", help="write a checkpoint at the end"
-    )
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="PATH",
-        help="continue a checkpoint, whose options are then the defaults, up to --steps in all",
-    )
-    parser.add_argument(
-        "--picture",
-        type=_picture,
-        metavar="FILE",
-        help=f"draw the curve to a file ({', '.join(SUFFIXES)}); needs matplotlib",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-
-
-def _picture(name: str) -> Path:
-    path = arguments.new_file(name)
-    if path.suffix not in SUFFIXES:
-        raise argparse.ArgumentTypeError(f"must end in {', '.join(SUFFIXES)}, got {name}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("it needs matplotlib: pip install matplotlib")
-    return path
 
 
 @dataclass(frozen=True)
@@ -128,16 +54,43 @@ class Outcome:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and reports; returns the exit code."""
+    ranks = Ranks()
     try:
+        ranks = ranks_of(args)
+        args.device = device_of(args.device, ranks)
         saved = None if args.resume is None else _load(args.resume)
         settings, text = _settings(args, saved), _read(args, saved)
         _check(args, settings, text, saved)
+        _check_ranks(args, settings, ranks)
+        with connected(ranks, args.device):
+            ranks.agree(
+                {
+                    "options": (ranks.tp, ranks.dp, ranks.fsdp, args.eager, bool(args.save)),
+                    "settings": dataclasses.asdict(settings),
+                    "steps": (args.steps, saved is not None and len(saved["losses"])),
+                    "text": text.digest,
+                }
+            )
+            return _run(args, settings, text, saved, ranks)
     except Refused as refused:
-        print(f"python -m kda_ops train: error: {refused}", file=sys.stderr)
+        if ranks.local_rank == 0:  # what is refused is so on all ranks of a machine
+            print(f"python -m kda_ops train: error: {refused}", file=sys.stderr)
         return 2
-    out = sys.stderr if args.json else sys.stdout
+
+
+def _run(
+    args: argparse.Namespace,
+    settings: Settings,
+    text: Text,
+    saved: dict[str, Any] | None,
+    ranks: Ranks,
+) -> int:
+    """The trainings, and what is said about them, by the first rank alone."""
+    out: TextIO = sys.stderr if args.json else sys.stdout
+    if not ranks.first:
+        out = io.StringIO()
     outcomes: dict[str, Outcome] = {}
-    with _interruptible() as interrupted:
+    with _interruptible(ranks) as interrupted:
         mixers: dict[str, Any] = {OURS: None}
         if args.baseline is not None:
             mixers[f"FLA {fla_version()}"] = FlaMixer
@@ -146,16 +99,20 @@ def run(args: argparse.Namespace) -> int:
                 break
             if mixer is not None:
                 print(f"\n{name}, from the same weights", file=out, flush=True)
-            outcomes[name] = _train(args, settings, text, saved, mixer, interrupted, out)
+            trainer = Trainer(
+                settings, text, args.device, eager=args.eager, ranks=ranks, mixer=mixer
+            )
+            outcomes[name] = _train(args, trainer, saved, interrupted, out)
             saved = None
         ended = interrupted()
-    curves = {name: outcome.losses for name, outcome in outcomes.items()}
-    if args.picture is not None:
-        write_picture(curves, args.picture)
-    if args.json:
-        print(json.dumps(_as_json(args, settings, text, outcomes)))
-    else:
-        print(f"\n{draw(curves)}\n\n{_table(outcomes)}")
+    if ranks.first:
+        curves = {name: outcome.losses for name, outcome in outcomes.items()}
+        if args.picture is not None:
+            write_picture(curves, args.picture)
+        if args.json:
+            print(json.dumps(_as_json(args, settings, text, ranks, outcomes)))
+        else:
+            print(f"\n{draw(curves)}\n\n{_table(outcomes)}")
     faults = [f"{name}: {outcome.fault}" for name, outcome in outcomes.items() if outcome.fault]
     for fault in faults:
         print(f"FAILED: {fault}", file=out)
@@ -163,10 +120,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------- what is refused
-
-
-class Refused(Exception):
-    """A wrong option, as a message."""
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -230,6 +183,23 @@ def _check(
         _check_baseline(args.device, saved)
 
 
+def _check_ranks(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
+    """What the options are only on several processes."""
+    if settings.batch % ranks.dp:
+        raise Refused(f"--batch must be a multiple of --dp {ranks.dp}, got {settings.batch}")
+    width = mlp_width(settings.hidden)
+    for name, size in (
+        ("--heads", settings.heads),
+        ("--length", settings.length),
+        ("the width of the MLPs", width),
+        ("the number of bytes", BYTES),
+    ):
+        if size % ranks.tp:
+            raise Refused(f"{name} must be a multiple of --tp {ranks.tp}, got {size}")
+    if args.baseline is not None and ranks.world > 1:
+        raise Refused(f"--baseline {args.baseline} must run in one process, got {ranks.world}")
+
+
 def _check_baseline(device: torch.device, saved: dict[str, Any] | None) -> None:
     if fla_version() is None:
         raise Refused("--baseline fla needs FLA: pip install flash-linear-attention")
@@ -244,10 +214,8 @@ def _check_baseline(device: torch.device, saved: dict[str, Any] | None) -> None:
 
 def _train(
     args: argparse.Namespace,
-    settings: Settings,
-    text: Text,
+    trainer: Trainer,
     saved: dict[str, Any] | None,
-    mixer: Callable[[KimiDeltaAttention], nn.Module] | None,
     interrupted: Callable[[], bool],
     out: TextIO,
 ) -> Outcome:
@@ -255,10 +223,9 @@ def _train(
     on_gpu = args.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(args.device)
-    trainer = Trainer(settings, text, args.device, eager=args.eager, mixer=mixer)
     if saved is not None:
         trainer.restore(saved)
-    if mixer is None:
+    if trainer.ours:
         print(_headline(args, trainer), file=out, flush=True)
     speed, fault = None, None
     try:
@@ -266,12 +233,17 @@ def _train(
             trainer, args.steps, interrupted, "first step" if args.eager else "compiling", out
         )
     except torch.OutOfMemoryError:
+        if (
+            trainer.ranks.world > 1
+        ):  # the others are in the middle of a step, and end as this one does
+            raise
         fault = "out of memory; lower --batch or --length"
-    if args.save is not None and mixer is None and fault is None:
+    if args.save is not None and trainer.ours and fault is None:
         trainer.save(args.save)
         print(f"saved {args.save} after {trainer.steps} steps", file=out, flush=True)
-    peak = torch.cuda.max_memory_allocated(args.device) if on_gpu else None
-    return Outcome(trainer.losses, speed, peak, fault)
+    peak = torch.cuda.max_memory_allocated(args.device) if on_gpu else 0
+    peak = trainer.ranks.largest(peak)
+    return Outcome(trainer.losses, speed, peak or None, fault)
 
 
 def _steps(
@@ -301,23 +273,28 @@ def _steps(
     return speed, None
 
 
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Says whether Ctrl-C was pressed, so that a step is whole when a run ends; a second one
-    interrupts at once.
+@contextlib.contextmanager
+def _interruptible(ranks: Ranks) -> Iterator[Callable[[], bool]]:
+    """Says whether Ctrl-C was pressed on any rank, so that a step is whole when a run ends; a
+    second one interrupts at once, if there is one rank. The answer is a collective.
     """
+
+    def interrupted() -> bool:
+        return bool(ranks.largest(pressed.is_set()))
+
     pressed = threading.Event()
 
     def note(*_: object) -> None:
         pressed.set()
-        signal.signal(signal.SIGINT, before)
+        if ranks.world == 1:  # torchrun passes the first one on, a second time
+            signal.signal(signal.SIGINT, before)
 
     if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
+        yield interrupted
         return
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield pressed.is_set
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -327,15 +304,16 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 def _headline(args: argparse.Namespace, trainer: Trainer) -> str:
     s, text = trainer.settings, trainer.text
-    count = sum(p.numel() for p in trainer.model.parameters())
     blocks = f"{s.layers} block{'s' * (s.layers > 1)}"
     lines = [
         f"model   {blocks} of hidden {s.hidden}, {s.heads} heads of {s.hidden // s.heads}, "
-        f"{count:,} parameters, {s.dtype}",
+        f"{trainer.size:,} parameters, {s.dtype}",
         f"text    {text.name}, {len(text.content):,} bytes; {s.batch} x {s.length} a step",
         f"device  {arguments.device_name(args.device)}, torch {torch.__version__}, "
         f"{'eager' if args.eager else 'compiled'}",
     ]
+    if trainer.ranks.world > 1:
+        lines.append(f"ranks   {trainer.ranks}")
     if trainer.steps:
         lines.append(f"resumed after {trainer.steps} steps of {args.resume}")
     return "\n".join(lines)
@@ -364,7 +342,11 @@ def _table(outcomes: dict[str, Outcome]) -> str:
 
 
 def _as_json(
-    args: argparse.Namespace, settings: Settings, text: Text, outcomes: dict[str, Outcome]
+    args: argparse.Namespace,
+    settings: Settings,
+    text: Text,
+    ranks: Ranks,
+    outcomes: dict[str, Outcome],
 ) -> dict[str, Any]:
     ours, *others = ({"name": name, **dataclasses.asdict(o)} for name, o in outcomes.items())
     return {
@@ -374,6 +356,9 @@ def _as_json(
         "device": str(args.device),
         "torch": str(torch.__version__),
         "compiled": not args.eager,
+        "tp": ranks.tp,
+        "dp": ranks.dp,
+        "fsdp": ranks.fsdp,
         **{name: x for name, x in ours.items() if name != "name"},
         "baseline": others[0] if others else None,
         "saved": None if args.save is None or ours["fault"] else str(args.save),

@@ -12,17 +12,22 @@ BYTES = 256
 MLP_RATIO = 8 / 3  # three matrices as large as the two of a plain MLP of ratio 4
 
 
+def mlp_width(hidden: int) -> int:
+    """Width of an MLP."""
+    return -(-int(MLP_RATIO * hidden) // 64) * 64
+
+
 class Mlp(nn.Module):
-    """A gated MLP."""
+    """A gated MLP. Rows of gate and up alternate, so that a part of them is a part of each."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        width = -(-int(MLP_RATIO * hidden) // 64) * 64
+        width = mlp_width(hidden)
         self.gate_up = nn.Linear(hidden, 2 * width, bias=False)
         self.down = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate, up = self.gate_up(x).unflatten(-1, (-1, 2)).unbind(-1)
         return self.down(F.silu(gate) * up)
 
 
@@ -76,13 +81,13 @@ class ByteModel(nn.Module):
         return self.head(x, text[:, 1:])
 
     def compile_blocks(self, fullgraph: bool) -> None:
-        """Compiles each block and the head, in place.
+        """Compiles each block and the head, in place, without the hooks that FSDP2 adds to them.
 
         All blocks share one forward and one backward graph, so that compiling takes as long for one
         as for forty.
         """
         for module in (*self.blocks, self.head):
-            module.compile(fullgraph=fullgraph, dynamic=False)
+            module.forward = torch.compile(module.forward, fullgraph=fullgraph, dynamic=False)
 
     def replace_mixers(self, make: Callable[[KimiDeltaAttention], nn.Module]) -> None:
         """Another layer in the place of each of ours."""

@@ -1,7 +1,6 @@
 """The training of a byte model: steps, and checkpoints that continue exactly."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kda_ops.demos.training import checkpoints
 from kda_ops.demos.training.model import ByteModel
+from kda_ops.demos.training.ranks import Ranks
 from kda_ops.demos.training.text import Text
 from kda_ops.nn.layer import KimiDeltaAttention
 
-FORMAT = "kda_ops train 1"
 WARMUP = 20  # steps in which the learning rate rises; then it is constant, whatever follows
 BETAS, WEIGHT_DECAY, LARGEST_NORM = (0.9, 0.95), 0.1, 1.0
 
@@ -47,11 +47,14 @@ class Settings:
 class Trainer:
     """A model, its optimizer and its losses so far.
 
+    `ours` says whether it has layers of ours, `size` how many parameters.
+
     Args:
         settings: The run.
         text: What to train on.
         device: Where.
         eager: Not compiled.
+        ranks: The processes, all of which make and use a trainer in the same way.
         mixer: Makes another layer in the place of each of ours, with its weights. Such a model may
             break graphs.
     """
@@ -63,6 +66,7 @@ class Trainer:
         device: torch.device,
         *,
         eager: bool = False,
+        ranks: Ranks | None = None,
         mixer: Callable[[KimiDeltaAttention], nn.Module] | None = None,
     ) -> None:
         self.settings, self.text, self.device = settings, text.to(device), device
@@ -72,8 +76,15 @@ class Trainer:
         if mixer is not None:
             self.model.replace_mixers(mixer)
         self.model.to(device, torch.float64 if settings.dtype == "fp64" else None)
+        self.ranks, self.ours = ranks or Ranks(), mixer is None
+        self._names = [name for name, _ in self.model.named_parameters()]
+        self.size = sum(p.numel() for p in self.model.parameters())
         if not eager:
             self.model.compile_blocks(fullgraph=mixer is None)
+        if self.ranks.world > 1:
+            from kda_ops.demos.training.sharding import spread  # loads DTensor
+
+            spread(self.model, self.ranks.mesh(device.type))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), settings.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -90,7 +101,7 @@ class Trainer:
         s = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * min(1.0, (self.steps + 1) / WARMUP)
-        text = self.text.batch(s.seed, self.steps, s.batch, s.length)
+        text = self.ranks.rows(self.text.batch(s.seed, self.steps, s.batch, s.length))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
             loss = self.model(text)
         loss.backward()
@@ -100,47 +111,42 @@ class Trainer:
         self._unread.append(loss.detach())
 
     def read(self) -> list[float]:
-        """Waits for the device, and returns the losses of the steps since the last call."""
-        new = torch.stack(self._unread).tolist() if self._unread else []
+        """Waits for the device, and returns the losses of the steps since the last call: the means
+        over the whole batch, the same on all ranks.
+        """
+        new = self.ranks.mean(torch.stack(self._unread)).tolist() if self._unread else []
         self.losses += new
         self._unread = []
         return new
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint, whole or not at all."""
+        """Writes a checkpoint, whole or not at all: a file, or a folder of several ranks."""
         self.read()
-        saved = {
-            "format": FORMAT,
+        facts: dict[str, Any] = {
+            "format": checkpoints.FORMAT,
             "settings": dataclasses.asdict(self.settings),
             "text": {"path": self.text.path, "digest": self.text.digest},
             "losses": self.losses,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
         }
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        torch.save(saved, unfinished)
-        os.replace(unfinished, path)
+        if self.ranks.world > 1:
+            state = checkpoints.state_of(self.model, self.optimizer)
+            checkpoints.save_folder(path, facts, state, self.ranks.first)
+            return
+        facts |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        checkpoints.save_file(path, facts)
 
+    @torch.no_grad()
     def restore(self, saved: dict[str, Any]) -> None:
-        """Continues from what `load_checkpoint` returned."""
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        """Continues from what `load_checkpoint` returned, whatever the number of ranks was."""
         self.losses = list(saved["losses"])
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, with its tensors on the CPU.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is something else.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever the reader makes of other files
-        raise ValueError(f"{path} is no checkpoint of this command") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"{path} is no checkpoint of this command")
-    return saved
+        several = self.ranks.world > 1
+        if "folder" in saved:
+            state = checkpoints.state_of(self.model, self.optimizer)
+            checkpoints.load_folder(saved["folder"], state, several)
+        elif several:
+            checkpoints.fill_from_file(self.model, self.optimizer, self._names, saved)
+        else:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            return
+        checkpoints.set_steps(self.optimizer, self.steps)
