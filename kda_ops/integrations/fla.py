@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kda_ops._numerics import CHUNK, RCP_LN2, accumulation_dtype
 from kda_ops.conv.checks import resolve_activation
+from kda_ops.conv.history import last_rows
 from kda_ops.conv.short_conv import short_conv
 from kda_ops.delta_rule.chunk_kda import chunk_kda as chunked
 from kda_ops.delta_rule.chunk_kda_gated import chunk_kda_gated
@@ -668,18 +669,15 @@ def causal_conv1d(
         raise ValueError(f"backend must be one of {', '.join(CONV_BACKENDS)}, got {backend!r}")
     weight = _check_weight(weight)
     rows = x.flatten(2)
-    if initial_state is None:
-        y = short_conv(rows, weight, bias, activation=activation, cu_seqlens=cu_seqlens)
-    elif cu_seqlens is None:
-        history = initial_state[..., 1:].transpose(1, 2).to(x.dtype)
-        y = short_conv(torch.cat([history, rows], dim=1), weight, bias, activation=activation)
-        y = y[:, history.shape[1] :]
-    else:
-        y = _continued(rows, weight, bias, activation, initial_state, cu_seqlens)
-    y = y.reshape(x.shape)
+    history = None if initial_state is None else initial_state[..., 1:]  # FLA keeps one token more
+    y = short_conv(
+        rows, weight, bias, activation=activation, initial_state=history, cu_seqlens=cu_seqlens,
+        layout="DS",
+    ).reshape(x.shape)  # fmt: skip
     final = None
     if output_final_state:
-        final = _last_tokens(rows, weight.shape[1], initial_state, cu_seqlens)
+        kept = None if initial_state is None else initial_state.mT
+        final = last_rows(rows, weight.shape[-1], kept, cu_seqlens).mT.contiguous()
     return (y if residual is None else y + residual), final
 
 
@@ -687,52 +685,6 @@ def _check_weight(weight: Tensor | None) -> Tensor:
     if weight is None:
         raise ValueError("weight must be given, got None")
     return weight
-
-
-def _continued(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-) -> Tensor:
-    """The convolution of packed sequences that have a history: `[1, T, D]`.
-
-    The W - 1 tokens of each history go before the sequence, in one longer row of a fixed size.
-    """
-    N, D, W = state.shape
-    T, past = x.shape[1], W - 1
-    n = torch.arange(N, device=x.device)
-    history = (cu_seqlens[:-1] + n * past)[:, None] + torch.arange(past, device=x.device)
-    token = torch.arange(T, device=x.device)
-    # rows of padding, after the last sequence, stay there
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp(max=N - 1)
-    place = token + (sequence + 1) * past
-    rows = x.new_zeros(T + N * past, D)
-    rows = rows.index_copy(0, history.flatten(), state[..., 1:].mT.reshape(-1, D).to(x.dtype))
-    rows = rows.index_copy(0, place, x[0])
-    offsets = cu_seqlens + torch.arange(N + 1, device=x.device) * past
-    y = short_conv(rows[None], weight, bias, activation=activation, cu_seqlens=offsets)
-    return y[:, place]
-
-
-def _last_tokens(
-    x: Tensor, W: int, state: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:  # fmt: skip
-    """The last W tokens of each sequence, `[N, D, W]`, those of the state or zeros before it."""
-    B, T, D = x.shape
-    if cu_seqlens is None:
-        before = x.new_zeros(B, D, W) if state is None else state.to(x.dtype)
-        return torch.cat([before, x[:, -W:].transpose(1, 2)], dim=-1)[..., -W:].contiguous()
-    first, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
-    token = end - W + torch.arange(W, device=x.device)
-    before = x.new_zeros(first.shape[0], D, W) if state is None else state.to(x.dtype)
-    # a token before the first one is so many columns from the end of the old state
-    column = (token - first + W).clamp(max=W - 1)[:, None].expand_as(before)
-    before = before.gather(2, column.long())
-    padded = F.pad(x[0], (0, 0, 0, 1))  # also a batch without tokens has a row
-    return torch.where((token >= first)[:, None], padded[token.clamp(0, T)].mT, before)
 
 
 def causal_conv1d_update(

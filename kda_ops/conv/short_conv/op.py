@@ -1,5 +1,7 @@
 """The short convolution of whole sequences: schemas, fake implementations, public function."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from kda_ops.conv.checks import (
     resolve_activation,
     taps_of,
 )
+from kda_ops.conv.history import check_history, convolved_behind
 from kda_ops.conv.short_conv.reference import short_conv_reference, short_conv_state_reference
 from kda_ops.native import define_native
 
@@ -56,6 +59,23 @@ define_native(short_conv_op, "kda_ops.conv.native:short_conv")
 define_native(short_conv_state_op, "kda_ops.conv.native:short_conv_state")
 
 
+@overload
+def short_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = "silu",
+    conv_state: Tensor | None = None, state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None, initial_state: Tensor | None = None,
+    output_final_state: Literal[False] = False, cu_seqlens: Tensor | None = None,
+    layout: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def short_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = "silu",
+    conv_state: None = None, state_indices: None = None, has_initial_state: None = None,
+    initial_state: Tensor | None = None, output_final_state: Literal[True],
+    cu_seqlens: Tensor | None = None, layout: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def short_conv(
     x: Tensor,
     weight: Tensor,
@@ -65,9 +85,11 @@ def short_conv(
     conv_state: Tensor | None = None,
     state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Depthwise causal convolution of whole sequences, with its activation.
 
     Per sequence, `y[t] = silu(sum_w weight[:, w] * x[t - (W - 1) + w] + bias)`, where the W - 1
@@ -80,6 +102,9 @@ def short_conv(
     from W - 1 on are not touched. Slot 0 is the null block, and a negative slot is as good: the
     output of such a sequence is zero, and no state is read or written. Rows of x past the last
     sequence are not read and give zero.
+
+    States may also be values, in `initial_state` and the second result: training over parts of a
+    sequence has gradients of both.
 
     Source: Kimi Linear (arXiv:2510.26692), section 4; FlashLinearAttention's `ShortConvolution`.
 
@@ -95,12 +120,16 @@ def short_conv(
         state_indices: `[N]`, int32 or int64, the slot of each sequence; unique, except those of
             padding. None with `conv_state`: sequence n is page n of at least N, and none is null.
         has_initial_state: `[N]`, bool. None means that no sequence has one.
+        initial_state: `[N, W - 1, D]` in layout SD, `[N, D, W - 1]` in layout DS, the tokens before
+            each sequence; not with `conv_state`. Rounded to x's dtype.
+        output_final_state: Whether to return the last W - 1 tokens of each sequence, in that
+            layout; not with `conv_state`.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.
         layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
 
     Returns:
-        The shape and dtype of x, contiguous.
+        The shape and dtype of x, contiguous; with `output_final_state` also the final state.
 
     Raises:
         ValueError: An invalid shape, dtype, device, activation, layout, offset or slot, or a state
@@ -111,10 +140,21 @@ def short_conv(
     activation = resolve_activation(activation)
     check_rank("x", x, 2, 3)
     weight = taps_of(weight)
-    layout = resolve_layout(layout, conv_state, x.shape[-1])
+    state = initial_state if conv_state is None else conv_state
+    layout = resolve_layout(layout, state, x.shape[-1])
     check_conv_sequences(
         x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, layout
     )
+    past = weight.shape[1] - 1
+    check_history(initial_state, conv_state, x, past, cu_seqlens, layout, output_final_state)
+    if initial_state is not None or output_final_state:
+        op = selected(short_conv_op)
+        (y,), finals = convolved_behind(
+            lambda xs, offsets: [op(*xs, weight, bias, activation, offsets)],
+            [x if x.dim() == 3 else x[None]], [initial_state], past, cu_seqlens, layout,
+            output_final_state,
+        )  # fmt: skip
+        return (y.view(x.shape), *finals) if finals else y.view(x.shape)
     if conv_state is None:
         return selected(short_conv_op)(x, weight, bias, activation, cu_seqlens)
     return selected(short_conv_state_op)(

@@ -2,6 +2,8 @@
 public function.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from kda_ops.conv.checks import (
     resolve_activation,
     state_channels,
 )
+from kda_ops.conv.history import check_history, convolved_behind, states_of
 from kda_ops.conv.short_conv_qkv.reference import (
     short_conv_qkv_reference,
     short_conv_qkv_state_reference,
@@ -134,9 +137,11 @@ def short_conv_qkv(
     conv_state: Tensor | Parts | None = None,
     state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
+    initial_state: Tensor | Parts | None = None,
+    output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """Convolved queries, keys and values of whole sequences, with normalized queries and keys, in
     one pass over the packed projections.
 
@@ -145,7 +150,7 @@ def short_conv_qkv(
     in `short_conv`: padding tokens and tokens of null slots give zeros.
 
     Models with separate q, k and v, such as FLA's and Moonshot's, pass x, weight, bias and
-    conv_state as three tensors each, `(of q, of k, of v)`; they are not packed.
+    conv_state or initial_state as three tensors each, `(of q, of k, of v)`; they are not packed.
 
     Source: Kimi Linear (arXiv:2510.26692), section 4.
 
@@ -164,12 +169,17 @@ def short_conv_qkv(
         state_indices: `[N]`, int32 or int64, the slot of each sequence; unique, except those of
             padding. None with `conv_state`: sequence n is page n of at least N, and none is null.
         has_initial_state: `[N]`, bool. None means that no sequence has one.
+        initial_state: `[N, W - 1, D]` in layout SD, `[N, D, W - 1]` in layout DS, the tokens before
+            each sequence as values; not with `conv_state`. Rounded to x's dtype.
+        output_final_state: Whether to return the last W - 1 tokens of each sequence, in that
+            layout; not with `conv_state`.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.
         layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
 
     Returns:
-        q and k `[B, T, H, K]` and v `[B, T, value_dim]`, each contiguous, in x's dtype.
+        q and k `[B, T, H, K]` and v `[B, T, value_dim]`, each contiguous, in x's dtype; with
+        `output_final_state` also the final state, three tensors where x is.
 
     Raises:
         ValueError: An invalid shape, size, dtype, device, activation, eps, layout, offset or slot,
@@ -178,11 +188,15 @@ def short_conv_qkv(
             is differentiable).
     """
     activation = resolve_activation(activation)
-    layout = resolve_layout(layout, *state_channels(x, conv_state))
+    state = initial_state if conv_state is None else conv_state
+    layout = resolve_layout(layout, *state_channels(x, state))
     parts = conv_parts(x, weight, bias, conv_state, layout)
-    for part in parts:
+    histories = states_of(initial_state, len(parts))
+    for part, history in zip(parts, histories, strict=True):
         check_rank("x", part[0], 3)
         check_conv_sequences(*part, state_indices, has_initial_state, cu_seqlens, layout)
+        past = part[1].shape[1] - 1
+        check_history(history, conv_state, part[0], past, cu_seqlens, layout, output_final_state)
     check_head_dim("head_dim", head_dim)
     check_integer("key_dim", key_dim)
     check_number("norm_eps", norm_eps)
@@ -195,6 +209,13 @@ def short_conv_qkv(
             check_shape("x", x_part, (*x_part.shape[:2], width or x_part.shape[2]))
         xs, weights, biases, states = zip(*parts, strict=True)
         args = (*xs, *weights, *biases, activation, head_dim, norm_eps)
+        if initial_state is not None or output_final_state:
+            op, rest = selected(short_conv_qkv_unpacked_op), args[3:]
+            results, finals = convolved_behind(
+                lambda xs, offsets: op(*xs, *rest, offsets),
+                xs, histories, past, cu_seqlens, layout, output_final_state,
+            )  # fmt: skip
+            return (*results, tuple(finals)) if finals else tuple(results)
         if conv_state is None:
             return selected(short_conv_qkv_unpacked_op)(*args, cu_seqlens)
         return selected(short_conv_qkv_unpacked_state_op)(
@@ -206,11 +227,16 @@ def short_conv_qkv(
             f"x must have shape [B, T, D] with D more than 2 * key_dim = {2 * key_dim}, "
             f"got {tuple(x.shape)}"
         )
+    args = (weight, bias, activation, key_dim, head_dim, norm_eps)
+    if initial_state is not None or output_final_state:
+        packed_op = selected(short_conv_qkv_op)
+        results, finals = convolved_behind(
+            lambda xs, offsets: packed_op(*xs, *args, offsets),
+            [x], histories, past, cu_seqlens, layout, output_final_state,
+        )  # fmt: skip
+        return (*results, *finals)
     if conv_state is None:
-        return selected(short_conv_qkv_op)(
-            x, weight, bias, activation, key_dim, head_dim, norm_eps, cu_seqlens
-        )
+        return selected(short_conv_qkv_op)(x, *args, cu_seqlens)
     return selected(short_conv_qkv_state_op)(
-        x, weight, bias, activation, key_dim, head_dim, norm_eps, conv_state, state_indices,
-        has_initial_state, cu_seqlens, layout,
-    )  # fmt: skip
+        x, *args, conv_state, state_indices, has_initial_state, cu_seqlens, layout
+    )
