@@ -16,12 +16,14 @@ from torch import fx
 
 from kda_ops.conv.short_conv.op import short_conv_op
 from kda_ops.delta_rule.chunk_kda.op import chunk_kda_op
+from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op
 from kda_ops.lowering.graph.emitting import compute
 from kda_ops.lowering.graph.matching import Call, Refusal, value
 from kda_ops.lowering.rewrites.framework import BEFORE_AUTOGRAD, Match, register
 from kda_ops.lowering.rewrites.patterns.heads import PER_PART, convolutions_under, unlike
 
 aten = torch.ops.aten
+ANCHORS = (chunk_kda_op, chunk_kda_gated_op)
 
 
 def pattern(node: fx.Node) -> Match | None:
@@ -50,4 +52,4 @@ def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
     return {conv.node: compute(graph, operator.getitem, split, i) for i, conv in enumerate(convs)}
 
 
-register("training_convs", (chunk_kda_op,), pattern, guard, replacement, stages=(BEFORE_AUTOGRAD,))
+register("training_convs", ANCHORS, pattern, guard, replacement, stages=(BEFORE_AUTOGRAD,))

@@ -19,7 +19,7 @@ from kda_ops.integrations.fla import patch, register_backend, unpatch
 from tests.support import fla_layers
 from tests.support.fake_cuda import cuda_code, summary
 from tests.support.fla_layers import Cache, FusedRMSNormGated, KimiDeltaAttention, ShortConvolution
-from tests.support.launches import PREFILL_UNPACKED
+from tests.support.launches import PREFILL, PREFILL_UNPACKED
 from tests.support.oracle import assert_close
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations-fla.md"
@@ -536,6 +536,19 @@ def test_launches_of_a_prefill() -> None:
     assert len(found) == len(PREFILL_UNPACKED)
     for name, part in zip(found, PREFILL_UNPACKED, strict=True):
         assert part in name
+
+
+def test_launches_of_a_training_step() -> None:
+    """One convolution each way, the fused recurrence and its gradient, as in our own layer."""
+    layer = KimiDeltaAttention(64, 1, 64, 2).bfloat16().train()
+    x = torch.randn(B, T, 64).bfloat16().requires_grad_()
+    _, sources = cuda_code(lambda x: layer(x)[0], x, backward=True)
+    forward, backward = (summary(source).launches for source in sources)
+    assert len(forward) == len(PREFILL) + 1, forward  # taps are put together
+    for name, part in zip(forward[1:], PREFILL, strict=True):
+        assert part in name
+    assert backward.count("short_conv_backward_kernel") == 1
+    assert len(backward) <= 17, backward
 
 
 # ---------------------------------------------------------------------- refused
