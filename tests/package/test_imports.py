@@ -199,8 +199,13 @@ def test_nobody_imports_vllm() -> None:
     assert offenders("vllm", *TOP) == set()
 
 
-def test_only_its_integration_imports_transformers() -> None:
-    assert offenders("transformers", "kda_ops", "lowering") == {"kda_ops.integrations.transformers"}
+def test_only_its_integrations_import_transformers() -> None:
+    users = {"kda_ops.integrations.transformers", "kda_ops.integrations.loading"}
+    assert offenders("transformers", "kda_ops", "lowering") == users
+
+
+def test_safetensors_is_imported_in_one_place() -> None:
+    assert offenders("safetensors", "kda_ops", "lowering") == {"kda_ops.nn.shards"}
 
 
 def test_only_its_integration_imports_fla() -> None:
