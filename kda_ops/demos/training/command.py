@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib.util
-import json
 import math
 import signal
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,7 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"draw the curve to a file ({', '.join(SUFFIXES)}); needs matplotlib",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def _picture(name: str) -> Path:
@@ -126,7 +124,7 @@ class Outcome:
     fault: str | None
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, results: dict[str, Any]) -> int:
     """Trains and reports; returns the exit code."""
     try:
         saved = None if args.resume is None else _load(args.resume)
@@ -135,7 +133,6 @@ def run(args: argparse.Namespace) -> int:
     except Refused as refused:
         print(f"python -m kda_ops train: error: {refused}", file=sys.stderr)
         return 2
-    out = sys.stderr if args.json else sys.stdout
     outcomes: dict[str, Outcome] = {}
     with _interruptible() as interrupted:
         mixers: dict[str, Any] = {OURS: None}
@@ -145,20 +142,18 @@ def run(args: argparse.Namespace) -> int:
             if interrupted():
                 break
             if mixer is not None:
-                print(f"\n{name}, from the same weights", file=out, flush=True)
-            outcomes[name] = _train(args, settings, text, saved, mixer, interrupted, out)
+                print(f"\n{name}, from the same weights", flush=True)
+            outcomes[name] = _train(args, settings, text, saved, mixer, interrupted)
             saved = None
         ended = interrupted()
     curves = {name: outcome.losses for name, outcome in outcomes.items()}
     if args.picture is not None:
         write_picture(curves, args.picture)
-    if args.json:
-        print(json.dumps(_as_json(args, settings, text, outcomes)))
-    else:
-        print(f"\n{draw(curves)}\n\n{_table(outcomes)}")
+    results |= _as_json(args, settings, text, outcomes)
+    print(f"\n{draw(curves)}\n\n{_table(outcomes)}")
     faults = [f"{name}: {outcome.fault}" for name, outcome in outcomes.items() if outcome.fault]
     for fault in faults:
-        print(f"FAILED: {fault}", file=out)
+        print(f"FAILED: {fault}")
     return 1 if faults else INTERRUPTED if ended else 0
 
 
@@ -249,7 +244,6 @@ def _train(
     saved: dict[str, Any] | None,
     mixer: Callable[[KimiDeltaAttention], nn.Module] | None,
     interrupted: Callable[[], bool],
-    out: TextIO,
 ) -> Outcome:
     """One training from start to end; ours is saved."""
     on_gpu = args.device.type == "cuda"
@@ -259,31 +253,31 @@ def _train(
     if saved is not None:
         trainer.restore(saved)
     if mixer is None:
-        print(_headline(args, trainer), file=out, flush=True)
+        print(_headline(args, trainer), flush=True)
     speed, fault = None, None
     try:
         speed, fault = _steps(
-            trainer, args.steps, interrupted, "first step" if args.eager else "compiling", out
+            trainer, args.steps, interrupted, "first step" if args.eager else "compiling"
         )
     except torch.OutOfMemoryError:
         fault = "out of memory; lower --batch or --length"
     if args.save is not None and mixer is None and fault is None:
         trainer.save(args.save)
-        print(f"saved {args.save} after {trainer.steps} steps", file=out, flush=True)
+        print(f"saved {args.save} after {trainer.steps} steps", flush=True)
     peak = torch.cuda.max_memory_allocated(args.device) if on_gpu else None
     return Outcome(trainer.losses, speed, peak, fault)
 
 
 def _steps(
-    trainer: Trainer, steps: int, interrupted: Callable[[], bool], first: str, out: TextIO
+    trainer: Trainer, steps: int, interrupted: Callable[[], bool], first: str
 ) -> tuple[float | None, str | None]:
     """Takes steps until there are `steps`; returns tokens per second, and what is wrong."""
-    with progress(first, out):
+    with progress(first):
         trainer.step()
         new = trainer.read()
     tokens = trainer.settings.batch * trainer.settings.length
     before, start, speed = trainer.steps, time.perf_counter(), None
-    with Bar(steps, trainer.steps, out) as bar:
+    with Bar(steps, trainer.steps) as bar:
         while all(map(math.isfinite, new)) and trainer.steps < steps and not interrupted():
             for _ in range(min(REPORT - trainer.steps % REPORT, steps - trainer.steps)):
                 trainer.step()
