@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,8 @@ def run(args: argparse.Namespace, results: dict[str, Any]) -> int:
     wrong = _faults(phases, accuracies)
     results |= {
         "device": str(args.device),
-        "phases": [asdict(phase) for phase in phases],
-        "accuracies": [asdict(accuracy) for accuracy in accuracies],
+        "phases": [vars(phase) for phase in phases],
+        "accuracies": [vars(accuracy) for accuracy in accuracies],
         "conv_layout": layout,
         "faults": wrong,
     }

@@ -91,6 +91,13 @@ def load_kimi_linear(
     if model is None:
         config, model_class = described(path)
         return accelerate(from_files(path, model_class, config, config.dtype, shown))
+    for name, p in model.named_parameters():
+        if p.is_meta or hasattr(p, "device_mesh"):
+            found = "on the device meta" if p.is_meta else "as a DTensor"
+            raise ValueError(
+                f"model must have whole parameters with memory, got {name} {found}: "
+                "from_pretrained makes and loads such a model"
+            )
     fresh = from_files(path, type(model), copy.deepcopy(model.config), model.dtype, shown)
     model.load_state_dict(fresh.state_dict())
     return model

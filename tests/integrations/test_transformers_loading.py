@@ -12,7 +12,14 @@ from torch import nn
 
 from kda_ops import KimiDeltaAttention, load_kimi_linear
 from kda_ops.integrations.transformers import KDALayer, accelerate
-from tests.support.transformers_models import bailing, glm, kimi, kimi_moe, relative_error
+from tests.support.transformers_models import (
+    bailing,
+    glm,
+    kimi,
+    kimi_linear,
+    kimi_moe,
+    relative_error,
+)
 
 MODELS = {"kimi": kimi, "kimi_moe": kimi_moe, "bailing": bailing, "glm": glm}
 
@@ -87,6 +94,15 @@ def test_what_does_not_fit_is_named_as_in_the_files(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing model.*experts.2.w1.weight"):
         load_kimi_linear(tmp_path, model)
+
+
+def test_a_model_without_memory(tmp_path: Path) -> None:
+    """Writing to it would be silent."""
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match="on the device meta: from_pretrained"),
+    ):
+        load_kimi_linear(tmp_path, kimi_linear.KimiLinearForCausalLM(kimi().config))
 
 
 def test_a_config_is_needed_to_make_a_model(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,12 @@ def test_models_that_are_wrong(tmp_path: Path) -> None:
     fails(nn.Linear(2, 2), "be a model of transformers, got Linear")
     fails(None, "tp_size and prefixes are for KimiDeltaAttention layers", tp_size=2)
     fails(make_layer(device="meta"), "model must have memory")
+
+
+def test_safetensors_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match="checkpoints are read by safetensors: pip install it"):
+        load_kimi_linear(tmp_path, make_layer())
 
 
 def test_the_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
