@@ -16,8 +16,8 @@ def test_it_computes_the_same(
 ) -> None:
     assert transformers_models.kimi_linear
     monkeypatch.setattr(providers, "fla_version", lambda: None)
-    small = ["--device=cpu", "--hidden=24", "--heads=2", "--head-dim=8", "--tokens=70"]
-    for kind in ("prefill", "train"):
+    small = ["--device=cpu", "--hidden=24", "--heads=2", "--head-dim=8", "--tokens=70", "--batch=3"]
+    for kind in ("prefill", "decode", "train"):
         arguments = ["bench", kind, *small, "--eager", "--seconds=0.01", "--json"]
         assert main(arguments) == 0
         found: dict[str, Any] = json.loads(capsys.readouterr().out)

@@ -165,7 +165,7 @@ def test_bad_options(
 
 @pytest.mark.gpu
 def test_every_baseline_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    for kind in ("prefill", "train"):
+    for kind in ("prefill", "decode", "train"):
         assert main(["bench", kind, "--eager", "--tokens=128", "--seconds=0.1", "--json"]) == 0
         names = {row["name"].split()[0] for row in json.loads(capsys.readouterr().out)["rows"]}
         assert {"kda_ops,", "definitions", "PyTorch,", "FLA"} <= names

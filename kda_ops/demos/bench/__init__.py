@@ -1,8 +1,8 @@
 """A layer of your shapes, timed against every baseline that is installed.
 
 What is timed is one whole layer, projections included: a prefill of --batch sequences of --tokens,
-a decode step of one token for each of --batch sequences from paged states, or a training step,
-forward and backward. The baselines have the same weights:
+a decode step of one token for each of --batch sequences (ours from paged states, theirs from their
+own caches), or a training step, forward and backward. The baselines have the same weights:
 
 * plain PyTorch that computes token by token, as the formulas are written;
 * on a GPU, this package's definitions in eager PyTorch (on a CPU they are what eager calls run);

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from kda_ops import config
 from kda_ops._versions import version
@@ -137,12 +138,20 @@ def fla(task: Task) -> Call:
         raise LeftOut("not installed")
     if task.device.type != "cuda":
         raise LeftOut("its kernels need a GPU")
-    if task.kind == "decode":
-        raise LeftOut("its layer has no paged states")
     if task.layer.num_heads != task.layer.num_v_heads:
         raise LeftOut("only with as many value heads as heads")
     theirs = fla_layer(task.layer).to(task.device)
-    return on(task, lambda x: theirs(x)[0], theirs)
+    if task.kind != "decode":
+        return on(task, lambda x: theirs(x)[0], theirs)
+    theirs.eval()
+    theirs.layer_idx = 0
+    cache = importlib.import_module("fla.models.utils").Cache()
+
+    def step(x: Tensor) -> Tensor:
+        rows = x.transpose(0, 1)
+        return theirs(rows, past_key_values=cache, use_cache=True)[0].transpose(0, 1)
+
+    return from_zero(task, step, lambda: cache[0])
 
 
 def transformers(task: Task) -> Call:
@@ -152,16 +161,31 @@ def transformers(task: Task) -> Call:
         raise LeftOut("it has no Kimi Linear")
     if fla_version() is not None and task.device.type != "cuda":
         raise LeftOut("where FLA is installed it needs a GPU")
-    if task.kind == "decode":
-        raise LeftOut("its layer has no paged states")
     layer = task.layer
     if layer.num_heads != layer.num_v_heads or layer.lower_bound is not None:
         raise LeftOut("only with the softplus gate and as many value heads as heads")
     theirs = transformers_layer(layer).to(task.device)
-    return on(task, theirs, theirs)
+    if task.kind != "decode":
+        return on(task, theirs, theirs)
+    cache = importlib.import_module("transformers").DynamicCache(config=theirs.config)
+
+    def step(x: Tensor) -> Tensor:
+        return theirs(x.transpose(0, 1), cache).transpose(0, 1)
+
+    return from_zero(task, step, lambda: [cache.get_conv_state(0), cache.get_recurrent_state(0)])
 
 
-def transformers_layer(ours: KimiDeltaAttention) -> nn.Module:
+def from_zero(task: Task, step: Callable[[Tensor], Tensor], states: Callable[[], Any]) -> Call:
+    """A decode step with a dense cache of theirs, whose states a first token has made."""
+    call = on(task, step, task.layer)
+    call()
+    for state in tree_leaves(states()):
+        if isinstance(state, Tensor):
+            state.zero_()
+    return call
+
+
+def transformers_layer(ours: KimiDeltaAttention) -> Any:
     """The layer of transformers with copies of the weights of ours. It has no bias on its output
     gate: that of ours is to be zero.
     """
@@ -177,7 +201,8 @@ def transformers_layer(ours: KimiDeltaAttention) -> nn.Module:
         mlp_layer_types=["dense"],
     )
     modeling = importlib.import_module(f"{name}.modeling_kimi_linear")
-    theirs: nn.Module = modeling.KimiLinearDeltaAttention(configuration, 0)
+    theirs: Any = modeling.KimiLinearDeltaAttention(configuration, 0)
+    theirs.config = configuration
     parts = ours.in_parts()
     weights = {f"{x}_proj.weight": parts[x] for x in "qkvb"}
     weights |= {"forget_gate.f_a_proj.weight": parts["f"], "g_a_proj.weight": parts["g"]}
