@@ -111,7 +111,8 @@ def run(args: argparse.Namespace, results: dict[str, Any]) -> int:
     for row in wrong:
         print(f"FAILED: {row.name} has a relative error of {row.error:.1e}")
     results |= {
-        **{name: getattr(args, name) for name in ("kind", "batch", "tokens", "hidden", "heads")},
+        **{name: getattr(args, name) for name in ("kind", "batch", "hidden", "heads")},
+        "tokens": None if args.kind == "decode" else args.tokens,
         "v_heads": args.v_heads or args.heads,
         **{name: getattr(args, name) for name in ("head_dim", "dtype", "gate")},
         "device": arguments.device_name(args.device),
