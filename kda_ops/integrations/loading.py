@@ -98,7 +98,7 @@ def load_kimi_linear(
                 f"model must have whole parameters with memory, got {name} {found}: "
                 "from_pretrained makes and loads such a model"
             )
-    fresh = from_files(path, type(model), copy.deepcopy(model.config), model.dtype, shown)
+    fresh = from_files(path, type(model), model.config, model.dtype, shown)
     model.load_state_dict(fresh.state_dict())
     return model
 
@@ -120,6 +120,8 @@ def described(path: Path) -> tuple[Any, Any]:
     import transformers
 
     folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise ValueError(f"path must be a file or a directory that is there, got {path}")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model must be given where there is no config.json, got None and {path}")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -110,3 +110,5 @@ def test_a_config_is_needed_to_make_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"model must be given where there is no config\.json"):
         load_kimi_linear(tmp_path)
+    with pytest.raises(ValueError, match="path must be a file or a directory that is there"):
+        load_kimi_linear(tmp_path / "nowhere")
