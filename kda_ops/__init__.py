@@ -26,6 +26,7 @@ from kda_ops.varlen import prepare_chunk_indices
 if TYPE_CHECKING:
     from kda_ops.cache.batch import KDABatch
     from kda_ops.cache.spec import KDAStateSpec
+    from kda_ops.integrations.loading import load_kimi_linear
     from kda_ops.nn.layer import KimiDeltaAttention
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "gate",
     "gate_cumsum",
     "l2norm",
+    "load_kimi_linear",
     "prepare_chunk_indices",
     "recurrent_kda",
     "reference",
@@ -53,6 +55,7 @@ _ON_FIRST_USE = {
     "KDABatch": "kda_ops.cache.batch",
     "KDAStateSpec": "kda_ops.cache.spec",
     "KimiDeltaAttention": "kda_ops.nn.layer",
+    "load_kimi_linear": "kda_ops.integrations.loading",
 }
 
 

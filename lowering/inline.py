@@ -7,6 +7,7 @@ name, with no dispatcher in between, and Inductor plans the memory of its output
 `triton_op` would do the second alone, but is decomposed before any rewrite can see it.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from threading import Thread
@@ -34,6 +35,10 @@ from kda_ops.native import NATIVE
 from kda_ops.tuning import override
 
 COMPILE_SECONDS = 300
+NEEDS_IMPORT = (
+    "this AOTInductor package calls operators of kda_ops, which are in Python: "
+    "a process that loads it must import kda_ops before"
+)
 
 
 def lowers(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -68,6 +73,8 @@ def call_operator(*args: Any) -> Any:
     (`kda_ops.native`), else its CPU implementation.
     """
     op = V.graph.current_node.target
+    if V.graph.aot_mode:
+        warnings.warn(NEEDS_IMPORT, stacklevel=2)
     return fallback_handler(NATIVE.get(op, op), add_to_fallback_set=False)(*args)
 
 

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class Accuracy:
     allowed: float
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, results: dict[str, Any]) -> int:
     """Runs the demo and prints its table; returns 0 on success, else 1."""
     tokens = getattr(args, "tokens", 256 if args.device.type == "cpu" else 2048)
     source = args.text or TEXT
@@ -112,6 +113,13 @@ def run(args: argparse.Namespace) -> int:
             accuracies = _check(original, hidden, tokens, outputs, state)
     print(f"\n{_table(phases, accuracies, layout)}")
     wrong = _faults(phases, accuracies)
+    results |= {
+        "device": str(args.device),
+        "phases": [vars(phase) for phase in phases],
+        "accuracies": [vars(accuracy) for accuracy in accuracies],
+        "conv_layout": layout,
+        "faults": wrong,
+    }
     print("\n".join(["", *(f"FAILED: {fault}" for fault in wrong)]) if wrong else "\nall is well")
     return 1 if wrong else 0
 

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
 import os
 import platform
 import sys
@@ -64,10 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run the operators on this device only; all that are there by default",
     )
     parser.add_argument("--no-run", action="store_true", help="run no operator")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, results: dict[str, Any]) -> int:
     """The command; returns its exit status."""
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: PyTorch sees no CUDA device here (see --help)", file=sys.stderr)
@@ -76,10 +74,8 @@ def run(args: argparse.Namespace) -> int:
     found = [*software(), *devices(), *configuration(), *caches(), *combinations()]
     if not args.no_run:
         found += operators([args.device] if args.device else available())
-    if args.json:
-        print(json.dumps([asdict(finding) for finding in found], indent=2))
-    else:
-        print_report(found)
+    results["findings"] = [asdict(finding) for finding in found]
+    print_report(found)
     return int(any(finding.status == "error" for finding in found))
 
 

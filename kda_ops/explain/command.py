@@ -41,7 +41,10 @@ SUMMARY = "say which rewrites fire in a model, which nearly do, and what they sa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m kda_ops explain`."""
     parser.add_argument(
-        "factory", type=_factory, metavar="module:factory", help="function that makes the model"
+        "factory",
+        type=_specification,
+        metavar="module:factory",
+        help="function that makes the model",
     )
     parser.add_argument(
         "--html", type=_file, metavar="FILE", help="also write a page with drawings of the graphs"
@@ -58,33 +61,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _factory(spec: str) -> Callable[[], Any]:
+class Wrong(Exception):
+    """What is wrong with a factory; its cause is the error of the user's code."""
+
+
+def _specification(spec: str) -> str:
     module, colon, name = spec.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
         raise argparse.ArgumentTypeError(f"must be module:factory, got {spec!r}")
+    return spec
+
+
+def _factory(spec: str) -> Callable[[], Any]:
+    module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise _raised(f"the module {module!r}", error) from None  # it imports a missing one
-        raise argparse.ArgumentTypeError(f"there is no module {error.name!r}") from None
+            raise _raised(f"the module {module!r}", error) from error  # it imports a missing one
+        raise Wrong(f"there is no module {error.name!r}") from None
     except Exception as error:
-        raise _raised(f"the module {module!r}", error) from None
+        raise _raised(f"the module {module!r}", error) from error
     for part in name.split("."):
         if not hasattr(found, part):
-            raise argparse.ArgumentTypeError(f"{module!r} has no {name!r}")
+            raise Wrong(f"{module!r} has no {name!r}")
         found = getattr(found, part)
     if not callable(found):
-        raise argparse.ArgumentTypeError(f"{spec} must be callable, got {type(found).__name__}")
+        raise Wrong(f"{spec} must be callable, got {type(found).__name__}")
     return found
 
 
-def _raised(what: str, error: Exception) -> argparse.ArgumentTypeError:
-    """Prints the traceback of the user's code; argparse would hide some errors and their causes."""
-    traceback.print_exception(error)
-    return argparse.ArgumentTypeError(f"{what} raised {type(error).__name__}: {error}")
+def _raised(what: str, error: Exception) -> Wrong:
+    return Wrong(f"{what} raised {type(error).__name__}: {error} (--debug shows where)")
 
 
 def _file(name: str) -> Path:
@@ -94,16 +104,17 @@ def _file(name: str) -> Path:
     return path
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, results: dict[str, Any]) -> int:
     """Explains the model and prints the report; returns the exit code."""
     if args.device == "cuda" and not torch.cuda.is_available():
         return _fail(2, "no CUDA device is available")
     on_cuda = args.device == "cuda"
     try:
-        with torch.device("cuda") if on_cuda else contextlib.nullcontext():
-            made = args.factory()
-    except Exception as error:
-        return _fail(2, str(_raised("the factory", error)))
+        made = _made(_factory(args.factory), on_cuda)
+    except Wrong as wrong:
+        if args.debug and wrong.__cause__ is not None:
+            traceback.print_exception(wrong.__cause__)
+        return _fail(2, str(wrong))
     fault = _fault(made)
     if fault is not None:
         return _fail(2, f"the factory must return (model, args) or (model, args, kwargs), {fault}")
@@ -113,13 +124,25 @@ def run(args: argparse.Namespace) -> int:
         with grad, progress("compiling without and with the rewrites", sys.stderr):
             explanation = explain(model, *call, dynamic=args.dynamic, **named)
     except Exception as error:  # the compiler's, or the model's own
+        if args.debug:
+            traceback.print_exception(error)
         reason = f"{type(error).__name__}: {error}"
         return _fail(1, f"the model does not compile as one graph: {reason}")
+    results |= explanation.to_dict()
     print(explanation)
     if args.html is not None:
         args.html.write_text(explanation.to_html(), encoding="utf-8")
         print(f"wrote {args.html}", file=sys.stderr)
     return 1 if any(explanation.failures) else 0
+
+
+def _made(factory: Callable[[], Any], on_cuda: bool) -> Any:
+    """What the factory returns."""
+    try:
+        with torch.device("cuda") if on_cuda else contextlib.nullcontext():
+            return factory()
+    except Exception as error:
+        raise _raised("the factory", error) from error
 
 
 def _fail(code: int, message: str) -> int:

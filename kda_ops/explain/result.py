@@ -1,6 +1,7 @@
 """What `kda_ops.explain` returns."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from kda_ops.explain import text
 from kda_ops.explain.graph_drawing import GraphNode
@@ -187,6 +188,14 @@ class Explanation:
             if others:
                 lines.append(f"  the same in {', '.join(other.path for other in others)}")
         return "\n".join([*lines, "", self.summary()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as numbers, texts, lists and dicts, without the graphs."""
+        data = asdict(self)
+        for layer in data["layers"]:
+            for side in ("before", "after"):
+                del layer[side]["graph"]
+        return data | {"launches": self.launches, "bytes_saved": self.bytes_saved}
 
     def to_html(self) -> str:
         """The same as a self-contained page, with drawings of the graphs before and after."""

@@ -15,7 +15,7 @@ A full-rank gate is a single `f_proj` or `g_proj` in all but the last. The last 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kda_ops.nn.layer import KimiDeltaAttention
 
 
-def detect_naming(names: Mapping[str, Tensor]) -> str:
+def detect_naming(names: Iterable[str]) -> str:
     """A layer's naming: `"kda_ops"`, `"Hugging Face"`, `"Moonshot"` or `"FLA"`."""
     firsts = {name.split(".")[0] for name in names}
     if "in_proj" in firsts:
@@ -69,18 +69,11 @@ def convert_state_dict(
     join_parts(layer, found)
     naming = detect_naming(found)
     parts = {
-        name: _sources(name, shape, layer, naming) for name, shape in layer.parameter_shapes.items()
+        name: sources_of(name, shape, layer, naming)
+        for name, shape in layer.parameter_shapes.items()
     }
     shapes = {source: allowed for sources in parts.values() for source, allowed in sources.items()}
-
-    problems = [f"missing {prefix}{name}" for name in shapes if name not in found]
-    problems += [f"unexpected {prefix}{name}" for name in found if name not in shapes]
-    for name, allowed in shapes.items():
-        if name in found and tuple(found[name].shape) not in allowed:
-            expected = " or ".join(str(list(shape)) for shape in allowed)
-            problems.append(
-                f"{prefix}{name} must have shape {expected}, got {tuple(found[name].shape)}"
-            )
+    problems = mismatches({name: tuple(x.shape) for name, x in found.items()}, shapes, prefix)
     if problems:
         raise ValueError(
             f"state_dict ({naming} naming) does not fit the layer: " + "; ".join(problems)
@@ -95,7 +88,28 @@ def convert_state_dict(
     return converted
 
 
-def _sources(
+def mismatches(
+    found: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, list[tuple[int, ...]]],
+    prefix: str = "",
+) -> list[str]:
+    """What is missing, unexpected or of the wrong shape.
+
+    Args:
+        found: The shapes that are there, by name.
+        shapes: The shapes that are allowed, by name.
+        prefix: What goes before the names.
+    """
+    problems = [f"missing {prefix}{name}" for name in shapes if name not in found]
+    problems += [f"unexpected {prefix}{name}" for name in found if name not in shapes]
+    for name, allowed in shapes.items():
+        if name in found and found[name] not in allowed:
+            expected = " or ".join(str(list(shape)) for shape in allowed)
+            problems.append(f"{prefix}{name} must have shape {expected}, got {found[name]}")
+    return problems
+
+
+def sources_of(
     name: str, shape: tuple[int, ...], layer: "KimiDeltaAttention", naming: str
 ) -> dict[str, list[tuple[int, ...]]]:
     """The sources of one parameter: the checkpoint's names, in order, with allowed shapes."""

@@ -1,7 +1,11 @@
 """States and batches without values: in fake modes, in graphs, in exported programs."""
 
 import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ShapesCollection
 from torch.utils._pytree import tree_leaves, tree_map
 
+import kda_ops
 from kda_ops.cache.batch import COUNTS, KDABatch
 from kda_ops.cache.spec import KDAStateSpec
 from kda_ops.nn.layer import KimiDeltaAttention
 from tests.nn.test_layer import BF16, HIDDEN, clone_state, in_fp64, make_layer, make_state
 from tests.support.oracle import assert_close
 
+ROOT = Path(kda_ops.__file__).parent.parent
 PAIRS = torch.arange(1, 23, dtype=torch.int32).view(11, 2)
 
 
@@ -37,6 +43,21 @@ def batch_of(kind: str, more: int = 0) -> KDABatch:
 
 
 every_kind = pytest.mark.parametrize("kind", ["decode", "speculative", "prefill", "mixed"])
+
+
+# What a process does that has only the package and, second, only the import.
+ALONE = """
+import sys, torch
+leaves, expected = torch.load(sys.argv[2])
+leaves = [x for x in leaves if x is not None]
+try:
+    torch._inductor.aoti_load_package(sys.argv[1])
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+import kda_ops
+out = torch._inductor.aoti_load_package(sys.argv[1]).loader.boxed_run(leaves)[0]
+print(float((out - expected).norm() / expected.norm()))
+"""
 
 
 class Step(nn.Module):
@@ -176,13 +197,33 @@ def test_exported_steps(kind: str, strict: bool) -> None:
 
 # what it loads was built here, for this machine
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_decode_through_aot_inductor() -> None:
+def test_decode_through_aot_inductor(tmp_path: Path) -> None:
+    """Here, and in a process of its own, which must import this package, as a warning says."""
     layer = make_layer()
     program = exported(layer, batch_of("decode"), False)
-    path = torch._inductor.aoti_compile_and_package(program)
+    with pytest.warns(UserWarning, match="a process that loads it must import kda_ops before"):
+        path = torch._inductor.aoti_compile_and_package(program)
     call = torch._inductor.aoti_load_package(path)
     for more in (0, 1):
         check_step(call, layer, batch_of("decode", more))
+
+    batch = batch_of("decode", 1)
+    x, state, _ = inputs_of(layer, batch)
+    leaves = tree_leaves((x, state, batch))
+    torch.save((leaves, layer(x, state=clone_state(state), batch=batch)), tmp_path / "step.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, path, str(tmp_path / "step.pt")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    without, error = done.stdout.splitlines()
+    assert "Could not find schema for kda_ops::" in without
+    assert float(error) < 1e-5
 
 
 def test_wrong_values_are_still_rejected() -> None:

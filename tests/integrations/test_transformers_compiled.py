@@ -187,3 +187,29 @@ def test_training() -> None:
     expected = gradients(restore(layer))
     for name, gradient in found.items():
         assert relative_error(gradient, expected[name]) < 5e-5, name
+
+
+class Logits(nn.Module):
+    """A model as a function of its tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("make", [kimi, bailing])
+def test_exported_for_any_length(make: Callable[..., Any]) -> None:
+    model = make(**TWO_LAYERS).requires_grad_(False)
+    shapes = {"ids": {1: torch.export.Dim("tokens", max=512)}}
+    program = torch.export.export(
+        Logits(accelerate(model)), (prompt(1, 70),), dynamic_shapes=shapes
+    )
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "kda_ops.chunk_kda.default" in called
+    restore(model)
+    for tokens in (70, 130):
+        ids = prompt(1, tokens)
+        assert relative_error(program.module()(ids), Logits(model)(ids)) < FP32

@@ -1,6 +1,7 @@
 """`python -m kda_ops explain`: its report and page, its exit codes, its help."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -72,7 +73,10 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_the_command(factories: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "kda_ops", "explain", f"{factories}:good", "--html", "page.html"],
+        [
+            *(sys.executable, "-m", "kda_ops", "explain", f"{factories}:good"),
+            *("--html", "page.html", "--json", "found.json"),
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -88,6 +92,11 @@ def test_the_command(factories: str, tmp_path: Path) -> None:
     assert lines[1:] == ["wrote page.html"]
     page = Page((tmp_path / "page.html").read_text())
     assert "8 -> 4 launches" in page.text
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["command"], found["exit_status"], found["launches"]) == ("explain", 0, [8, 4])
+    layer = found["layers"][0]
+    assert "chunk_kda_gated" in [fired["rewrite"] for fired in layer["fired"]]
+    assert len(layer["after"]["launches"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -134,7 +143,10 @@ def test_a_module_that_raises_says_why(
     assert run_main(["explain", f"{name}:factory"]) == 2
     error = capsys.readouterr().err
     assert f"the module '{name}' raised {reason}" in error
-    assert f'{name}.py", line 1' in error  # the traceback
+    assert "Traceback" not in error
+    sys.modules.pop(name, None)
+    assert run_main(["explain", f"{name}:factory", "--debug"]) == 2
+    assert f'{name}.py", line 1' in capsys.readouterr().err  # the traceback
 
 
 def run_main(arguments: list[str]) -> int | str | None:

@@ -1,6 +1,7 @@
 """`python -m kda_ops demo`: its table, its verdict, its options."""
 
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -28,7 +29,11 @@ def test_the_demo_succeeds(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     text = tmp_path / "short.txt"
     text.write_text("less than the prompt, so it is repeated\n")
     arguments = ["demo", "--device", "cpu", "--tokens", "70", "--heads", "2"]
-    assert main([*arguments, "--layout", "DS", "--text", str(text)]) == 0
+    file = tmp_path / "found.json"
+    assert main([*arguments, "--layout", "DS", "--text", str(text), "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert [(x["name"], x["graphs"]) for x in found["phases"]] == [("prefill", 1), ("decode", 1)]
+    assert (found["command"], found["conv_layout"], found["faults"]) == ("demo", "DS", [])
     out, err = capfd.readouterr()
     assert err == ""
     assert out.endswith("all is well\n")

@@ -14,8 +14,9 @@ from kda_ops.demos import doctor
 
 def findings(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, dict[str, Any]]:
     status = main(["doctor", "--json", *options])
-    found = {x["name"]: x for x in json.loads(capsys.readouterr().out)}
-    assert status == any(x["status"] == "error" for x in found.values())
+    report = json.loads(capsys.readouterr().out)
+    found = {x["name"]: x for x in report["findings"]}
+    assert status == report["exit_status"] == any(x["status"] == "error" for x in found.values())
     return found
 
 

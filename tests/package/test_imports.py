@@ -49,6 +49,7 @@ FLOORS = (
 BESIDE = {
     ("conv", "norm"),  # the convolution of q, k and v ends with the norms of q and k
 }
+BASELINES = "kda_ops.demos.bench.providers"
 SEAM = ("kda_ops._registry", "kda_ops.lowering")  # imported while something is traced
 
 
@@ -203,12 +204,17 @@ def test_only_its_integration_imports_sglang() -> None:
     assert offenders("sglang", *TOP) == {"kda_ops.integrations.sglang"}
 
 
-def test_only_its_integration_imports_transformers() -> None:
-    assert offenders("transformers", "kda_ops", "lowering") == {"kda_ops.integrations.transformers"}
+def test_only_its_integrations_import_transformers() -> None:
+    users = {"kda_ops.integrations.transformers", "kda_ops.integrations.loading", BASELINES}
+    assert offenders("transformers", "kda_ops", "lowering") == users
+
+
+def test_safetensors_is_imported_in_one_place() -> None:
+    assert offenders("safetensors", "kda_ops", "lowering") == {"kda_ops.nn.shards"}
 
 
 def test_only_its_integration_imports_fla() -> None:
-    users = {"kda_ops.integrations.fla", "kda_ops.demos.training.baseline"}
+    users = {"kda_ops.integrations.fla", "kda_ops.demos.training.baseline", BASELINES}
     assert offenders("fla", "kda_ops", "lowering") <= users
 
 

@@ -63,8 +63,8 @@ def train(text: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[
         capsys.readouterr()
         shown = [*TINY, "--eager", "--json", f"--text={text}", *map(str, arguments)]
         assert main(["train", *shown]) == status
-        (line,) = capsys.readouterr().out.splitlines()
-        found: dict[str, Any] = json.loads(line)
+        out = capsys.readouterr().out
+        found: dict[str, Any] = json.loads(out)
         return found
 
     return call

@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,7 +31,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
-from kda_ops import KDABatch, KimiDeltaAttention
+from kda_ops import KDABatch, KimiDeltaAttention, load_kimi_linear
 from kda_ops.nn import HeadwiseParallel, parallelize, state_dict_by_parts
 from kda_ops.nn.fsdp import EXACT
 from tests.support import dtensor_ranks
@@ -171,6 +173,26 @@ def in_a_plan(mesh: DeviceMesh) -> None:
     assert second.placements == (Replicate(),)
     assert_equal(second, whole.mixers[1](whole.mixers[0](x)))
     assert "ranks=" in repr(sharded)
+
+
+@scenario
+def loading_from_disk(mesh: DeviceMesh) -> None:
+    """Every rank reads its heads; FSDP comes afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        for form in FORMS:
+            whole, sharded = layer(form), parallelize(layer(form, seed=1), mesh)
+            file = f"{folder}/{form}.safetensors"
+            save_file(whole.state_dict(), file)
+            load_kimi_linear(file, sharded)
+            with torch.no_grad():  # what is packed for it shares the parameters' memory
+                assert_equal(sharded(inputs()), whole(inputs()), form)
+            assert_equal(sharded(inputs()), whole(inputs()), form)
+        for model, options, problem in (
+            (sharded, {"tp_size": 2}, "tp_size must be 1 as model is parallel already"),
+            (fully_shard(layer(), mesh=mesh), {}, "must be loaded before fully_shard"),
+        ):
+            with pytest.raises(ValueError, match=problem):
+                load_kimi_linear(file, model, **options)
 
 
 @scenario

@@ -1,7 +1,9 @@
 """Prefill and decode on different engines give the tokens of one process."""
 
+import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,14 +36,23 @@ def alone(**config: object) -> Sequences:
     ],
 )
 def test_any_two_sizes_give_the_tokens_of_one_process(
-    capsys: pytest.CaptureFixture[str], prefill: int, decode: int, layout: str, spec: int
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    prefill: int,
+    decode: int,
+    layout: str,
+    spec: int,
 ) -> None:
     arguments = ["--prefill-tp", prefill, "--decode-tp", decode, "--layout", layout]
-    arguments += ["--spec", spec, "--tokens", 17, "--layers", "KKA"]
+    arguments += ["--spec", spec, "--tokens", 17, "--layers", "KKA", "--json", tmp_path / "x.json"]
     status = main(["pd-demo", *map(str, arguments)])
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert printed.count(" equal") >= 7
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert len(found["requests"]) >= 7
+    assert all(request["equal"] for request in found["requests"])
+    assert len(found["transfers"]) == decode
     for hit in ("none", "partial", "full", "all but the state"):
         assert f"  {hit} " in printed
     sizes = dict(re.findall(r"^(k\w+\.\w+) +(\d+)$", printed, re.MULTILINE))

@@ -197,7 +197,7 @@ def _layers(value: str) -> str:
     return value
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, results: dict[str, Any]) -> int:
     """Returns 0 if all tokens match."""
     if args.layout == "SD" and args.prefill_tp != args.decode_tp:
         return _refuse(
@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # one core per rank, and for the process that checks them
     try:
         with engines(config, args.prefill_tp, args.decode_tp) as (prefill, decode, addresses):
-            return _serve(args, config, alone, prefill, decode, addresses)
+            return _serve(args, results, config, alone, prefill, decode, addresses)
     except RuntimeError as error:
         print(f"FAILED: {error}")
         return 1
@@ -234,6 +234,7 @@ def _refuse(message: str) -> int:
 
 def _serve(
     args: argparse.Namespace,
+    results: dict[str, Any],
     config: StackConfig,
     alone: Sequences,
     prefill: Engine,
@@ -242,6 +243,7 @@ def _serve(
 ) -> int:
     """Serves all requests in order; returns what is wrong, as messages."""
     decode.ask("connect", prefill.name, addresses)
+    results["requests"] = []
     generated: dict[str, list[int]] = {}
     wrong: list[str] = []
     kept: Counter[int] = Counter()
@@ -256,29 +258,40 @@ def _serve(
             wrong.append(f"{request.name}: prefill ranks took different blocks")
         drafts = spoil(expected, config.vocabulary, i)
         work = Work(request.name, request.tokens, args.tokens, drafts, blocks)
-        results: list[Continuation] = decode.ask("read_and_continue", prefill.name, work)
-        first = results[0]
+        continued: list[Continuation] = decode.ask("read_and_continue", prefill.name, work)
+        first = continued[0]
         kept.update(first.kept)
-        same = all(result.tokens == expected for result in results)
+        same = all(result.tokens == expected for result in continued)
         if not same:
             wrong.append(f"{request.name}: expected {expected}, got {first.tokens}")
         found = _describe(first.hit, len(request.tokens) - 1)
         if found != request.hit:
             wrong.append(f"{request.name}: expected a hit of {request.hit!r}, got {found!r}")
-        milliseconds = max(result.seconds for result in results) * 1e3
+        milliseconds = max(result.seconds for result in continued) * 1e3
+        results["requests"].append(
+            {
+                "name": request.name,
+                "prompt": len(request.tokens),
+                "hit": first.hit[0],
+                "equal": same,
+                "read_ms": milliseconds,
+            }
+        )
         print(
             f"{request.name:<16}{len(request.tokens):>7}{first.hit[0]:>5}  {found:<18}"
             f"{milliseconds:>8.1f}  {'equal' if same else 'DIFFERENT'}",
             flush=True,
         )
     wrong += _check_releases(prefill, list(generated))
-    _print_transfers(decode.ask("counters"))
+    results["transfers"] = decode.ask("counters")
+    _print_transfers(results["transfers"])
     if config.num_spec:
         steps = ", ".join(f"{n}: {kept[n]}" for n in sorted(kept))
         print(f"\nsteps by tokens kept   {steps}")
     for engine in (decode, prefill):
         if any(engine.ask("close")):
             wrong.append(f"{engine.name}: reads were left in flight")
+    results["faults"] = wrong
     print("\n" + "\n".join(wrong or ["all tokens equal those of one process"]))
     return 1 if wrong else 0
 

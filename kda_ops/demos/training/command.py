@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import signal
 import sys
@@ -13,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -52,7 +51,7 @@ class Outcome:
     fault: str | None
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, results: dict[str, Any]) -> int:
     """Trains and reports; returns the exit code."""
     ranks = Ranks()
     try:
@@ -71,11 +70,19 @@ def run(args: argparse.Namespace) -> int:
                     "text": text.digest,
                 }
             )
-            return _run(args, settings, text, saved, ranks)
+            with contextlib.nullcontext() if ranks.first else silenced():
+                status, found = _run(args, settings, text, saved, ranks)
+        results |= found if ranks.first else {}
+        return status
     except Refused as refused:
         if ranks.local_rank == 0:  # what is refused is so on all ranks of a machine
             print(f"python -m kda_ops train: error: {refused}", file=sys.stderr)
         return 2
+
+
+def silenced() -> contextlib.redirect_stdout[io.StringIO]:
+    """Keeps what all but the first rank print to themselves."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _run(
@@ -84,11 +91,8 @@ def _run(
     text: Text,
     saved: dict[str, Any] | None,
     ranks: Ranks,
-) -> int:
-    """The trainings, and what is said about them, by the first rank alone."""
-    out: TextIO = sys.stderr if args.json else sys.stdout
-    if not ranks.first:
-        out = io.StringIO()
+) -> tuple[int, dict[str, Any]]:
+    """The trainings, and what is said about them: the exit code and the results."""
     outcomes: dict[str, Outcome] = {}
     with _interruptible(ranks) as interrupted:
         mixers: dict[str, Any] = {OURS: None}
@@ -98,25 +102,22 @@ def _run(
             if interrupted():
                 break
             if mixer is not None:
-                print(f"\n{name}, from the same weights", file=out, flush=True)
+                print(f"\n{name}, from the same weights", flush=True)
             trainer = Trainer(
                 settings, text, args.device, eager=args.eager, ranks=ranks, mixer=mixer
             )
-            outcomes[name] = _train(args, trainer, saved, interrupted, out)
+            outcomes[name] = _train(args, trainer, saved, interrupted)
             saved = None
         ended = interrupted()
-    if ranks.first:
-        curves = {name: outcome.losses for name, outcome in outcomes.items()}
-        if args.picture is not None:
-            write_picture(curves, args.picture)
-        if args.json:
-            print(json.dumps(_as_json(args, settings, text, ranks, outcomes)))
-        else:
-            print(f"\n{draw(curves)}\n\n{_table(outcomes)}")
+    curves = {name: outcome.losses for name, outcome in outcomes.items()}
+    if args.picture is not None and ranks.first:
+        write_picture(curves, args.picture)
+    print(f"\n{draw(curves)}\n\n{_table(outcomes)}")
     faults = [f"{name}: {outcome.fault}" for name, outcome in outcomes.items() if outcome.fault]
     for fault in faults:
-        print(f"FAILED: {fault}", file=out)
-    return 1 if faults else INTERRUPTED if ended else 0
+        print(f"FAILED: {fault}")
+    status = 1 if faults else INTERRUPTED if ended else 0
+    return status, _as_json(args, settings, text, ranks, outcomes)
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -217,7 +218,6 @@ def _train(
     trainer: Trainer,
     saved: dict[str, Any] | None,
     interrupted: Callable[[], bool],
-    out: TextIO,
 ) -> Outcome:
     """One training from start to end; ours is saved."""
     on_gpu = args.device.type == "cuda"
@@ -226,11 +226,11 @@ def _train(
     if saved is not None:
         trainer.restore(saved)
     if trainer.ours:
-        print(_headline(args, trainer), file=out, flush=True)
+        print(_headline(args, trainer), flush=True)
     speed, fault = None, None
     try:
         speed, fault = _steps(
-            trainer, args.steps, interrupted, "first step" if args.eager else "compiling", out
+            trainer, args.steps, interrupted, "first step" if args.eager else "compiling"
         )
     except torch.OutOfMemoryError:
         if (
@@ -240,22 +240,22 @@ def _train(
         fault = "out of memory; lower --batch or --length"
     if args.save is not None and trainer.ours and fault is None:
         trainer.save(args.save)
-        print(f"saved {args.save} after {trainer.steps} steps", file=out, flush=True)
+        print(f"saved {args.save} after {trainer.steps} steps", flush=True)
     peak = torch.cuda.max_memory_allocated(args.device) if on_gpu else 0
     peak = trainer.ranks.largest(peak)
     return Outcome(trainer.losses, speed, peak or None, fault)
 
 
 def _steps(
-    trainer: Trainer, steps: int, interrupted: Callable[[], bool], first: str, out: TextIO
+    trainer: Trainer, steps: int, interrupted: Callable[[], bool], first: str
 ) -> tuple[float | None, str | None]:
     """Takes steps until there are `steps`; returns tokens per second, and what is wrong."""
-    with progress(first, out):
+    with progress(first):
         trainer.step()
         new = trainer.read()
     tokens = trainer.settings.batch * trainer.settings.length
     before, start, speed = trainer.steps, time.perf_counter(), None
-    with Bar(steps, trainer.steps, out) as bar:
+    with Bar(steps, trainer.steps) as bar:
         while all(map(math.isfinite, new)) and trainer.steps < steps and not interrupted():
             for _ in range(min(REPORT - trainer.steps % REPORT, steps - trainer.steps)):
                 trainer.step()

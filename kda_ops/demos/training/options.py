@@ -80,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"draw the curve to a file ({', '.join(SUFFIXES)}); needs matplotlib",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
