@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import check_at_least
-from kda_ops._numerics import CHUNK
+from kda_ops._numerics import CHUNK, QK_NORM_EPS
 from kda_ops.cache.spec import CONV_DTYPES, KDAStateSpec
 from kda_ops.cache.state_copy import state_copy
 from kda_ops.config import LAYOUTS, configured_layout
@@ -27,7 +27,6 @@ from kda_ops.transfer.plan import Granules, plan_granules, source_ranks
 
 LAYOUT_VARIABLE = "VLLM_SSM_CONV_STATE_LAYOUT"
 SAFE_GATE_BOUND = -5.0
-QK_NORM_EPS = 1e-6
 
 CopyStates = Callable[
     [Tensor, Tensor, Sequence[Sequence[int]], Sequence[int], Sequence[int], Sequence[int]], None
