@@ -167,8 +167,9 @@ class Scan(Function):
             first = sequences.given_to_last(initial_state.to(acc))
         b = sequences.at_last(op(q, k, v, *raw, first, True, *last)[1])  # [m, R, HV, V, K]
         count = q.shape[0] if last[0] is None else len(last[0]) - 1
-        identity = torch.eye(K, dtype=acc, device=q.device).expand(count, v.shape[2], K, K)
-        nothing = v.new_zeros(K).expand(*v.shape[:3], K)
+        identity = torch.eye(K, dtype=acc, device=q.device)
+        identity = identity.expand(count, v.shape[2], K, K).contiguous()
+        nothing = v.new_zeros(*v.shape[:3], K)
         A = sequences.at_last(op(q, k, nothing, *raw, identity, True, *last)[1])
         if sequences.packed is not None:
             A = torch.where(sequences.packed.renewed[:, None, None, None, None], 0, A)

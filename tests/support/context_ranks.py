@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -208,6 +209,23 @@ def heads_and_tokens(mesh: DeviceMesh) -> None:
     whole = layer()
     mine = parallelize(copy.deepcopy(whole), grid["tp"], cp=context)
     check_layer(whole, mine, context, offsets_of([0.3, 0.6], 96), "2 x 2")
+
+
+@scenario
+def gradients_reduced_by_fsdp(mesh: DeviceMesh) -> None:
+    """As in data parallelism over the same ranks; frozen parameters get none."""
+    whole = layer()
+    whole.A_log.requires_grad_(False)
+    mine: Any = parallelize(copy.deepcopy(whole), cp=ContextParallel(mesh))
+    fully_shard(mine, mesh=mesh)
+    x = numbers(1, 8 * mesh.size(), HIDDEN)
+    whole(x).square().mean().backward()
+    mine(mine.context.shard(x)).square().mean().backward()
+    for name, p in whole.named_parameters():
+        found = mine.get_parameter(name).grad
+        assert (found is None) == (p.grad is None) == (name == "A_log"), name
+        if found is not None:
+            assert_equal(found, p.grad, name)
 
 
 @scenario
