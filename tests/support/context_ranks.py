@@ -206,9 +206,18 @@ def heads_and_tokens(mesh: DeviceMesh) -> None:
         return
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
     context = ContextParallel(grid["cp"], "zigzag")
-    whole = layer()
+    whole, cu_seqlens = layer(), offsets_of([0.3, 0.6], 96)
     mine = parallelize(copy.deepcopy(whole), grid["tp"], cp=context)
-    check_layer(whole, mine, context, offsets_of([0.3, 0.6], 96), "2 x 2")
+    # one after the other, with the tokens of a rank sharded again between the layers
+    twice: Any = parallelize(copy.deepcopy(whole), grid["tp"], sequence_parallel=True)
+    parallelize(twice, cp=context)
+    x = numbers(1, 96, HIDDEN)
+    expected = context.shard(whole(x, cu_seqlens=cu_seqlens).detach())
+    part = grid["tp"].get_local_rank()
+    with torch.no_grad():
+        found = twice(context.shard(x).chunk(2, 1)[part], cu_seqlens=cu_seqlens)
+    assert_equal(found, expected.chunk(2, 1)[part])
+    check_layer(whole, mine, context, cu_seqlens, "2 x 2")
 
 
 @scenario
