@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -233,6 +234,7 @@ class History(Function):
         return torch.where(real[:, :, None, None], found, 0).permute(2, 0, 1, 3).contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         own, real = ctx.saved_tensors
         size, kept, rows, ranks = ctx.size, ctx.kept, ctx.rows, ctx.ranks

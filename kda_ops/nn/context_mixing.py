@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from kda_ops._checks import (
     check_attention_inputs,
@@ -197,6 +198,7 @@ class Scan(Function):
         return o, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, raw_gate, raw_beta, A_log, dt_bias, start, A, own, *packed = ctx.saved_tensors
         ranks, namespace, *gate, scale, output_final_state = ctx.constants

@@ -25,6 +25,7 @@ from kda_ops.fused import chunk_kda_gated
 from kda_ops.nn import (
     ContextParallel,
     context_chunk_kda,
+    context_history,
     context_short_conv,
     parallelize,
     state_dict_by_parts,
@@ -301,6 +302,11 @@ def refusals(mesh: DeviceMesh) -> None:
     assert "rank" in refusal(
         lambda: parallelize(layer() if rank else nn.Linear(2, 2), cp=context)
     ) or (rank == 0)
+    rows = numbers(1, 4, 3).requires_grad_()
+    before = context_history(context, rows, 1)
+    (slope,) = torch.autograd.grad(before.square().sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.sum().backward()
     with pytest.raises(RuntimeError, match="no gradient"):
         context.gather(x.requires_grad_())
 
