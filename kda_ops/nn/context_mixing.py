@@ -138,6 +138,12 @@ def tables(cu_seqlens: Tensor | None, tokens: Any) -> tuple[Tensor | None, Tenso
     return cu_seqlens, prepare_chunk_indices(cu_seqlens, tokens)
 
 
+def operators(namespace: str) -> tuple[Any, Any]:
+    """The recurrence and its gradient, of the kernels or of the reference."""
+    ops = getattr(torch.ops, namespace)
+    return ops.chunk_kda_gated.default, ops.chunk_kda_gated_backward.default
+
+
 class Scan(Function):
     """`chunk_kda_gated` over the ranks of a context: one all-gather of maps, and backward one of
     gradients.
@@ -156,7 +162,7 @@ class Scan(Function):
         `output_final_state` the final states `[N, HV, V, K]` of the sequences that end here.
         """
         ranks, namespace, *gate, scale, output_final_state = constants
-        op = getattr(torch.ops, namespace).chunk_kda_gated.default
+        op, _ = operators(namespace)
         sequences = Sequences(own, ranks.size * ranks.parts, Packed(*packed) if packed else None)
         acc, K = accumulation_dtype(q), q.shape[3]
         raw = (raw_gate, raw_beta, A_log, dt_bias, *gate, scale)
@@ -202,7 +208,7 @@ class Scan(Function):
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, raw_gate, raw_beta, A_log, dt_bias, start, A, own, *packed = ctx.saved_tensors
         ranks, namespace, *gate, scale, output_final_state = ctx.constants
-        op = getattr(torch.ops, namespace).chunk_kda_gated_backward.default
+        _, op = operators(namespace)
         sequences = Sequences(own, ranks.size * ranks.parts, Packed(*packed) if packed else None)
         offsets = tables(sequences.offsets, q.shape[1])
         inputs = (
