@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op
 from kda_ops.fused import chunk_kda_gated
-from kda_ops.nn import ContextParallel, context_chunk_kda, context_mixing
+from kda_ops.nn import ContextParallel, context_chunk_kda, context_scan
 from tests.support.backward import launch
 from tests.support.context_ranks import SCENARIOS
 from tests.support.oracle import assert_close
@@ -65,7 +65,7 @@ def test_kernels(one_rank: ContextParallel, monkeypatch: pytest.MonkeyPatch) -> 
         return tuple(found.get(name, torch.empty(0)) for name in tensors)
 
     both = (launch_chunk_kda_gated, backward)
-    monkeypatch.setattr(context_mixing, "operators", lambda namespace: both)
+    monkeypatch.setattr(context_scan, "operators", lambda namespace: both)
     T, HV, K = 80, 2, 64
     rows = {name: torch.randn(1, T, 1, K).to(BF16) for name in ("q", "k")}
     rows |= {name: torch.randn(1, T, HV, K).to(BF16) for name in ("v", "raw_gate")}
