@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kda_ops._numerics import CHUNK, RCP_LN2, accumulation_dtype
+from kda_ops._numerics import CHUNK, QK_NORM_EPS, RCP_LN2, accumulation_dtype
 from kda_ops.conv.checks import resolve_activation
 from kda_ops.conv.history import last_rows
 from kda_ops.conv.short_conv import short_conv
@@ -34,7 +34,6 @@ from kda_ops.gating.gate_cumsum import gate_cumsum
 from kda_ops.norm.l2norm import l2norm as normalized
 from kda_ops.norm.rms_norm_gated import rms_norm_gated
 
-QK_NORM_EPS = 1e-6
 CONV_BACKENDS = ("triton", "cuda", "mix")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kda_ops._numerics import QK_NORM_EPS
 from kda_ops._versions import why_unknown
 from kda_ops.delta_rule.chunk_kda_gated import chunk_kda_gated
 
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 
 READ = "0.5.23"  # the version whose source was read
 EXTEND = "sglang.srt.layers.attention.linear.kernels.kda_triton.TritonKDAKernel.extend"
-QK_NORM_EPS = 1e-6
 
 
 def register(*, any_version: bool = False) -> bool:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kda_ops.config import resolve_layout
 from kda_ops.nn import mixing
-from kda_ops.nn.call_checks import check_call, check_step
+from kda_ops.nn.call_checks import check_call, check_context_call, check_step
+from kda_ops.nn.context_mixing import context_prefill
 from kda_ops.nn.input_projection import project
 from kda_ops.nn.states import State, fresh_layout, fresh_state
 from kda_ops.varlen import prepare_chunk_indices
@@ -33,9 +34,14 @@ def apply(
     whose output is then a term of the sum over the ranks.
     """
     check_call(layer, hidden_states, state, batch, cu_seqlens, chunk_indices)
+    if layer.context is not None:
+        check_context_call(state, chunk_indices, output_state)
     layout = resolve_layout(layer.conv_layout, None if state is None else state[0], layer.conv_dim)
     inputs = project(layer, hidden_states)
-    if batch is not None and state is not None:
+    if layer.context is not None:
+        o, offsets = context_prefill(layer, hidden_states, inputs, cu_seqlens)
+        o = mixing.normalized(layer, o, inputs.output_gate, offsets)
+    elif batch is not None and state is not None:
         check_step(layer, hidden_states, inputs, state)
         o = mixing.step(layer, inputs, state, batch, layout)
     else:

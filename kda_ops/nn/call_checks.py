@@ -105,6 +105,24 @@ def check_call(
         batch.check_slots(recurrent.shape[0])
 
 
+def check_context_call(
+    state: State | None, chunk_indices: Tensor | None, output_state: bool
+) -> None:
+    """Rejects what a layer does not take while its tokens are spread over ranks."""
+    if state is not None:
+        raise ValueError("state must be None while the tokens are spread over a context, got one")
+    if chunk_indices is not None:
+        raise ValueError(
+            "chunk_indices must be None while the tokens are spread over a context: each rank has "
+            "chunks of its own"
+        )
+    if output_state:
+        raise ValueError(
+            "output_state must be False while the tokens are spread over a context: "
+            "kda_ops.nn.context_chunk_kda returns final states"
+        )
+
+
 def check_step(layer: Layer, hidden_states: Tensor, inputs: Projected, state: State) -> None:
     """Rejects what the operators after the first write of a state would reject. (In compiled code
     they do so at trace time.)

@@ -14,6 +14,7 @@ from kda_ops.config import configured_layout
 from kda_ops.nn.apply import apply
 from kda_ops.nn.checkpoints import convert_state_dict
 from kda_ops.nn.config import check_heads, check_options, gate_rank, value_head_dim
+from kda_ops.nn.context import ContextParallel
 from kda_ops.nn.fsdp import keep_exact
 from kda_ops.nn.input_projection import input_sizes, padded, parts_of
 from kda_ops.nn.parts import join_parts
@@ -83,6 +84,8 @@ class KimiDeltaAttention(nn.Module):
         ValueError: Inconsistent sizes, an unknown mode or layout, a `lower_bound` outside
             `[-5, 0)`.
     """
+
+    context: ContextParallel | None = None  # over which `kda_ops.nn.parallelize` spreads the tokens
 
     def __init__(
         self,

@@ -54,6 +54,7 @@ from kda_ops._tracing import open_sizes, reads_values
 from kda_ops.cache.batch import KDABatch
 from kda_ops.cache.spec import KDAStateSpec, units_held
 from kda_ops.nn.apply import apply
+from kda_ops.nn.context import ContextParallel, check_mesh
 from kda_ops.nn.fsdp import is_fsdp_hook
 from kda_ops.nn.input_projection import input_sizes
 from kda_ops.nn.layer import KimiDeltaAttention
@@ -95,23 +96,9 @@ class HeadwiseParallel(ParallelStyle):
                 )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        check_mesh(device_mesh)
-        layers = [
-            (name, x) for name, x in module.named_modules() if isinstance(x, KimiDeltaAttention)
-        ]
-        problem = None
-        try:
-            if not layers:
-                raise ValueError(
-                    "module must have a KimiDeltaAttention, "
-                    f"got {type(module).__name__} without any"
-                )
-            for name, layer in layers:
-                check_layer(name, layer, device_mesh)
-        except ValueError as error:
-            problem = error
-        facts = [(name, description(x)) for name, x in layers]
-        check_agreement(device_mesh, (device_mesh.mesh.tolist(), repr(self), facts), problem)
+        check_mesh("mesh", device_mesh)
+        layers, problem = layers_of(module, device_mesh)
+        agree(layers, problem, device_mesh, self)
         for _, layer in layers:
             shard_layer(layer, device_mesh, self)
         return module
@@ -125,24 +112,31 @@ class HeadwiseParallel(ParallelStyle):
 
 def parallelize(
     module: nn.Module,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | None = None,
     *,
+    cp: ContextParallel | None = None,
     sequence_parallel: bool = False,
     use_local_output: bool = True,
     src_data_rank: int | None = 0,
 ) -> nn.Module:
-    """Shards every `KimiDeltaAttention` of a module by heads, in place. A collective of the mesh.
+    """Shards every `KimiDeltaAttention` of a module by heads, by tokens, or both, in place. A
+    collective of the meshes.
 
-    Before `fully_shard` (over another dimension of the mesh) and before `torch.compile`; an
-    optimizer is made afterwards, as parameters are replaced.
+    Before `fully_shard` (over another dimension of the mesh, or over that of `cp`) and before
+    `torch.compile`; an optimizer is made afterwards, as parameters are replaced.
 
     Args:
         module: A layer, or a model with layers. On the device "meta" only the shapes are sharded.
         mesh: One dimension, the tensor-parallel ranks; `mesh["tp"]` of a larger one. Its size
-            divides the value heads, and divides the key heads or is a multiple of them.
+            divides the value heads, and divides the key heads or is a multiple of them. None leaves
+            heads and parameters as they are.
+        cp: The ranks that share the tokens of a sequence. A layer's input and output are then this
+            rank's tokens, `cu_seqlens` still counts those of all ranks, and there are no states.
+            Parameters, which have to be equal on all ranks of it, get the gradients of this
+            rank's tokens, to be reduced as in data parallelism.
         sequence_parallel: Whether input and output of a layer are shards of the tokens, `[B, T /
-            ranks, hidden_size]`, instead of the same on every rank.
-        use_local_output: Whether outputs are plain tensors instead of DTensors.
+            ranks, hidden_size]`, instead of the same on every rank of `mesh`.
+        use_local_output: Whether outputs are plain tensors instead of DTensors (of `mesh`).
         src_data_rank: The rank of the mesh whose weights are taken; None if they are equal
             everywhere already, which saves the communication.
 
@@ -152,34 +146,66 @@ def parallelize(
     Raises:
         ValueError: The heads of a layer do not divide, there is no layer, one is a subclass with a
             forward of its own or parallel already, or the ranks disagree. Raised on all ranks of
-            the mesh; nothing is sharded then.
+            the meshes; nothing is sharded then.
         RuntimeError: A rank does not answer within the timeout of the process group.
     """
+    if mesh is None and cp is None:
+        raise ValueError("mesh or cp must be given, got neither")
     tokens = Shard(1) if sequence_parallel else Replicate()
     style = HeadwiseParallel(
         input_layouts=tokens, output_layouts=tokens, use_local_output=use_local_output
     )
     style.src_data_rank = src_data_rank
-    return style._apply(module, mesh)
+    if cp is not None and not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp must be a ContextParallel, got {type(cp).__name__}")
+    if mesh is not None:
+        check_mesh("mesh", mesh)
+    layers, problem = layers_of(module, mesh)
+    agree(layers, problem, mesh, style, cp)
+    for _, layer in layers:
+        if mesh is not None:
+            shard_layer(layer, mesh, style)
+        if cp is not None:
+            layer.context = cp
+    return module
 
 
 # ---------------------------------------------------------------------- checks
 
 
-def check_mesh(mesh: DeviceMesh) -> None:
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"mesh must have one dimension, got {mesh.ndim}: take one of them by its name"
-        )
+def layers_of(
+    module: nn.Module, mesh: DeviceMesh | None
+) -> tuple[list[tuple[str, KimiDeltaAttention]], ValueError | None]:
+    """The layers of a module, and why they cannot be sharded; over no mesh, by tokens alone."""
+    layers = [(name, x) for name, x in module.named_modules() if isinstance(x, KimiDeltaAttention)]
+    try:
+        if not layers:
+            raise ValueError(
+                f"module must have a KimiDeltaAttention, got {type(module).__name__} without any"
+            )
+        for name, layer in layers:
+            check_layer(name or "module", layer)
+            if mesh is not None:
+                check_heads(name or "module", layer, mesh)
+    except ValueError as error:
+        return layers, error
+    return layers, None
 
 
-def check_layer(name: str, layer: KimiDeltaAttention, mesh: DeviceMesh) -> None:
-    """Whether a layer can be sharded over a mesh."""
-    name, ranks = name or "module", mesh.size()
+def check_layer(name: str, layer: KimiDeltaAttention) -> None:
+    """Whether a layer can be sharded at all."""
+    if layer.context is not None:
+        raise ValueError(f"{name} must not be parallel already")
+    ours = (KimiDeltaAttention.forward, ParallelKimiDeltaAttention.forward)
+    if type(layer).forward not in ours:
+        raise ValueError(f"{name} must have the forward of KimiDeltaAttention, got another one")
+
+
+def check_heads(name: str, layer: KimiDeltaAttention, mesh: DeviceMesh) -> None:
+    """Whether a layer can be sharded by heads over a mesh."""
+    ranks = mesh.size()
     if isinstance(layer, ParallelKimiDeltaAttention):
         raise ValueError(f"{name} must not be parallel already")
-    if type(layer).forward is not KimiDeltaAttention.forward:
-        raise ValueError(f"{name} must have the forward of KimiDeltaAttention, got another one")
     if any(isinstance(p, DTensor) for p in layer.parameters()):
         raise ValueError(f"{name} must have plain parameters: shard it by heads first")
     for kind, heads, least in (
@@ -203,21 +229,39 @@ def description(layer: KimiDeltaAttention) -> str:
     return f"{type(layer).__name__}({layer.extra_repr()}): {', '.join(parameters)}"
 
 
-def check_agreement(mesh: DeviceMesh, facts: Any, problem: ValueError | None) -> None:
-    """Raises on all ranks what one of them has found, or that they do not mean the same."""
+def agree(
+    layers: list[tuple[str, KimiDeltaAttention]],
+    problem: ValueError | None,
+    mesh: DeviceMesh | None,
+    style: HeadwiseParallel,
+    cp: ContextParallel | None = None,
+) -> None:
+    """Raises on all ranks of both meshes what one of them has found, or that they differ."""
+    by_heads = None if mesh is None else mesh.size()
+    facts = (by_heads, repr(style), repr(cp), [(name, description(x)) for name, x in layers])
+    for ranks in (mesh, None if cp is None else cp.mesh):
+        if ranks is not None:  # also with a problem: the other mesh's ranks wait to hear of it
+            problem = disagreement(ranks, (ranks.mesh.tolist(), *facts), problem)
+    if problem is not None:
+        raise problem
+
+
+def disagreement(mesh: DeviceMesh, facts: Any, problem: ValueError | None) -> ValueError | None:
+    """What a rank of the mesh has found, or that they do not mean the same."""
     said: list[Any] = [None] * mesh.size()
     mine = (facts, None if problem is None else str(problem))
     dist.all_gather_object(said, mine, group=mesh.get_group())
     if problem is not None:
-        raise problem
+        return problem
     for rank, (other, their_problem) in enumerate(said):
         if their_problem is not None:
-            raise ValueError(f"rank {rank} of the mesh: {their_problem}")
+            return ValueError(f"rank {rank} of the mesh: {their_problem}")
         if other != facts:
-            raise ValueError(
+            return ValueError(
                 f"all ranks must shard the same layers over the same mesh, got {facts} on this "
                 f"rank and {other} on rank {rank} of the mesh"
             )
+    return None
 
 
 # ---------------------------------------------------------------------- parameters
@@ -420,7 +464,7 @@ class LocalLayer:
         self.use_short_conv, self.conv_size = layer.use_short_conv, layer.conv_size
         self.conv_layout = layer.conv_layout
         self.allow_neg_eigval, self.lower_bound = layer.allow_neg_eigval, layer.lower_bound
-        self.norm_eps = layer.norm_eps
+        self.norm_eps, self.context = layer.norm_eps, layer.context
         parts: Any = layer
         self.in_proj = LocalLinear(parts.in_proj.weight())
         self.conv_weight = None if layer.conv_weight is None else parts.conv_weight.weight()

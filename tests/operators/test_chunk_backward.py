@@ -156,6 +156,24 @@ def test_frozen_arguments_do_not_change_other_gradients(case: KernelCase) -> Non
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("size", [None, 170_000], ids=["whole", "slabs"])
+def test_the_initial_state_alone_needs_two_kernels(
+    size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = arguments(SMALL["fast-ragged"], CPU)
+    given, needs = output_gradients(inputs), differentiable(inputs)
+    expected = launch("chunk_kda_gated", inputs, given, needs)[-1]
+    kernels = import_module("kda_ops.delta_rule.chunked.kernels.gradient")
+    for name in ("states_forward_kernel", "backward_tiles_kernel", "chunk_gradient_kernel"):
+        monkeypatch.setattr(kernels, name, None)
+    counts = [] if size is None else in_slabs(monkeypatch, size)
+    alone = [name == "initial_state" for name in inputs]
+    (found,) = launch("chunk_kda_gated", inputs, given, alone)
+    assert torch.equal(found, expected)
+    assert size is None or max(counts) >= 2
+
+
+@pytest.mark.interpreter
 def test_a_sequence_in_pieces() -> None:
     """The gradient of the second piece's initial state is that of the first one's final state."""
     whole = arguments(plain(T=128, K=16, V=16, dtype=FP32), CPU)

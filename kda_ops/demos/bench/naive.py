@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kda_ops._numerics import QK_NORM_EPS
 from kda_ops.nn.layer import KimiDeltaAttention
-
-QK_NORM_EPS = 1e-6  # that of `kda_ops.l2norm` and of FLA, which counts where q or k is small
 
 
 def naive_layer(layer: KimiDeltaAttention, x: Tensor) -> Tensor:

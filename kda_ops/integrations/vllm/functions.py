@@ -2,14 +2,13 @@
 
 from torch import Tensor
 
-from kda_ops._numerics import CHUNK
+from kda_ops._numerics import CHUNK, QK_NORM_EPS
 from kda_ops.delta_rule.chunk_kda import chunk_kda
 from kda_ops.delta_rule.chunk_kda_gated import chunk_kda_gated
 from kda_ops.gating.gate_cumsum import gate_cumsum
 from kda_ops.norm.l2norm import l2norm
 
 SAFE_GATE_BOUND = -5.0
-QK_NORM_EPS = 1e-6
 
 
 def fused_kda_gate_chunk_cumsum(

@@ -235,15 +235,20 @@ def launch_gradient(
                 **part.constants, num_warps=1,
             )  # fmt: skip
 
+    # gradients of states depend on no state: a part of a context asks for them alone
+    states_alone = needs <= {"initial_state"}
     for i, part in enumerate(parts[:-1]):
-        prepare(part)
-        forward(part, workspace.handed_on(i)[0], False)
+        if not states_alone:
+            prepare(part)
+            forward(part, workspace.handed_on(i)[0], False)
     for i, part in reversed(list(enumerate(parts))):
         states, gradients = workspace.handed_on(i)
         prepare(part)
-        forward(part, states, True)
+        if not states_alone:
+            forward(part, states, True)
         backward(part, gradients)
-        chunk_gradients(part)
+        if not states_alone:
+            chunk_gradients(part)
     if HV != H or raw.qk_norm_eps is not None:
         sum_heads(q, k, by_head, found, batch, raw.qk_norm_eps)
     sum_parameters(sums, found)
