@@ -6,7 +6,6 @@ same processes, once.
 
 import itertools
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from kda_ops._registry import OPERATORS
 from kda_ops._sharding import RULES
 from tests.support import dtensor_ranks, lost_ranks, parallel_ranks
-from tests.support.processes import failures_of, start
+from tests.support.processes import failures_of, free_ports, start
 
 SCENARIOS = parallel_ranks.SCENARIOS | dtensor_ranks.SCENARIOS
 
@@ -52,8 +51,7 @@ def test_a_lost_rank_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_page_runs_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        monkeypatch.setenv("PAGE_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("PAGE_PORT", *free_ports(1))
     ranks = start("tests.support.page_ranks", 2, tmp_path / "store")
     try:
         for rank, process in enumerate(ranks):

@@ -3,6 +3,8 @@
 import datetime
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 import traceback
@@ -17,6 +19,21 @@ from torch.distributed.device_mesh import init_device_mesh
 import kda_ops
 
 ROOT = Path(kda_ops.__file__).parent.parent
+
+
+def free_ports(count: int) -> list[str]:
+    """Ports for processes that start later: not of those that Linux gives to connections meanwhile,
+    such as gloo's.
+    """
+    found: list[str] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                found.append(str(port))
+        except OSError:
+            continue
+    return found
 
 
 def start(module: str, world: int, store: Path, *arguments: str) -> list[subprocess.Popen]:

@@ -64,12 +64,9 @@ def launch(run: Launch, process: int, port: int) -> dict[str, Any]:
         options.append("--eager")
     if run.name == LOST and rank == 1:
         Trainer.read = lambda self: os._exit(0)  # type: ignore[method-assign]
-    out, err, code = io.StringIO(), io.StringIO(), None
+    out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(["train", *OPTIONS, *options])
-        except RuntimeError as error:
-            print(error, file=err)
+        code = main(["train", *OPTIONS, *options])
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 
