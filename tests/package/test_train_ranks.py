@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -22,9 +23,10 @@ from kda_ops.demos.training.options import DEFAULTS, Refused, add_arguments
 from kda_ops.demos.training.ranks import Ranks, device_of, ranks_of
 from kda_ops.demos.training.trainer import Settings
 from tests.support.processes import ROOT, free_ports, start
-from tests.support.train_ranks import COMPILED, LAUNCHES, LOST, OPTIONS
+from tests.support.train_ranks import LAUNCHES, LOST, OPTIONS
 
-STEPS = 8
+STEPS = 9
+ONE = {"tp": 1, "cp": 1, "dp": None, "fsdp": False}  # options of a run in one process
 
 
 def in_one_process(*options: object) -> list[float]:
@@ -82,17 +84,19 @@ def assert_same(losses: list[float], whole: list[float], steps: int) -> None:
 @pytest.mark.parametrize(
     ("name", "steps", "ranks", "said"),
     [
-        ("dp", 4, (1, 2, False), "2 data parallel x 1 tensor parallel"),
-        ("tp", 4, (2, 1, False), "1 data parallel x 2 tensor parallel"),
-        (COMPILED, 4, (2, 1, False), "1 data parallel x 2 tensor parallel"),
-        ("both", 6, (2, 2, True), "2 data parallel by FSDP2 x 2 tensor parallel"),
-        ("replicas", 5, (2, 2, False), "2 data parallel x 2 tensor parallel"),
+        ("dp", 4, (1, 1, 2, False), "2 data x 1 context x 1 tensor parallel"),
+        ("tp", 4, (2, 1, 1, False), "1 data x 1 context x 2 tensor parallel"),
+        ("compiled", 4, (2, 1, 1, False), "1 data x 1 context x 2 tensor parallel"),
+        ("both", 6, (2, 1, 2, True), "2 data x 1 context x 2 tensor parallel, FSDP2"),
+        ("replicas", 5, (1, 2, 2, False), "2 data x 2 context x 1 tensor parallel"),
+        ("context", 7, (2, 2, 1, False), "1 data x 2 context x 2 tensor parallel"),
+        ("compiled context", 4, (1, 2, 1, True), "1 data x 2 context x 1 tensor parallel, FSDP2"),
     ],
 )
 def test_losses(
     name: str,
     steps: int,
-    ranks: tuple[int, int, bool],
+    ranks: tuple[int, int, int, bool],
     said: str,
     found: Callable[[str], list[dict[str, Any]]],
     whole: list[float],
@@ -102,7 +106,7 @@ def test_losses(
     assert first["code"] == 0, first["err"]
     printed = json.loads(first["out"])
     assert_same(printed["losses"], whole, steps)
-    assert (printed["tp"], printed["dp"], printed["fsdp"]) == ranks
+    assert (printed["tp"], printed["cp"], printed["dp"], printed["fsdp"]) == ranks
     assert f"ranks   {said}\n" in first["err"]
     assert all(other == {"code": 0, "out": "", "err": ""} for other in others)
 
@@ -112,9 +116,9 @@ def test_resumed_in_one_process(folder: Path, whole: list[float], tmp_path: Path
     path = folder / "tp"
     assert path.is_dir()
     assert not [*folder.glob("*.unfinished"), *folder.glob("*.old")]
-    assert_same(in_one_process("--resume", path, "--steps=7", "--save", path), whole, 7)
+    assert_same(in_one_process("--resume", path, "--steps=8", "--save", path), whole, 8)
     assert path.is_file()
-    assert_same(in_one_process("--resume", path, "--steps=8"), whole, 8)
+    assert_same(in_one_process("--resume", path, "--steps=9"), whole, 9)
 
 
 def test_ranks_that_mean_something_else(found: Callable[[str], list[dict[str, Any]]]) -> None:
@@ -138,7 +142,7 @@ def test_the_commands_of_the_page_fit() -> None:
     lines = re.findall(
         r"^(?:torchrun --nproc-per-node (\d+)|python) -m kda_ops train ?(.*)$", page, re.M
     )
-    assert len(lines) == 6
+    assert len(lines) == 8
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     for world, options in lines:
@@ -146,7 +150,8 @@ def test_the_commands_of_the_page_fit() -> None:
         ranks = ranks_of(args, {"WORLD_SIZE": world, "RANK": "0"} if world else {})
         assert ranks.world == int(world or 1)
         for defaults in DEFAULTS.values():
-            _check_ranks(args, Settings(**defaults), ranks)
+            given = {name: getattr(args, name, value) for name, value in defaults.items()}
+            _check_ranks(args, Settings(**given), ranks)
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -158,31 +163,38 @@ def test_the_commands_of_the_page_fit() -> None:
         (
             {"tp": 2},
             None,
-            "--tp 2 --dp 1 must run in 2 processes, as torchrun --nproc-per-node 2 "
+            "--tp 2 --cp 1 --dp 1 must run in 2 processes, as torchrun --nproc-per-node 2 "
             "-m kda_ops train starts them, got one without torchrun",
         ),
-        ({"tp": 2, "dp": 2}, 2, "--tp 2 --dp 2 must run in 4 processes, .*, got 2"),
-        ({"tp": 3}, 4, "--tp 3 --dp 1 must run in 3 processes, .*, got 4"),
-        ({"fsdp": True}, None, "--fsdp must have at least 2 data-parallel processes, got --tp 1"),
-        ({"tp": 2, "fsdp": True}, 2, "--fsdp must have .*, got --tp 2 --dp 1"),
+        ({"tp": 2, "dp": 2}, 2, "--tp 2 --cp 1 --dp 2 must run in 4 processes, .*, got 2"),
+        ({"tp": 3}, 4, "--tp 3 --cp 1 --dp 1 must run in 3 processes, .*, got 4"),
+        ({"tp": 2, "cp": 2}, 6, "--tp 2 --cp 2 --dp 1 must run in 4 processes, .*, got 6"),
+        ({"fsdp": True}, None, "--fsdp must have --cp x --dp of at least 2, got --tp 1"),
+        ({"tp": 2, "fsdp": True}, 2, "--fsdp must have .*, got --tp 2 --cp 1 --dp 1"),
     ],
 )
 def test_processes_that_do_not_fit(
     options: dict[str, Any], world: int | None, message: str
 ) -> None:
-    args = argparse.Namespace(**{"tp": 1, "dp": None, "fsdp": False} | options)
+    args = argparse.Namespace(**ONE | options)
     with pytest.raises(Refused, match=f"^{message}"):
         ranks_of(args, {} if world is None else {"WORLD_SIZE": str(world), "RANK": "0"})
 
 
 def test_ranks_of_torchrun() -> None:
-    """Data parallel by default; neighbors are tensor parallel."""
-    args = argparse.Namespace(tp=2, dp=None, fsdp=False)
+    """Data parallel by default; neighbors are tensor parallel, then context parallel."""
+    args = argparse.Namespace(**ONE | {"tp": 2})
     of_host = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     ranks = ranks_of(args, of_host)
     assert ranks == Ranks(2, 4, rank=5, local_rank=1, local_world=4)
-    assert ranks.rows(torch.arange(8)).tolist() == [4, 5]
-    assert ranks_of(argparse.Namespace(tp=1, dp=None, fsdp=False), {"WORLD_SIZE": "1"}) == Ranks()
+    text = torch.arange(8 * 13).view(8, 13)
+    assert ranks.share(text).equal(text[4:6])
+    ranks = ranks_of(argparse.Namespace(**ONE | {"tp": 2, "cp": 2}), of_host)
+    assert ranks == Ranks(2, 2, 2, rank=5, local_rank=1, local_world=4)
+    # bytes of the second half of each sequence, the first of which the other part predicts
+    assert dataclasses.replace(ranks, rank=6).share(text).equal(text[4:, 6:])
+    assert ranks.share(text).equal(text[4:, :7])
+    assert ranks_of(argparse.Namespace(**ONE), {"WORLD_SIZE": "1"}) == Ranks()
 
 
 @pytest.mark.parametrize(
@@ -199,6 +211,16 @@ def test_sizes_that_do_not_fit(sizes: dict[str, int], message: str) -> None:
     settings = Settings(**given, lr=1e-3, seed=0, dtype="fp32")
     with pytest.raises(Refused, match=f"^{message}$"):
         _check_ranks(argparse.Namespace(baseline="fla"), settings, Ranks(2, 2))
+
+
+def test_lengths_that_do_not_fit() -> None:
+    """Each part of a sequence is spread over the ranks that share its layers."""
+    args, ranks = argparse.Namespace(baseline=None), Ranks(tp=2, cp=2)
+    given = {"hidden": 48, "layers": 1, "heads": 2, "batch": 4, "lr": 1e-3, "seed": 0}
+    _check_ranks(args, Settings(**given, length=84, dtype="fp32"), ranks)
+    message = "^--length must be a multiple of --cp 2 x --tp 2, got 82$"
+    with pytest.raises(Refused, match=message):
+        _check_ranks(args, Settings(**given, length=82, dtype="fp32"), ranks)
 
 
 def test_each_process_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,14 @@ def run(args: argparse.Namespace, results: dict[str, Any]) -> int:
         with connected(ranks, args.device):
             ranks.agree(
                 {
-                    "options": (ranks.tp, ranks.dp, ranks.fsdp, args.eager, bool(args.save)),
+                    "options": (
+                        ranks.tp,
+                        ranks.cp,
+                        ranks.dp,
+                        ranks.fsdp,
+                        args.eager,
+                        bool(args.save),
+                    ),
                     "settings": dataclasses.asdict(settings),
                     "steps": (args.steps, saved is not None and len(saved["losses"])),
                     "text": text.digest,
@@ -188,6 +195,11 @@ def _check_ranks(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> 
     """What the options are only on several processes."""
     if settings.batch % ranks.dp:
         raise Refused(f"--batch must be a multiple of --dp {ranks.dp}, got {settings.batch}")
+    if ranks.cp > 1 and settings.length % (ranks.cp * ranks.tp):
+        raise Refused(
+            f"--length must be a multiple of --cp {ranks.cp} x --tp {ranks.tp}, "
+            f"got {settings.length}"
+        )
     width = mlp_width(settings.hidden)
     for name, size in (
         ("--heads", settings.heads),
@@ -357,6 +369,7 @@ def _as_json(
         "torch": str(torch.__version__),
         "compiled": not args.eager,
         "tp": ranks.tp,
+        "cp": ranks.cp,
         "dp": ranks.dp,
         "fsdp": ranks.fsdp,
         **{name: x for name, x in ours.items() if name != "name"},

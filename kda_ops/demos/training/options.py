@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "several processes",
-        "Under torchrun --nproc-per-node N -m kda_ops train, with N = --tp x --dp.",
+        "Under torchrun --nproc-per-node N -m kda_ops train, with N = --tp x --cp x --dp.",
     )
     group.add_argument(
         "--tp",
@@ -95,15 +95,22 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
         help="tensor parallel: processes that share each layer, by its heads",
     )
     group.add_argument(
+        "--cp",
+        type=arguments.positive,
+        default=1,
+        metavar="N",
+        help="context parallel: parts of each sequence, for long ones",
+    )
+    group.add_argument(
         "--dp",
         type=arguments.positive,
         metavar="N",
-        help="data parallel: parts of a batch (default: all processes / --tp)",
+        help="data parallel: parts of a batch, by sequences (default: all processes that are left)",
     )
     group.add_argument(
         "--fsdp",
         action="store_true",
-        help="the data-parallel processes also share weights, gradients and optimizer (FSDP2)",
+        help="the processes of --dp and --cp also share weights, gradients and optimizer (FSDP2)",
     )
 
 

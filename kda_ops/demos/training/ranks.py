@@ -16,11 +16,13 @@ from kda_ops.demos.training.options import Refused
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from kda_ops.nn.context import ContextParallel
+
 # Dimensions of the mesh, outermost first: neighbors, on the fastest links, are tensor parallel. The
-# batch is spread over the first two, of which one has a single rank; the first holds replicas of
-# the weights, the second shards. One that splits sequences belongs between these and `TENSOR`: its
-# ranks have the same rows, and the mean of the losses is over them too.
-REPLICATE, SHARD, TENSOR = "dp_replicate", "dp_shard", "tp"
+# tokens of a batch, by sequences and then by parts of them, are spread over the first two, of which
+# one has a single rank; the first holds replicas of the weights, the second shards.
+REPLICATE, SHARD, TENSOR = "replicate", "shard", "tp"
+DATA, CONTEXT = "dp", "cp"  # the first two, as they spread tokens: in a mesh of its own
 TIMEOUT_S = 600  # how long a rank waits for another, which may be compiling
 
 
@@ -31,27 +33,29 @@ class Ranks:
     Attributes:
         tp: Tensor-parallel ranks.
         dp: Data-parallel ranks.
-        fsdp: Whether the data-parallel ranks share weights, gradients and optimizer.
-        rank: This one, in `range(tp * dp)`.
+        cp: Context-parallel ranks.
+        fsdp: Whether data- and context-parallel ranks share weights, gradients and optimizer.
+        rank: This one, in `range(tp * cp * dp)`.
         local_rank: This one among those of its machine.
         local_world: The processes of its machine.
     """
 
     tp: int = 1
     dp: int = 1
+    cp: int = 1
     fsdp: bool = False
     rank: int = 0
     local_rank: int = 0
     local_world: int = 1
 
     def __str__(self) -> str:
-        sharing = " by FSDP2" if self.fsdp else ""
-        return f"{self.dp} data parallel{sharing} x {self.tp} tensor parallel"
+        sharing = ", FSDP2" if self.fsdp else ""
+        return f"{self.dp} data x {self.cp} context x {self.tp} tensor parallel{sharing}"
 
     @property
     def world(self) -> int:
         """All processes."""
-        return self.tp * self.dp
+        return self.tp * self.cp * self.dp
 
     @property
     def first(self) -> bool:
@@ -62,12 +66,33 @@ class Ranks:
         """All ranks, by `REPLICATE`, `SHARD` and `TENSOR`. A collective."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        sizes = (1, self.dp, self.tp) if self.fsdp else (self.dp, 1, self.tp)
+        parts = self.dp * self.cp
+        sizes = (1, parts, self.tp) if self.fsdp else (parts, 1, self.tp)
         return init_device_mesh(device, sizes, mesh_dim_names=(REPLICATE, SHARD, TENSOR))
 
-    def rows(self, batch: Tensor) -> Tensor:
-        """This rank's sequences of a batch."""
-        return batch.chunk(self.dp)[self.rank // self.tp]
+    def context(self, device: str) -> "ContextParallel | None":
+        """The ranks that share this one's sequences; None if it is alone. A collective."""
+        if self.cp == 1:
+            return None
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from kda_ops.nn.context import ContextParallel
+
+        sizes, names = (self.dp, self.cp, self.tp), (DATA, CONTEXT, TENSOR)
+        return ContextParallel(init_device_mesh(device, sizes, mesh_dim_names=names)[CONTEXT])
+
+    def share(self, text: Tensor) -> Tensor:
+        """This rank's part of its sequences of a batch.
+
+        Args:
+            text: `[B, T + 1]`, each byte but the first the target of the one before.
+
+        Returns:
+            `[B / dp, T / cp + 1]`, with the target of the last byte too.
+        """
+        size = (text.shape[1] - 1) // self.cp
+        row, part = divmod(self.rank // self.tp, self.cp)
+        return text.chunk(self.dp)[row][:, part * size : (part + 1) * size + 1]
 
     def mean(self, losses: Tensor) -> Tensor:
         """The mean over all ranks, whose parts of the batch are of one size. A collective."""
@@ -109,22 +134,24 @@ def ranks_of(args: argparse.Namespace, environment: Mapping[str, str] = os.envir
         Refused: Options and processes do not fit.
     """
     world = int(environment.get("WORLD_SIZE", "1"))
-    dp = args.dp or max(1, world // args.tp)
-    options = f"--tp {args.tp} --dp {dp}"
-    if args.tp * dp != world:
+    dp = args.dp or max(1, world // (args.tp * args.cp))
+    options = f"--tp {args.tp} --cp {args.cp} --dp {dp}"
+    needed = args.tp * args.cp * dp
+    if needed != world:
         started = f"got {world}" if "WORLD_SIZE" in environment else "got one without torchrun"
         raise Refused(
-            f"{options} must run in {args.tp * dp} processes, as torchrun --nproc-per-node "
-            f"{args.tp * dp} -m kda_ops train starts them, {started}"
+            f"{options} must run in {needed} processes, as torchrun --nproc-per-node "
+            f"{needed} -m kda_ops train starts them, {started}"
         )
-    if args.fsdp and dp == 1:
-        raise Refused(f"--fsdp must have at least 2 data-parallel processes, got {options}")
+    if args.fsdp and args.cp * dp == 1:
+        raise Refused(f"--fsdp must have --cp x --dp of at least 2, got {options}")
     if world == 1:
         return Ranks()
     rank = int(environment["RANK"])
     return Ranks(
         args.tp,
         dp,
+        args.cp,
         args.fsdp,
         rank,
         int(environment.get("LOCAL_RANK", rank)),

@@ -1,7 +1,9 @@
-"""The model over several processes: tensor parallel by PyTorch's styles, data parallel by FSDP2.
+"""The model over several processes: tensor parallel by PyTorch's styles, data parallel by FSDP2,
+context parallel by the layers.
 
 Between the layers each tensor-parallel rank has a part of the tokens: norms and residual stream
-work on them alone. Layers and MLPs gather all tokens and return their sum in parts.
+work on them alone. Layers and MLPs gather all tokens and return their sum in parts. With context
+parallelism "all" are those of a part of each sequence; nothing but the layers knows of the others.
 
 Replicas are FSDP2 with shards of one rank. So every parameter is a DTensor over one mesh, whatever
 the options, and clipping, the optimizer and checkpoints are the same for all of them.
@@ -21,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 from kda_ops.demos.training.model import ByteModel
 from kda_ops.demos.training.ranks import REPLICATE, SHARD, TENSOR
+from kda_ops.nn.context import ContextParallel
 from kda_ops.nn.parallel import parallelize
 
 TOKENS = Shard(1)
@@ -36,8 +39,10 @@ def block_styles() -> dict[str, ParallelStyle]:
     }
 
 
-def tensor_parallel(model: ByteModel, mesh: DeviceMesh) -> None:
-    """Shards every layer over the ranks of a mesh, in place. All ranks have the same weights."""
+def tensor_parallel(model: ByteModel, mesh: DeviceMesh, cp: ContextParallel | None) -> None:
+    """Shards every layer over the ranks of a mesh, in place, and its tokens over those of a
+    context. All ranks have the same weights.
+    """
     ends = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=TOKENS),
         "head.norm": SequenceParallel(use_local_output=True),
@@ -49,11 +54,11 @@ def tensor_parallel(model: ByteModel, mesh: DeviceMesh) -> None:
     model.embedding.register_forward_hook(lambda module, args, x: x.clone())
     for block in model.blocks:
         parallelize_module(block, mesh, block_styles(), src_data_rank=None)
-    parallelize(model, mesh, sequence_parallel=True, src_data_rank=None)
+    parallelize(model, mesh, cp=cp, sequence_parallel=True, src_data_rank=None)
 
 
 def data_parallel(model: ByteModel, mesh: DeviceMesh) -> None:
-    """Gives each rank of the mesh's first two dimensions its own sequences, in place.
+    """Gives each rank of the mesh's first two dimensions its own tokens, in place.
 
     The gradients are the means over the ranks. Weights are gathered block by block if there are
     shards of them.
@@ -65,10 +70,12 @@ def data_parallel(model: ByteModel, mesh: DeviceMesh) -> None:
         fully_shard(module, mesh=grid, reshard_after_forward=shards and module is not model)
 
 
-def spread(model: ByteModel, mesh: DeviceMesh) -> None:
-    """Spreads a model over the ranks of a mesh, in place. A collective."""
+def spread(model: ByteModel, mesh: DeviceMesh, cp: ContextParallel | None) -> None:
+    """Spreads a model over the ranks of a mesh, in place, of which some may share the tokens of a
+    sequence. A collective.
+    """
     # on a single tensor-parallel rank too, so that parameters have the same names on every mesh
-    tensor_parallel(model, mesh[TENSOR])
+    tensor_parallel(model, mesh[TENSOR], cp)
     if mesh[REPLICATE].size() * mesh[SHARD].size() > 1:
         data_parallel(model, mesh)
         # the norm of all gradients is then one collective

@@ -84,7 +84,8 @@ class Trainer:
         if self.ranks.world > 1:
             from kda_ops.demos.training.sharding import spread  # loads DTensor
 
-            spread(self.model, self.ranks.mesh(device.type))
+            mesh, context = self.ranks.mesh(device.type), self.ranks.context(device.type)
+            spread(self.model, mesh, context)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), settings.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -101,7 +102,7 @@ class Trainer:
         s = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * min(1.0, (self.steps + 1) / WARMUP)
-        text = self.ranks.rows(self.text.batch(s.seed, self.steps, s.batch, s.length))
+        text = self.ranks.share(self.text.batch(s.seed, self.steps, s.batch, s.length))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
             loss = self.model(text)
         loss.backward()
