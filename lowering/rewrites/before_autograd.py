@@ -334,13 +334,14 @@ def copied(node: fx.Node, originals: dict[fx.Node, fx.Node]) -> list[fx.Node]:
 
 def install_before_autograd() -> None:
     """Runs these rewrites before Inductor's own passes over Dynamo's graph, in no user's slot."""
-    from torch._inductor import compile_fx
+    from torch._inductor import compile_fx, config
 
     passes = compile_fx.pre_grad_passes
 
     @functools.wraps(passes)
     def pre_grad_passes(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> fx.GraphModule:
-        rewrite_before_autograd(gm)
+        if config.pattern_matcher:  # as for the rewrites behind
+            rewrite_before_autograd(gm)
         return passes(gm, *args, **kwargs)
 
     compile_fx.pre_grad_passes = pre_grad_passes

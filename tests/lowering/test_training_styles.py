@@ -154,6 +154,12 @@ def padded(v: Tensor) -> Tensor:
     return v
 
 
+def halved(v: Tensor) -> Tensor:
+    """In memory, which autograd does not see."""
+    v.detach().mul_(0.5)
+    return v
+
+
 def rows(y: Tensor) -> Tensor:
     """One for each head, which only a contiguous tensor can be viewed as."""
     return y.view(-1, K)
@@ -165,13 +171,24 @@ def strided(y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("change", "follow", "count"),
-    [(Tensor.contiguous, rows, 1), (padded, rows, 3), (Tensor.contiguous, strided, 3)],
-    ids=["rows", "padded", "strided"],
+    [
+        (Tensor.contiguous, rows, 1),
+        (padded, rows, 3),
+        (halved, rows, 3),
+        (Tensor.contiguous, strided, 3),
+    ],
+    ids=["rows", "padded", "halved", "strided"],
 )
 def test_separate_convolutions(change: Any, follow: Any, count: int) -> None:
     """They are one where what reads them takes slices, and nothing is written meanwhile."""
     found = stepped(convolved(change, follow), torch.float32)
     assert found.operators(0).count("short_conv") == count
+
+
+def test_no_patterns_wanted() -> None:
+    with torch._inductor.config.patch(pattern_matcher=False):
+        found = stepped(step(normed=normed), torch.float32)
+    assert found.fired == []
 
 
 def test_sizes_that_change() -> None:
