@@ -54,7 +54,9 @@ def rewrite_before_autograd(gm: fx.GraphModule) -> None:
         logger.debug("not rewritten before autograd: there are subclasses of tensors")
         return
     # that of Dynamo, which is no longer the current one
-    mode = next(x.fake_mode for x in tensors if isinstance(x, FakeTensor))
+    mode = next((x.fake_mode for x in tensors if isinstance(x, FakeTensor)), None)
+    if mode is None:
+        return
     try:
         with mode:  # or tensors that the graph makes would be real, and numbers drawn
             traced = trace(gm)
