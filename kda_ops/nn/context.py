@@ -231,7 +231,9 @@ class History(Function):
         found = tails.flatten(0, 1)[place]  # [m, rows, B, D]
         ctx.save_for_backward(own, real)
         ctx.size, ctx.kept, ctx.rows, ctx.ranks = size, kept, rows, ranks
-        return torch.where(real[:, :, None, None], found, 0).permute(2, 0, 1, 3).contiguous()
+        found = torch.where(real[:, :, None, None], found, 0).permute(2, 0, 1, 3)
+        # always a copy: torch 2.11 loses the gradient of what `contiguous` returns as it is
+        return found.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable

@@ -10,46 +10,56 @@ copied to Dynamo's graph. All else of that graph stays as it is: autocast, check
 """
 
 import functools
+import itertools
 import logging
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.virtualized import V
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from kda_ops._registry import NAMESPACE
+from kda_ops._registry import NAMESPACE, REFERENCE_NAMESPACE
+from kda_ops.lowering.graph.matching import same_shape, value
 from kda_ops.lowering.graph.provenance import inherit
 from kda_ops.lowering.graph.sizes import share_sizes
 from kda_ops.lowering.rewrites.framework import BEFORE_AUTOGRAD
 
 logger = logging.getLogger("kda_ops.lowering")
 
+STRIDED = ("as_strided", "as_strided_", "stride", torch.as_strided)
+
 
 def rewrite_before_autograd(gm: fx.GraphModule) -> None:
     """Replaces plain PyTorch by operators in one of Dynamo's graphs, if it is trained."""
-    given = [x.meta.get("example_value") for x in gm.graph.find_nodes(op="placeholder")]
-    tensors = [x for x in given if isinstance(x, torch.Tensor)]
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+    given = gm.graph.find_nodes(op="placeholder")
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors_of(*given)):
         return
-    if not any(getattr(node.target, "namespace", None) == NAMESPACE for node in gm.graph.nodes):
+    called = {getattr(node.target, "namespace", None) for node in gm.graph.nodes}
+    if NAMESPACE not in called or REFERENCE_NAMESPACE in called:
         return
+    tensors = tensors_of(*gm.graph.nodes)
     if not all(type(x) in (FakeTensor, torch.nn.Parameter) for x in tensors):
-        logger.debug("not rewritten before autograd: an input is a subclass of tensors")
+        logger.debug("not rewritten before autograd: there are subclasses of tensors")
         return
     # that of Dynamo, which is no longer the current one
-    mode = next(x.fake_mode for x in tensors if isinstance(x, FakeTensor))
+    mode = next((x.fake_mode for x in tensors if isinstance(x, FakeTensor)), None)
+    if mode is None:
+        return
     try:
-        traced = trace(gm)
+        with mode:  # or tensors that the graph makes would be real, and numbers drawn
+            traced = trace(gm)
     except Exception as error:  # a graph that stays as it is is right, only slower
         logger.debug("not rewritten before autograd: %s: %s", type(error).__name__, error)
         return
@@ -61,11 +71,17 @@ def rewrite_before_autograd(gm: fx.GraphModule) -> None:
     copy_back(gm.graph, traced, replaced)
 
 
+def tensors_of(*nodes: fx.Node) -> list[torch.Tensor]:
+    """The tensors that nodes of Dynamo's had there, one or several each."""
+    found = tree_leaves([node.meta.get("example_value") for node in nodes])
+    return [x for x in found if isinstance(x, torch.Tensor)]
+
+
 class Retrace(fx.Interpreter):
     """Runs Dynamo's graph. What is opaque has the value that it had in Dynamo.
 
     Attributes:
-        results: The tensor of each node.
+        results: The tensor or the size of each node.
         writers: Nodes that have written an argument.
         written: The memory that they wrote.
     """
@@ -73,15 +89,23 @@ class Retrace(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, opaque: dict[fx.Node, Any]) -> None:
         super().__init__(gm)
         self.opaque = opaque
-        self.results: dict[fx.Node, torch.Tensor] = {}
+        self.results: dict[fx.Node, Any] = {}
         self.writers: set[fx.Node] = set()
         self.written: set[int | None] = set()
         self.entered: list[Any] = []
 
     def run_node(self, node: fx.Node) -> Any:
-        read = [x for x in node.all_input_nodes if x in self.results]
+        read = [x for x in node.all_input_nodes if isinstance(self.results.get(x), torch.Tensor)]
         versions = [self.results[x]._version for x in read]
-        result = self.opaque[node] if node in self.opaque else super().run_node(node)
+        if node not in self.opaque:
+            result = super().run_node(node)
+        else:
+            result = self.opaque[node]
+            if cuts_gradient(node):  # run for what it writes
+                with disable_proxy_modes_tracing():
+                    super().run_node(node)
+            elif node.target is triton_kernel_wrapper_mutation:
+                self.written |= {storage(x) for x in read}
         for x, version in zip(read, versions, strict=True):
             if self.results[x]._version != version:
                 self.writers.add(node)
@@ -90,7 +114,7 @@ class Retrace(fx.Interpreter):
             self.entered.append(result)
         elif node.target is _exit_autocast:
             self.entered.remove(self.env[node.args[0]])
-        if isinstance(result, torch.Tensor):
+        if isinstance(result, (torch.Tensor, torch.SymInt)):
             self.results[node] = result
         return result
 
@@ -115,7 +139,7 @@ class Traced:
 
     Attributes:
         graph: The graph.
-        nodes: For each node of Dynamo's with a tensor the node with that tensor.
+        nodes: For each node of Dynamo's with a tensor or a size the node with the same.
         barriers: Nodes of Dynamo's that stay where they are, and others on their side of them.
         written: The memory that is written.
     """
@@ -127,24 +151,36 @@ class Traced:
 
 
 def opaque_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that are not traced: inputs, subgraphs, what runs without gradients or is no
-    tensor's, sizes that are known at run time.
+    """The nodes that are not traced: inputs, subgraphs, what ends gradients or is no tensor's,
+    sizes that are known at run time.
     """
-    found, recorded = [], True
+    run = (_enter_autocast, _exit_autocast, operator.setitem)
+    found = []
     for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            recorded = node.args[0]
-        if node.target in (_enter_autocast, _exit_autocast) or node.op == "output":
+        if node.target in run or node.op == "output":
             continue
         if (
-            not recorded
-            or node.op in ("placeholder", "get_attr", "call_module")
+            node.op in ("placeholder", "get_attr", "call_module")
             or isinstance(node.target, HigherOrderOperator)
             or "example_value" not in node.meta
             or free_unbacked_symbols(node.meta["example_value"])
+            or cuts_gradient(node)
         ):
             found.append(node)
     return found
+
+
+def cuts_gradient(node: fx.Node) -> bool:
+    """Whether a node reads what has a gradient and makes what has none, such as `x.detach()` and
+    what runs under `torch.no_grad()`. The trace would not show it.
+    """
+    results = [x for x in tensors_of(node) if x.is_floating_point()]
+    if not results or node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, HigherOrderOperator):
+        return False
+    read = tensors_of(*node.all_input_nodes)
+    return any(x.requires_grad for x in read) and not any(x.requires_grad for x in results)
 
 
 def trace(gm: fx.GraphModule) -> Traced:
@@ -166,6 +202,8 @@ def trace(gm: fx.GraphModule) -> Traced:
     with enable_python_dispatcher(), fx.traceback.preserve_node_meta():
         graph = make_fx(run, decomposition_table=table)(*[leaves[i] for i in places]).graph
     write_elsewhere(graph)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default  # of any strides
     (output,), (run_,) = graph.find_nodes(op="output"), runs
     nodes = dict(zip(run_.results, output.args[0], strict=True))
     hidden = {*opaque, *gm.graph.find_nodes(op="output")}
@@ -205,6 +243,9 @@ def copy_back(graph: fx.Graph, traced: Traced, replaced: dict[fx.Node, fx.Node])
         if new is node or new._erased:
             continue
         copies = copied(new, originals)
+        if any(copy.op != "call_function" for copy in copies):
+            logger.debug("not rewritten before autograd: %s reads what has no name", original)
+            continue
         read = [x for copy in copies for x in copy.all_input_nodes if x in originals] or [new]
         after = max([original, *(originals[x] for x in read)])
         if not traced.written.isdisjoint(storage(x) for x in (original, *map(originals.get, read))):
@@ -213,6 +254,11 @@ def copy_back(graph: fx.Graph, traced: Traced, replaced: dict[fx.Node, fx.Node])
         if between(original, after) & traced.barriers:
             logger.debug("not rewritten before autograd: %s reads what comes late", original)
             continue
+        if (views := views_to_reshape(original, value(new))) is None:
+            logger.debug("not rewritten before autograd: the strides of %s matter", original)
+            continue
+        for view in views:
+            view.target = str(view.target).replace("view", "reshape")
         with graph.inserting_before(original if after is original else after.next):
             for copy in copies:
                 made = graph.node_copy(copy, originals.__getitem__)
@@ -221,6 +267,50 @@ def copy_back(graph: fx.Graph, traced: Traced, replaced: dict[fx.Node, fx.Node])
                 originals[copy] = made
         original.replace_all_uses_with(originals[new])
     stable_topological_sort(graph)
+
+
+def views_to_reshape(original: fx.Node, new: torch.Tensor) -> list[fx.Node] | None:
+    """The calls of `view` that another tensor in the place of a node may be laid out wrong for,
+    None if more than that may depend on how it is.
+    """
+    (old,) = tensors_of(original)
+    if not same_shape(old.shape, new.shape) or old.dtype != new.dtype:
+        return None
+    if same_shape(old.stride(), new.stride()):
+        return []
+    # what is computed from either is then laid out alike
+    if not (is_row_major(old) and is_row_major(new)):
+        return None
+    found, pending = [], [original]
+    while pending:
+        for user in pending.pop().users:
+            if user.target in ("view", "view_as"):
+                found.append(user)
+            if reads_strides(user):
+                return None
+            if storage(original) in {x.untyped_storage()._cdata for x in tensors_of(user)}:
+                pending.append(user)
+    return found
+
+
+def is_row_major(x: torch.Tensor) -> bool:
+    steps = [
+        step
+        for step, size in zip(x.stride(), x.shape, strict=True)
+        if not statically_known_true(size == 1)
+    ]
+    return all(statically_known_true(a >= b) for a, b in itertools.pairwise(steps))
+
+
+def reads_strides(node: fx.Node) -> bool:
+    """Whether the strides of what a node reads may matter, or stand in it as numbers."""
+    if node.op not in ("call_function", "call_method") or node.target in STRIDED:
+        return True
+    if node.target == "view" and any(isinstance(x, torch.dtype) for x in node.args):
+        return True
+    if isinstance(node.target, HigherOrderOperator):
+        return True
+    return getattr(node.target, "namespace", NAMESPACE) not in (NAMESPACE, "aten")
 
 
 def between(first: fx.Node, last: fx.Node) -> set[fx.Node]:
@@ -246,13 +336,14 @@ def copied(node: fx.Node, originals: dict[fx.Node, fx.Node]) -> list[fx.Node]:
 
 def install_before_autograd() -> None:
     """Runs these rewrites before Inductor's own passes over Dynamo's graph, in no user's slot."""
-    from torch._inductor import compile_fx
+    from torch._inductor import compile_fx, config
 
     passes = compile_fx.pre_grad_passes
 
     @functools.wraps(passes)
     def pre_grad_passes(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> fx.GraphModule:
-        rewrite_before_autograd(gm)
+        if config.pattern_matcher:  # as for the rewrites behind
+            rewrite_before_autograd(gm)
         return passes(gm, *args, **kwargs)
 
     compile_fx.pre_grad_passes = pre_grad_passes

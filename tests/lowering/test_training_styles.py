@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import kda_ops
 from tests.lowering.styles import fla, in_bf16, torchtitan, transformers
 from tests.lowering.test_training import step, stepped
 from tests.support.fake_cuda import cuda_code
@@ -97,6 +98,11 @@ def frozen(x: Tensor) -> Tensor:
     return x * scale
 
 
+def detached(x: Tensor) -> Tensor:
+    """Normed by a scale that is cut off; so is `x.data`."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6).detach()
+
+
 def written(x: Tensor) -> Tensor:
     """What is normed has been written in place."""
     x = x.clone()
@@ -110,18 +116,97 @@ def cast(x: Tensor) -> Tensor:
         return normed(x)
 
 
-@pytest.mark.parametrize("norm", [normed, cast])
+def noisy(x: Tensor) -> Tensor:
+    """Normed after noise, which tracing must not draw."""
+    return normed(x + 0 * torch.randn(x.shape[-1]).to(x.dtype))
+
+
+@pytest.mark.parametrize("norm", [normed, cast, noisy])
 def test_plain_norms_are_operators(norm: Callable[[Tensor], Tensor]) -> None:
     found = stepped(step(normed=norm), torch.float32)
     assert "chunk_kda_gated_backward" in found.operators(1)
     assert found.operators(1).count("l2norm_backward") == 2
 
 
-@pytest.mark.parametrize("norm", [frozen, written])
+@pytest.mark.parametrize("norm", [frozen, detached, written])
 def test_what_is_not_the_operator_stays(norm: Callable[[Tensor], Tensor]) -> None:
     """Right, and without the operator."""
     found = stepped(step(normed=norm), torch.float32)
     assert "l2norm" not in [*found.operators(0), *found.operators(1)]
+
+
+def convolved(change: Callable[[Tensor], Tensor], follow: Callable[[Tensor], Tensor]) -> Any:
+    """Three convolutions; the values are changed between those of the keys and their own."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, x: Tensor, beta: Tensor, A_log: Tensor) -> Tensor:
+        shape, taps = q.shape, x[0, :4].flatten(1).T
+        q, k, v = (y.flatten(2) * 1 for y in (q, k, v))
+        q, k = kda_ops.short_conv(q, taps), kda_ops.short_conv(k, taps)
+        v = kda_ops.short_conv(change(v), taps)
+        q, k, v = (follow(y).reshape(shape) for y in (q, k, v))
+        return step()(q, k, v, x, beta, A_log)
+
+    return call
+
+
+def padded(v: Tensor) -> Tensor:
+    v[:, :5] = 0
+    return v
+
+
+def halved(v: Tensor) -> Tensor:
+    """In memory, which autograd does not see."""
+    v.detach().mul_(0.5)
+    return v
+
+
+def rows(y: Tensor) -> Tensor:
+    """One for each head, which only a contiguous tensor can be viewed as."""
+    return y.view(-1, K)
+
+
+def strided(y: Tensor) -> Tensor:
+    return y.as_strided(y.shape, (T * H * K, H * K, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "follow", "count"),
+    [
+        (Tensor.contiguous, rows, 1),
+        (padded, rows, 3),
+        (halved, rows, 3),
+        (Tensor.contiguous, strided, 3),
+    ],
+    ids=["rows", "padded", "halved", "strided"],
+)
+def test_separate_convolutions(change: Any, follow: Any, count: int) -> None:
+    """They are one where what reads them takes slices, and nothing is written meanwhile."""
+    found = stepped(convolved(change, follow), torch.float32)
+    assert found.operators(0).count("short_conv") == count
+
+
+def test_no_patterns_wanted() -> None:
+    with torch._inductor.config.patch(pattern_matcher=False):
+        found = stepped(step(normed=normed), torch.float32)
+    assert found.fired == []
+
+
+def test_sizes_that_change() -> None:
+    """Of batch and length, with nothing compiled anew."""
+    call, found = trained(step(normed=normed))
+    for B, length in ((2, T), (3, 40)):
+        shapes = [(B, length, H, K)] * 4 + [(B, length, H), (H,)]
+        inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
+        for x in inputs[:5]:
+            torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.mark_dynamic(x, 1)
+        call(*inputs).backward()
+        results = [x.grad for x in inputs]
+        eager = torch.autograd.grad(step(normed=normed)(*inputs), inputs)
+        for result, expected in zip(results, eager, strict=True):
+            torch.testing.assert_close(result, expected)
+    assert len(found.graphs) == 2
+    assert found.operators(0).count("l2norm") == 2
 
 
 def test_checkpointed_blocks() -> None:

@@ -9,10 +9,12 @@ Replicas are FSDP2 with shards of one rank. So every parameter is a DTensor over
 the options, and clipping, the optimizer and checkpoints are the same for all of them.
 """
 
+from typing import Any
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -55,6 +57,16 @@ def tensor_parallel(model: ByteModel, mesh: DeviceMesh, cp: ContextParallel | No
     for block in model.blocks:
         parallelize_module(block, mesh, block_styles(), src_data_rank=None)
     parallelize(model, mesh, cp=cp, sequence_parallel=True, src_data_rank=None)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(sum_of_parts)
+
+
+def sum_of_parts(p: Any) -> None:
+    """Sums a gradient of which each rank has a part, such as that of a norm. FSDP2 does so itself;
+    an optimizer of torch 2.11 would take the part for the sum.
+    """
+    if any(isinstance(placement, Partial) for placement in p.grad.placements):
+        p.grad = p.grad.redistribute(placements=p.placements)
 
 
 def data_parallel(model: ByteModel, mesh: DeviceMesh) -> None:
