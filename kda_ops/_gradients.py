@@ -146,7 +146,9 @@ def differentiate(
             ctx.others = [None if isinstance(x, Tensor) else x for x in args]
             with torch._C._AutoDispatchBelowAutograd():
                 result = op.redispatch(keyset & BELOW_AUTOGRAD, *args)
-            return tuple(result) if returns_list else result
+            if isinstance(result, Tensor):
+                return without_base(result)
+            return tuple(map(without_base, result))
 
         @staticmethod
         def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
@@ -178,6 +180,16 @@ def differentiate(
             return op.redispatch(keyset & BELOW_AUTOGRAD, *args)
 
     library.impl(name, autograd_impl, "Autograd", with_keyset=True)
+
+
+def without_base(x: Tensor) -> Tensor:
+    """The same memory as a tensor of its own. Definitions end in views, and what a function of
+    autograd returns as a view cannot be written in place.
+    """
+    if type(x) is not Tensor or not x._is_view():
+        return x
+    own = torch.empty(0, dtype=x.dtype, device=x.device)
+    return own.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 def refuse_second_derivatives(library: torch.library.Library, name: str, op: Any) -> None:

@@ -54,6 +54,21 @@ def test_against_finite_differences(name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), first_cases(mutating=False))
+def test_results_can_be_written(name: str, case: Case) -> None:
+    """In place, as `o *= gate` does."""
+
+    def doubled(**inputs: Any) -> list[Tensor]:
+        return [
+            t.mul_(2) if t.requires_grad else t for t in tensors(public_function(name)(**inputs))
+        ]
+
+    inputs = differentiable_inputs(case, torch.float64)
+    once, twice = gradients(public_function(name), inputs), gradients(doubled, inputs)
+    for x, y in zip(once, twice, strict=True):
+        torch.testing.assert_close(2 * x, y)
+
+
+@pytest.mark.parametrize(("name", "case"), first_cases(mutating=False))
 def test_compiled_gradients_equal_eager_ones(name: str, case: Case) -> None:
     inputs = differentiable_inputs(case, torch.float64)
     eager = gradients(public_function(name), inputs)
