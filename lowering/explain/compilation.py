@@ -31,6 +31,7 @@ from kda_ops.lowering.explain.generated_code import launches
 from kda_ops.lowering.explain.virtual_gpu import H200, described_device, described_driver, on_cuda
 from kda_ops.lowering.graph.matching import Call, operator_of
 from kda_ops.lowering.graph.provenance import layer_of, modules_of, source_of
+from kda_ops.lowering.rewrites import before_autograd
 from kda_ops.lowering.rewrites.framework import JointRewrites, Outcome, Rewrites, recording
 
 RECURRENCES = ("chunk_kda", "chunk_kda_gated", "recurrent_kda", "kda_decode")
@@ -172,6 +173,7 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 def watching(result: Compiled, rewriting: bool) -> Iterator[None]:
     """Compilations leave what they make in `result`, and the rewrites run or not."""
     apply, apply_joint = Rewrites.apply, JointRewrites.apply
+    rewrite = before_autograd.rewrite_before_autograd
 
     def watched(self: Rewrites, gm: fx.GraphModule | fx.Graph) -> int:
         if rewriting:
@@ -181,6 +183,10 @@ def watching(result: Compiled, rewriting: bool) -> Iterator[None]:
 
     def joint(self: JointRewrites, gm: fx.GraphModule | fx.Graph) -> int:
         return apply_joint(self, gm) if rewriting else 0
+
+    def early(gm: fx.GraphModule) -> None:
+        if rewriting:
+            rewrite(gm)
 
     def enter(self: Scheduler, kernel: BaseSchedulerNode) -> None:
         parts = [part.node for part in kernel.get_nodes() if part.node is not None]
@@ -200,6 +206,7 @@ def watching(result: Compiled, rewriting: bool) -> Iterator[None]:
     with (
         mock.patch.object(Rewrites, "apply", watched),
         mock.patch.object(JointRewrites, "apply", joint),
+        mock.patch.object(before_autograd, "rewrite_before_autograd", early),
         mock.patch.object(Scheduler, "enter_context", enter),
         mock.patch.object(GraphLowering, "compile_to_module", read),
     ):

@@ -63,7 +63,8 @@ def is_convolved(x: fx.Node) -> bool:
     for user in x.users:
         if is_view(user) and is_convolved(user):
             return True
-        if (call := Call.of(user)) is not None and call.op in CONVOLUTIONS:
+        call = Call.of(user)
+        if call is not None and call.op in CONVOLUTIONS and call.args["x"] is x:
             return True
     return False
 

@@ -90,7 +90,7 @@ def test_they_are_installed_once_and_only_touch_our_graphs() -> None:
     framework.install_rewrites()
     (ours,) = [patterns for patterns in pass_patterns if isinstance(patterns, framework.Rewrites)]
     steps: list[Any] = []
-    framework._steps.append(steps.append)
+    framework.POST_GRAD.append(steps.append)
     try:
         other = torch.fx.symbolic_trace(lambda x: torch.relu(x) + 1)
         ours.apply(other)
@@ -98,7 +98,7 @@ def test_they_are_installed_once_and_only_touch_our_graphs() -> None:
         ours.apply(torch.fx.symbolic_trace(lambda x: torch.ops.kda_ops.l2norm.default(x, 1e-6)))
         assert len(steps) == 1
     finally:
-        framework._steps.pop()
+        framework.POST_GRAD.pop()
 
 
 def test_norms_of_other_things_stay() -> None:
