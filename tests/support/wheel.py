@@ -48,6 +48,8 @@ class Command(NamedTuple):
 HELP = [
     Command("--help", ("usage: ", "demo", "train", "explain", "pd-demo")),
     Command("demo --help", (r"--text FILE", r"fp64")),
+    Command("bench --help", (r"--picture FILE\.svg", r"every baseline that is installed")),
+    Command("doctor --help", (r"--json \[FILE\]",)),
     Command("train --help", (r"--resume PATH", r"bit for bit")),
     Command("explain --help", (r"module:factory", r"--html FILE")),
     Command("pd-demo --help", (r"--prefill-tp", r"NIXL")),
@@ -66,6 +68,11 @@ RIGHT = [
         "demo --device cpu --tokens 70 --heads 1",
         (r"compiled_layer\.py, 70 bytes", r"all is well\n$"),
     ),
+    Command(
+        "bench decode --eager --device cpu --hidden 32 --heads 1 --head-dim 16 --seconds 0.01",
+        (r"kda_ops, eager +\d",),
+    ),
+    Command("doctor", (r"kda-ops +\d", r"torch +\d")),
     Command("train --eager --device cpu --steps 2", (r"help topics", r"\nkda-ops ")),
     Command("explain my_model:factory --html my_model.html", (r"chunk_kda_gated", r"8 -> 4")),
 ]

@@ -194,7 +194,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def headline(args: argparse.Namespace) -> str:
     values = args.v_heads or args.heads
-    heads = f"{args.heads} heads" if values == args.heads else f"{args.heads}/{values} heads"
+    heads = f"{args.heads}" if values == args.heads else f"{args.heads}/{values}"
+    heads += f" head{'s' * (values > 1)}"
     tokens = "" if args.kind == "decode" else f" x {args.tokens} tokens"
     return (
         f"{args.kind}  {args.batch} sequence{'s' * (args.batch > 1)}{tokens}, "
