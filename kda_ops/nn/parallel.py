@@ -80,7 +80,7 @@ class HeadwiseParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         check_mesh("mesh", device_mesh)
-        layers, problem = layers_of(module, device_mesh)
+        layers, problem = layers_with_problem(module, device_mesh)
         agree(layers, problem, device_mesh, self)
         for _, layer in layers:
             shard_layer(layer, device_mesh, self)
@@ -143,7 +143,7 @@ def parallelize(
         raise ValueError(f"cp must be a ContextParallel, got {type(cp).__name__}")
     if mesh is not None:
         check_mesh("mesh", mesh)
-    layers, problem = layers_of(module, mesh)
+    layers, problem = layers_with_problem(module, mesh)
     agree(layers, problem, mesh, style, cp)
     for _, layer in layers:
         if mesh is not None:
@@ -156,7 +156,7 @@ def parallelize(
 # ---------------------------------------------------------------------- checks
 
 
-def layers_of(
+def layers_with_problem(
     module: nn.Module, mesh: DeviceMesh | None
 ) -> tuple[list[tuple[str, KimiDeltaAttention]], ValueError | None]:
     """The layers of a module, and why they cannot be sharded; over no mesh, by tokens alone."""

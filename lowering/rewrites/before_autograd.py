@@ -31,10 +31,10 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from kda_ops._registry import NAMESPACE, REFERENCE_NAMESPACE
-from kda_ops.lowering.graph.matching import same_shape, value
+from kda_ops.lowering.graph.matching import Refusal, same_shape, value
 from kda_ops.lowering.graph.provenance import inherit
 from kda_ops.lowering.graph.sizes import share_sizes
-from kda_ops.lowering.rewrites.framework import BEFORE_AUTOGRAD
+from kda_ops.lowering.rewrites.framework import BEFORE_AUTOGRAD, Attempt, report
 
 logger = logging.getLogger("kda_ops.lowering")
 
@@ -65,10 +65,9 @@ def rewrite_before_autograd(gm: fx.GraphModule) -> None:
         return
     with V.set_fake_mode(mode), torch.no_grad():
         share_sizes(traced.graph)
-        replaced: dict[fx.Node, fx.Node] = {}
-        for step in BEFORE_AUTOGRAD:
-            replaced |= step(traced.graph)
-    copy_back(gm.graph, traced, replaced)
+        attempts = [attempt for step in BEFORE_AUTOGRAD for attempt in step(traced.graph)]
+    copy_back(gm.graph, traced, attempts)
+    report(attempts)
 
 
 def tensors_of(*nodes: fx.Node) -> list[torch.Tensor]:
@@ -229,33 +228,40 @@ def write_elsewhere(graph: fx.Graph) -> None:
             node.target = overload
 
 
-def copy_back(graph: fx.Graph, traced: Traced, replaced: dict[fx.Node, fx.Node]) -> None:
+def copy_back(graph: fx.Graph, traced: Traced, attempts: list[Attempt]) -> None:
     """Copies what took the place of a traced node to Dynamo's graph, in the place of the node that
-    was traced.
+    was traced, or refuses the attempts that put it there.
     """
+    makers = {old: (new, attempt) for attempt in attempts for old, new in attempt.replaced.items()}
     originals: dict[fx.Node, fx.Node] = {}
     for original, node in traced.nodes.items():
         originals.setdefault(node, original)
     for original, node in traced.nodes.items():
-        new = node
-        while new in replaced:
-            new = replaced[new]
+        new, made_by = node, []
+        while new in makers:
+            new, attempt = makers[new]
+            made_by.append(attempt)
         if new is node or new._erased:
             continue
         copies = copied(new, originals)
+        sources = [new, *(x for copy in copies for x in copy.all_input_nodes)]
+        read = [originals[x] for x in sources if x in originals]
+        after = max([original, *read])
+        views = views_to_reshape(original, value(new))
+        refusal = None
         if any(copy.op != "call_function" for copy in copies):
-            logger.debug("not rewritten before autograd: %s reads what has no name", original)
-            continue
-        read = [x for copy in copies for x in copy.all_input_nodes if x in originals] or [new]
-        after = max([original, *(originals[x] for x in read)])
-        if not traced.written.isdisjoint(storage(x) for x in (original, *map(originals.get, read))):
-            logger.debug("not rewritten before autograd: %s is written", original)
-            continue
-        if between(original, after) & traced.barriers:
-            logger.debug("not rewritten before autograd: %s reads what comes late", original)
-            continue
-        if (views := views_to_reshape(original, value(new))) is None:
-            logger.debug("not rewritten before autograd: the strides of %s matter", original)
+            refusal = "it reads what has no name before autograd"
+        elif not traced.written.isdisjoint(map(storage, read)):
+            refusal = "what it reads is written in place"
+        elif storage(original) in traced.written:
+            refusal = f"{original.name} is written in place"
+        elif between(original, after) & traced.barriers:
+            refusal = f"{original.name} reads what comes late"
+        elif views is None:
+            refusal = f"the strides of {original.name} matter"
+        if refusal is not None or views is None:
+            for attempt in made_by:
+                attempt.refuse("replacement", Refusal(str(refusal), original))
             continue
         for view in views:
             view.target = str(view.target).replace("view", "reshape")

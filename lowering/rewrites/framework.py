@@ -116,6 +116,24 @@ class Match:
         self.inner = list(dict.fromkeys(self.inner))
 
 
+@dataclass
+class Attempt:
+    """A match, and what became of it.
+
+    Attributes:
+        outcome: What is reported.
+        anchor: The call that stands for the match.
+        replaced: What took whose place.
+    """
+
+    outcome: Outcome
+    anchor: fx.Node
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def refuse(self, rejected_by: str, refusal: Refusal) -> None:
+        self.outcome = refused(self.outcome, self.anchor, rejected_by, refusal)
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """One rewrite; `anchors` are the operators at which its pattern is tried."""
@@ -126,9 +144,9 @@ class Rewrite:
     guard: Callable[[Match], Refusal | None]
     replacement: Callable[[fx.Graph, Match], dict[fx.Node, fx.Node]]
 
-    def __call__(self, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-        """Replaces what matches; returns what took whose place."""
-        replaced: dict[fx.Node, fx.Node] = {}
+    def __call__(self, graph: fx.Graph) -> "list[Attempt]":
+        """Replaces what matches; returns every attempt, which the caller reports."""
+        attempts: list[Attempt] = []
         for node in [node for node in graph.nodes if operator_of(node) in self.anchors]:
             if node._erased:
                 continue
@@ -137,10 +155,12 @@ class Rewrite:
                 continue
             node = match.anchor or node
             match.inner = list(dict.fromkeys([*match.inner, *sizes_for(match.inner)]))
-            outcome = outcome_of(self.name, node, match)
-            rejected = self._rejected(match) or self._replace(graph, node, match, replaced)
-            report(outcome if rejected is None else refused(outcome, node, *rejected))
-        return replaced
+            attempt = Attempt(outcome_of(self.name, node, match), node)
+            rejected = self._rejected(match) or self._replace(graph, node, match, attempt.replaced)
+            if rejected is not None:
+                attempt.refuse(*rejected)
+            attempts.append(attempt)
+        return attempts
 
     def _rejected(self, match: Match) -> tuple[str, Refusal] | None:
         """The first check that rejects a match, and why."""
@@ -260,11 +280,13 @@ def refused(outcome: Outcome, anchor: fx.Node, rejected_by: str, refusal: Refusa
     )
 
 
-def report(outcome: Outcome) -> None:
-    """Logs an outcome and gives it to whoever is recording."""
-    logger.log(logging.INFO if outcome.reason is None else logging.DEBUG, "%s", outcome)
-    for listener in _listeners:
-        listener.append(outcome)
+def report(attempts: list[Attempt]) -> None:
+    """Logs outcomes and gives them to whoever is recording."""
+    for attempt in attempts:
+        outcome = attempt.outcome
+        logger.log(logging.INFO if outcome.reason is None else logging.DEBUG, "%s", outcome)
+        for listener in _listeners:
+            listener.append(outcome)
 
 
 def _bytes(node: fx.Node) -> int:
@@ -320,7 +342,7 @@ class JointRewrites:
         called = {call.op.namespace for call in map(Call.of, graph.nodes) if call is not None}
         if called and REFERENCE_NAMESPACE not in called:
             for step in JOINT:
-                step(graph)
+                report(step(graph))
         return 0
 
 
@@ -336,7 +358,7 @@ class Rewrites:
         if called:
             share_sizes(graph)
             for step in POST_GRAD if REFERENCE_NAMESPACE not in called else ():
-                step(graph)
+                report(step(graph))
             place_copies(graph)
         return 0
 

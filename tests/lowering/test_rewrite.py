@@ -90,7 +90,12 @@ def test_they_are_installed_once_and_only_touch_our_graphs() -> None:
     framework.install_rewrites()
     (ours,) = [patterns for patterns in pass_patterns if isinstance(patterns, framework.Rewrites)]
     steps: list[Any] = []
-    framework.POST_GRAD.append(steps.append)
+
+    def step(graph: torch.fx.Graph) -> list[Any]:
+        steps.append(graph)
+        return []
+
+    framework.POST_GRAD.append(step)  # type: ignore[arg-type]
     try:
         other = torch.fx.symbolic_trace(lambda x: torch.relu(x) + 1)
         ours.apply(other)

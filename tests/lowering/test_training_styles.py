@@ -130,9 +130,12 @@ def test_plain_norms_are_operators(norm: Callable[[Tensor], Tensor]) -> None:
 
 @pytest.mark.parametrize("norm", [frozen, detached, written])
 def test_what_is_not_the_operator_stays(norm: Callable[[Tensor], Tensor]) -> None:
-    """Right, and without the operator."""
+    """Right, and without the operator, and nothing says that it fired."""
     found = stepped(step(normed=norm), torch.float32)
     assert "l2norm" not in [*found.operators(0), *found.operators(1)]
+    assert "plain_l2norm" not in found.fired
+    if norm is written:
+        assert "what it reads is written in place" in dict(found.refused)["plain_l2norm"]
 
 
 def convolved(change: Callable[[Tensor], Tensor], follow: Callable[[Tensor], Tensor]) -> Any:
