@@ -20,8 +20,10 @@ class Table(Enum):
     OFFSETS = "where sequences begin and end, N + 1 of them"
     CHUNKS = "the chunk table of these offsets"
     COPIES = "two sources, target and bias of each copy of a page"
+    BLOCKS = "the page of each full block of each sequence"
+    CONTEXTS = "the tokens of each sequence before the call"
 
 
 Role = Pages | Table
 CONV_PAGES, STATE_PAGES = Pages(-3), Pages(-4)
-SLOTS, OFFSETS, CHUNKS, COPIES = Table
+SLOTS, OFFSETS, CHUNKS, COPIES, BLOCKS, CONTEXTS = Table

@@ -16,6 +16,9 @@ from kda_ops._checks import (
     check_rank,
     check_shape,
 )
+from kda_ops._numerics import CHUNK
+from kda_ops.blocks import Blocks, check_block_values, check_blocks
+from kda_ops.varlen import sequence_offsets
 
 
 def resolve_activation(activation: str | None) -> str | None:
@@ -163,11 +166,29 @@ def conv_parts(
     return list(zip(*given.values(), strict=True))
 
 
+def check_conv_blocks(
+    parts: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], cu_seqlens: Tensor | None,
+    block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int | None,
+) -> None:  # fmt: skip
+    """The block boundaries of a convolution of whole sequences, of `conv_parts`."""
+    x, weight, _, conv_state = parts[0]
+    sequences = 1 if x.dim() == 2 else x.shape[0]
+    if cu_seqlens is not None:
+        sequences = cu_seqlens.shape[0] - 1
+    check_blocks("conv_state", conv_state, sequences, block_table, context_lens, block_tokens)
+    if block_table is not None and weight.shape[1] > CHUNK + 1:
+        raise ValueError(
+            f"weight must have at most {CHUNK + 1} taps with block_table, got {weight.shape[1]}"
+        )
+
+
 def check_conv_values(
-    x: Tensor, cu_seqlens: Tensor | None, conv_state: Tensor | None, state_indices: Tensor | None
-) -> None:
-    """Values of the offsets and slots of a convolution of whole sequences."""
+    x: Tensor, cu_seqlens: Tensor | None, conv_state: Tensor | None, state_indices: Tensor | None,
+    blocks: Blocks | None = None,
+) -> None:  # fmt: skip
+    """Values of the offsets, slots and blocks of a convolution of whole sequences."""
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, x.shape[-2])
     if conv_state is not None:
         check_page_values(conv_state, state_indices)
+        check_block_values(conv_state, state_indices, sequence_offsets(x, cu_seqlens), blocks)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kda_ops._numerics import accumulation_dtype
+from kda_ops.blocks import Blocks
 from kda_ops.varlen import even_length, known, page_index, pages_of, sequence_offsets
 
 SHORT = 8  # tokens: below, rows are gathered sooner than a sequence is convolved by itself
@@ -201,14 +202,17 @@ def conv_whole(
 def conv_whole_state(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, conv_state: Tensor,
     state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    layout: str,
+    layout: str, blocks: Blocks | None,
 ) -> Tensor:  # fmt: skip
-    """`conv_whole` with a history from each sequence's slot, to which the last W - 1 rows go."""
+    """`conv_whole` with a history from each sequence's slot, to which the last W - 1 rows go, and
+    those before the end of each of `blocks` to its page.
+    """
     rows = x if x.dim() == 3 else x[None]
     past, sequences = weight.shape[1] - 1, len(sequence_offsets(rows, cu_seqlens)) - 1
     pages, live = pages_of(state_indices, sequences, x.device)
     history = known_history(rows, past, conv_state, pages, live, has_initial_state, layout)
     y = conv_sequences(rows, history, weight, bias, activation, cu_seqlens, live)
+    keep_blocks(rows, past, conv_state, live, cu_seqlens, layout, blocks)
     keep_last(rows, history, conv_state, pages, live, cu_seqlens, layout)
     return y.view(x.shape)
 
@@ -244,6 +248,20 @@ def keep_last(
     sequence = torch.arange(len(pages), device=x.device)[:, None].expand_as(index)
     new = extended_rows(history, x.reshape(-1, x.shape[-1]), offsets, sequence, index)
     state[pages[live], :past] = new[live].to(state.dtype)
+
+
+def keep_blocks(
+    x: Tensor, past: int, conv_state: Tensor, live: Tensor, cu_seqlens: Tensor | None, layout: str,
+    blocks: Blocks | None,
+) -> None:  # fmt: skip
+    """Writes the `past` rows before the end of each block to its page; a block is longer."""
+    if blocks is None:
+        return
+    state = conv_state if layout == "SD" else conv_state.transpose(1, 2)
+    offsets = sequence_offsets(x, cu_seqlens)
+    sequence, end, page = blocks.ends(offsets, live, len(state))
+    row = (offsets[sequence] + end)[:, None] + torch.arange(-past, 0, device=x.device)
+    state[page, :past] = x.reshape(-1, x.shape[-1])[row].to(state.dtype)
 
 
 def conv_update(

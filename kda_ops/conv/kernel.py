@@ -117,13 +117,14 @@ def token_block(cu_seqlens_ptr, pid, T, N, block_t, blocks_per_sequence, VARLEN:
 @triton.jit
 def conv_sequence(
     x_ptr, weight_ptr, bias_ptr, y_ptr, state_ptr, slots_ptr, has_initial_ptr, cu_seqlens_ptr,
-    pid, c, ok, normed, T, N, num_slots,
+    blocks, pid, c, ok, normed, T, N, num_slots,
     block_t, blocks_per_sequence,
     stride_x_batch, stride_x_row,
     width, stride_state_slot, stride_state_row, stride_state_dim, stride_slots,
     W: tl.constexpr, BLOCK_W: tl.constexpr, STEP_T: tl.constexpr, BLOCK_D: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    VARLEN: tl.constexpr, EPS: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
+    VARLEN: tl.constexpr, BLOCK_TOKENS: tl.constexpr, EPS: tl.constexpr, HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
     """Convolves block_t tokens of one sequence, from the BLOCK_D channels `c` of x, where `ok`, to
     those of y, which is dense with `width` channels. All pointers are to channel 0. HEADS is 0 for
@@ -132,7 +133,9 @@ def conv_sequence(
     The token block is `pid` (int64), see `token_block`; rows past the last sequence are skipped.
 
     The program of a sequence's first tokens reads the history and also writes the new state,
-    directly from the end of x, so that no other program touches the slot.
+    directly from the end of x, so that no other program touches the slot. With BLOCK_TOKENS the
+    program of the last token of a block writes the rows before its end to the block's page;
+    `blocks`: their table, its columns, the tokens before each sequence.
     """
     n, first_row, length, start, active = token_block(
         cu_seqlens_ptr, pid, T, N, block_t, blocks_per_sequence, VARLEN
@@ -142,6 +145,7 @@ def conv_sequence(
         return
     stop = tl.minimum(start + block_t, length)
     y_ptr += first_row * width
+    pages_ptr = state_ptr
     if HAS_STATE:
         if slots_ptr is None:  # sequence n is on page n
             slot = n
@@ -184,6 +188,25 @@ def conv_sequence(
                 new = tl.where(i == past - (W - 1), window[past], new)
             new = new.to(state_ptr.dtype.element_ty)
             tl.store(state_rows + keep * stride_state_row, new, mask=ok)
+
+    if BLOCK_TOKENS > 0:
+        blocks_ptr, columns, contexts_ptr = blocks
+        before = n * 0
+        if contexts_ptr is not None:
+            before = tl.load(contexts_ptr + n).to(tl.int64)
+        first = start + BLOCK_TOKENS - (before + start) % BLOCK_TOKENS
+        for end in range(first, stop + 1, BLOCK_TOKENS):
+            column = (before + end) // BLOCK_TOKENS - 1
+            # as for recurrent states, which are known at the ends of chunks
+            listed = (before % 64 == 0) & (column >= 0) & (column < columns)
+            page = tl.load(blocks_ptr + n * columns + column, mask=listed, other=0).to(tl.int64)
+            to = ok & (page > 0) & (page < num_slots)
+            page_rows = pages_ptr + page * stride_state_slot + c.to(tl.int64) * stride_state_dim
+            for keep in tl.static_range(W - 1):
+                i = end + keep - (W - 1)
+                new = tl.load(x_ptr + i * stride_x_row + c, mask=to & (i >= 0), other=0.0)
+                new = new.to(state_ptr.dtype.element_ty)
+                tl.store(page_rows + keep * stride_state_row, new, mask=to)
 
     for t in range(start, stop, STEP_T):
         rows = window

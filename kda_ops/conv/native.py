@@ -5,7 +5,8 @@ from ctypes import c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from kda_ops.conv.formulas import keep_last, known_history
+from kda_ops.blocks import Blocks
+from kda_ops.conv.formulas import keep_blocks, keep_last, known_history
 from kda_ops.native import address, fp32, kernel
 from kda_ops.varlen import pages_of, sequence_offsets
 
@@ -22,9 +23,10 @@ def short_conv(
 def short_conv_state(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, conv_state: Tensor,
     state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    layout: str,
+    layout: str, block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
 ) -> Tensor:  # fmt: skip
-    pages = (state_indices, has_initial_state, layout)
+    blocks = Blocks.of(block_table, context_lens, block_tokens)
+    pages = (state_indices, has_initial_state, layout, blocks)
     return _convolve(x, weight, bias, activation, cu_seqlens, conv_state, pages)
 
 
@@ -40,9 +42,11 @@ def short_conv_qkv_state(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
     head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor | None,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parts = _unpacked(x, weight, bias, conv_state, key_dim, layout)
-    pages = (state_indices, has_initial_state, layout)
+    blocks = Blocks.of(block_table, context_lens, block_tokens)
+    pages = (state_indices, has_initial_state, layout, blocks)
     return _qkv(parts, activation, head_dim, norm_eps, cu_seqlens, pages)
 
 
@@ -60,19 +64,21 @@ def short_conv_qkv_unpacked_state(
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
     state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    layout: str,
+    layout: str, block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parts = [
         (q, q_weight, q_bias, q_state),
         (k, k_weight, k_bias, k_state),
         (v, v_weight, v_bias, v_state),
     ]
-    pages = (state_indices, has_initial_state, layout)
+    blocks = Blocks.of(block_table, context_lens, block_tokens)
+    pages = (state_indices, has_initial_state, layout, blocks)
     return _qkv(parts, activation, head_dim, norm_eps, cu_seqlens, pages)
 
 
 Part = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, weight, bias, convolution state
-Pages = tuple[Tensor | None, Tensor | None, str]  # slots, has_initial_state, layout
+# slots, has_initial_state, layout, blocks
+Pages = tuple[Tensor | None, Tensor | None, str, Blocks | None]
 
 
 def _unpacked(
@@ -129,7 +135,7 @@ def _convolve(
     offsets = sequence_offsets(rows, cu_seqlens)
     N, (D, W) = len(offsets) - 1, weight.shape
     history = None
-    state_indices, has_initial_state, layout = pages or (None, None, "SD")
+    state_indices, has_initial_state, layout, blocks = pages or (None, None, "SD", None)
     index, live = pages_of(state_indices, N, x.device)
     if conv_state is not None:
         known = known_history(rows, W - 1, conv_state, index, live, has_initial_state, layout)
@@ -143,5 +149,6 @@ def _convolve(
         *(N, D, W, activation == "silu", norm[0]), norm[1], torch.get_num_threads(),
     )  # fmt: skip
     if history is not None and conv_state is not None:
+        keep_blocks(rows, W - 1, conv_state, live, cu_seqlens, layout, blocks)
         keep_last(rows, history, conv_state, index, live, cu_seqlens, layout)
     return y.to(x.dtype).view(x.shape)

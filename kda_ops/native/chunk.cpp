@@ -126,7 +126,8 @@ struct Chunk {
 // o [tokens, HV, V], dense; state [N, HV, V, K], dense, from the initial to the final states. `raw`:
 // g and beta are before the gate and the sigmoid; else g holds sums within chunks in log2. q and k
 // are normalised where `norm_eps` is not negative. Sequences that are not `live` are not read and
-// give nothing.
+// give nothing. kept [count, HV, V, K], dense, gets states within sequences: sequence [count], in
+// order, and end [count], in order within a sequence, how many of its tokens are before.
 EXPORT void chunk_kda(
     const float* q, int64_t q_token, int64_t q_head,
     const float* k, int64_t k_token, int64_t k_head,
@@ -135,6 +136,7 @@ EXPORT void chunk_kda(
     const float* beta, int64_t beta_token, int64_t beta_head,
     float* o, float* state, const int64_t* offsets, const bool* live,
     const float* A_log, const float* dt_bias,
+    float* kept, const int64_t* sequence, const int64_t* end, int64_t kept_count,
     int64_t N, int64_t H, int64_t HV, int64_t K, int64_t V, int64_t raw, int64_t bounded,
     double bound, double beta_scale, double norm_eps, double scale, int64_t threads) {
   const Tokens qs{q, q_token, q_head}, ks{k, k_token, k_head}, vs{v, v_token, v_head};
@@ -148,6 +150,11 @@ EXPORT void chunk_kda(
       const int64_t n = task / HV, h = task % HV, key = h / (HV / H);
       if (!live[n]) continue;
       float* page = state + task * V * K;
+      const auto store = [&](float* to) {
+        for (int64_t y = 0; y < V; y++)
+          for (int64_t x = 0; x < K; x++) to[y * K + x] = c.S[x * c.VP + y];
+      };
+      int64_t next = std::lower_bound(sequence, sequence + kept_count, n) - sequence;
       std::fill(c.S.begin(), c.S.end(), 0.f);
       for (int64_t y = 0; y < V; y++)
         for (int64_t x = 0; x < K; x++) c.S[x * c.VP + y] = page[y * K + x];
@@ -192,9 +199,10 @@ EXPORT void chunk_kda(
         c.run();
         for (int64_t i = 0; i < count; i++)
           std::copy_n(&c.out[i * c.VP], V, o + ((first + i) * HV + h) * V);
+        if (next < kept_count && sequence[next] == n && end[next] == first + count - offsets[n])
+          store(kept + (next++ * HV + h) * V * K);
       }
-      for (int64_t y = 0; y < V; y++)
-        for (int64_t x = 0; x < K; x++) page[y * K + x] = c.S[x * c.VP + y];
+      store(page);
     }
   }
 }

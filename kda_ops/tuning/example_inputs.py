@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._numerics import CHUNK
-from kda_ops._roles import CHUNKS, COPIES, OFFSETS, SLOTS, Pages, Role
+from kda_ops._roles import BLOCKS, CHUNKS, CONTEXTS, COPIES, OFFSETS, SLOTS, Pages, Role
 from kda_ops._tracing import hint as symbolic_hint
 from kda_ops.varlen import prepare_chunk_indices
 
@@ -107,6 +107,10 @@ def _table(role: Role | None, like: Tensor, call: Call, chunk: int) -> Tensor:
         count = hint(_of_role(OFFSETS, call).shape[0])
         offsets = torch.arange(count, device=like.device) * _tokens(call) // max(count - 1, 1)
         return prepare_chunk_indices(offsets, _tokens(call), chunk)
+    if role is BLOCKS:  # a block's page is its sequence's: other pages would take memory
+        return n // like.shape[1] + 1
+    if role is CONTEXTS:
+        return torch.zeros_like(like)
     if role is COPIES:  # two sources, target, bias
         row = torch.arange(like.shape[0], device=like.device)
         return torch.stack([2 * row + 1, 2 * row + 1, 2 * row + 2, 0 * row], dim=1)

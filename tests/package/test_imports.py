@@ -35,6 +35,7 @@ FLOORS = (
     },
     {"_checks", "kernel"},
     {"varlen", "_cases"},
+    {"blocks"},
     {"tuning"},
     {"_registry"},
     {"native"},

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from kda_ops._checks import check_rank
 from kda_ops._registry import define_op, selected
-from kda_ops._roles import CONV_PAGES, OFFSETS, SLOTS
+from kda_ops._roles import BLOCKS, CONTEXTS, CONV_PAGES, OFFSETS, SLOTS
+from kda_ops.blocks import BLOCK_ARGUMENTS, Blocks
 from kda_ops.config import resolve_layout
 from kda_ops.conv.checks import (
+    check_conv_blocks,
     check_conv_sequences,
     check_conv_values,
     resolve_activation,
@@ -29,9 +31,11 @@ def check_short_conv_values(x: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def check_short_conv_state_values(
-    x: Tensor, conv_state: Tensor, state_indices: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    check_conv_values(x, cu_seqlens, conv_state, state_indices)
+    x: Tensor, conv_state: Tensor, state_indices: Tensor | None, cu_seqlens: Tensor | None,
+    block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
+) -> None:  # fmt: skip
+    blocks = Blocks.of(block_table, context_lens, block_tokens)
+    check_conv_values(x, cu_seqlens, conv_state, state_indices, blocks)
 
 
 short_conv_op = define_op(
@@ -48,11 +52,17 @@ short_conv_op = define_op(
 short_conv_state_op = define_op(
     "short_conv.state(Tensor x, Tensor weight, Tensor? bias, str? activation, "
     "Tensor(a!) conv_state, Tensor? state_indices, Tensor? has_initial_state, "
-    "Tensor? cu_seqlens, str layout) -> Tensor",
+    f"Tensor? cu_seqlens, str layout, {BLOCK_ARGUMENTS}) -> Tensor",
     reference=short_conv_state_reference,
     fake=short_conv_fake,
     cuda="kda_ops.conv.short_conv.kernel:launch_short_conv_state",
-    roles={"conv_state": CONV_PAGES, "state_indices": SLOTS, "cu_seqlens": OFFSETS},
+    roles={
+        "conv_state": CONV_PAGES,
+        "state_indices": SLOTS,
+        "cu_seqlens": OFFSETS,
+        "block_table": BLOCKS,
+        "context_lens": CONTEXTS,
+    },
     check_values=check_short_conv_state_values,
 )
 define_native(short_conv_op, "kda_ops.conv.native:short_conv")
@@ -65,14 +75,16 @@ def short_conv(
     conv_state: Tensor | None = None, state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None, initial_state: Tensor | None = None,
     output_final_state: Literal[False] = False, cu_seqlens: Tensor | None = None,
-    layout: str | None = None,
+    layout: str | None = None, block_table: Tensor | None = None,
+    context_lens: Tensor | None = None, block_tokens: int | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def short_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = "silu",
     conv_state: None = None, state_indices: None = None, has_initial_state: None = None,
     initial_state: Tensor | None = None, output_final_state: Literal[True],
-    cu_seqlens: Tensor | None = None, layout: str | None = None,
+    cu_seqlens: Tensor | None = None, layout: str | None = None, block_table: None = None,
+    context_lens: None = None, block_tokens: None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -89,6 +101,9 @@ def short_conv(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
+    block_table: Tensor | None = None,
+    context_lens: Tensor | None = None,
+    block_tokens: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Depthwise causal convolution of whole sequences, with its activation.
 
@@ -126,6 +141,13 @@ def short_conv(
             layout; not with `conv_state`.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.
+        block_table: `[N, blocks]`, int32 or int64, with `conv_state`: the slot of the state after
+            each full block of a sequence, of blocks that end in this call; entries that are 0,
+            negative or out of range are skipped. Rows from W - 1 on are not touched. See
+            `chunk_kda`.
+        context_lens: `[N]`, int32 or int64, with `block_table`: the tokens of each sequence before
+            this call, multiples of 64. Zeros if None.
+        block_tokens: Tokens of a block, a multiple of 64, with `block_table`.
         layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
 
     Returns:
@@ -145,6 +167,8 @@ def short_conv(
     check_conv_sequences(
         x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, layout
     )
+    parts = [(x, weight, bias, conv_state)]
+    check_conv_blocks(parts, cu_seqlens, block_table, context_lens, block_tokens)
     past = weight.shape[1] - 1
     check_history(initial_state, conv_state, x, past, cu_seqlens, layout, output_final_state)
     if initial_state is not None or output_final_state:
@@ -159,5 +183,5 @@ def short_conv(
         return selected(short_conv_op)(x, weight, bias, activation, cu_seqlens)
     return selected(short_conv_state_op)(
         x, weight, bias, activation, conv_state, state_indices, has_initial_state, cu_seqlens,
-        layout,
+        layout, block_table, context_lens, block_tokens or 0,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
+from kda_ops.blocks import Blocks, block_arguments
 from kda_ops.conv.kernel import conv_blocks, conv_sequence, conv_state_strides, of_part, three
 from kda_ops.tuning import choose
 
@@ -16,8 +17,8 @@ NONE = (None, None, None)
 def short_conv_qkv_kernel(
     x_ptr, x_k_ptr, x_v_ptr, weight_ptr, weight_k_ptr, weight_v_ptr, bias_ptr, bias_k_ptr,
     bias_v_ptr, q_ptr, k_ptr, v_ptr, state_ptr, state_k_ptr, state_v_ptr, slots_ptr,
-    has_initial_ptr, cu_seqlens_ptr,
-    T, value_dim, N, num_slots,
+    has_initial_ptr, cu_seqlens_ptr, blocks_ptr, contexts_ptr,
+    T, value_dim, N, num_slots, columns,
     block_t, blocks_per_sequence,
     stride_x_batch, stride_x_batch_k, stride_x_batch_v, stride_x_row, stride_x_row_k,
     stride_x_row_v, stride_state_slot, stride_state_slot_k, stride_state_slot_v, stride_state_row,
@@ -25,7 +26,7 @@ def short_conv_qkv_kernel(
     EPS: tl.constexpr, KEY_DIM: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     W: tl.constexpr, BLOCK_W: tl.constexpr, STEP_T: tl.constexpr, BLOCK_D: tl.constexpr,
     UNPACKED: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One program computes block_t tokens of one sequence x BLOCK_D channels of q, of k or of v;
     see `conv_sequence`.
@@ -75,12 +76,13 @@ def short_conv_qkv_kernel(
             bias_ptr += first
         if HAS_STATE:
             state_ptr += first.to(tl.int64) * stride_state_dim
+    blocks = (blocks_ptr, columns, contexts_ptr)
     conv_sequence(
         x_ptr, weight_ptr, bias_ptr, y_ptr, state_ptr, slots_ptr, has_initial_ptr, cu_seqlens_ptr,
-        pid, c, ok, part < 2, T, N, num_slots, block_t, blocks_per_sequence, stride_x_batch,
+        blocks, pid, c, ok, part < 2, T, N, num_slots, block_t, blocks_per_sequence, stride_x_batch,
         stride_x_row, width, stride_state_slot, stride_state_row, stride_state_dim, stride_slots, W,
-        BLOCK_W, STEP_T, BLOCK_D, SILU, HAS_BIAS, HAS_STATE, HAS_INITIAL, VARLEN, EPS, HEADS,
-        PADDED=BLOCK_K != K,
+        BLOCK_W, STEP_T, BLOCK_D, SILU, HAS_BIAS, HAS_STATE, HAS_INITIAL, VARLEN, BLOCK_TOKENS, EPS,
+        HEADS, PADDED=BLOCK_K != K,
     )  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def launch_short_conv_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _launch(
         (x,), (weight,), (bias,), activation, key_dim, head_dim, norm_eps, (None,), None, None,
-        cu_seqlens, "SD",
+        cu_seqlens, "SD", None,
     )  # fmt: skip
 
 
@@ -98,10 +100,12 @@ def launch_short_conv_qkv_state(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, key_dim: int,
     head_dim: int, norm_eps: float, conv_state: Tensor, state_indices: Tensor | None,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _launch(
         (x,), (weight,), (bias,), activation, key_dim, head_dim, norm_eps, (conv_state,),
         state_indices, has_initial_state, cu_seqlens, layout,
+        Blocks.of(block_table, context_lens, block_tokens),
     )  # fmt: skip
 
 
@@ -112,7 +116,7 @@ def launch_short_conv_qkv_unpacked(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _launch(
         (q, k, v), (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), activation,
-        int(q_weight.shape[0]), head_dim, norm_eps, NONE, None, None, cu_seqlens, "SD",
+        int(q_weight.shape[0]), head_dim, norm_eps, NONE, None, None, cu_seqlens, "SD", None,
     )  # fmt: skip
 
 
@@ -121,12 +125,13 @@ def launch_short_conv_qkv_unpacked_state(
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, activation: str | None,
     head_dim: int, norm_eps: float, q_state: Tensor, k_state: Tensor, v_state: Tensor,
     state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    layout: str,
+    layout: str, block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _launch(
         (q, k, v), (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), activation,
         int(q_weight.shape[0]), head_dim, norm_eps, (q_state, k_state, v_state), state_indices,
         has_initial_state, cu_seqlens, layout,
+        Blocks.of(block_table, context_lens, block_tokens),
     )  # fmt: skip
 
 
@@ -135,6 +140,7 @@ def _launch(
     activation: str | None, key_dim: int, head_dim: int, norm_eps: float,
     states: tuple[Tensor | None, ...], state_indices: Tensor | None,
     has_initial_state: Tensor | None, cu_seqlens: Tensor | None, layout: str,
+    blocks: Blocks | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Takes one packed tensor of each, or three, for q, k and v."""
     xs = tuple(x if x.stride(2) == 1 else x.contiguous() for x in xs)
@@ -153,15 +159,16 @@ def _launch(
     block_d = max(chosen["BLOCK_D"], block_k)
     key_blocks = triton.cdiv(H, block_d // block_k)
     d_blocks = 2 * key_blocks + triton.cdiv(value_dim, block_d)
-    block_t, blocks_per_sequence, N, blocks = conv_blocks(
+    block_t, blocks_per_sequence, N, token_blocks = conv_blocks(
         B, T, cu_seqlens, d_blocks, chosen["STEP_T"], chosen["MAX_STEPS"], chosen["PROGRAMS"]
     )
     strides = [conv_state_strides(state, layout) for state in states]
-    traceable(short_conv_qkv_kernel)[(d_blocks * blocks,)](
+    block_tables, columns = block_arguments(blocks)
+    traceable(short_conv_qkv_kernel)[(d_blocks * token_blocks,)](
         *three(xs, None), *three(weights, None), *three(biases, None), q, k, v,
         *three(states, None), state_indices, contiguous(has_initial_state), contiguous(cu_seqlens),
-        T, value_dim, N, 0 if states[0] is None else states[0].shape[0], block_t,
-        blocks_per_sequence, *three([x.stride(0) for x in xs], 0),
+        *block_tables, T, value_dim, N, 0 if states[0] is None else states[0].shape[0], columns,
+        block_t, blocks_per_sequence, *three([x.stride(0) for x in xs], 0),
         *three([x.stride(1) for x in xs], 0), *three([slot for slot, _, _ in strides], 0),
         *three([row for _, row, _ in strides], 0), strides[0][2],
         0 if state_indices is None else state_indices.stride(0),
@@ -169,6 +176,7 @@ def _launch(
         BLOCK_W=triton.next_power_of_2(W), UNPACKED=len(xs) == 3, SILU=activation == "silu",
         HAS_BIAS=biases[0] is not None, HAS_STATE=states[0] is not None,
         HAS_INITIAL=has_initial_state is not None, VARLEN=cu_seqlens is not None,
+        BLOCK_TOKENS=0 if blocks is None else blocks.tokens,
         STEP_T=chosen["STEP_T"], BLOCK_D=block_d, num_warps=chosen["num_warps"],
     )  # fmt: skip
     return q, k, v

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from kda_ops._checks import check_head_dim, check_integer, check_number, check_rank, check_shape
 from kda_ops._registry import define_op, selected
-from kda_ops._roles import CONV_PAGES, OFFSETS, SLOTS
+from kda_ops._roles import BLOCKS, CONTEXTS, CONV_PAGES, OFFSETS, SLOTS
+from kda_ops.blocks import BLOCK_ARGUMENTS, Blocks
 from kda_ops.config import resolve_layout
 from kda_ops.conv.checks import (
+    check_conv_blocks,
     check_conv_sequences,
     check_conv_values,
     conv_parts,
@@ -28,6 +30,12 @@ from kda_ops.conv.short_conv_qkv.reference import (
 from kda_ops.native import define_native
 
 Parts = tuple[Tensor, Tensor, Tensor]
+TABLES = {
+    "state_indices": SLOTS,
+    "cu_seqlens": OFFSETS,
+    "block_table": BLOCKS,
+    "context_lens": CONTEXTS,
+}
 
 
 def short_conv_qkv_fake(x: Tensor, key_dim: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,9 +61,11 @@ def check_short_conv_qkv_values(x: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def check_short_conv_qkv_state_values(
-    x: Tensor, conv_state: Tensor, state_indices: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    check_conv_values(x, cu_seqlens, conv_state, state_indices)
+    x: Tensor, conv_state: Tensor, state_indices: Tensor | None, cu_seqlens: Tensor | None,
+    block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
+) -> None:  # fmt: skip
+    blocks = Blocks.of(block_table, context_lens, block_tokens)
+    check_conv_values(x, cu_seqlens, conv_state, state_indices, blocks)
 
 
 def check_short_conv_qkv_unpacked_values(q: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -63,9 +73,11 @@ def check_short_conv_qkv_unpacked_values(q: Tensor, cu_seqlens: Tensor | None) -
 
 
 def check_short_conv_qkv_unpacked_state_values(
-    q: Tensor, q_state: Tensor, state_indices: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    check_conv_values(q, cu_seqlens, q_state, state_indices)
+    q: Tensor, q_state: Tensor, state_indices: Tensor | None, cu_seqlens: Tensor | None,
+    block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
+) -> None:  # fmt: skip
+    blocks = Blocks.of(block_table, context_lens, block_tokens)
+    check_conv_values(q, cu_seqlens, q_state, state_indices, blocks)
 
 
 short_conv_qkv_op = define_op(
@@ -81,11 +93,12 @@ short_conv_qkv_op = define_op(
 short_conv_qkv_state_op = define_op(
     "short_conv_qkv.state(Tensor x, Tensor weight, Tensor? bias, str? activation, int key_dim, "
     "int head_dim, float norm_eps, Tensor(a!) conv_state, Tensor? state_indices, "
-    "Tensor? has_initial_state, Tensor? cu_seqlens, str layout) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? has_initial_state, Tensor? cu_seqlens, str layout, {BLOCK_ARGUMENTS}) "
+    "-> (Tensor, Tensor, Tensor)",
     reference=short_conv_qkv_state_reference,
     fake=short_conv_qkv_fake,
     cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_state",
-    roles={"conv_state": CONV_PAGES, "state_indices": SLOTS, "cu_seqlens": OFFSETS},
+    roles={"conv_state": CONV_PAGES, **TABLES},
     check_values=check_short_conv_qkv_state_values,
 )
 
@@ -106,7 +119,7 @@ short_conv_qkv_unpacked_op = define_op(
 short_conv_qkv_unpacked_state_op = define_op(
     f"short_conv_qkv.unpacked_state({_UNPACKED}, Tensor(a!) q_state, Tensor(b!) k_state, "
     "Tensor(c!) v_state, Tensor? state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
-    "str layout) -> (Tensor, Tensor, Tensor)",
+    f"str layout, {BLOCK_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     reference=short_conv_qkv_unpacked_state_reference,
     fake=short_conv_qkv_unpacked_fake,
     cuda="kda_ops.conv.short_conv_qkv.kernel:launch_short_conv_qkv_unpacked_state",
@@ -114,8 +127,7 @@ short_conv_qkv_unpacked_state_op = define_op(
         "q_state": CONV_PAGES,
         "k_state": CONV_PAGES,
         "v_state": CONV_PAGES,
-        "state_indices": SLOTS,
-        "cu_seqlens": OFFSETS,
+        **TABLES,
     },
     check_values=check_short_conv_qkv_unpacked_state_values,
 )
@@ -141,6 +153,9 @@ def short_conv_qkv(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     layout: str | None = None,
+    block_table: Tensor | None = None,
+    context_lens: Tensor | None = None,
+    block_tokens: int | None = None,
 ) -> tuple[Any, ...]:
     """Convolved queries, keys and values of whole sequences, with normalized queries and keys, in
     one pass over the packed projections.
@@ -175,6 +190,13 @@ def short_conv_qkv(
             layout; not with `conv_state`.
         cu_seqlens: `[N + 1]`, int32 or int64, token offsets of the sequences; empty ones are
             allowed.
+        block_table: `[N, blocks]`, int32 or int64, with `conv_state`: the slot of the state after
+            each full block of a sequence, of blocks that end in this call; entries that are 0,
+            negative or out of range are skipped. Rows from W - 1 on are not touched. See
+            `chunk_kda`.
+        context_lens: `[N]`, int32 or int64, with `block_table`: the tokens of each sequence before
+            this call, multiples of 64. Zeros if None.
+        block_tokens: Tokens of a block, a multiple of 64, with `block_table`.
         layout: `"SD"` or `"DS"`; None means `kda_ops.config.conv_layout`.
 
     Returns:
@@ -197,6 +219,7 @@ def short_conv_qkv(
         check_conv_sequences(*part, state_indices, has_initial_state, cu_seqlens, layout)
         past = part[1].shape[1] - 1
         check_history(history, conv_state, part[0], past, cu_seqlens, layout, output_final_state)
+    check_conv_blocks(parts, cu_seqlens, block_table, context_lens, block_tokens)
     check_head_dim("head_dim", head_dim)
     check_integer("key_dim", key_dim)
     check_number("norm_eps", norm_eps)
@@ -204,6 +227,7 @@ def short_conv_qkv(
         raise ValueError(f"key_dim must be a multiple of head_dim = {head_dim}, got {key_dim}")
     if not norm_eps > 0:  # NaN too
         raise ValueError(f"norm_eps must be positive, got {norm_eps}")
+    blocks = (block_table, context_lens, block_tokens or 0)
     if len(parts) == 3:
         for (x_part, *_), width in zip(parts, (key_dim, key_dim, None), strict=True):
             check_shape("x", x_part, (*x_part.shape[:2], width or x_part.shape[2]))
@@ -219,7 +243,7 @@ def short_conv_qkv(
         if conv_state is None:
             return selected(short_conv_qkv_unpacked_op)(*args, cu_seqlens)
         return selected(short_conv_qkv_unpacked_state_op)(
-            *args, *states, state_indices, has_initial_state, cu_seqlens, layout
+            *args, *states, state_indices, has_initial_state, cu_seqlens, layout, *blocks
         )
     ((x, weight, bias, conv_state),) = parts
     if x.shape[-1] <= 2 * key_dim:
@@ -238,5 +262,5 @@ def short_conv_qkv(
     if conv_state is None:
         return selected(short_conv_qkv_op)(x, *args, cu_seqlens)
     return selected(short_conv_qkv_state_op)(
-        x, *args, conv_state, state_indices, has_initial_state, cu_seqlens, layout
+        x, *args, conv_state, state_indices, has_initial_state, cu_seqlens, layout, *blocks
     )

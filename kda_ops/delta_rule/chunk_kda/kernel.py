@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import traceable
+from kda_ops.blocks import Blocks
 from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia, prepare_chunk
 from kda_ops.delta_rule.chunked.kernels.prepare_general import launch_general_prepare
 from kda_ops.delta_rule.chunked.kernels.raw_inputs import within_fp16
@@ -114,7 +115,9 @@ def launch_chunk_kda(
 def launch_chunk_kda_state(
     q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, state: Tensor,
     state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None, state_layout: str,
+    chunk_indices: Tensor | None, state_layout: str, block_table: Tensor | None,
+    context_lens: Tensor | None, block_tokens: int,
 ) -> Tensor:  # fmt: skip
-    states = States(None, state, state_indices, has_initial_state, True, state_layout)
+    blocks = Blocks.of(block_table, context_lens, block_tokens)
+    states = States(None, state, state_indices, has_initial_state, True, state_layout, blocks)
     return _launch(q, k, v, g_cumsum, beta, scale, states, cu_seqlens, chunk_indices)

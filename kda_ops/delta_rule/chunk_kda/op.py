@@ -15,12 +15,13 @@ from kda_ops._checks import (
 )
 from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops._registry import define_op, selected
-from kda_ops._roles import CHUNKS, OFFSETS, SLOTS, STATE_PAGES
+from kda_ops._roles import BLOCKS, CHUNKS, CONTEXTS, OFFSETS, SLOTS, STATE_PAGES
+from kda_ops.blocks import BLOCK_ARGUMENTS, Blocks, check_block_values, check_blocks
 from kda_ops.delta_rule.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
 from kda_ops.delta_rule.chunked.states import chunked_fake, chunked_state_fake
 from kda_ops.delta_rule.state_layout import v_first
 from kda_ops.native import define_native
-from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
+from kda_ops.varlen import check_varlen_values, prepare_chunk_indices, sequence_offsets
 
 
 def _check_sums(g_cumsum: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -44,11 +45,14 @@ def check_chunk_kda_values(
 
 def check_chunk_kda_state_values(
     q: Tensor, g_cumsum: Tensor, state: Tensor, state_indices: Tensor | None,
-    cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+    cu_seqlens: Tensor | None, chunk_indices: Tensor | None, block_table: Tensor | None,
+    context_lens: Tensor | None, block_tokens: int,
 ) -> None:  # fmt: skip
     check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
     _check_sums(g_cumsum, cu_seqlens)
     check_page_values(state, state_indices)
+    blocks = Blocks.of(block_table, context_lens, block_tokens)
+    check_block_values(state, state_indices, sequence_offsets(q[:, :, 0], cu_seqlens), blocks)
 
 
 chunk_kda_op = define_op(
@@ -66,7 +70,7 @@ chunk_kda_op = define_op(
 chunk_kda_state_op = define_op(
     "chunk_kda.state(Tensor q, Tensor k, Tensor v, Tensor g_cumsum, Tensor beta, float scale, "
     "Tensor(a!) state, Tensor? state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, "
-    "Tensor? chunk_indices, str state_layout) -> Tensor",
+    f"Tensor? chunk_indices, str state_layout, {BLOCK_ARGUMENTS}) -> Tensor",
     reference=chunk_kda_state_reference,
     fake=chunked_state_fake,
     cuda="kda_ops.delta_rule.chunk_kda.kernel:launch_chunk_kda_state",
@@ -75,6 +79,8 @@ chunk_kda_state_op = define_op(
         "state_indices": SLOTS,
         "cu_seqlens": OFFSETS,
         "chunk_indices": CHUNKS,
+        "block_table": BLOCKS,
+        "context_lens": CONTEXTS,
     },
     check_values=check_chunk_kda_state_values,
 )
@@ -98,6 +104,9 @@ def chunk_kda(
     state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     state_layout: str = "VK",
+    block_table: Tensor | None = None,
+    context_lens: Tensor | None = None,
+    block_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention over whole sequences, 64 tokens at a time.
 
@@ -142,6 +151,13 @@ def chunk_kda(
             All True if None.
         state_layout: `"VK"`, or `"KV"` for states of FLA or transformers, of all three states.
             Where K = V, shapes do not tell one from the other: the argument has to.
+        block_table: `[N, blocks]`, int32 or int64, with `state`: the slot of the state after each
+            full block of a sequence, of blocks that end in this call; entries that are 0, negative
+            or out of range are skipped. A page that is written once must not be written again,
+            except by the end of its own sequence. See "block boundaries" in `docs/states.md`.
+        context_lens: `[N]`, int32 or int64, with `block_table`: the tokens of each sequence before
+            this call, multiples of 64 (kernels write no blocks of others). Zeros if None.
+        block_tokens: Tokens of a block, a multiple of 64, with `block_table`.
 
     Returns:
         `(o, final_state)`. `o [B, T, HV, V]` in the dtype of v; rows past the last sequence are
@@ -163,6 +179,8 @@ def chunk_kda(
         q, v, initial_state, output_final_state, state, state_indices, has_initial_state,
         cu_seqlens, state_layout,
     )  # fmt: skip
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check_blocks("state", state, N, block_table, context_lens, block_tokens)
     if scale is None:
         scale = q.shape[3] ** -0.5
     check_number("scale", scale)
@@ -178,6 +196,6 @@ def chunk_kda(
         return o, v_first(final, state_layout) if output_final_state else None
     o = selected(chunk_kda_state_op)(
         q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens,
-        chunk_indices, state_layout,
+        chunk_indices, state_layout, block_table, context_lens, block_tokens or 0,
     )  # fmt: skip
     return o, None

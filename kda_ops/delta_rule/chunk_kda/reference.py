@@ -4,6 +4,7 @@ oracle.
 
 from torch import Tensor
 
+from kda_ops.blocks import Blocks
 from kda_ops.delta_rule.chunked.formulas import chunked_kda, chunked_kda_state
 
 
@@ -20,9 +21,10 @@ def chunk_kda_reference(
 def chunk_kda_state_reference(
     q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, state: Tensor,
     state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None, state_layout: str,
+    chunk_indices: Tensor | None, state_layout: str, block_table: Tensor | None,
+    context_lens: Tensor | None, block_tokens: int,
 ) -> Tensor:  # fmt: skip
     return chunked_kda_state(
         q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens,
-        state_layout,
+        state_layout, Blocks.of(block_table, context_lens, block_tokens),
     )  # fmt: skip

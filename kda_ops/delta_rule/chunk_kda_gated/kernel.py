@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
+from kda_ops.blocks import Blocks
 from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia, prepare_chunk
 from kda_ops.delta_rule.chunked.kernels.prepare_general import launch_general_prepare
 from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_log2, reciprocal_norm
@@ -221,7 +222,9 @@ def launch_chunk_kda_gated_state(
     dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
     scale: float, state: Tensor, state_indices: Tensor | None, has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None, chunk_indices: Tensor | None, state_layout: str,
+    block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
 ) -> Tensor:  # fmt: skip
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
-    states = States(None, state, state_indices, has_initial_state, True, state_layout)
+    blocks = Blocks.of(block_table, context_lens, block_tokens)
+    states = States(None, state, state_indices, has_initial_state, True, state_layout, blocks)
     return _launch(q, k, v, raw_gate, raw_beta, raw, scale, states, cu_seqlens, chunk_indices)

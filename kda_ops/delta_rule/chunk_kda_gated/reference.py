@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._numerics import CHUNK, accumulation_dtype
+from kda_ops.blocks import Blocks
 from kda_ops.delta_rule.chunked.formulas import chunked_kda, chunked_kda_state
 from kda_ops.delta_rule.chunked.states import Raw
 from kda_ops.gating.formulas import cumulative_gate
@@ -29,12 +30,13 @@ def chunk_kda_gated_state_reference(
     dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
     scale: float, state: Tensor, state_indices: Tensor | None, has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None, chunk_indices: Tensor | None, state_layout: str,
+    block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
 ) -> Tensor:  # fmt: skip
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
     q, k, g_cumsum, beta = _as_used(q, k, raw_gate, raw_beta, raw, cu_seqlens, chunk_indices)
     return chunked_kda_state(
         q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens,
-        state_layout,
+        state_layout, Blocks.of(block_table, context_lens, block_tokens),
     )  # fmt: skip
 
 

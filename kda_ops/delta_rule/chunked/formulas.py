@@ -4,10 +4,13 @@ Everything is batched over all chunks and heads; only the state's recurrence loo
 of a sequence. Tiles are `[chunks, HV, 64, ...]`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kda_ops._numerics import CHUNK, accumulation_dtype
+from kda_ops.blocks import Blocks
 from kda_ops.delta_rule.state_layout import v_first
 from kda_ops.varlen import pages_of, prepare_chunk_indices
 
@@ -35,7 +38,7 @@ def chunked_kda(
 def chunked_kda_state(
     q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor, scale: float, state: Tensor,
     state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    state_layout: str,
+    state_layout: str, blocks: Blocks | None,
 ) -> Tensor:  # fmt: skip
     """`chunk_kda` on paged states, in place; the output has the dtype of v."""
     offsets = _offsets(q, cu_seqlens)
@@ -43,7 +46,15 @@ def chunked_kda_state(
     read = live if has_initial_state is None else live & has_initial_state
     k_first = v_first(state, state_layout).transpose(-1, -2)
     S = torch.where(read[:, None, None, None], k_first[pages].to(accumulation_dtype(q)), 0)
-    o, S = _forward(q, k, v, G, beta, scale, S, offsets)
+    ends = None if blocks is None else blocks.ends(offsets, live, len(state))
+
+    def after_chunk(c: int, S: Tensor) -> None:
+        if ends is not None:
+            sequence, end, page = ends
+            now = end == (c + 1) * CHUNK
+            k_first[page[now]] = S[sequence[now]].to(state.dtype)
+
+    o, S = _forward(q, k, v, G, beta, scale, S, offsets, after_chunk)
     k_first[pages[live]] = S[live].to(state.dtype)
     tokens = torch.repeat_interleave(live, offsets[1:] - offsets[:-1])  # [tokens of sequences]
     dead = torch.nn.functional.pad(~tokens, (0, q.shape[0] * q.shape[1] - len(tokens)), value=True)
@@ -61,9 +72,12 @@ def _offsets(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor, scale: float, S: Tensor,
-    offsets: Tensor,
+    offsets: Tensor, after_chunk: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Outputs `[B, T, HV, V]` and final states from the initial ones, `S [N, HV, K, V]`."""
+    """Outputs `[B, T, HV, V]` and final states from the initial ones, `S [N, HV, K, V]`.
+
+    `after_chunk` is called with each chunk's number and the states after it.
+    """
     acc = accumulation_dtype(q)
     B, T, H, _ = q.shape
     HV, dtype = v.shape[2], v.dtype
@@ -108,6 +122,8 @@ def _forward(
         outputs.append(qg[i] @ before + attention[i] @ vn)
         S = S.index_copy(0, running, last[i] * before + kg[i] @ vn)
         at.append(i)
+        if after_chunk is not None:
+            after_chunk(c, S)
     o = torch.zeros(B * T, HV, v.shape[3], dtype=acc, device=q.device)
     if outputs:
         i = torch.cat(at)

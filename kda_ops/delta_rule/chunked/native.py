@@ -1,18 +1,30 @@
 """Chunked KDA in C++: arguments as those of the operators."""
 
 from ctypes import c_double, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kda_ops.blocks import Blocks
 from kda_ops.delta_rule.chunked.states import NOT_RAW, Raw
 from kda_ops.delta_rule.state_layout import v_first
 from kda_ops.native import address, dense, fp32, kernel
 from kda_ops.varlen import page_index, pages_of, sequence_offsets
 
 _INPUT = (c_void_p, c_int64, c_int64)
-_ARGUMENTS = (*5 * _INPUT, *6 * (c_void_p,), *7 * (c_int64,), *4 * (c_double,), c_int64)
+_ARGUMENTS = (*5 * _INPUT, *9 * (c_void_p,), *8 * (c_int64,), *4 * (c_double,), c_int64)
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, gate, beta
+
+
+class Kept(NamedTuple):
+    """States `[kept, HV, V, K]` within sequences: the sequence of each, in order, and how many of
+    its tokens are before.
+    """
+
+    states: Tensor
+    sequence: Tensor
+    end: Tensor
 
 
 def chunk_kda(
@@ -27,11 +39,13 @@ def chunk_kda(
 def chunk_kda_state(
     q: Tensor, k: Tensor, v: Tensor, g_cumsum: Tensor, beta: Tensor, scale: float, state: Tensor,
     state_indices: Tensor | None, has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None, state_layout: str,
+    chunk_indices: Tensor | None, state_layout: str, block_table: Tensor | None,
+    context_lens: Tensor | None, block_tokens: int,
 ) -> Tensor:  # fmt: skip
     inputs = (q, k, v, g_cumsum, beta)
     state = v_first(state, state_layout)
-    return _paged(inputs, None, scale, state, state_indices, has_initial_state, cu_seqlens)
+    blocks = Blocks.of(block_table, context_lens, block_tokens)
+    return _paged(inputs, None, scale, state, state_indices, has_initial_state, cu_seqlens, blocks)
 
 
 def chunk_kda_gated(
@@ -50,11 +64,13 @@ def chunk_kda_gated_state(
     dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
     scale: float, state: Tensor, state_indices: Tensor | None, has_initial_state: Tensor | None,
     cu_seqlens: Tensor | None, chunk_indices: Tensor | None, state_layout: str,
+    block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
 ) -> Tensor:  # fmt: skip
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
     inputs = (q, k, v, raw_gate, raw_beta)
     state = v_first(state, state_layout)
-    return _paged(inputs, raw, scale, state, state_indices, has_initial_state, cu_seqlens)
+    blocks = Blocks.of(block_table, context_lens, block_tokens)
+    return _paged(inputs, raw, scale, state, state_indices, has_initial_state, cu_seqlens, blocks)
 
 
 def _whole(
@@ -74,14 +90,21 @@ def _whole(
 
 def _paged(
     inputs: Inputs, raw: Raw | None, scale: float, state: Tensor, state_indices: Tensor | None,
-    has_initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    has_initial_state: Tensor | None, cu_seqlens: Tensor | None, blocks: Blocks | None,
 ) -> Tensor:  # fmt: skip
     offsets = sequence_offsets(inputs[0][:, :, 0], cu_seqlens)
     index, live = pages_of(state_indices, len(offsets) - 1, offsets.device)
     read = live if has_initial_state is None else live & has_initial_state
     pages = page_index(index)
     S = torch.where(read[:, None, None, None], state[pages], 0.0).to(torch.float32).contiguous()
-    o = _run(inputs, S, offsets, live, raw, scale)
+    ends = None if blocks is None else blocks.ends(offsets, live, len(state))
+    if ends is None:
+        o = _run(inputs, S, offsets, live, raw, scale)
+    else:
+        sequence, end, block = ends
+        kept = S.new_empty(len(end), *S.shape[1:])
+        o = _run(inputs, S, offsets, live, raw, scale, Kept(kept, sequence, end))
+        state[block] = kept.to(state.dtype)
     if bool(live.all()):
         state[pages] = S.to(state.dtype)
     else:
@@ -90,9 +113,11 @@ def _paged(
 
 
 def _run(
-    inputs: Inputs, S: Tensor, offsets: Tensor, live: Tensor, raw: Raw | None, scale: float
-) -> Tensor:
-    """The output, in the dtype of v. `S [N, HV, V, K]` goes from initial to final states.
+    inputs: Inputs, S: Tensor, offsets: Tensor, live: Tensor, raw: Raw | None, scale: float,
+    kept: Kept | None = None,
+) -> Tensor:  # fmt: skip
+    """The output, in the dtype of v. `S [N, HV, V, K]` goes from initial to final states, and those
+    within sequences to `kept`.
 
     Inputs that are not `raw` are those of `chunk_kda`.
     """
@@ -105,7 +130,8 @@ def _run(
     A_log, dt_bias = dense(raw.A_log), dense(raw.dt_bias)
     kernel("chunk_kda", *_ARGUMENTS)(
         *[part for x in rows for part in (x.data_ptr(), x.stride(0), x.stride(1))],
-        *map(address, (o, S, offsets, live, A_log, dt_bias)),
+        *map(address, (o, S, offsets, live, A_log, dt_bias, *(kept or (None, None, None)))),
+        0 if kept is None else len(kept.end),
         *(len(live), H, HV, K, V, raw_inputs, raw.lower_bound is not None),
         *(raw.lower_bound or 0.0, raw.beta_scale),
         *(-1.0 if raw.qk_norm_eps is None else raw.qk_norm_eps, scale),

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from kda_ops._numerics import accumulation_dtype
+from kda_ops.blocks import Blocks
 
 
 class States(NamedTuple):
     """Initial and final states; or `paged`, in `final` pages for both, with the page of each
-    sequence, None for that of its number, and which of them have an initial state.
+    sequence, None for that of its number, which of them have an initial state, and the pages of
+    their blocks.
     """
 
     initial: Tensor | None
@@ -21,6 +23,7 @@ class States(NamedTuple):
     has_initial: Tensor | None = None
     paged: bool = False
     state_layout: str = "VK"
+    blocks: Blocks | None = None
 
 
 class Raw(NamedTuple):

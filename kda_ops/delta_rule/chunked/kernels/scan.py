@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
 from kda_ops._numerics import CHUNK
+from kda_ops.blocks import block_arguments
 from kda_ops.delta_rule.chunked.kernels.scan_segments import (
     launch_segments,
     segment_chunks,
@@ -18,6 +19,9 @@ from kda_ops.delta_rule.chunked.kernels.scan_segments import (
     segment_state,
 )
 from kda_ops.delta_rule.chunked.kernels.tiles import (
+    at_boundary,
+    boundaries_of,
+    boundary_page,
     clear_sequence,
     first_state,
     full_dot,
@@ -41,13 +45,13 @@ from kda_ops.tuning import choose
 @triton.jit
 def chunk_scan_kernel(
     tiles_ptr, u_ptr, decay_ptr, S_ptr, E_ptr, M_ptr, o_ptr, initial_ptr, final_ptr, indices_ptr,
-    has_initial_ptr, cu_ptr,
-    T, N, first_row, rows, slots, first_pair,
+    has_initial_ptr, cu_ptr, blocks_ptr, contexts_ptr,
+    T, N, first_row, rows, slots, columns, first_pair,
     initial_n, initial_h, initial_v, initial_k, final_n, final_h, final_v, final_k,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     VARLEN: tl.constexpr, SLABS: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
-    PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr, HALF: tl.constexpr, SEGMENTS: tl.constexpr,
-    STAGES: tl.constexpr,
+    PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr, BLOCK_TOKENS: tl.constexpr, HALF: tl.constexpr,
+    SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program carries BV columns of one head's state through one sequence, S [KP, BV] in fp32
     registers. Grid: (V blocks * (sequence, head) pairs from first_pair on), V blocks innermost: the
@@ -99,7 +103,12 @@ def chunk_scan_kernel(
             SLABS, INITIAL, PAGED, HAS_INITIAL,
         )  # fmt: skip
 
-    S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
+    boundaries = None
+    if BLOCK_TOKENS > 0:
+        boundaries = boundaries_of(blocks_ptr, contexts_ptr, columns, final_ptr, final, slots, n)
+    S = scan_chunks(
+        memory, S, place, lo, hi, v, boundaries, HV, K, V, KP, HALF, BLOCK_TOKENS, STAGES, True
+    )
     store_state(
         final_ptr, final, carried if SLABS else None, S, ends if SEGMENTS > 1 else True, page, h, d,
         v, K, V, FINAL, SLABS,
@@ -109,12 +118,13 @@ def chunk_scan_kernel(
 @triton.jit
 def chunk_scan_fp32_kernel(
     tiles_ptr, u_ptr, decay_ptr, S_ptr, o_ptr, initial_ptr, final_ptr, indices_ptr, has_initial_ptr,
-    cu_ptr,
-    T, N, first_row, rows, slots,
+    cu_ptr, blocks_ptr, contexts_ptr,
+    T, N, first_row, rows, slots, columns,
     initial_n, initial_h, initial_v, initial_k, final_n, final_h, final_v, final_k,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     BLOCK: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr, INITIAL: tl.constexpr,
     FINAL: tl.constexpr, PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One program carries BV columns of one head's state through one sequence, in full fp32. Grid:
     (V blocks * HV * N).
@@ -139,6 +149,10 @@ def chunk_scan_fp32_kernel(
     if live == 0:
         clear_sequence(o_ptr, b, start, end, h, T, v, HV, V)
         return
+    final = (final_n, final_h, final_v, final_k)
+    boundaries = None
+    if BLOCK_TOKENS > 0:
+        boundaries = boundaries_of(blocks_ptr, contexts_ptr, columns, final_ptr, final, slots, n)
     r = tl.arange(0, 64)
     d = tl.arange(0, BLOCK)
     in_v = (v < V)[None, :]
@@ -196,14 +210,32 @@ def chunk_scan_fp32_kernel(
             tl.debug_barrier()
             tl.store(S_at + k0 * V, S, mask=in_v)
         tl.debug_barrier()
+        if BLOCK_TOKENS > 0:
+            ends = at_boundary(boundaries, c, end - start, BLOCK_TOKENS)
+            if ends:
+                block, named = boundary_page(boundaries, c, BLOCK_TOKENS)
+                copy_state(
+                    final_ptr, final, S_at, block, h, d, v, in_v, in_v & named, K, V, KP, BLOCK
+                )
     if FINAL:
-        final_at = final_ptr + page * final_n + h * final_h + v[None, :] * final_v
-        for k0 in range(0, KP, BLOCK):
-            keys = (k0 + d)[:, None]
-            S = tl.load(S_at + k0 * V, mask=in_v, other=0.0)
-            tl.store(
-                final_at + keys * final_k, S.to(final_ptr.dtype.element_ty), mask=in_v & (keys < K)
-            )
+        copy_state(final_ptr, final, S_at, page, h, d, v, in_v, in_v, K, V, KP, BLOCK)
+
+
+@triton.jit
+def copy_state(
+    final_ptr, final, S_at, page, h, d, v, in_v, stored, K: tl.constexpr, V: tl.constexpr,
+    KP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes columns v of a head's state, kept at S_at in blocks of rows d, to its page: those in
+    `stored`, of which all are `in_v`.
+    """
+    final_n, final_h, final_v, final_k = final
+    final_at = final_ptr + page * final_n + h * final_h + v[None, :] * final_v
+    for k0 in range(0, KP, BLOCK):
+        keys = (k0 + d)[:, None]
+        S = tl.load(S_at + k0 * V, mask=in_v, other=0.0)
+        S = S.to(final_ptr.dtype.element_ty)
+        tl.store(final_at + keys * final_k, S, mask=stored & (keys < K))
 
 
 def scan_values(K: int, V: int, programs: Any, o: Tensor) -> dict[str, Any]:
@@ -240,13 +272,18 @@ def launch_scan(o: Tensor, workspace: Workspace, batch: Batch, K: int, states: S
     """Writes the output to `o`, and the final states."""
     HV, V = o.shape[2:]
     KP = workspace.columns
-    initial, final, indices, has_initial, paged, state_layout = states
+    initial, final, indices, has_initial, paged, state_layout, blocks = states
     sizes: dict[str, Any] = dict(
         HV=HV, K=K, V=V, KP=KP, **batch.constants, INITIAL=initial is not None,
         FINAL=final is not None, PAGED=paged, HAS_INITIAL=has_initial is not None,
+        BLOCK_TOKENS=0 if blocks is None else blocks.tokens,
     )  # fmt: skip
     slots = 0 if final is None else final.shape[0]
-    tables = (contiguous(indices), contiguous(has_initial), *batch.sequences, slots)
+    cu_seqlens, *counts = batch.sequences
+    ends, columns = block_arguments(blocks)
+    tables = (
+        contiguous(indices), contiguous(has_initial), cu_seqlens, *ends, *counts, slots, columns,
+    )  # fmt: skip
     strides = state_strides(initial, final, state_layout=state_layout)
     pairs = HV * at_least_one(batch.N)
     if o.dtype == torch.float32:

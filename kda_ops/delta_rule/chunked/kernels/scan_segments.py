@@ -19,6 +19,7 @@ from kda_ops._launch import traceable
 from kda_ops._numerics import CHUNK
 from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia
 from kda_ops.delta_rule.chunked.kernels.tiles import (
+    boundaries_of,
     clear_sequence,
     first_state,
     page_of,
@@ -70,13 +71,13 @@ def segment_state(
 @triton.jit
 def chunk_segments_kernel(
     tiles_ptr, u_ptr, decay_ptr, S_ptr, E_ptr, M_ptr, o_ptr, initial_ptr, final_ptr, indices_ptr,
-    has_initial_ptr, cu_ptr,
-    T, N, first_row, rows, slots,
+    has_initial_ptr, cu_ptr, blocks_ptr, contexts_ptr,
+    T, N, first_row, rows, slots, columns,
     initial_n, initial_h, initial_v, initial_k, final_n, final_h, final_v, final_k,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     BE: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr, INITIAL: tl.constexpr,
-    FINAL: tl.constexpr, PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr, HALF: tl.constexpr,
-    SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
+    FINAL: tl.constexpr, PAGED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, HALF: tl.constexpr, SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scans the first segment of every sequence, and computes for those between it and the last
     E [N, HV, SEGMENTS - 1, KP, V] in fp32 and M [N, HV, SEGMENTS - 1, KP, KP] in fp16. For the
@@ -130,7 +131,14 @@ def chunk_segments_kernel(
             states, carried if SLABS else None, n, page, h, d, v, begins, K, V,
             SLABS, INITIAL, PAGED, HAS_INITIAL,
         )  # fmt: skip
-        S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, True)
+        boundaries = None
+        if BLOCK_TOKENS > 0:
+            boundaries = boundaries_of(
+                blocks_ptr, contexts_ptr, columns, final_ptr, final, slots, n
+            )
+        S = scan_chunks(
+            memory, S, place, lo, hi, v, boundaries, HV, K, V, KP, HALF, BLOCK_TOKENS, STAGES, True
+        )
         store_state(
             final_ptr, final, carried if SLABS else None, S, ends, page, h, d, v, K, V, FINAL, SLABS
         )
@@ -145,7 +153,7 @@ def chunk_segments_kernel(
         v = V + m  # past the columns of u
     else:
         S = tl.zeros((KP, BE), tl.float32)
-    S = scan_chunks(memory, S, place, lo, hi, v, HV, V, KP, HALF, STAGES, False)
+    S = scan_chunks(memory, S, place, lo, hi, v, None, HV, K, V, KP, HALF, 0, STAGES, False)
     if block >= v_blocks:
         M_at = M_ptr + (pair * (SEGMENTS - 1) + segment) * (KP * KP) + d[:, None] * KP
         tl.store(M_at + m[None, :], S.to(tl.float16), mask=(m < KP)[None, :])

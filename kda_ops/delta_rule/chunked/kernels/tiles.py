@@ -173,15 +173,16 @@ def first_state(
 
 @triton.jit
 def scan_chunks(
-    memory, S, place, lo, hi, v,
-    HV: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, HALF: tl.constexpr, STAGES: tl.constexpr,
-    OUTPUT: tl.constexpr,
+    memory, S, place, lo, hi, v, boundaries,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, STAGES: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Columns v of a head's state after chunks lo to hi of one sequence, starting from S [KP, v].
 
-    With OUTPUT the output's columns are written; without, v may be past V, where u is zero.
-    `memory`: the workspace (None for u if it is in the output) and the output. `place`: the head,
-    the output's row of the sequence's first token, its tokens, its first workspace row.
+    With OUTPUT the output's columns are written, and with BLOCK_TOKENS the states at the ends of
+    blocks; without, v may be past V, where u is zero. `memory`: the workspace (None for u if it is
+    in the output) and the output. `place`: the head, the output's row of the sequence's first
+    token, its tokens, its first workspace row. `boundaries`: see `boundaries_of`.
     """
     tiles_ptr, u_ptr, decay_ptr, o_ptr = memory
     h, first, length, row = place
@@ -229,7 +230,42 @@ def scan_chunks(
                 o = tl.dot(A, vn, o)
         if OUTPUT:
             tl.store(o_at + c * step * (64 * V), o.to(o_ptr.dtype.element_ty), mask=ok)
+            if BLOCK_TOKENS > 0:
+                ends = at_boundary(boundaries, c, length, BLOCK_TOKENS)
+                if ends:
+                    _, _, _, pages_ptr, strides, _ = boundaries
+                    page, live = boundary_page(boundaries, c, BLOCK_TOKENS)
+                    store_state(pages_ptr, strides, None, S, live, page, h, d, v, K, V, True, False)
     return S
+
+
+@triton.jit
+def boundaries_of(blocks_ptr, contexts_ptr, columns, pages_ptr, strides, slots, n):
+    """Where the states of sequence n at the ends of its blocks go: its tokens before this call, its
+    row of the table and its columns, the pages, their strides and number.
+    """
+    before = n * 0
+    if contexts_ptr is not None:
+        before = tl.load(contexts_ptr + n).to(tl.int64)
+    return before, blocks_ptr + n * columns, columns, pages_ptr, strides, slots
+
+
+@triton.jit
+def at_boundary(boundaries, c, length, BLOCK_TOKENS: tl.constexpr):
+    """Whether a block ends with chunk c of a sequence, which has `length` tokens here."""
+    end = (c + 1) * 64
+    return ((boundaries[0] + end) % BLOCK_TOKENS == 0) & (end <= length)
+
+
+@triton.jit
+def boundary_page(boundaries, c, BLOCK_TOKENS: tl.constexpr):
+    """The page of the block that ends with chunk c, and whether it is valid, as in `page_of`."""
+    before, table_ptr, columns, _, _, slots = boundaries
+    column = (before + (c + 1) * 64) // BLOCK_TOKENS - 1
+    listed = (column >= 0) & (column < columns)
+    page = tl.load(table_ptr + column, mask=listed, other=0).to(tl.int64)
+    live = (page > 0) & (page < slots)
+    return tl.where(live, page, 0), live
 
 
 @triton.jit
