@@ -138,14 +138,18 @@ def with_states(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> d
 
 
 def with_pages(
-    inputs: dict[str, Any], slots: list[int], fresh: list[int], dtype: torch.dtype = torch.float32
+    inputs: dict[str, Any],
+    slots: list[int],
+    fresh: list[int],
+    dtype: torch.dtype = torch.float32,
+    more: int = 2,
 ) -> dict[str, Any]:
-    """Adds paged states with padded pages; the null block and the pages of `fresh` sequences are
-    NaN.
+    """Adds paged states with padded pages, `more` than the last slot; the null block and the pages
+    of `fresh` sequences are NaN.
     """
     (HV, V), K = inputs["v"].shape[2:], inputs["q"].shape[3]
     device = inputs["q"].device
-    pages = torch.randn(max(slots) + 2, HV * V * K + 32, device=device).to(dtype)
+    pages = torch.randn(max(slots) + more, HV * V * K + 32, device=device).to(dtype)
     pages[0] = torch.nan
     for n in fresh:
         pages[slots[n]] = torch.nan
@@ -156,4 +160,38 @@ def with_pages(
         "has_initial_state": torch.tensor(
             [n not in fresh for n in range(len(slots))], device=device
         ),
+    }
+
+
+# An empty sequence, three in which a block of 128 tokens ends after 64, one of them at its end, and
+# a null one.
+BLOCKED_OFFSETS = [0, 0, 70, 134, 200, 264]
+BLOCKED_SLOTS, BLOCKED_FRESH = [2, 3, 1, 4, 0], [0]
+BLOCKED_PAGES = 12
+
+
+def with_blocks(inputs: dict[str, Any], index_dtype: torch.dtype = torch.int32) -> dict[str, Any]:
+    """Adds the block table of a batch of these sequences, whose states have that many pages; the
+    page of a block that does not end in the call is none.
+    """
+    device = inputs["cu_seqlens"].device
+    table = [[5, 6], [7, 99], [99, 1], [99, 8], [9, 10]]
+    return {
+        **inputs,
+        "block_table": torch.tensor(table, dtype=index_dtype, device=device),
+        "context_lens": torch.tensor([0, 64, 192, 192, 64], dtype=index_dtype, device=device),
+        "block_tokens": 128,
+    }
+
+
+def with_dense_blocks(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Adds a table of blocks of 64 tokens to two sequences of 130 tokens on pages of up to 8; null
+    entries among them.
+    """
+    state = inputs.get("state", inputs.get("conv_state"))
+    device = (state[0] if isinstance(state, tuple) else state).device
+    return {
+        **inputs,
+        "block_table": torch.tensor([[3, 4, 5], [-1, 6, 99]], device=device),
+        "block_tokens": 64,
     }

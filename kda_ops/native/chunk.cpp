@@ -154,7 +154,7 @@ EXPORT void chunk_kda(
         for (int64_t y = 0; y < V; y++)
           for (int64_t x = 0; x < K; x++) to[y * K + x] = c.S[x * c.VP + y];
       };
-      int64_t next = std::lower_bound(sequence, sequence + kept_count, n) - sequence;
+      int64_t place = std::lower_bound(sequence, sequence + kept_count, n) - sequence;
       std::fill(c.S.begin(), c.S.end(), 0.f);
       for (int64_t y = 0; y < V; y++)
         for (int64_t x = 0; x < K; x++) c.S[x * c.VP + y] = page[y * K + x];
@@ -199,8 +199,9 @@ EXPORT void chunk_kda(
         c.run();
         for (int64_t i = 0; i < count; i++)
           std::copy_n(&c.out[i * c.VP], V, o + ((first + i) * HV + h) * V);
-        if (next < kept_count && sequence[next] == n && end[next] == first + count - offsets[n])
-          store(kept + (next++ * HV + h) * V * K);
+        const int64_t done = first + count - offsets[n];
+        if (place < kept_count && sequence[place] == n && end[place] == done)
+          store(kept + (place++ * HV + h) * V * K);
       }
       store(page);
     }

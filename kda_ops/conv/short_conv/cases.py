@@ -1,10 +1,23 @@
 """Inputs of short_conv for tests and benchmarks."""
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from kda_ops._cases import Case, dense, named, negative, paged_conv_state
+from kda_ops._cases import (
+    BLOCKED_OFFSETS,
+    BLOCKED_PAGES,
+    BLOCKED_SLOTS,
+    Case,
+    dense,
+    named,
+    negative,
+    paged_conv_state,
+    with_blocks,
+    with_dense_blocks,
+)
 
 
 def short_conv_inputs(
@@ -66,7 +79,13 @@ def short_conv_inputs(
     return inputs
 
 
-def _case(name: str, *sizes: Any, perf: bool = False, **options: Any) -> Case:
+def _case(
+    name: str,
+    *sizes: Any,
+    perf: bool = False,
+    with_: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    **options: Any,
+) -> Case:
     shape = sizes[0]
     elements = 1
     for n in shape:
@@ -74,7 +93,7 @@ def _case(name: str, *sizes: Any, perf: bool = False, **options: Any) -> Case:
     itemsize = (sizes[2] if len(sizes) > 2 else torch.bfloat16).itemsize
     return Case(
         name=name,
-        make=lambda device: short_conv_inputs(*sizes, **options, device=device),
+        make=lambda device: with_(short_conv_inputs(*sizes, **options, device=device)),
         mutated=("conv_state",) if "layout" in options else (),
         bytes_moved=2 * elements * itemsize,
         perf=perf,
@@ -86,6 +105,19 @@ RAGGED_STATE: dict[str, Any] = {
     "lengths": RAGGED,
     "state_indices": (3, 5, 1, 0, 6, 2),
     "initial": (1, 1, 1, 1, 0, 1),
+}
+
+BLOCKS: dict[str, Any] = {
+    "lengths": tuple(end - start for start, end in itertools.pairwise(BLOCKED_OFFSETS)),
+    "state_indices": BLOCKED_SLOTS,
+    "initial": (0, 1, 1, 1, 1),
+    "num_slots": BLOCKED_PAGES,
+    "with_": with_blocks,
+}
+DENSE_BLOCKS: dict[str, Any] = {
+    "state_indices": (1, 2),
+    "initial": (0, 1),
+    "with_": with_dense_blocks,
 }
 
 CASES = [
@@ -113,6 +145,8 @@ CASES = [
         strided=True,
     ),
     _case("SD-fp32-state", (90, 24), **RAGGED_STATE, layout="SD", state_dtype=torch.float32),
+    _case("SD-blocks", (270, 24), **BLOCKS, layout="SD", num_spec=2),
+    _case("DS-blocks-fp32", (2, 130, 24), 3, torch.float32, **DENSE_BLOCKS, layout="DS"),
     _case("T8192-D12288", (1, 8192, 12288), perf=True),
     _case(
         "SD-T8192-D12288",

@@ -1,10 +1,24 @@
 """Inputs of short_conv_qkv for tests and benchmarks."""
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from kda_ops._cases import Case, dense, named, negative, paged_conv_state, unpacked
+from kda_ops._cases import (
+    BLOCKED_OFFSETS,
+    BLOCKED_PAGES,
+    BLOCKED_SLOTS,
+    Case,
+    dense,
+    named,
+    negative,
+    paged_conv_state,
+    unpacked,
+    with_blocks,
+    with_dense_blocks,
+)
 
 
 def short_conv_qkv_inputs(
@@ -87,13 +101,19 @@ def short_conv_qkv_inputs(
     return unpacked(inputs, (H * K, H * K, value_dim)) if unpack else inputs
 
 
-def _case(name: str, *sizes: Any, perf: bool = False, **options: Any) -> Case:
+def _case(
+    name: str,
+    *sizes: Any,
+    perf: bool = False,
+    with_: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    **options: Any,
+) -> Case:
     B, T, H, K, value_dim = sizes[:5]
     dtype = sizes[5] if len(sizes) > 5 else torch.bfloat16
     return Case(
         name=name,
         cpu_only=dtype == torch.float64,
-        make=lambda device: short_conv_qkv_inputs(*sizes, **options, device=device),
+        make=lambda device: with_(short_conv_qkv_inputs(*sizes, **options, device=device)),
         mutated=("conv_state",) if "layout" in options else (),
         bytes_moved=2 * B * T * (2 * H * K + value_dim) * dtype.itemsize,
         perf=perf,
@@ -106,6 +126,19 @@ RAGGED: dict[str, Any] = {
     "initial": (1, 1, 1, 1, 0, 1),
 }
 THREE: dict[str, Any] = {"state_indices": (2, 0, 5), "initial": (1, 1, 0)}
+
+BLOCKS: dict[str, Any] = {
+    "lengths": tuple(end - start for start, end in itertools.pairwise(BLOCKED_OFFSETS)),
+    "state_indices": BLOCKED_SLOTS,
+    "initial": (0, 1, 1, 1, 1),
+    "num_slots": BLOCKED_PAGES,
+    "with_": with_blocks,
+}
+DENSE_BLOCKS: dict[str, Any] = {
+    "state_indices": (1, 2),
+    "initial": (0, 1),
+    "with_": with_dense_blocks,
+}
 
 CASES = [
     _case("apart-SD-ragged-bias", 1, 40, 2, 64, 96, **RAGGED, layout="SD", bias=True, unpack=True),
@@ -166,6 +199,20 @@ CASES = [
         layout="DS",
         state_indices=(3, 0),
         initial=(1, 1),
+        unpack=True,
+    ),
+    _case("DS-blocks", 1, 270, 1, 8, 12, **BLOCKS, layout="DS", num_spec=2, strided=True),
+    _case(
+        "apart-SD-blocks-fp32",
+        2,
+        130,
+        1,
+        12,
+        20,
+        torch.float32,
+        **DENSE_BLOCKS,
+        layout="SD",
+        state_dtype=torch.bfloat16,
         unpack=True,
     ),
     _case("T8192-H32", 1, 8192, 32, 128, 4096, perf=True),

@@ -8,7 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kda_ops._cases import Case, dense, k_first, named, negative, with_pages, with_states
+from kda_ops._cases import (
+    BLOCKED_FRESH,
+    BLOCKED_OFFSETS,
+    BLOCKED_SLOTS,
+    Case,
+    dense,
+    k_first,
+    named,
+    negative,
+    with_blocks,
+    with_dense_blocks,
+    with_pages,
+    with_states,
+)
 from kda_ops._numerics import CHUNK, RCP_LN2
 
 
@@ -196,13 +209,39 @@ CASES = [
         torch.float32,
         mutated=("state",),
     ),
+    _made(
+        "blocks",
+        lambda d: with_blocks(
+            with_pages(
+                chunk_kda_inputs(d, T=270, K=64, V=64, cu_seqlens=BLOCKED_OFFSETS),
+                BLOCKED_SLOTS,
+                BLOCKED_FRESH,
+                more=8,
+            )
+        ),
+        mutated=("state",),
+    ),
+    _made(
+        "blocks-fp32",
+        lambda d: with_dense_blocks(
+            with_pages(
+                chunk_kda_inputs(d, B=2, T=130, K=16, V=24, dtype=torch.float32),
+                [1, 2],
+                [1],
+                torch.bfloat16,
+                more=6,
+            )
+        ),
+        torch.float32,
+        mutated=("state",),
+    ),
     _perf("T8192-H32", T=8192, H=32),
     _perf("8x1024-H32", T=8192, H=32, sequences=8),
 ]
 
 CASES += [
     *map(dense, named(CASES, "pages", "pages-fp32")),
-    *map(k_first, named(CASES, "states-fp32", "pages-general-bf16")),
+    *map(k_first, named(CASES, "states-fp32", "pages-general-bf16", "blocks-fp32")),
     *map(dense, map(k_first, named(CASES, "pages-general-bf16"))),
     *map(negative, named(CASES, "pages", "pages-fp32")),
 ]

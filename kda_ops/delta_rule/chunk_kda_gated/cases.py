@@ -6,7 +6,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kda_ops._cases import Case, dense, k_first, named, negative, with_pages, with_states
+from kda_ops._cases import (
+    BLOCKED_FRESH,
+    BLOCKED_OFFSETS,
+    BLOCKED_SLOTS,
+    Case,
+    dense,
+    k_first,
+    named,
+    negative,
+    with_blocks,
+    with_dense_blocks,
+    with_pages,
+    with_states,
+)
 from kda_ops._numerics import CHUNK
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -167,6 +180,11 @@ CASES = [
           cu_seqlens=RAGGED),
     _case("pages-fp32", lambda x: with_pages(x, [2, 0, 1], [2]), B=3, T=70, K=16, V=16,
           dtype=FP32, norm=True, beta_scale=2.0),
+    _case("pages-blocks",
+          lambda x: with_blocks(with_pages(x, BLOCKED_SLOTS, BLOCKED_FRESH, BF16, more=8)),
+          T=270, K=64, V=64, cu_seqlens=BLOCKED_OFFSETS, norm=True),
+    _case("pages-blocks-fp32", lambda x: with_dense_blocks(with_pages(x, [1, 2], [1], more=6)),
+          B=2, T=130, K=16, V=24, dtype=FP32, norm=True),
     _perf("norm-T8192-H32", T=8192, H=32, norm=True),
     _perf("T8192-H32", T=8192, H=32),
     _perf("norm-bounded-T8192-H32", T=8192, H=32, norm=True, gate="bounded"),
@@ -175,7 +193,7 @@ CASES = [
 
 CASES += [
     *map(dense, named(CASES, "pages", "pages-fp32")),
-    *map(k_first, named(CASES, "states-fp32", "pages-general-bf16")),
+    *map(k_first, named(CASES, "states-fp32", "pages-general-bf16", "pages-blocks")),
     *map(dense, map(k_first, named(CASES, "pages-fp32"))),
     *map(negative, named(CASES, "pages")),
 ]
