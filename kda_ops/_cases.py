@@ -163,11 +163,11 @@ def with_pages(
     }
 
 
-# An empty sequence, three in which a block of 128 tokens ends after 64, one of them at its end, and
-# a null one.
-BLOCKED_OFFSETS = [0, 0, 70, 134, 200, 264]
-BLOCKED_SLOTS, BLOCKED_FRESH = [2, 3, 1, 4, 0], [0]
-BLOCKED_PAGES = 12
+# An empty sequence, two in which a block of 128 tokens ends after 64, of one of them at its end and
+# on its own page, and a null one.
+BLOCKED_OFFSETS = [0, 0, 66, 130, 194]
+BLOCKED_SLOTS, BLOCKED_FRESH = [2, 3, 1, 0], [0]
+BLOCKED_PAGES = 10
 
 
 def with_blocks(inputs: dict[str, Any], index_dtype: torch.dtype = torch.int32) -> dict[str, Any]:
@@ -175,11 +175,11 @@ def with_blocks(inputs: dict[str, Any], index_dtype: torch.dtype = torch.int32) 
     page of a block that does not end in the call is none.
     """
     device = inputs["cu_seqlens"].device
-    table = [[5, 6], [7, 99], [99, 1], [99, 8], [9, 10]]
+    table = [[5, 6], [7, 99], [99, 1], [8, 9]]
     return {
         **inputs,
         "block_table": torch.tensor(table, dtype=index_dtype, device=device),
-        "context_lens": torch.tensor([0, 64, 192, 192, 64], dtype=index_dtype, device=device),
+        "context_lens": torch.tensor([0, 64, 192, 64], dtype=index_dtype, device=device),
         "block_tokens": 128,
     }
 
@@ -188,8 +188,7 @@ def with_dense_blocks(inputs: dict[str, Any]) -> dict[str, Any]:
     """Adds a table of blocks of 64 tokens to two sequences of 130 tokens on pages of up to 8; null
     entries among them.
     """
-    state = inputs.get("state", inputs.get("conv_state"))
-    device = (state[0] if isinstance(state, tuple) else state).device
+    device = inputs["state_indices"].device
     return {
         **inputs,
         "block_table": torch.tensor([[3, 4, 5], [-1, 6, 99]], device=device),

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 import kda_ops
-from kda_ops import fused
 from kda_ops._cases import unpacked, with_pages
 from kda_ops.conv.short_conv.cases import short_conv_inputs
 from kda_ops.conv.short_conv_qkv.cases import short_conv_qkv_inputs
+from kda_ops.delta_rule.chunk_kda import kernel
 from kda_ops.delta_rule.chunk_kda.cases import chunk_kda_inputs
 from kda_ops.delta_rule.chunk_kda_gated.cases import chunk_kda_gated_inputs
 from kda_ops.delta_rule.chunked import workspace
-from kda_ops.tuning.configs import SM90
+from kda_ops.delta_rule.chunked.kernels import scan
+from kda_ops.tuning import override
 from kda_ops.varlen import prepare_chunk_indices
-from perf.analysis import sanitize
 from tests.operators import test_cubin
 from tests.support.bounds import within_tensors
 from tests.support.fake_cuda import cuda_code, summary
@@ -135,6 +135,7 @@ SAMPLES = [  # operator, dtype, dtype and layout of the state
     ("short_conv_qkv", BF16, BF16, 0),
     ("unpacked", FP32, BF16, 1),
 ]
+kinds = pytest.mark.parametrize("kind", OPERATORS)
 WAYS = {
     "eager": (lambda f: f, ()),
     "kernel": (run_kernels, pytest.mark.interpreter),
@@ -185,3 +186,166 @@ def test_compiled_states_are_those_of_prefixes_alone(kind: str) -> None:
     """In the C++ kernels too."""
     compiled = functools.cache(functools.partial(torch.compile, fullgraph=True, dynamic=True))
     assert_prefixes(kind, compiled, of_kind(kind, 1, FP32, BF16), others=-3)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("chunk_kda", FP32), ("chunk_kda", BF16), ("short_conv", BF16)], ids=str
+)
+def test_kernels_survive_any_tables(kind: str, dtype: torch.dtype) -> None:
+    """Wrong values name no page, without a fault."""
+    plain = part(of_kind(kind, 0, dtype, FP32), 0, 66)
+    inputs = with_table(plain)
+    inputs |= {"block_table": inputs["block_table"][:1], "context_lens": torch.tensor([64])}
+    table = inputs["block_table"]
+    wrong = [
+        {"block_table": torch.full_like(table, 2**31 - 1)},
+        {"block_table": torch.full((1, 6), -(2**62))},
+        {"block_table": table[:, :0]},
+        {"context_lens": torch.tensor([2**62])},
+        {"context_lens": torch.tensor([-(2**40)])},
+        {"context_lens": torch.tensor([62])},
+        {"block_tokens": 1 << 20},
+    ]
+    expected = call(kind, run_kernels, plain)
+    assert not same(call(kind, run_kernels, inputs), expected)
+    for change in wrong:
+        with within_tensors():
+            assert same(call(kind, run_kernels, inputs | change), expected), change
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+PAGE = {  # a sequence of 130 tokens with a null one behind it, on four pages
+    "state_indices": torch.tensor([1, 0]),
+    "block_table": torch.tensor([[2, 3], [9, 9]]),
+    "block_tokens": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_table": None}, "block_tokens must come with block_table, got block_tokens alone"),
+        (
+            {"block_table": None, "block_tokens": None, "context_lens": torch.zeros(2).int()},
+            "context_lens must come with block_table, got context_lens alone",
+        ),
+        ({"block_table": PAGE["block_table"].float()}, "block_table must have dtype int32, int64"),
+        ({"block_table": torch.tensor([2, 3])}, "block_table must have 2 dimensions, got"),
+        ({"block_table": torch.tensor([[2, 3]])}, "block_table must have shape [2, 2], got (1, 2)"),
+        ({"context_lens": torch.zeros(2)}, "context_lens must have dtype int32, int64, got"),
+        ({"context_lens": torch.zeros(1).int()}, "context_lens must have shape [2], got (1,)"),
+        ({"block_tokens": None}, "block_tokens must be an integer, got None"),
+        ({"block_tokens": 0}, "block_tokens must be a positive multiple of 64, got 0"),
+        ({"block_tokens": 96}, "block_tokens must be a positive multiple of 64, got 96"),
+        ({"block_tokens": -64}, "block_tokens must be a positive multiple of 64, got -64"),
+        (
+            {"context_lens": torch.tensor([10, 7])},
+            "context_lens must be multiples of 64 with block_table, got 10 for sequence 0",
+        ),
+        (
+            {"context_lens": torch.tensor([-64, 0])},
+            "context_lens must be multiples of 64 with block_table, got -64 for sequence 0",
+        ),
+        ({"block_table": torch.tensor([[2, 4], [0, 0]])}, "block_table must be below 4, got 4"),
+        (
+            {"block_table": torch.tensor([[3, 3], [0, 0]])},
+            "block_table must not name a page that the same call writes otherwise, "
+            "got 3 for sequence 0",
+        ),
+        (
+            {"block_table": torch.tensor([[2, 1], [0, 0]])},
+            "block_table must not name a page that the same call writes otherwise, "
+            "got 1 for sequence 0",
+        ),
+    ],
+)
+@kinds
+def test_errors(kind: str, change: dict[str, Any], message: str) -> None:
+    """Before anything is written."""
+    inputs = of_kind(kind, 0, FP32, FP32)
+    inputs["cu_seqlens"] = torch.tensor([0, 130, 200])
+    inputs.pop("has_initial_state")
+    name = "state" if kind in CHUNKED else "conv_state"
+    pages = inputs[name]
+    inputs[name] = tuple(x[:4] for x in pages) if isinstance(pages, tuple) else pages[:4]
+    call(kind, lambda f: f, inputs | PAGE)
+    before = [x.clone() for x in states_of(inputs)]
+    function = public_function("short_conv_qkv" if kind == "unpacked" else kind)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        function(**inputs | PAGE | change)
+    for x, y in zip(states_of(inputs), before, strict=True):
+        assert torch.equal(x.nan_to_num(-7), y.nan_to_num(-7))
+
+
+@kinds
+def test_blocks_are_of_paged_states(kind: str) -> None:
+    name = "state" if kind in CHUNKED else "conv_state"
+    inputs = of_kind(kind, 0, FP32, FP32) | PAGE
+    for other in (name, "state_indices", "has_initial_state"):
+        inputs.pop(other)
+    inputs["block_table"] = torch.zeros(len(LENGTHS), 2).int()
+    function = public_function("short_conv_qkv" if kind == "unpacked" else kind)
+    with pytest.raises(ValueError, match=f"block_table must come with {name}, got block_table al"):
+        function(**inputs)
+
+
+def test_a_block_is_longer_than_a_history() -> None:
+    state, table = torch.zeros(3, 70, 4), torch.tensor([[1]])
+    call = functools.partial(
+        kda_ops.short_conv, torch.zeros(80, 4), conv_state=state, layout="SD",
+        block_table=table, block_tokens=64,
+    )  # fmt: skip
+    call(torch.zeros(4, 65))
+    with pytest.raises(ValueError, match="weight must have at most 65 taps with block_table"):
+        call(torch.zeros(4, 66))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("kind", ["chunk_kda", "chunk_kda_gated", "short_conv", "unpacked"])
+def test_compiled_for_a_gpu_it_takes_the_same_launches(kind: str, dynamic: bool) -> None:
+    inputs = of_kind(kind, 0, BF16, BF16)
+    if kind in CHUNKED:
+        inputs["chunk_indices"] = prepare_chunk_indices(inputs["cu_seqlens"], T)
+    function = public_function("short_conv_qkv" if kind == "unpacked" else kind)
+    made = []
+    for given in (inputs, with_table(inputs)):
+        _, (code,) = cuda_code(
+            lambda **x: tensors(function(**x)), **copy_inputs(given), dynamic=dynamic
+        )
+        made.append(summary(code))
+    assert made[0] == made[1]
+    assert not made[1].externs
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("columns", [32, 64])
+def test_the_scan_compiles(columns: int, target: str, tmp_path: Path) -> None:
+    """With the stages of a launch on that GPU, and pipelined like the one without blocks."""
+    gpu = test_cubin.TARGETS[target]
+    copies, spilled = [], []
+    for blocks in ({}, {"block_table": torch.tensor([[1, 2]]), "block_tokens": 512}):
+        recorder = test_cubin.Recorder()
+        inputs = chunk_kda_inputs(CPU, T=512, cu_seqlens=[0, 512]) | blocks
+        inputs |= {"state": torch.zeros(4, 1, 128, 128), "state_indices": torch.tensor([3])}
+        with (
+            mock.patch.object(scan, "traceable", recorder),
+            mock.patch.object(kernel, "traceable", recorder),
+            mock.patch.object(workspace, "shared_memory", return_value=gpu.shared),
+            override({"chunk_scan": {"BV": columns, "STAGES": 3, "num_warps": 4}}),
+            torch.no_grad(),
+            RunKernels(),
+        ):
+            kda_ops.chunk_kda(**inputs)
+        launch = next(x for x in recorder.launches.values() if "scan" in x.kernel.fn.__name__)
+        assert launch.constants["BLOCK_TOKENS"] == (512 if blocks else 0)
+        binary = test_cubin.compile_launch(launch, gpu)
+        assert binary.metadata.shared <= gpu.shared
+        spilled.append(test_cubin.spilled_bytes(binary, gpu, tmp_path))
+        copies.append(binary.asm["ptx"].count("cp.async.c"))
+    assert spilled[1] <= spilled[0] + 136  # addresses of pages, before and after the loop
+    if target != "sm_100a":  # where outputs wait for the next chunk only without blocks
+        assert copies[0] == copies[1]

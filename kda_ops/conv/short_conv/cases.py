@@ -110,7 +110,7 @@ RAGGED_STATE: dict[str, Any] = {
 BLOCKS: dict[str, Any] = {
     "lengths": tuple(end - start for start, end in itertools.pairwise(BLOCKED_OFFSETS)),
     "state_indices": BLOCKED_SLOTS,
-    "initial": (0, 1, 1, 1, 1),
+    "initial": (0, 1, 1, 1),
     "num_slots": BLOCKED_PAGES,
     "with_": with_blocks,
 }
@@ -145,7 +145,7 @@ CASES = [
         strided=True,
     ),
     _case("SD-fp32-state", (90, 24), **RAGGED_STATE, layout="SD", state_dtype=torch.float32),
-    _case("SD-blocks", (270, 24), **BLOCKS, layout="SD", num_spec=2),
+    _case("SD-blocks", (200, 24), **BLOCKS, layout="SD", num_spec=2),
     _case("DS-blocks-fp32", (2, 130, 24), 3, torch.float32, **DENSE_BLOCKS, layout="DS"),
     _case("T8192-D12288", (1, 8192, 12288), perf=True),
     _case(

@@ -130,7 +130,7 @@ THREE: dict[str, Any] = {"state_indices": (2, 0, 5), "initial": (1, 1, 0)}
 BLOCKS: dict[str, Any] = {
     "lengths": tuple(end - start for start, end in itertools.pairwise(BLOCKED_OFFSETS)),
     "state_indices": BLOCKED_SLOTS,
-    "initial": (0, 1, 1, 1, 1),
+    "initial": (0, 1, 1, 1),
     "num_slots": BLOCKED_PAGES,
     "with_": with_blocks,
 }
@@ -201,7 +201,7 @@ CASES = [
         initial=(1, 1),
         unpack=True,
     ),
-    _case("DS-blocks", 1, 270, 1, 8, 12, **BLOCKS, layout="DS", num_spec=2, strided=True),
+    _case("DS-blocks", 1, 200, 1, 8, 12, **BLOCKS, layout="DS", num_spec=2, strided=True),
     _case(
         "apart-SD-blocks-fp32",
         2,

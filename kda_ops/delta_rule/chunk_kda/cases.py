@@ -9,15 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kda_ops._cases import (
-    BLOCKED_FRESH,
-    BLOCKED_OFFSETS,
-    BLOCKED_SLOTS,
     Case,
     dense,
     k_first,
     named,
     negative,
-    with_blocks,
     with_dense_blocks,
     with_pages,
     with_states,
@@ -207,18 +203,6 @@ CASES = [
             chunk_kda_inputs(d, B=3, T=70, K=16, V=16, dtype=torch.float32), [2, 0, 1], [2]
         ),
         torch.float32,
-        mutated=("state",),
-    ),
-    _made(
-        "blocks",
-        lambda d: with_blocks(
-            with_pages(
-                chunk_kda_inputs(d, T=270, K=64, V=64, cu_seqlens=BLOCKED_OFFSETS),
-                BLOCKED_SLOTS,
-                BLOCKED_FRESH,
-                more=8,
-            )
-        ),
         mutated=("state",),
     ),
     _made(
