@@ -17,6 +17,8 @@ PREFILL = (
     "prefill_cu_seqlens",
     "prefill_copies",
     "chunk_indices",
+    "block_table",
+    "context_lens",
 )
 READ = {
     "decode": DECODE,

@@ -2,6 +2,7 @@
 of a prompt.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -107,11 +108,13 @@ def check_block_tokens(block_tokens: int | None) -> None:
 
 
 def check_block_values(
-    state: Tensor, state_indices: Tensor | None, offsets: Tensor, blocks: Blocks | None
-) -> None:
+    slots: int, state_indices: Tensor | None, offsets: Tensor, blocks: Blocks | None,
+    others: Iterable[int] = (),
+) -> None:  # fmt: skip
     """Contents of the tables of block boundaries, of sequences with valid offsets and slots.
 
-    No page is written twice, but for the same state at the end of a sequence.
+    No page is written twice, but for the same state at the end of a sequence. `slots`: the number
+    of pages. `others`: pages that something else writes.
     """
     if blocks is None:
         return
@@ -126,8 +129,8 @@ def check_block_values(
                     f"got {before} for sequence {n}"
                 )
     sequence, end, page = blocks.ends(offsets, live, None)
-    check_slot_values("block_table", page, len(state))
-    taken = set(own[live].tolist())
+    check_slot_values("block_table", page, slots)
+    taken = {*own[live].tolist(), *others}
     pages, lengths = own.tolist(), offsets.diff().tolist()
     for n, stop, slot in zip(sequence.tolist(), end.tolist(), page.tolist(), strict=True):
         if slot in taken and not (slot == pages[n] and stop == lengths[n]):

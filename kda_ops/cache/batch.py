@@ -1,19 +1,24 @@
 """One description of a server's batch, shared by all layers of a forward."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import add_safe_globals
-from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from kda_ops import config
-from kda_ops._checks import INTEGERS, check_dtype, check_integer, check_shape, check_slot_values
+from kda_ops._checks import check_integer, check_shape, check_slot_values
 from kda_ops._numerics import CHUNK
 from kda_ops._tracing import reads_values
-from kda_ops.cache.batch_checks import check_batch_values, check_counts, check_tensors
+from kda_ops.cache.batch_checks import (
+    check_batch_blocks,
+    check_batch_values,
+    check_counts,
+    check_tensors,
+    integers,
+)
+from kda_ops.cache.batch_tree import register_tree
 from kda_ops.varlen import prepare_chunk_indices
 
 COUNTS = (
@@ -33,6 +38,8 @@ TENSORS = (
     "prefill_cu_seqlens",
     "prefill_copies",
     "chunk_indices",
+    "block_table",
+    "context_lens",
     "counts",
 )
 SMALL = 2**15  # rows, and sequences: up to here a layer's indices fit 32 bits
@@ -81,6 +88,12 @@ class KDABatch:
             Used only where `has_initial_state`. **None means that every prefill continues from the
             state of a prefill, or of a decode with one accepted token.** If only some steps have
             it, those with prefills have a graph with it and one without.
+        block_table: `[num_prefills, blocks]`, int32 or int64: the page of the state after each full
+            block of a prompt, which a prefill writes for blocks that end in it, with both states.
+            Entries of 0 and negative ones are skipped. Needs `block_tokens`.
+        context_lens: `[num_prefills]`, int32 or int64, with `block_table`: tokens of each prompt
+            before this step, multiples of 64. None means zeros.
+        block_tokens: Tokens of a block, a multiple of 64; a constant of compiled code.
         num_decodes: Decode sequences.
         num_decode_tokens: Rows of the decodes.
         num_prefills: Prefill sequences.
@@ -108,6 +121,9 @@ class KDABatch:
     has_initial_state: Tensor
     num_accepted: Tensor | None = None
     prefill_num_accepted: Tensor | None = None
+    block_table: Tensor | None = None
+    context_lens: Tensor | None = None
+    block_tokens: int | None = None
     num_decodes: int
     num_decode_tokens: int
     num_prefills: int
@@ -198,6 +214,9 @@ class KDABatch:
         *,
         has_initial_state: Tensor | Sequence[bool] | None = None,
         num_accepted: Tensor | Sequence[int] | None = None,
+        block_table: Tensor | Sequence | None = None,
+        context_lens: Tensor | Sequence[int] | None = None,
+        block_tokens: int | None = None,
         num_tokens: int | None = None,
         device: torch.device | str | None = None,
     ) -> "KDABatch":
@@ -212,6 +231,9 @@ class KDABatch:
             state_indices,
             has_initial_state=has_initial_state,
             prefill_num_accepted=num_accepted,
+            block_table=block_table,
+            context_lens=context_lens,
+            block_tokens=block_tokens,
             num_tokens=num_tokens,
             device=device,
         )
@@ -226,6 +248,9 @@ class KDABatch:
         has_initial_state: Tensor | Sequence[bool] | None = None,
         num_accepted: Tensor | Sequence[int] | None = None,
         prefill_num_accepted: Tensor | Sequence[int] | None = None,
+        block_table: Tensor | Sequence | None = None,
+        context_lens: Tensor | Sequence[int] | None = None,
+        block_tokens: int | None = None,
         num_tokens: int | None = None,
         device: torch.device | str | None = None,
     ) -> "KDABatch":
@@ -240,6 +265,9 @@ class KDABatch:
                 that all start from zeros.
             num_accepted: `[num_decodes]`, see the class.
             prefill_num_accepted: `[num_prefills]`, see the class.
+            block_table: `[num_prefills, blocks]`, see the class.
+            context_lens: `[num_prefills]`, see the class.
+            block_tokens: See the class.
             num_tokens: Rows of `hidden_states`, including padding. None means no padding.
             device: Device of the batch. None means the device of `state_indices`, the CPU for
                 lists.
@@ -264,10 +292,13 @@ class KDABatch:
         check_shape("has_initial_state", continues, (len(prefill_lengths),))
         return cls(
             cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
-            state_indices=_integers("state_indices", state_indices, device),
+            state_indices=integers("state_indices", state_indices, device),
             has_initial_state=torch.cat([continues.new_ones(len(decode_lengths)), continues]),
-            num_accepted=_counts("num_accepted", num_accepted, device),
-            prefill_num_accepted=_counts("prefill_num_accepted", prefill_num_accepted, device),
+            num_accepted=_given("num_accepted", num_accepted, device),
+            prefill_num_accepted=_given("prefill_num_accepted", prefill_num_accepted, device),
+            block_table=_given("block_table", block_table, device),
+            context_lens=_given("context_lens", context_lens, device),
+            block_tokens=block_tokens,
             num_decodes=len(decode_lengths),
             num_decode_tokens=sum(decode_lengths),
             num_prefills=len(prefill_lengths),
@@ -313,8 +344,9 @@ class KDABatch:
             torch._check(self.has_initial_state.shape[0] == N)
             torch._check(self.prefill_cu_seqlens.shape[0] == prefills + 1)
             torch._check(self.chunk_indices.shape[0] == prefill_rows // CHUNK + prefills)
-            if self.prefill_copies is not None:
-                torch._check(self.prefill_copies.shape[0] == prefills)
+            for plan in (self.prefill_copies, self.block_table, self.context_lens):
+                if plan is not None:
+                    torch._check(plan.shape[0] == prefills)
 
     def decodes(self) -> tuple[Tensor, Tensor]:
         """`cu_seqlens` and `state_indices` of the decodes."""
@@ -336,6 +368,15 @@ class KDABatch:
             self.has_initial_state.split((decodes, prefills))[1],
         )
 
+    def blocks(self) -> dict[str, Any]:
+        """The arguments of the prefills' operators for states at block boundaries; none without a
+        table.
+        """
+        if self.block_table is None:
+            return {}
+        names = ("block_table", "context_lens", "block_tokens")
+        return {name: getattr(self, name) for name in names}
+
     def check_slots(self, num_slots: int) -> None:
         """Checks that every slot exists in a state of `num_slots` pages, and that refilled tensors
         are still valid. Reads tensor values.
@@ -345,54 +386,13 @@ class KDABatch:
         """
         check_batch_values(self)
         check_slot_values("state_indices", self.state_indices, num_slots)
+        check_batch_blocks(self, num_slots)
 
 
-def _flatten(batch: KDABatch) -> tuple[list[Tensor | None], str]:
-    return [getattr(batch, name) for name in TENSORS], batch.kind
+register_tree(KDABatch, TENSORS, COUNTS)
 
 
-def _flatten_with_keys(batch: KDABatch) -> tuple[list[tuple[Any, Tensor | None]], str]:
-    tensors, kind = _flatten(batch)
-    return [(GetAttrKey(name), x) for name, x in zip(TENSORS, tensors, strict=True)], kind
-
-
-def _unflatten(tensors: Iterable[Any], kind: str) -> KDABatch:
-    """A batch in a trace: of tensors that were checked, or of their proxies."""
-    batch = object.__new__(KDABatch)
-    for name, x in zip(TENSORS, tensors, strict=True):
-        batch._set(name, x)
-    sizes = batch.counts.shape if isinstance(batch.counts, Tensor) else ()
-    for name, size in zip(COUNTS, sizes, strict=False):
-        batch._set(name, size)
-    batch._set("kind", kind)
-    known = not torch.compiler.is_compiling() and all(type(size) is int for size in sizes)
-    batch._set("_small", len(sizes) > 0 and known and batch._is_small())
-    return batch
-
-
-register_pytree_node(
-    KDABatch,
-    _flatten,
-    _unflatten,
-    serialized_type_name="kda_ops.cache.batch.KDABatch",
-    flatten_with_keys_fn=_flatten_with_keys,
-)
-add_safe_globals([KDABatch])  # `torch.export.load` reads a program's example inputs
-
-
-def _counts(
-    name: str, values: Tensor | Sequence[int] | None, device: torch.device | str
+def _given(
+    name: str, values: Tensor | Sequence | None, device: torch.device | str
 ) -> Tensor | None:
-    return None if values is None else _integers(name, values, device)
-
-
-def _integers(name: str, values: Tensor | Sequence, device: torch.device | str) -> Tensor:
-    if isinstance(values, Tensor):
-        return values.to(device)
-    try:
-        found = torch.tensor(values, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be lists of integers, got {values!r}") from error
-    if found.numel():  # an empty list has no dtype
-        check_dtype(name, found, INTEGERS)
-    return found.to(torch.int32)
+    return None if values is None else integers(name, values, device)

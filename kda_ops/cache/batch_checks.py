@@ -1,8 +1,10 @@
 """Checks of `KDABatch`. Every error names the field, what was expected and what was passed."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from kda_ops._checks import (
     INTEGERS,
@@ -19,6 +21,7 @@ from kda_ops._checks import (
     check_unshared_slots,
 )
 from kda_ops._numerics import CHUNK
+from kda_ops.blocks import Blocks, check_block_values, check_blocks
 from kda_ops.varlen import check_chunk_indices_values
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ def check_tensors(batch: "KDABatch") -> None:
         prefill_cu_seqlens=batch.prefill_cu_seqlens,
         chunk_indices=batch.chunk_indices,
     )
+    tables = (batch.block_table, batch.context_lens, batch.block_tokens)
+    check_blocks("state_indices", batch.state_indices, batch.num_prefills, *tables)
     check_cu_seqlens_shape(batch.cu_seqlens)
     check_shape("cu_seqlens", batch.cu_seqlens, (N + 1,))
     check_dtype("state_indices", batch.state_indices, INTEGERS)
@@ -116,6 +121,17 @@ def check_batch_values(batch: "KDABatch") -> None:
         check_accepted_values(name, count, most, ignored)
 
 
+def check_batch_blocks(batch: "KDABatch", num_slots: int) -> None:
+    """Contents of the block table, for states of so many pages."""
+    if batch.block_table is None or batch.block_tokens is None or batch.prefill_cu_seqlens is None:
+        return
+    blocks = Blocks(batch.block_table, batch.context_lens, batch.block_tokens)
+    table = batch.state_indices.reshape(len(batch.state_indices), -1)
+    own = table[batch.num_decodes :, 0]
+    others = [*table[: batch.num_decodes].flatten().tolist(), *table[:, 1:].flatten().tolist()]
+    check_block_values(num_slots, own, batch.prefill_cu_seqlens.long(), blocks, others)
+
+
 def accepted_counts(batch: "KDABatch") -> dict[str, range]:
     """The accepted counts that are given, and their sequences."""
     N = batch.num_decodes + batch.num_prefills
@@ -124,3 +140,16 @@ def accepted_counts(batch: "KDABatch") -> dict[str, range]:
         "prefill_num_accepted": range(batch.num_decodes, N),
     }
     return {name: n for name, n in found.items() if getattr(batch, name) is not None}
+
+
+def integers(name: str, values: Tensor | Sequence, device: torch.device | str) -> Tensor:
+    """A tensor of integers, also from lists."""
+    if isinstance(values, Tensor):
+        return values.to(device)
+    try:
+        found = torch.tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be lists of integers, got {values!r}") from error
+    if found.numel():  # an empty list has no dtype
+        check_dtype(name, found, INTEGERS)
+    return found.to(torch.int32)

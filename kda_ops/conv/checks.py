@@ -191,4 +191,5 @@ def check_conv_values(
         check_cu_seqlens_values(cu_seqlens, x.shape[-2])
     if conv_state is not None:
         check_page_values(conv_state, state_indices)
-        check_block_values(conv_state, state_indices, sequence_offsets(x, cu_seqlens), blocks)
+        offsets = sequence_offsets(x, cu_seqlens)
+        check_block_values(conv_state.shape[0], state_indices, offsets, blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,7 @@ def prefill_pages(
         batch.prefill_cu_seqlens,
         batch.chunk_indices,
         layout,
+        batch.blocks(),
     )
 
 
@@ -108,8 +109,12 @@ def prefill(
     cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
     layout: str,
+    blocks: dict[str, Any] | None = None,
 ) -> Tensor:
-    """Whole sequences, in chunked form; with a state on its slots."""
+    """Whole sequences, in chunked form; with a state on its slots, and with `blocks`, arguments of
+    the operators, on those of block boundaries.
+    """
+    blocks = blocks or {}
     conv, recurrent = (None, None) if state is None else state
     if layer.use_short_conv:
         x = short_conv(
@@ -121,6 +126,7 @@ def prefill(
             has_initial_state=has_initial_state,
             cu_seqlens=cu_seqlens,
             layout=layout,
+            **blocks,
         )
     else:
         x = F.silu(inputs.x)
@@ -144,6 +150,7 @@ def prefill(
         state=recurrent,
         state_indices=state_indices,
         has_initial_state=has_initial_state,
+        **blocks,
     )
     return normalized(layer, o, inputs.output_gate, cu_seqlens)
 

@@ -52,7 +52,8 @@ def check_chunk_kda_state_values(
     _check_sums(g_cumsum, cu_seqlens)
     check_page_values(state, state_indices)
     blocks = Blocks.of(block_table, context_lens, block_tokens)
-    check_block_values(state, state_indices, sequence_offsets(q[:, :, 0], cu_seqlens), blocks)
+    offsets = sequence_offsets(q[:, :, 0], cu_seqlens)
+    check_block_values(state.shape[0], state_indices, offsets, blocks)
 
 
 chunk_kda_op = define_op(

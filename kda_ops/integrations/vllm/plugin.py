@@ -219,6 +219,7 @@ class KDALayer:
             has_initial_state=continues,
             cu_seqlens=cu_seqlens,
             layout=self._layout(),
+            **batch.blocks(),
         )
         o, _ = chunk_kda_gated(
             q,
@@ -234,6 +235,7 @@ class KDALayer:
             state=recurrent,
             state_indices=state_indices,
             has_initial_state=continues,
+            **batch.blocks(),
         )
         return rms_norm_gated(o, output_gate[None], self.o_norm.weight, eps=self.o_norm.eps)
 
