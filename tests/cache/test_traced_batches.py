@@ -34,6 +34,11 @@ def batch_of(kind: str, more: int = 0) -> KDABatch:
     if kind == "speculative":
         lengths = [1 + n % 2 for n in range(two)]
         return KDABatch.decode(PAIRS[:two], lengths=lengths, num_accepted=lengths)
+    if kind == "blocks":
+        table = [[8 + n] for n in range(two)]
+        return KDABatch.prefill(
+            [67] * two, list(range(1, 1 + two)), block_table=table, block_tokens=64
+        )
     chunk_indices = {"has_initial_state": [n % 2 == 0 for n in range(two)]}
     if kind == "prefill":
         return KDABatch.prefill([67] * two, PAIRS[:two], num_accepted=[2] * two, **chunk_indices)
@@ -182,6 +187,7 @@ def exported(layer: KimiDeltaAttention, batch: KDABatch, strict: bool) -> Any:
         ("prefill", False),
         ("mixed", True),
         ("decode", False),
+        ("blocks", False),
     ],
 )
 def test_exported_steps(kind: str, strict: bool) -> None:

@@ -25,7 +25,7 @@ import kda_ops
 from kda_ops import config, lowering, tuning
 from kda_ops._numerics import RCP_LN2
 from kda_ops._registry import OPERATORS, define_op
-from kda_ops._roles import CHUNKS, CONV_PAGES, COPIES, OFFSETS, SLOTS, STATE_PAGES
+from kda_ops._roles import BLOCKS, CHUNKS, CONTEXTS, CONV_PAGES, COPIES, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops.gating.gate_cumsum.op import gate_cumsum_op
 from kda_ops.tuning import benchmark, choose, disk_cache, override
 from kda_ops.tuning.configs import CANDIDATES, DEFAULTS, SM90, TABLE, row_for
@@ -334,6 +334,8 @@ ROLES = {
     "cu_seqlens": OFFSETS,
     "chunk_indices": CHUNKS,
     "plan": COPIES,
+    "block_table": BLOCKS,
+    "context_lens": CONTEXTS,
 }
 
 
@@ -355,6 +357,18 @@ def test_roles_of_unknown_arguments_are_rejected() -> None:
             cuda="torch:clone",
             roles={"y": SLOTS},
         )
+
+
+def test_blocks_of_example_arguments_take_no_further_pages() -> None:
+    """They are written: the boundaries are where those of a prompt are."""
+    arguments = [torch.zeros(1, 200, 2), torch.zeros(99, 5, 4), torch.zeros(2).int(),
+                 torch.zeros(3).int(), torch.full((2, 4), 50), torch.ones(2).int()]  # fmt: skip
+    parameters = {"x": None, "pages": CONV_PAGES, "to": SLOTS, "offsets": OFFSETS,
+                  "blocks": BLOCKS, "contexts": CONTEXTS}  # fmt: skip
+    _, pages, slots, _, blocks, contexts = examples(parameters, arguments, CPU)
+    assert len(pages) == 3
+    assert blocks.tolist() == [[slot] * 4 for slot in slots.tolist()]
+    assert contexts.tolist() == [0, 0]
 
 
 def test_tables_of_example_arguments() -> None:
