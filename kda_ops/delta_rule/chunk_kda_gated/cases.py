@@ -121,21 +121,30 @@ def _case(
     )
 
 
-def _perf(name: str, *, T: int, H: int, sequences: int = 1, **options: Any) -> Case:
-    """K = V = 128 in bf16, with the final state."""
+def _perf(name: str, *, T: int, H: int, sequences: int = 1, pages: int = 0, **options: Any) -> Case:
+    """K = V = 128 in bf16, with the final state; or with so many pages for it and for the states at
+    equally many block boundaries.
+    """
     D = 128
 
     def make(device: torch.device) -> dict[str, Any]:
         cu_seqlens = None if sequences == 1 else list(range(0, T + 1, T // sequences))
         inputs = chunk_kda_gated_inputs(device, T=T, H=H, cu_seqlens=cu_seqlens, **options)
-        return {**inputs, "output_final_state": True}
+        if not pages:
+            return {**inputs, "output_final_state": True}
+        inputs = with_pages(inputs, [1], [0], more=pages)
+        if pages > 1:
+            table = torch.arange(2, pages + 1, dtype=torch.int32, device=device)
+            inputs |= {"block_table": table[None], "block_tokens": T // (pages - 1)}
+        return inputs
 
     chunks = T // CHUNK * H
     tile = 2 * CHUNK * CHUNK * D
     return Case(
         name=name,
         make=make,
-        bytes_moved=T * H * (5 * D + 1) * 2 + sequences * H * D * D * 4,
+        mutated=("state",) if pages else (),
+        bytes_moved=T * H * (5 * D + 1) * 2 + max(sequences, pages) * H * D * D * 4,
         # GEMMs: Aqk, L, w, u, Aqk vn and the inverse; w S, qg S and kg^T vn
         flops=chunks * (6 * tile + 3 * 2 * CHUNK * D * D),
         operand_dtype=BF16,
@@ -186,6 +195,8 @@ CASES = [
     _case("pages-blocks-fp32", lambda x: with_dense_blocks(with_pages(x, [1, 2], [1], more=6)),
           B=2, T=130, K=16, V=24, dtype=FP32, norm=True),
     _perf("norm-T8192-H32", T=8192, H=32, norm=True),
+    _perf("norm-pages-T8192-H32", T=8192, H=32, norm=True, pages=1),
+    _perf("norm-blocks512-T8192-H32", T=8192, H=32, norm=True, pages=17),
     _perf("T8192-H32", T=8192, H=32),
     _perf("norm-bounded-T8192-H32", T=8192, H=32, norm=True, gate="bounded"),
     _perf("norm-8x1024-H32", T=8192, H=32, sequences=8, norm=True),
