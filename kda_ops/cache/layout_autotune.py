@@ -73,6 +73,9 @@ def faster_layout(
                 has_initial,
                 count * PROMPT,
                 layout,
+                None,
+                None,
+                0,
             )
             ops.kda_decode(
                 x, conv, weight, None, "silu", f, beta, z, rates, None, None, 1.0, norm, EPS,

@@ -26,7 +26,7 @@ from kda_ops import fused
 from kda_ops._sharding import RULES
 
 SCENARIOS: dict[str, Callable[[DeviceMesh], None]] = {}
-B, T, H, HV, K, V, W, SLOTS, HIDDEN = 4, 70, 4, 8, 8, 16, 4, 5, 32
+B, T, H, HV, K, V, W, SLOTS, HIDDEN = 4, 70, 4, 8, 8, 16, 4, 9, 32
 FP64 = torch.float64
 
 
@@ -59,6 +59,7 @@ def calls() -> dict[str, Call]:
     beta = torch.rand(B, T, HV, dtype=FP64)
     slots = torch.arange(1, B + 1)
     paged = {"state": randn(SLOTS, HV, V, K), "state_indices": slots}
+    blocks = {"block_table": slots[:, None] + B}
     D = 2 * H * K + HV * V
     conv = {"x": randn(B, T, D), "weight": randn(D, W), "bias": randn(D)}
     kernel = {
@@ -82,7 +83,9 @@ def calls() -> dict[str, Call]:
             {"sizes": (H * K, H * K, HV * V), "layout": "SD"},
         ),
         "short_conv": (kda_ops.short_conv, conv, {}),
-        "short_conv.state": (kda_ops.short_conv, conv | packed, {"layout": "SD"}),
+        "short_conv.state": (
+            kda_ops.short_conv, conv | packed | blocks, {"layout": "SD", "block_tokens": 64},
+        ),
         "short_conv_update": (
             kda_ops.short_conv_update, conv | packed | {"x": randn(B, D)}, {"layout": "SD"},
         ),
@@ -94,7 +97,7 @@ def calls() -> dict[str, Call]:
         "short_conv_qkv.state": (
             lambda **x: op.short_conv_qkv.state(
                 x["x"], x["weight"], x["bias"], "silu", H * K, K, 1e-6, x["conv_state"],
-                x["state_indices"], None, None, "SD",
+                x["state_indices"], None, None, "SD", None, None, 0,
             ), conv | packed, {},
         ),
         "short_conv_qkv.unpacked": (
@@ -106,7 +109,7 @@ def calls() -> dict[str, Call]:
             lambda state_indices, q_state, k_state, v_state, **x: (
                 op.short_conv_qkv.unpacked_state(
                     *x.values(), None, None, None, "silu", K, 1e-6, q_state, k_state, v_state,
-                    state_indices, None, None, "SD",
+                    state_indices, None, None, "SD", None, None, 0,
                 )
             ), separate | kernel | windows | {"state_indices": slots}, {},
         ),
@@ -122,7 +125,8 @@ def calls() -> dict[str, Call]:
             {"output_final_state": True},
         ),
         "chunk_kda.state": (
-            kda_ops.chunk_kda, qkv | {"g_cumsum": g_cumsum, "beta": beta} | paged, {},
+            kda_ops.chunk_kda, qkv | {"g_cumsum": g_cumsum, "beta": beta} | paged | blocks,
+            {"block_tokens": 64},
         ),
         "chunk_kda_gated": (fused.chunk_kda_gated, qkv | raw, {}),
         "chunk_kda_gated.state": (fused.chunk_kda_gated, qkv | raw | paged, {}),

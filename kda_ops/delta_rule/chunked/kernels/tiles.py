@@ -233,9 +233,7 @@ def scan_chunks(
             if BLOCK_TOKENS > 0:
                 ends = at_boundary(boundaries, c, length, BLOCK_TOKENS)
                 if ends:
-                    _, _, _, pages_ptr, strides, _ = boundaries
-                    page, live = boundary_page(boundaries, c, BLOCK_TOKENS)
-                    store_state(pages_ptr, strides, None, S, live, page, h, d, v, K, V, True, False)
+                    store_boundary(boundaries, S, c, h, d, v, K, V, BLOCK_TOKENS)
     return S
 
 
@@ -266,6 +264,16 @@ def boundary_page(boundaries, c, BLOCK_TOKENS: tl.constexpr):
     page = tl.load(table_ptr + column, mask=listed, other=0).to(tl.int64)
     live = (page > 0) & (page < slots)
     return tl.where(live, page, 0), live
+
+
+@triton.jit
+def store_boundary(
+    boundaries, S, c, h, d, v, K: tl.constexpr, V: tl.constexpr, BLOCK_TOKENS: tl.constexpr
+):
+    """Writes a head's state [d, v] after chunk c to the page of the block that ends there."""
+    _, _, _, pages_ptr, strides, _ = boundaries
+    page, live = boundary_page(boundaries, c, BLOCK_TOKENS)
+    store_state(pages_ptr, strides, None, S, live, page, h, d, v, K, V, True, False)
 
 
 @triton.jit
