@@ -1,6 +1,7 @@
 """States at block boundaries within prompts are, bit for bit, those of the prefixes alone."""
 
 import functools
+import importlib
 import itertools
 import re
 from collections.abc import Callable
@@ -349,3 +350,28 @@ def test_the_scan_compiles(columns: int, target: str, tmp_path: Path) -> None:
     assert spilled[1] <= spilled[0] + 136  # addresses of pages, before and after the loop
     if target != "sm_100a":  # where outputs wait for the next chunk only without blocks
         assert copies[0] == copies[1]
+
+
+@pytest.mark.parametrize("kind", ["short_conv", "short_conv_qkv", "unpacked"])
+def test_the_convolution_compiles(kind: str, tmp_path: Path) -> None:
+    """Without spills, at a model's sizes."""
+    D, state = 3 * 1024, torch.zeros(4, 3, 3 * 1024, dtype=BF16)
+    inputs = {
+        "x": torch.zeros(1, 512, D, dtype=BF16), "weight": torch.zeros(D, 4, dtype=BF16),
+        "conv_state": state, "state_indices": torch.tensor([3]), "layout": "SD",
+        "has_initial_state": torch.tensor([True]), "cu_seqlens": torch.tensor([0, 512]),
+        "block_table": torch.tensor([[1, 2]]), "context_lens": torch.tensor([0]),
+        "block_tokens": 256,
+    }  # fmt: skip
+    name = "short_conv" if kind == "short_conv" else "short_conv_qkv"
+    if kind != "short_conv":
+        inputs |= {"key_dim": 1024, "head_dim": 128}
+    if kind == "unpacked":
+        inputs = unpacked(inputs, (1024, 1024, 1024))
+    recorder = test_cubin.Recorder()
+    launcher = importlib.import_module(f"kda_ops.conv.{name}.kernel")
+    with mock.patch.object(launcher, "traceable", recorder), torch.no_grad(), RunKernels():
+        public_function(name)(**inputs)
+    (launch,) = recorder.launches.values()
+    assert launch.constants["BLOCK_TOKENS"] == 256
+    test_cubin.assert_fits(launch, "sm_90a", tmp_path)
