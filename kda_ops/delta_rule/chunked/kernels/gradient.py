@@ -142,11 +142,6 @@ def sum_heads(
     )  # fmt: skip
 
 
-def has_fast_gradient(dtype: torch.dtype, K: Any, V: Any) -> bool:
-    """Whether `launch_gradient` supports it; else the general form does."""
-    return dtype == torch.bfloat16 and K in (64, 128) and V in (64, 128)
-
-
 class Chunks(NamedTuple):
     """The inputs as the kernels read them, and what they have in common."""
 
