@@ -37,6 +37,8 @@ FLOORS = (
     {"varlen", "_cases"},
     {"blocks"},
     {"tuning"},
+    {"_library"},
+    {"_saving"},
     {"_registry"},
     {"native"},
     {"norm", "gating", "conv", "cache", "explain"},

@@ -65,6 +65,30 @@ def saved_row(K: int, V: int, dtype: torch.dtype) -> Row:
     }
 
 
+def has_fast_gradient(dtype: torch.dtype, K: Any, V: Any) -> bool:
+    """Whether the fast form supports it; else the general one does."""
+    return dtype == torch.bfloat16 and K in (64, 128) and V in (64, 128)
+
+
+def saved_fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """What a forward saves."""
+    row = saved_row(q.shape[3], v.shape[3], q.dtype)
+    return tuple(make_rows(q, v, [Batch.of(q, cu_seqlens, None)], row).values())
+
+
+def saved_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int | None:
+    """Its bytes; None without the fast form, or if they are not known."""
+    K, V = q.shape[3], v.shape[3]
+    if not has_fast_gradient(q.dtype, K, V):
+        return None
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    try:
+        rows = hint(workspace_rows(q.shape[0] * q.shape[1], sequences))
+    except NoHintError:
+        return None
+    return rows * v.shape[2] * row_bytes(saved_row(K, V, q.dtype))
+
+
 def row_bytes(row: Row) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in row.values())
 
