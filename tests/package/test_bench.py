@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kda_ops.__main__ import main
 from kda_ops.demos.bench import command, providers, timing
-from kda_ops.demos.bench.providers import NAIVE, LeftOut, Task
+from kda_ops.demos.bench.providers import NAIVE, Call, LeftOut, Task
 from kda_ops.demos.bench.timing import Timer
 
 SMALL = ["--device=cpu", "--hidden=24", "--heads=2", "--head-dim=8", "--seconds=0.01"]
@@ -19,9 +19,10 @@ BARE = [*SMALL, "--tokens=70"]
 
 
 @pytest.fixture(autouse=True)
-def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests compile the layer."""
-    monkeypatch.setattr(torch, "compile", lambda layer, fullgraph: layer)
+def not_compiled(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Other tests compile the layer. (On a GPU there is FLA, which compiles what it imports.)"""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch, "compile", lambda layer, fullgraph: layer)
     monkeypatch.setattr(providers, "transformers", left_out)
 
 
@@ -137,6 +138,17 @@ def test_faults_of_users_have_no_traceback(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == ""
 
 
+def test_a_baseline_that_fails_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(task: Task) -> Call:
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(providers, "naive", fails)
+    assert main(["bench", *SMALL]) == 0
+    assert f"{providers.NAIVE}, it fails: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
 def test_a_fault_of_ours_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +178,9 @@ def test_bad_options(
 @pytest.mark.gpu
 def test_every_baseline_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("prefill", "decode", "train"):
-        assert main(["bench", kind, "--eager", "--tokens=128", "--seconds=0.1", "--json"]) == 0
-        names = {row["name"].split()[0] for row in json.loads(capsys.readouterr().out)["rows"]}
-        assert {"kda_ops,", "definitions", "PyTorch,", "FLA"} <= names
+        code = main(["bench", kind, "--eager", "--tokens=128", "--seconds=0.1", "--json"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        found = json.loads(out)
+        names = {row["name"].split()[0] for row in found["rows"]}
+        assert {"kda_ops,", "definitions", "PyTorch,", "FLA"} <= names, found["left_out"]
