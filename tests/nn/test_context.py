@@ -45,11 +45,11 @@ def one_rank() -> Iterator[ContextParallel]:
 
 @pytest.mark.interpreter
 def test_kernels(one_rank: ContextParallel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Maps from the identity, and gradients of initial states alone, by the GPU's kernels."""
-    from kda_ops.delta_rule.chunk_kda_gated.kernel import launch_chunk_kda_gated
+    """By the GPU's kernels: one pass over the tokens forward, and one backward."""
+    from kda_ops.delta_rule.chunk_kda_gated_affine.kernel import launch_chunk_kda_gated_affine
 
     names = [x.name for x in chunk_kda_gated_op._schema.arguments]
-    wanted: list[int] = []
+    passes: list[Any] = []  # of the kernels, backward the gradients
 
     def backward(*args: Any) -> tuple[Tensor, ...]:
         inputs, needs = dict(zip(names, args, strict=False)), args[-1]
@@ -60,11 +60,15 @@ def test_kernels(one_rank: ContextParallel, monkeypatch: pytest.MonkeyPatch) -> 
                 strict=True,
             )
         )
-        wanted.append(len(found))
+        passes.append(len(found))
         tensors = [*names[:7], "initial_state"]
         return tuple(found.get(name, torch.empty(0)) for name in tensors)
 
-    both = (launch_chunk_kda_gated, backward)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        passes.append("forward")
+        return launch_chunk_kda_gated_affine(*args)
+
+    both = (forward, backward)
     monkeypatch.setattr(context_scan, "operators", lambda namespace: both)
     T, HV, K = 80, 2, 64
     rows = {name: torch.randn(1, T, 1, K).to(BF16) for name in ("q", "k")}
@@ -82,7 +86,7 @@ def test_kernels(one_rank: ContextParallel, monkeypatch: pytest.MonkeyPatch) -> 
         return [o, final, *torch.autograd.grad(loss, list(x.values()))]
 
     found = results(lambda **given: context_chunk_kda(one_rank, **given), False)
-    assert wanted == [1, 7]
+    assert passes == ["forward", 7]
     low, exact = results(chunk_kda_gated, False), results(chunk_kda_gated, True)
     for x, y, z in zip(found, low, exact, strict=True):
         assert_close(x, y, z, BF16)

@@ -70,6 +70,7 @@ MORE_SPILLS = {
 }
 # modules of kernels launched by several operators
 SHARED = (
+    "kda_ops.delta_rule.chunked.kernels.prepare_gated",
     "kda_ops.delta_rule.chunked.kernels.prepare_general",
     "kda_ops.delta_rule.chunked.kernels.scan",
     "kda_ops.delta_rule.chunked.kernels.scan_segments",
@@ -129,7 +130,8 @@ def launches_of(name: str) -> dict[str, list[Launch]]:
     with ExitStack() as patches:
         for module in (f"{operator_packages()[name]}.kernel", *SHARED):
             importlib.import_module(module)
-            patches.enter_context(mock.patch.multiple(sys.modules[module], traceable=recorder))
+            if hasattr(sys.modules[module], "traceable"):
+                patches.enter_context(mock.patch.multiple(sys.modules[module], traceable=recorder))
         for case in [*cases(name, perf=True)[:1], *cases(name, kernels=True)]:
             with torch.no_grad(), RunKernels():
                 public_function(name)(**case.make(torch.device("cpu")))

@@ -20,7 +20,7 @@ from kda_ops.cache.batch import KDABatch
 from kda_ops.conv.short_conv.cases import short_conv_inputs
 from kda_ops.conv.short_conv_qkv.cases import short_conv_qkv_inputs
 from kda_ops.delta_rule.chunk_kda.cases import chunk_kda_inputs, cumulative
-from kda_ops.delta_rule.chunk_kda_gated.cases import chunk_kda_gated_inputs
+from kda_ops.delta_rule.chunked.example_inputs import chunk_kda_gated_inputs
 from kda_ops.delta_rule.kda_decode.cases import kda_decode_inputs
 from kda_ops.nn.layer import KimiDeltaAttention
 from tests.support.fake_cuda import summary
@@ -63,7 +63,10 @@ def hold(name: str, inputs: dict[str, Any], mutated: tuple[str, ...], dtype: tor
 
 
 def test_these_operators_have_a_native_kernel() -> None:
-    assert NAMES == ["chunk_kda", "chunk_kda_gated", "kda_decode", "short_conv", "short_conv_qkv"]
+    assert NAMES == [
+        "chunk_kda", "chunk_kda_gated", "chunk_kda_gated_affine", "kda_decode", "short_conv",
+        "short_conv_qkv",
+    ]  # fmt: skip
     for op, own in native.NATIVE.items():
         assert own.name() == op.name().replace("::", "::native_")
 

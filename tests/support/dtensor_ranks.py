@@ -126,6 +126,13 @@ def calls() -> dict[str, Call]:
         ),
         "chunk_kda_gated": (fused.chunk_kda_gated, qkv | raw, {}),
         "chunk_kda_gated.state": (fused.chunk_kda_gated, qkv | raw | paged, {}),
+        "chunk_kda_gated_affine": (
+            fused.chunk_kda_gated_affine,
+            qkv | raw | {
+                "initial_state": randn(B, HV, V, K), "entered": torch.tensor([True, False] * B)[:B]
+            },
+            {},
+        ),
         "recurrent_kda": (
             kda_ops.recurrent_kda,
             steps | {"g": -torch.rand(B, 2, HV, K, dtype=FP64), "beta": beta[:, :2]} | paged, {},
