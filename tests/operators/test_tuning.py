@@ -500,7 +500,7 @@ CASE = {
     "chunk_cumsum": "varlen",
     "chunk_kda": "pages",
     "chunk_kda_gated": "pages",
-    "chunk_kda_gated_affine": "ragged-norm",
+    "chunk_kda_gated_affine": "T1",
     "conv_split": "DS-bf16",
     "gate": "softplus-bf16",
     "gate_cumsum": "varlen",

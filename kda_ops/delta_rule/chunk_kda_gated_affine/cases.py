@@ -51,8 +51,7 @@ def _perf(name: str, *, T: int, H: int) -> Case:
 RAGGED = [0, 0, 1, 65, 65, 129, 150]
 ENTERED = [True, False, True, True, False, False]
 
-# Gates near 1, or transitions of 0: what the kernels have of a tiny one is exact beside 1, not beside
-# itself.
+# Gates near 1, or transitions of 0: kernels compute a tiny one exactly beside 1, not beside itself.
 CASES = [
     _case("bf16-slow-norm", T=130, H=2, gate="slow", norm=True),
     _case("bf16-harsh-norm-beta2", T=130, gate="harsh", norm=True, beta_scale=2.0),
@@ -63,9 +62,9 @@ CASES = [
     _case("fp16-norm-large", T=70, K=64, V=64, dtype=FP16, gate="slow", norm=True, size=100.0),
     _case("fp32-norm-states", T=70, K=24, V=40, dtype=FP32, gate="slow", norm=True,
           initial=FP32),
+    _case("K100-V20-fp16", T=70, K=100, V=20, dtype=FP16, gate="slow", norm=True),
     _case("fp32-ragged", T=80, K=16, V=16, dtype=FP32, gate="slow", cu_seqlens=[0, 0, 66, 70],
           entered=[True, True, False]),
-    _case("K100-V20-fp16", T=70, K=100, V=20, dtype=FP16, gate="slow", norm=True),
     _case("batch-packed", B=2, T=70, H=2, K=64, V=64, gate="slow", packed=True, norm=True,
           entered=[False, True]),
     _case("T1", T=1, K=64, V=64, norm=True),
