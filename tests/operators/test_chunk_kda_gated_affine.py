@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kda_ops.delta_rule.chunked import launch
 from kda_ops.delta_rule.chunked.example_inputs import chunk_kda_gated_inputs
+from kda_ops.delta_rule.chunked.kernels import scan
 from kda_ops.fused import chunk_kda_gated, chunk_kda_gated_affine
 from tests.support.fake_cuda import cuda_code, summary
-from tests.support.operators import RunKernels, run_kernels
+from tests.support.operators import run_kernels
 from tests.support.oracle import assert_close, copy_inputs
 
 CPU = torch.device("cpu")
@@ -129,23 +130,34 @@ def test_kernels_with_a_state_that_enters(gate: str) -> None:
 
 
 @pytest.mark.interpreter
-def test_the_chunks_are_prepared_once() -> None:
-    """And scanned twice: over the columns of the state and over as many as the keys have."""
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_separate_scans_are_the_one_of_both(dtype: torch.dtype) -> None:
+    """As in fp32 and in segments: over the columns of the state, and over those of the keys."""
     torch.manual_seed(0)
-    inputs = chunk_kda_gated_inputs(CPU, T=70, K=64, V=128)
+    inputs = chunk_kda_gated_inputs(
+        CPU, T=170, K=64, V=128, dtype=dtype, gate="slow", norm=True, cu_seqlens=RAGGED
+    )
+    inputs["entered"] = torch.tensor([True, False, True, False, True, True])
     widths = []
 
     def counted(o: Tensor, *arguments: Any) -> None:
         widths.append(o.shape[-1])
+        scan.launch_scan(o, *arguments)
 
-    with mock.patch.object(launch, "launch_scan", counted), torch.no_grad(), RunKernels():
-        chunk_kda_gated_affine(**inputs)
+    kernels = run_kernels(chunk_kda_gated_affine)
+    one = kernels(**inputs)
+    # of the decision, and then of each scan
+    counts = mock.patch.object(scan, "segment_count", side_effect=[2, 1, 1])
+    with counts, mock.patch.object(launch, "launch_scan", counted):
+        separate = kernels(**inputs)
     assert widths == [128, 64]
+    for x, y in zip(one, separate, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_three_launches_when_compiled_for_a_gpu(packed: bool, dynamic: bool) -> None:
+def test_two_launches_when_compiled_for_a_gpu(packed: bool, dynamic: bool) -> None:
     offsets = [0, 70, 160] if packed else None
     inputs = chunk_kda_gated_inputs(CPU, T=170, norm=True, cu_seqlens=offsets)
     entered = torch.tensor([True, False] if packed else [True])
@@ -155,7 +167,7 @@ def test_three_launches_when_compiled_for_a_gpu(packed: bool, dynamic: bool) -> 
         lambda **x: chunk_kda_gated_affine(**x, **rest), **copy_inputs(tensors), dynamic=dynamic
     )
     launches = [name for name in summary(code).launches if name.startswith("chunk_")]
-    assert launches == ["chunk_gated_prepare_kernel", *["chunk_scan_kernel"] * 2]
+    assert launches == ["chunk_gated_prepare_kernel", "chunk_scan_affine_kernel"]
     assert not summary(code).externs
 
 

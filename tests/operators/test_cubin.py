@@ -47,6 +47,8 @@ TARGETS = {
 SPILLS = {
     "chunk_scan_kernel": {"sm_80": 192},
     "chunk_segments_kernel": {"sm_80": 16},
+    # without stages, where the shared memory is unknown; none with 2 or 3
+    "chunk_scan_affine_kernel": {"sm_80": 448, "sm_90a": 32, "sm_120": 448},
     # the most of any launch tested; at the benchmarks' sizes on sm_90a, Triton 3.6: chunk_prepare
     # 72, with cu_seqlens 0; chunk_gated_prepare 8 and 16, without the norms 48
     "chunk_prepare_kernel": {"sm_80": 624, "sm_90a": 216, "sm_100a": 328, "sm_120": 616},
@@ -73,6 +75,7 @@ SHARED = (
     "kda_ops.delta_rule.chunked.kernels.prepare_gated",
     "kda_ops.delta_rule.chunked.kernels.prepare_general",
     "kda_ops.delta_rule.chunked.kernels.scan",
+    "kda_ops.delta_rule.chunked.kernels.scan_affine",
     "kda_ops.delta_rule.chunked.kernels.scan_segments",
 )
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
