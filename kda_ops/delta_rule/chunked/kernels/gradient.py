@@ -235,7 +235,7 @@ def launch_gradient(
                 **part.constants, num_warps=1,
             )  # fmt: skip
 
-    # gradients of states depend on no state: a part of a context asks for them alone
+    # gradients of states depend on no state
     states_alone = needs <= {"initial_state"}
     for i, part in enumerate(parts[:-1]):
         if not states_alone:
