@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op
+from kda_ops.delta_rule.chunked.example_inputs import chunk_kda_gated_inputs
 from kda_ops.fused import chunk_kda_gated
 from kda_ops.nn import ContextParallel, context_chunk_kda, context_scan
 from tests.support.backward import launch
 from tests.support.context_ranks import SCENARIOS
+from tests.support.fake_cuda import cuda_code, summary
 from tests.support.oracle import assert_close
 from tests.support.processes import failures_of
 
@@ -90,3 +92,25 @@ def test_kernels(one_rank: ContextParallel, monkeypatch: pytest.MonkeyPatch) -> 
     low, exact = results(chunk_kda_gated, False), results(chunk_kda_gated, True)
     for x, y, z in zip(found, low, exact, strict=True):
         assert_close(x, y, z, BF16)
+
+
+def test_compiled_for_a_gpu(one_rank: ContextParallel) -> None:
+    """Forward the chunks are prepared and scanned once, and what is read of the state is one GEMM,
+    without a copy of its operands; backward another one, beside the gradient of the recurrence.
+    """
+    context = ContextParallel(one_rank.mesh, "contiguous")
+    inputs = chunk_kda_gated_inputs(torch.device("cpu"), T=256, H=32, norm=True)
+    leaves = {n: x.requires_grad_() for n, x in inputs.items() if isinstance(x, Tensor)}
+    rest = {n: x for n, x in inputs.items() if n not in leaves}
+    _, codes = cuda_code(
+        lambda **x: context_chunk_kda(context, **x, **rest)[0], **leaves, backward=True
+    )
+    forward, backward = map(summary, codes)
+    own = ["chunk_gated_prepare_kernel", "chunk_scan_affine_kernel"]
+    assert forward.launches[:2] == own
+    fused = [name for name in forward.launches if name.startswith("triton_")]
+    assert len(fused) == len(forward.launches) - 2 <= 3  # maps, states, the sum of outputs
+    assert backward.launches.count("backward_prepare_kernel") == 1
+    for code in (forward, backward):
+        assert code.externs.count("extern_kernels.bmm") == 1
+        assert sum("all_gather" in call for call in code.externs) == 1
