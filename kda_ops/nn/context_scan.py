@@ -169,23 +169,27 @@ class Scan(Function):
             q, k, v, raw_gate, raw_beta, A_log, dt_bias, *gate, scale, given, entered, *offsets
         )  # fmt: skip
 
-        # the maps of this rank's parts, composed to the states before them
-        own_maps = (sequences.at_last(transition), sequences.at_last(final))  # [m, R, HV, ..., K]
-        A, b = ranks.gather(torch.cat(own_maps, -2)).split([K, V], -2)
-        S, starts = torch.zeros_like(b[0]), []
-        for place in ranks.places():
-            starts.append(S)
-            S = S @ A[place] + b[place]
-        start = torch.stack(starts)[own]
+        with torch.autocast(v.device.type, enabled=False):
+            # the maps of this rank's parts, composed to the states before them
+            own_maps = (
+                sequences.at_last(transition),
+                sequences.at_last(final),
+            )  # [m, R, HV, ..., K]
+            A, b = ranks.gather(torch.cat(own_maps, -2)).split([K, V], -2)
+            S, starts = torch.zeros_like(b[0]), []
+            for place in ranks.places():
+                starts.append(S)
+                S = S @ A[place] + b[place]
+            start = torch.stack(starts)[own]
 
-        factors = (sequences.by_part(reads), start.transpose(0, 1).flatten(0, 1))
-        factors = tuple(x.to(operand_dtype(q)) for x in factors)
-        o = (o + torch.einsum("rthk,rhvk->rthv", *factors).reshape(v.shape)).to(v.dtype)
-        if output_final_state:
-            final = final + sequences.spread(start, True) @ transition
-            final, own_A = sequences.returned(final, False), sequences.entering(transition)
-        else:
-            final, own_A = final.new_empty(0), None
+            factors = (sequences.by_part(reads), start.transpose(0, 1).flatten(0, 1))
+            factors = tuple(x.to(operand_dtype(q)) for x in factors)
+            o = (o + torch.einsum("rthk,rhvk->rthv", *factors).reshape(v.shape)).to(v.dtype)
+            if output_final_state:
+                final = final + sequences.spread(start, True) @ transition
+                final, own_A = sequences.returned(final, False), sequences.entering(transition)
+            else:
+                final, own_A = final.new_empty(0), None
         ctx.constants = constants
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -206,22 +210,23 @@ class Scan(Function):
         if output_final_state and dfinal is not None:
             end = sequences.given(dfinal.to(start.dtype), False)
 
-        # what the parts' own outputs say of their starts
-        c = torch.zeros_like(start)
-        if do is not None:
-            factors = (sequences.entered_rows(do), sequences.by_part(reads))
-            factors = tuple(x.to(operand_dtype(q)) for x in factors)
-            found = torch.einsum("rthv,rthk->rhvk", *factors).to(start.dtype)
-            c = found.unflatten(0, (-1, len(own))).transpose(0, 1)
-        if end is not None:
-            c = c + sequences.entering(end) @ own_A.transpose(-1, -2)
-        c = ranks.gather(c)
-        D, ends = torch.zeros_like(c[0]), []
-        for place in reversed(ranks.places()):
-            ends.append(D)
-            D = D @ A[place].transpose(-1, -2) + c[place]
-        composed = sequences.spread(torch.stack(ends[::-1])[own], False)
-        end = composed if end is None else end + composed
+        with torch.autocast(v.device.type, enabled=False):
+            # what the parts' own outputs say of their starts
+            c = torch.zeros_like(start)
+            if do is not None:
+                factors = (sequences.entered_rows(do), sequences.by_part(reads))
+                factors = tuple(x.to(operand_dtype(q)) for x in factors)
+                found = torch.einsum("rthv,rthk->rhvk", *factors).to(start.dtype)
+                c = found.unflatten(0, (-1, len(own))).transpose(0, 1)
+            if end is not None:
+                c = c + sequences.entering(end) @ own_A.transpose(-1, -2)
+            c = ranks.gather(c)
+            D, ends = torch.zeros_like(c[0]), []
+            for place in reversed(ranks.places()):
+                ends.append(D)
+                D = D @ A[place].transpose(-1, -2) + c[place]
+            composed = sequences.spread(torch.stack(ends[::-1])[own], False)
+            end = composed if end is None else end + composed
 
         start = sequences.spread(start, True)
         if initial_state is not None:

@@ -45,6 +45,31 @@ def one_rank() -> Iterator[ContextParallel]:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_autocast_does_not_round_states(one_rank: ContextParallel, compile: bool) -> None:
+    """Nor their gradients: all that a call under it computes are the numbers of one without."""
+    inputs = chunk_kda_gated_inputs(
+        torch.device("cpu"), T=256, H=2, K=16, V=16, gate="slow", norm=True, dtype=torch.float32
+    )
+
+    def results(enabled: bool) -> list[Tensor]:
+        leaves = {n: x.clone().requires_grad_() for n, x in inputs.items() if torch.is_tensor(x)}
+        rest = {n: x for n, x in inputs.items() if n not in leaves}
+
+        def step(**x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                return context_chunk_kda(one_rank, **x, **rest)[0]
+
+        call = torch.compile(step, backend="aot_eager", fullgraph=True) if compile else step
+        o = call(**leaves)
+        # a graph of this backend takes what is around its call
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled and not compile):
+            return [o, *torch.autograd.grad(o.square().sum(), list(leaves.values()))]
+
+    for x, y in zip(results(True), results(False), strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.interpreter
 def test_kernels(one_rank: ContextParallel, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the GPU's kernels: one pass over the tokens forward, and one backward."""
