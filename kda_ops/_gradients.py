@@ -132,9 +132,16 @@ def refuse_gradients(library: torch.library.Library, name: str, op: Any) -> None
 
 
 def differentiate(
-    library: torch.library.Library, name: str, op: Any, signature: Signature, backward_op: Any
+    library: torch.library.Library,
+    name: str,
+    op: Any,
+    signature: Signature,
+    backward_op: Any,
+    saving: Any = None,
 ) -> None:
-    """Makes `backward_op` the gradient of a functional operator."""
+    """Makes `backward_op` the gradient of a functional operator, or with `saving`
+    (`kda_ops._saving.Saving`) where that applies the gradient of its forward.
+    """
     tensors, wanted, returns_list = signature.tensors, signature.wanted, signature.returns_list
     count = len(signature.arguments)
 
@@ -142,10 +149,16 @@ def differentiate(
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*[args[i] for i in tensors])
             ctx.others = [None if isinstance(x, Tensor) else x for x in args]
+            saved: tuple[Tensor, ...] = ()
+            saves = saving is not None and saving.applies_eagerly(args)
             with torch._C._AutoDispatchBelowAutograd():
-                result = op.redispatch(keyset & BELOW_AUTOGRAD, *args)
+                if saves:
+                    found = saving.forward.op(*args)
+                    result, saved = found[: saving.results], found[saving.results :]
+                else:
+                    result = op.redispatch(keyset & BELOW_AUTOGRAD, *args)
+            ctx.save_for_backward(*[args[i] for i in tensors], *saved)
             if isinstance(result, Tensor):
                 return without_base(result)
             return tuple(map(without_base, result))
@@ -153,12 +166,14 @@ def differentiate(
         @staticmethod
         def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
             inputs = list(ctx.others)
-            for i, x in zip(tensors, ctx.saved_tensors, strict=True):
+            given, saved = ctx.saved_tensors[: len(tensors)], ctx.saved_tensors[len(tensors) :]
+            for i, x in zip(tensors, given, strict=True):
                 inputs[i] = x
             needs = [i in wanted and ctx.needs_input_grad[i + 1] for i in range(count)]
             if returns_list:
                 output_gradients = (list(output_gradients),)
-            found = backward_op(*inputs, *output_gradients, needs)
+            called = saving.backward.op if saved else backward_op
+            found = called(*inputs, *saved, *output_gradients, needs)
             gradients: list[Tensor | None] = [None] * (count + 1)
             for i, x in zip(wanted, (found,) if len(wanted) == 1 else found, strict=True):
                 gradients[i + 1] = x if needs[i] else None

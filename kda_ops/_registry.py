@@ -10,7 +10,8 @@
 * autocast is disabled inside the operator: it computes in the dtypes of its inputs, and so does its
   gradient;
 * a functional operator differentiates through its own operator `<name>_backward`: the
-  vector-Jacobian product of the reference, or dedicated kernels on CUDA (see `_gradients`);
+  vector-Jacobian product of the reference, or dedicated kernels on CUDA (see `_gradients`), which
+  may read what a second forward saves (see `_saving`);
 * an operator that writes to an argument rejects arguments that require grad;
 * `check_values` runs before the implementation, also in compiled graphs that call the
   implementation.
@@ -24,13 +25,10 @@ which is compiled and run later, when the configuration may have changed.
 microseconds, a call through `torch.library.custom_op` 7-9.
 """
 
-import functools
 import importlib
-import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -38,8 +36,8 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.autograd.graph import increment_version
 
-from kda_ops import _sharding, config, tuning
-from kda_ops._checks import check_kernel_dtype, check_writable
+from kda_ops import _sharding, config
+from kda_ops._checks import check_writable
 from kda_ops._gradients import (
     Backward,
     Signature,
@@ -49,15 +47,21 @@ from kda_ops._gradients import (
     refuse_second_derivatives,
     vector_jacobian_product,
 )
+from kda_ops._library import (
+    LIBRARY,
+    REFERENCE_LIBRARY,
+    Parameters,
+    by_name,
+    define,
+    implement,
+    lazy,
+    name_of,
+    refuse_fp64,
+    tensors_at,
+    with_roles,
+)
 from kda_ops._roles import Role
-
-NAMESPACE = "kda_ops"
-REFERENCE_NAMESPACE = "kda_ops_reference"
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-_REFERENCE_LIBRARY = torch.library.Library(REFERENCE_NAMESPACE, "DEF")
-
-
-Parameters = dict[str, Role | None]  # the arguments of an operator, in order, with their roles
+from kda_ops._saving import Saving, SavingForward
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Operator:
     cuda: Callable[..., Any]
     check_values: Callable[..., None] | None
     backward: Backward | None
+    saving: Saving | None = None
 
 
 OPERATORS: dict[Any, Operator] = {}
@@ -136,6 +141,7 @@ def define_op(
     fake: Callable[..., Any],
     cuda: str,
     cuda_backward: str | None = None,
+    saving: SavingForward | None = None,
     roles: Mapping[str, Role] | None = None,
     check_values: Callable[..., None] | None = None,
     moves_only: bool = False,
@@ -160,6 +166,8 @@ def define_op(
             the needed gradients in the order of the arguments: dense, none of them an input or a
             view of one. Its fake implementation follows from the schema: a gradient has the shape
             of its argument. In compiled graphs it is one opaque call unless `lowering` inlines it.
+        saving: A second forward for CUDA, which saves for its gradient what that would otherwise
+            compute again.
         roles: Roles of arguments, by name: pages, slots, offsets, chunk tables, copies. Autotuning
             generates arguments accordingly; integers without a role are ones.
         check_values: Raises `ValueError` for bad tensor *values*. Called before the implementation,
@@ -169,20 +177,20 @@ def define_op(
         tags: Extra operator tags.
     """
     name = schema[: schema.index("(")]
-    op = _define(schema, tags)
+    op = define(schema, tags)
     names = [x.name for x in op._schema.arguments]
     written = [i for i, x in enumerate(op._schema.arguments) if x.is_write]
     tensors = [i for i, x in enumerate(op._schema.arguments) if "Tensor" in str(x.type)]
-    changed = _tensors_at(op, written)
-    parameters = _with_roles(op, roles or {})
-    load = _lazy(cuda, parameters)
+    changed = tensors_at(op, written)
+    parameters = with_roles(op, roles or {})
+    load = lazy(cuda, parameters)
     fake = by_name(fake, names)
     if check_values is not None:
         check_values = by_name(check_values, names)
 
     def launcher(*args: Any) -> Any:
         if not moves_only:
-            _refuse_fp64(names, tensors, args)
+            refuse_fp64(names, tensors, args)
         return load(*args)
 
     def cpu_impl(*args: Any) -> Any:
@@ -204,15 +212,20 @@ def define_op(
         activate_lowerings()
         _sharding.activate(op, backward and backward.op)
         if not moves_only and any(isinstance(x, Tensor) and x.is_cuda for x in args):
-            _refuse_fp64(names, tensors, args)
+            refuse_fp64(names, tensors, args)
         return fake(*args)
 
-    _implement(_LIBRARY, op, cpu_impl, cuda_impl, fake_impl)
+    implement(LIBRARY, op, cpu_impl, cuda_impl, fake_impl)
+    saves = None
     if written:
-        refuse_gradients(_LIBRARY, name, op)
+        refuse_gradients(LIBRARY, name, op)
         backward = None
     else:
-        backward = _define_backward(_LIBRARY, schema, op, reference, cuda_backward, parameters)
+        if saving is not None:
+            saves = Saving(schema, Signature(op), saving, reference, fake, parameters)
+        backward = _define_backward(
+            LIBRARY, schema, op, reference, cuda_backward, parameters, saves
+        )
     OPERATORS[op] = Operator(
         op,
         schema,
@@ -224,6 +237,7 @@ def define_op(
         cuda_impl,
         check_values,
         backward,
+        saves,
     )
     return op
 
@@ -249,13 +263,13 @@ def _define_reference(op: Any, operator: Operator) -> Any:
         return operator.fake(*args)
 
     backward = None
-    twin = _define(operator.schema, tuple(op.tags), _REFERENCE_LIBRARY)
-    _implement(_REFERENCE_LIBRARY, twin, operator.cpu, operator.cpu, fake_impl)
+    twin = define(operator.schema, tuple(op.tags), REFERENCE_LIBRARY)
+    implement(REFERENCE_LIBRARY, twin, operator.cpu, operator.cpu, fake_impl)
     if operator.backward is None:
-        refuse_gradients(_REFERENCE_LIBRARY, _name(twin), twin)
+        refuse_gradients(REFERENCE_LIBRARY, name_of(twin), twin)
     else:
         backward = _define_backward(
-            _REFERENCE_LIBRARY, operator.schema, twin, operator.reference, None, {}
+            REFERENCE_LIBRARY, operator.schema, twin, operator.reference, None, {}
         )
     return twin
 
@@ -267,10 +281,11 @@ def _define_backward(
     reference: Callable[..., Any],
     cuda: str | None,
     parameters: Parameters,
+    saving: Saving | None = None,
 ) -> Backward:
     """Registers `<name>_backward` and makes it the operator's gradient."""
     signature = Signature(op)
-    backward_op = _define(signature.backward_schema(schema), library=library)
+    backward_op = define(signature.backward_schema(schema), library=library)
     product = vector_jacobian_product(reference, signature)
     launcher = (
         None if cuda is None else _backward_launcher(cuda, backward_op, signature, parameters)
@@ -281,9 +296,9 @@ def _define_backward(
         activate_lowerings()
         return fake(*args)
 
-    _implement(library, backward_op, product, launcher or product, fake_impl)
-    refuse_second_derivatives(library, _name(backward_op), backward_op)
-    differentiate(library, _name(op), op, signature, backward_op)
+    implement(library, backward_op, product, launcher or product, fake_impl)
+    refuse_second_derivatives(library, name_of(backward_op), backward_op)
+    differentiate(library, name_of(op), op, signature, backward_op, saving)
     return Backward(backward_op, product, fake, launcher)
 
 
@@ -291,120 +306,13 @@ def _backward_launcher(
     target: str, op: Any, signature: Signature, parameters: Parameters
 ) -> Callable[..., Any]:
     """The launcher of a gradient's kernels, called like the backward operator."""
-    load = _lazy(target, {**parameters, "output_gradients": None, "needs_gradient": None})
+    load = lazy(target, {**parameters, "output_gradients": None, "needs_gradient": None})
     names = [x.name for x in op._schema.arguments]
     tensors = [i for i, x in enumerate(op._schema.arguments) if "Tensor" in str(x.type)]
 
     def launcher(*args: Any) -> Any:
-        _refuse_fp64(names, tensors, args)
+        refuse_fp64(names, tensors, args)
         inputs, output_gradients, needs = signature.split(args)
         return signature.gradients(args, load(*inputs, output_gradients, needs))
 
     return launcher
-
-
-def _define(
-    schema: str, tags: tuple[torch.Tag, ...] = (), library: torch.library.Library = _LIBRARY
-) -> Any:
-    """A new operator, not yet implemented."""
-    library.define(schema, tags=tuple(dict.fromkeys((torch.Tag.pt2_compliant_tag, *tags))))
-    packet, _, overload = schema[: schema.index("(")].partition(".")
-    return getattr(getattr(getattr(torch.ops, library.ns), packet), overload or "default")
-
-
-def _name(op: Any) -> str:
-    """An operator's name in its library, such as `short_conv.state`."""
-    name = op._schema.name.partition("::")[2]
-    return ".".join(filter(None, (name, op._schema.overload_name)))
-
-
-def _implement(
-    library: torch.library.Library,
-    op: Any,
-    cpu: Callable[..., Any],
-    cuda: Callable[..., Any],
-    fake: Callable[..., Any],
-) -> None:
-    def autocast_impl(*args: Any) -> Any:
-        with torch._C._DisableAutocast():
-            return op(*args)
-
-    name = _name(op)
-    library.impl(name, cpu, "CPU")
-    library.impl(name, cuda, "CUDA")
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        library.impl(name, autocast_impl, key)
-    _register_fake(library, f"{library.ns}::{name}", fake)
-
-
-def _register_fake(library: torch.library.Library, name: str, fake: Callable[..., Any]) -> None:
-    """`torch.library.register_fake`, but for a look at the caller's source, which takes a fifth of
-    the time of `import kda_ops`.
-    """
-    entry = torch._library.simple_registry.singleton.find(name)
-    handle = entry.fake_impl.register(fake, fake.__module__, lib=library)
-    library._registration_handles.append(handle)
-
-
-def _tensors_at(op: Any, places: list[int]) -> Callable[[tuple[Any, ...]], Any]:
-    """A function that picks the tensors at some positions of an operator's arguments."""
-    if places and all(str(op._schema.arguments[i].type) == "Tensor" for i in places):
-        return itemgetter(*places)
-
-    def tensors(args: tuple[Any, ...]) -> list[Tensor]:
-        values = [args[i] if isinstance(args[i], (list, tuple)) else [args[i]] for i in places]
-        return [x for value in values for x in value if x is not None]
-
-    return tensors
-
-
-def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
-    """Wraps a function to take all of an operator's arguments, in order, and pass on those that it
-    declares. Raises `TypeError` for a parameter that is not an argument of the operator.
-    """
-    declared = list(inspect.signature(function).parameters.values())
-    if any(x.kind is x.VAR_POSITIONAL for x in declared) or [x.name for x in declared] == names:
-        return function
-    declared = [x for x in declared if x.name in names or x.default is x.empty]
-    unknown = [x.name for x in declared if x.name not in names]
-    if unknown:
-        raise TypeError(f"{function.__qualname__} declares {unknown}, the operator has {names}")
-    places = [names.index(x.name) for x in declared]
-    if len(places) == 1:
-        (place,) = places
-        return functools.wraps(function)(lambda *args: function(args[place]))
-    pick = itemgetter(*places) if places else lambda args: ()
-    return functools.wraps(function)(lambda *args: function(*pick(args)))
-
-
-def _with_roles(op: Any, roles: Mapping[str, Role]) -> Parameters:
-    names = [x.name for x in op._schema.arguments]
-    unknown = [name for name in roles if name not in names]
-    if unknown:
-        raise TypeError(f"roles of {op.name()} name {unknown}, the operator has {names}")
-    return {name: roles.get(name) for name in names}
-
-
-def _lazy(target: str, parameters: Parameters) -> Callable[..., Any]:
-    """A function that imports `module:function` on its first call.
-
-    While the function runs, kernels are tuned for its call.
-    """
-    module, _, attribute = target.partition(":")
-    found: list[Callable[..., Any]] = []
-
-    def call(*args: Any) -> Any:
-        if not found:
-            function = getattr(importlib.import_module(module), attribute)
-            found.extend((function, by_name(function, list(parameters))))
-        with tuning.calling(found[0], parameters, args):
-            return found[1](*args)
-
-    return call
-
-
-def _refuse_fp64(names: Sequence[str], tensors: Sequence[int], args: tuple[Any, ...]) -> None:
-    for i in tensors:
-        x = args[i]
-        if isinstance(x, Tensor) and x.dtype is torch.float64:
-            check_kernel_dtype(names[i], x)

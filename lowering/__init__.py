@@ -30,6 +30,7 @@ FUSIONS = (  # in the order in which they run
     "fuse_short_conv_qkv",  # the norms that the recurrence does not take
     "fuse_packed_projection",
     "fuse_chunk_kda_training",  # before all others, where there are gradients
+    "save_chunks",
 )
 
 _installed = False

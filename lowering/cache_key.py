@@ -8,7 +8,7 @@ from pathlib import Path
 from torch._inductor.codegen.common import custom_backend_passes
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
 
-from kda_ops import tuning
+from kda_ops import config, tuning
 
 
 def source_hash() -> str:
@@ -35,7 +35,7 @@ class SourceHash(CustomGraphModulePass):
         pass
 
     def uuid(self) -> str:
-        return f"kda_ops-{self._hash}-{tuning.cache_key()}"
+        return f"kda_ops-{self._hash}-{tuning.cache_key()}-{config.saved_bytes}"
 
 
 def install_cache_key() -> None:

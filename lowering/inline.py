@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from kda_ops._gradients import Backward
 from kda_ops._registry import Operator
+from kda_ops._saving import Launched
 from kda_ops.lowering import compat
 from kda_ops.native import NATIVE
 from kda_ops.tuning import override
@@ -104,7 +105,7 @@ def inline_launcher(
     return inline(launcher, args, values, exact_strides=True, writes=writes or ())
 
 
-def lower_to_kernel(operator: Operator | Backward) -> None:
+def lower_to_kernel(operator: Operator | Backward | Launched) -> None:
     """Registers the lowering of an operator with a hand-written kernel, or of its gradient: its
     launches on a GPU, a call of its own implementation elsewhere.
     """

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kda_ops._registry import NAMESPACE, OPERATORS, lowering_module
+from kda_ops._library import NAMESPACE
+from kda_ops._registry import OPERATORS, lowering_module
 
 
 class InvalidValues(Exception):

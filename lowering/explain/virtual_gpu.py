@@ -59,13 +59,18 @@ class DescribedDriver:
 
 @contextlib.contextmanager
 def described_driver() -> Iterator[None]:
-    """Triton has an active driver, also on a machine without a GPU."""
+    """Triton has an active driver, also on a machine without a GPU, and rewrites are those for
+    one.
+    """
     from triton.runtime.driver import driver
+
+    from kda_ops.lowering.rewrites.framework import for_virtual_gpu
 
     previous = driver.__dict__.get("_active")
     driver.set_active(DescribedDriver())
     try:
-        yield
+        with for_virtual_gpu():
+            yield
     finally:
         driver._active = previous
 

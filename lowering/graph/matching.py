@@ -15,7 +15,7 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from kda_ops._checks import FLOATS
-from kda_ops._registry import NAMESPACE, REFERENCE_NAMESPACE
+from kda_ops._library import NAMESPACE, REFERENCE_NAMESPACE
 from kda_ops.lowering.graph.sizes import is_size
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -56,3 +56,7 @@ for op in GRADIENTS:
     backward = OPERATORS[op].backward
     assert backward is not None
     lower_to_kernel(backward)
+    saving = OPERATORS[op].saving
+    assert saving is not None
+    lower_to_kernel(saving.forward)
+    lower_to_kernel(saving.backward)

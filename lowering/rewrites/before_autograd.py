@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from kda_ops._registry import NAMESPACE, REFERENCE_NAMESPACE
+from kda_ops._library import NAMESPACE, REFERENCE_NAMESPACE
 from kda_ops.lowering.graph.matching import Refusal, same_shape, value
 from kda_ops.lowering.graph.provenance import inherit
 from kda_ops.lowering.graph.sizes import share_sizes

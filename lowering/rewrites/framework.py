@@ -30,7 +30,7 @@ from torch._inductor.fx_passes import joint_graph
 from torch._inductor.fx_passes.post_grad import pass_patterns
 from torch._inductor.pattern_matcher import stable_topological_sort
 
-from kda_ops._registry import REFERENCE_NAMESPACE
+from kda_ops._library import REFERENCE_NAMESPACE
 from kda_ops._tracing import hint
 from kda_ops.lowering.compat import refresh_users
 from kda_ops.lowering.graph.emitting import UnknownSizeError
@@ -47,6 +47,8 @@ from kda_ops.lowering.graph.sizes import share_sizes, sizes_for
 from kda_ops.lowering.graph.snapshots import place_copies
 
 logger = logging.getLogger("kda_ops.lowering")
+# what activation checkpointing and the partitioner read of a node
+PARTED_BY = ("recompute", "ac_graph_id", "partitioner_tag", "seq_nr")
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,26 @@ def describe(node: fx.Node, anchor: fx.Node) -> None:
         node.meta.setdefault("original_aten", node.target)
 
 
+def place(node: fx.Node, old: fx.Node) -> None:
+    """Lets the partitioner save, recompute and place a node as it would an old one."""
+    node.meta |= {key: old.meta[key] for key in PARTED_BY if key in old.meta}
+
+
+def runs_on_gpu(x: torch.Tensor) -> bool:
+    """Whether a graph with this tensor is compiled for a GPU, be it a virtual one."""
+    return x.device.type == "cuda" or bool(_virtual_gpus)
+
+
+@contextmanager
+def for_virtual_gpu() -> Iterator[None]:
+    """Graphs on the CPU are rewritten as those on a GPU."""
+    _virtual_gpus.append(True)
+    try:
+        yield
+    finally:
+        _virtual_gpus.pop()
+
+
 def has_external_users(match: Match) -> Refusal | None:
     """Why what disappears is still needed."""
     inner = set(match.inner)
@@ -302,6 +324,7 @@ BEFORE_AUTOGRAD: list[Rewrite] = []  # of a training graph
 JOINT: list[Rewrite] = []  # of a forward with its gradient, before they are parted
 POST_GRAD: list[Rewrite] = []  # of every graph
 _listeners: list[list[Outcome]] = []
+_virtual_gpus: list[bool] = []
 
 
 @contextmanager

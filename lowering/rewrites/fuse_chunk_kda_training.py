@@ -34,13 +34,11 @@ from kda_ops.lowering.graph.matching import (
     value,
 )
 from kda_ops.lowering.rewrites import fuse_chunk_kda_gated, fuse_chunk_norms
-from kda_ops.lowering.rewrites.framework import JOINT, Match, describe, register
+from kda_ops.lowering.rewrites.framework import JOINT, Match, describe, place, register
 from kda_ops.norm.l2norm.op import l2norm_op
 
 aten, prims = torch.ops.aten, torch.ops.prims
 NAME = "chunk_kda_training"
-# what activation checkpointing and the partitioner read of a node
-PARTED_BY = ("recompute", "ac_graph_id", "partitioner_tag", "seq_nr")
 RESULTS = ("output_gradient_0", "output_gradient_1")
 
 
@@ -262,11 +260,6 @@ def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
         else:
             graph.erase_node(new)
     return news
-
-
-def place(node: fx.Node, old: fx.Node) -> None:
-    """Lets the partitioner save, recompute and place a node as it would an old one."""
-    node.meta |= {key: old.meta[key] for key in PARTED_BY if key in old.meta}
 
 
 register(NAME, (BACKWARD,), pattern, guard, replacement, stages=(JOINT,))

@@ -36,6 +36,8 @@ FLOORS = (
     {"_checks", "kernel"},
     {"varlen", "_cases"},
     {"tuning"},
+    {"_library"},
+    {"_saving"},
     {"_registry"},
     {"native"},
     {"norm", "gating", "conv", "cache", "explain"},

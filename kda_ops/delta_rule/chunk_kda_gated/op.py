@@ -18,10 +18,12 @@ from kda_ops._checks import (
 from kda_ops._numerics import CHUNK
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import CHUNKS, OFFSETS, SLOTS, STATE_PAGES
+from kda_ops._saving import SavingForward
 from kda_ops.delta_rule.chunk_kda_gated.reference import (
     chunk_kda_gated_reference,
     chunk_kda_gated_state_reference,
 )
+from kda_ops.delta_rule.chunked.gradient_workspace import Saved, saved_fake, saved_size
 from kda_ops.delta_rule.chunked.states import chunked_fake, chunked_state_fake
 from kda_ops.delta_rule.state_layout import v_first
 from kda_ops.native import define_native
@@ -55,6 +57,13 @@ chunk_kda_gated_op = define_op(
     cuda="kda_ops.delta_rule.chunk_kda_gated.kernel:launch_chunk_kda_gated",
     roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
     cuda_backward="kda_ops.delta_rule.chunk_kda_gated.backward:launch_chunk_kda_gated_backward",
+    saving=SavingForward(
+        Saved._fields,
+        "kda_ops.delta_rule.chunk_kda_gated.backward:launch_chunk_kda_gated_saving",
+        "kda_ops.delta_rule.chunk_kda_gated.backward:launch_chunk_kda_gated_backward",
+        fake=saved_fake,
+        size=saved_size,
+    ),
     check_values=check_chunk_kda_gated_values,
 )
 

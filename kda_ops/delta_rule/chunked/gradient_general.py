@@ -7,7 +7,11 @@ from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
 from kda_ops._numerics import CHUNK
-from kda_ops.delta_rule.chunked.gradient_workspace import gradient_slabs, make_gradient_workspace
+from kda_ops.delta_rule.chunked.gradient_workspace import (
+    Boundaries,
+    gradient_slabs,
+    make_rows,
+)
 from kda_ops.delta_rule.chunked.kernels.gradient import Inputs, sum_heads, sum_parameters
 from kda_ops.delta_rule.chunked.kernels.gradient_general import (
     general_backward_kernel,
@@ -54,8 +58,8 @@ def launch_general_gradient(
         "states": ((2, KP, VP), fp32),
     }
     parts = gradient_slabs(batch, q, v, row)
-    workspace = make_gradient_workspace(q, v, parts, row)
-    tiles, decay, states = workspace.chunks
+    tiles, decay, states = make_rows(q, v, parts, row).values()
+    boundaries = Boundaries(parts, HV, KP, VP, q.device)
     sizes: dict[str, Any] = {"HV": HV, "K": K, "V": V, "KP": KP, "VP": VP, "BLOCK": BLOCK}
     sizes |= parts[0].constants
     found = x.make_gradients(needs)
@@ -81,9 +85,9 @@ def launch_general_gradient(
         )  # fmt: skip
 
     for i, part in enumerate(parts[:-1]):
-        forward(part, workspace.handed_on(i)[0])
+        forward(part, boundaries.around(i)[0])
     for i, part in reversed(list(enumerate(parts))):
-        before, gradients = workspace.handed_on(i)
+        before, gradients = boundaries.around(i)
         forward(part, before)
         traceable(general_backward_kernel)[(pairs,)](
             tiles, decay, states, do, beta, found["v"], dfinal, dinitial, *gradients,

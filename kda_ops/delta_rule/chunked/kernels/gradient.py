@@ -16,11 +16,15 @@ from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
 from kda_ops.delta_rule.chunked.gradient_workspace import (
+    Boundaries,
+    Saved,
     forward_stages,
     gradient_row,
     gradient_slabs,
     make_gradient_workspace,
+    make_rows,
     reverse_stages,
+    saved_row,
 )
 from kda_ops.delta_rule.chunked.kernels.gradient_chunk import (
     MATRICES,
@@ -138,37 +142,98 @@ def sum_heads(
     )  # fmt: skip
 
 
-def has_fast_gradient(dtype: torch.dtype, K: Any, V: Any) -> bool:
-    """Whether `launch_gradient` supports it; else the general form does."""
-    return dtype == torch.bfloat16 and K in (64, 128) and V in (64, 128)
+class Chunks(NamedTuple):
+    """The inputs as the kernels read them, and what they have in common."""
+
+    inputs: Inputs
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    beta: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    batch: Batch
+
+    @staticmethod
+    def of(x: Inputs) -> "Chunks":
+        q, k, v, gate, beta = dense_rows(x.q, x.k, x.v, x.gate, x.beta)
+        parameters = contiguous(x.raw.A_log), contiguous(x.raw.dt_bias)
+        batch = Batch.of(q, x.cu_seqlens, x.chunk_indices)
+        return Chunks(x, q, k, v, gate, beta, *parameters, batch)
+
+    def sizes(self, part: Batch) -> dict[str, Any]:
+        HV, V = self.v.shape[2:]
+        return {"HV": HV, "K": self.q.shape[3], "V": V, **part.constants}
+
+    def gates(self) -> dict[str, Any]:
+        """Constants of the kernels that compute gates."""
+        x = self.inputs
+        constants = {"SCALE": x.scale, "GATED": x.gated, "H": self.q.shape[2], **x.raw.constants}
+        return constants | {"PACKED": is_nvidia(self.q.device)}
+
+    def prepare(self, tiles: Tensor, rows: Tensor, o: Tensor | None, part: Batch) -> None:
+        q, k, v, gate, beta = self[1:6]
+        traceable(backward_prepare_kernel)[(part.programs * v.shape[2],)](
+            q, k, v, gate, beta, self.A_log, self.dt_bias, tiles, rows, o, *part.tables,
+            *token_strides(q, k, v, gate, beta), **self.gates(), **self.sizes(part),
+            **choose("backward_prepare", q.device),
+        )  # fmt: skip
+
+    def scan(
+        self, saved: Saved, part: Batch, states: Sequence[Tensor | None], keep: bool,
+        o: Tensor | None = None, final: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """The states before every chunk, and vn; with them the output and final states."""
+        (HV, V), device = self.v.shape[2:], self.q.device
+        chosen = dict(choose("states_forward", device))
+        depth = forward_stages(self.q.shape[3], chosen["BV"], o is not None, device)
+        chosen["STAGES"] = min(chosen["STAGES"], depth)
+        initial = self.inputs.initial_state
+        programs = V // chosen["BV"] * HV * at_least_one(part.N)
+        traceable(states_forward_kernel)[(programs,)](
+            *saved, initial, *states, o, final, *part.sequences, *state_strides(initial, final),
+            **self.sizes(part), KEEP=keep, **chosen,
+        )  # fmt: skip
+
+
+def launch_saving_forward(inputs: Inputs, o: Tensor, final: Tensor | None) -> Saved:
+    """Writes the output and final states; returns what `launch_gradient` then need not compute.
+    K and V are 64 or 128, q, k and v in bf16.
+    """
+    chunks = Chunks.of(inputs)
+    row = saved_row(inputs.q.shape[3], inputs.v.shape[3], inputs.q.dtype)
+    saved = Saved(**make_rows(chunks.q, chunks.v, [chunks.batch], row))
+    chunks.prepare(saved.tiles, saved.rows, o, chunks.batch)
+    chunks.scan(saved, chunks.batch, (None, None), True, o, final)
+    return saved
 
 
 def launch_gradient(
-    inputs: Inputs, do: Tensor, dfinal: Tensor | None, needs: frozenset[str]
-) -> dict[str, Tensor]:
+    inputs: Inputs, do: Tensor, dfinal: Tensor | None, needs: frozenset[str],
+    saved: Saved | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The gradients of the arguments in `needs`, from those of the output and of the final state.
     K and V are 64 or 128, q, k and v in bf16.
     """
     x, raw = inputs, inputs.raw
     B, T, H, K = x.q.shape
     HV, V = x.v.shape[2:]
-    q, k, v, gate, beta, do = dense_rows(x.q, x.k, x.v, x.gate, x.beta, do)
-    A_log, dt_bias = contiguous(raw.A_log), contiguous(raw.dt_bias)
-    batch = Batch.of(q, x.cu_seqlens, x.chunk_indices)
-    row = gradient_row(K, V, q.dtype)
-    parts = gradient_slabs(batch, q, v, row)
-    workspace = make_gradient_workspace(q, v, parts, row)
+    chunks = Chunks.of(inputs)
+    q, k, v, gate, batch = chunks.q, chunks.k, chunks.v, chunks.gate, chunks.batch
+    (do,) = dense_rows(do)
+    parts = [batch]
+    if saved is None:
+        parts = gradient_slabs(batch, q, v, gradient_row(K, V, q.dtype))
+    workspace = make_gradient_workspace(q, v, parts, saved)
+    read = Saved(*workspace[:3])
+    boundaries = Boundaries(parts, HV, K, V, q.device)
     device = q.device
-    sizes: dict[str, Any] = {"HV": HV, "K": K, "V": V, **parts[0].constants}
-    gates: dict[str, Any] = {
-        "SCALE": x.scale,
-        "GATED": x.gated,
-        "H": H,
-        "PACKED": is_nvidia(device),
-    }
-    gates |= raw.constants
-    # of the first kernel alone
-    first = {name: gates.pop(name) for name in ("EPS", "BETA_SCALE")}
+    sizes = chunks.sizes(parts[0])
+    pairs = workspace.pairs
+    pair_sizes: dict[str, Any] = {**sizes, "PAIRS": pairs.shape[-1]}
+    gates = chunks.gates()
+    del gates["EPS"], gates["BETA_SCALE"]
 
     found = x.make_gradients(needs)
     # in place where there is nothing to add
@@ -189,48 +254,32 @@ def launch_gradient(
         sums = make((rows, HV, 2, K), dtype=torch.float32, device=device)
     matrices = torch.empty((MATRICES, 64, 64), dtype=torch.int16, device=device)
     traceable(level_matrices_kernel)[(MATRICES,)](matrices, num_warps=4)
-    pairs = workspace.tiles.view(torch.float16)
-
-    def prepare(part: Batch) -> None:
-        traceable(backward_prepare_kernel)[(part.programs * HV,)](
-            q, k, v, gate, beta, A_log, dt_bias, workspace.tiles, workspace.rows, *part.tables,
-            *token_strides(q, k, v, gate, beta), **first, **gates, **sizes,
-            **choose("backward_prepare", device),
-        )  # fmt: skip
-
     programs = HV * at_least_one(batch.N)
-
-    def forward(part: Batch, states: Sequence[Tensor | None], keep: bool) -> None:
-        chosen = dict(choose("states_forward", device))
-        chosen["STAGES"] = min(chosen["STAGES"], forward_stages(K, chosen["BV"], device))
-        traceable(states_forward_kernel)[(V // chosen["BV"] * programs,)](
-            *workspace.chunks, x.initial_state, *states, *part.sequences,
-            *state_strides(x.initial_state), **sizes, KEEP=keep, **chosen,
-        )  # fmt: skip
 
     def backward(part: Batch, gradients: Sequence[Tensor | None]) -> None:
         chosen = dict(choose("states_backward", device))
         chosen["STAGES"] = min(chosen["STAGES"], reverse_stages(K, chosen["BV"], device))
         traceable(states_backward_kernel)[(V // chosen["BV"] * programs,)](
-            *workspace.chunks, do, found["v"], dfinal, found["initial_state"], *gradients,
-            *part.sequences, *token_strides(do), *state_strides(dfinal), **sizes, **chosen,
+            *read[:2], workspace.dstates, do, found["v"], dfinal, found["initial_state"],
+            *gradients, *part.sequences, *token_strides(do), *state_strides(dfinal), **sizes,
+            **chosen,
         )  # fmt: skip
 
     def chunk_gradients(part: Batch) -> None:
         chosen = choose("chunk_gradient", device)
         traceable(backward_tiles_kernel)[(part.programs * HV,)](
-            v, do, found["v"], workspace.tiles, pairs, workspace.rows, *part.tables,
-            *token_strides(v, do), SCALE=x.scale, **sizes, **choose("backward_tiles", device),
+            v, do, found["v"], *read[:2], pairs, workspace.parts, *part.tables,
+            *token_strides(v, do), SCALE=x.scale, **pair_sizes, **choose("backward_tiles", device),
         )  # fmt: skip
         traceable(chunk_gradient_kernel)[(part.programs * HV * (K // chosen["BK"]),)](
-            q, k, gate, A_log, dt_bias, do, found["v"], workspace.tiles, pairs, workspace.rows,
-            workspace.states, matrices.view(torch.float16), by_head["q"], by_head["k"],
-            found["gate"], sums, *part.tables, *token_strides(q, k, gate, do), **gates, **sizes,
-            **chosen,
+            q, k, gate, chunks.A_log, chunks.dt_bias, do, found["v"], *read, workspace.dstates,
+            pairs, workspace.parts, matrices.view(torch.float16), by_head["q"], by_head["k"],
+            found["gate"], sums, *part.tables, *token_strides(q, k, gate, do), **gates,
+            **pair_sizes, **chosen,
         )  # fmt: skip
         if found["beta"] is not None:
             traceable(backward_beta_kernel)[(part.programs * HV,)](
-                workspace.rows, found["beta"], *part.tables,
+                read.rows, workspace.parts, found["beta"], *part.tables,
                 GATED=x.gated, BETA_SCALE=raw.beta_scale, HV=HV, K=K, BK=chosen["BK"],
                 **part.constants, num_warps=1,
             )  # fmt: skip
@@ -239,13 +288,14 @@ def launch_gradient(
     states_alone = needs <= {"initial_state"}
     for i, part in enumerate(parts[:-1]):
         if not states_alone:
-            prepare(part)
-            forward(part, workspace.handed_on(i)[0], False)
+            chunks.prepare(*read[:2], None, part)
+            chunks.scan(read, part, boundaries.around(i)[0], False)
     for i, part in reversed(list(enumerate(parts))):
-        states, gradients = workspace.handed_on(i)
-        prepare(part)
-        if not states_alone:
-            forward(part, states, True)
+        states, gradients = boundaries.around(i)
+        if saved is None:
+            chunks.prepare(*read[:2], None, part)
+            if not states_alone:
+                chunks.scan(read, part, states, True)
         backward(part, gradients)
         if not states_alone:
             chunk_gradients(part)

@@ -28,7 +28,11 @@ from kda_ops.delta_rule.chunked.kernels.gradient_prepare import (
     gradient_tiles_of,
     token_gates,
 )
-from kda_ops.delta_rule.chunked.kernels.gradient_tiles import pair_tiles_of, value_rows
+from kda_ops.delta_rule.chunked.kernels.gradient_tiles import (
+    pair_tiles_of,
+    parts_of,
+    value_rows,
+)
 from kda_ops.delta_rule.chunked.kernels.prepare import half, laid_out_as, multiply, rows_between
 from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_slopes
 from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
@@ -165,14 +169,15 @@ def _sum_from_each(x, matrices_ptr):
 
 @triton.jit
 def chunk_gradient_kernel(
-    q_ptr, k_ptr, gate_ptr, A_log_ptr, bias_ptr, do_ptr, dv_ptr, tiles_ptr, pairs_ptr, rows_ptr,
-    states_ptr, matrices_ptr, dq_ptr, dk_ptr, dgate_ptr, sums_ptr, cu_ptr, chunk_indices_ptr,
+    q_ptr, k_ptr, gate_ptr, A_log_ptr, bias_ptr, do_ptr, dv_ptr, tiles_ptr, rows_ptr, states_ptr,
+    dstates_ptr, pairs_ptr, parts_ptr, matrices_ptr, dq_ptr, dk_ptr, dgate_ptr, sums_ptr, cu_ptr,
+    chunk_indices_ptr,
     T, N, NC, first_row, rows,
     q_b, q_t, q_h, k_b, k_t, k_h, gate_b, gate_t, gate_h, do_b, do_t, do_h,
     SCALE: tl.constexpr, GATED: tl.constexpr, BOUND: tl.constexpr, NORM: tl.constexpr,
     HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, BK: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr,
-    PACKED: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, PAIRS: tl.constexpr, VARLEN: tl.constexpr,
+    SLABS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program finishes BK key columns of one chunk of one value head.
     Grid: (chunks * HV * K / BK), columns fastest, then heads.
@@ -202,8 +207,8 @@ def chunk_gradient_kernel(
     hk = h // (HV // H)
     work = row * HV + h
     _, _, _, _, _, vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
-    decay_ptr, beta_ptr, q_norm_ptr, k_norm_ptr, tile_rows_ptr = gradient_rows_of(rows_ptr, work, K)
-    PAIRS: tl.constexpr = 64 * (3 * K + V + 128)
+    decay_ptr, beta_ptr, q_norm_ptr, k_norm_ptr = gradient_rows_of(rows_ptr, work, K)
+    diagonal_ptr, scale_ptr, by_v_ptr = parts_of(parts_ptr, work)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     r = tl.arange(0, 64)
     d = tl.arange(0, V)[None, :]
@@ -217,16 +222,15 @@ def chunk_gradient_kernel(
     k_ptr += b * k_b + hk * k_h + first * k_t
     gate_ptr += b * gate_b + h * gate_h + first * gate_t
     out = (token * HV + h) * K
-    states_ptr += work * (2 * K * V)
     rate = gate_rate(A_log_ptr, h, HAS_A)
 
     bias = bias_row(bias_ptr, h * K + k0 + a, a < BK, HAS_BIAS)
     gate_at = gate_ptr + k0 + (t * gate_t + a[None, :])
     y = token_gates(gate_at, gate_t, r, r < count, rate, bias, GATED, BOUND).to(tl.float16)
     do, vn, dv = value_rows(do_ptr, do_t, vn_ptr, dv_ptr, count, HV, V, dtype)
-    state = states_ptr + (k0 + a)[:, None] * V + d
-    S = tl.load(state)
-    dS = tl.load(state + K * V)
+    state = (k0 + a)[:, None] * V + d
+    S = tl.load(states_ptr + work * (K * V) + state)
+    dS = tl.load(dstates_ptr + work * (K * V) + state)
     decay = tl.load(decay_ptr + k0 + a)
     last = decay * tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
     C = tl.dot(vn, tl.trans(dS)) * tl.exp2(tl.dot(_matrix(matrices_ptr, 1), y))
@@ -239,7 +243,7 @@ def chunk_gradient_kernel(
     last += tl.sum(k.to(tl.float32) * C, 0)
     q = laid_out_as(q, dq.to(tl.float16), PACKED)
     k = laid_out_as(k, dq.to(tl.float16), PACKED)
-    scale = tl.load(tile_rows_ptr + 64)
+    scale = tl.load(scale_ptr)
     dq, C, R = _levels(dq, C, R, q, k, y, pairs_ptr + work * PAIRS, scale, matrices_ptr, PACKED)
     # reload what was loaded before the levels, and store results early, to save registers
     q = _key_rows(q_ptr + k0 + (t * q_t + a[None, :]), q_norm_ptr + r, NORM)
@@ -249,11 +253,11 @@ def chunk_gradient_kernel(
     k = k.to(tl.float32)
     ok = (r < count)[:, None] & (a >= 0)[None, :]
     to = out + k0 + ((r)[:, None] * (HV * K) + a[None, :])
-    diagonal = tl.load(tile_rows_ptr + r)
+    diagonal = tl.load(diagonal_ptr + r)
     dq += diagonal[:, None] * k
     if dq_ptr is not None:
         tl.store(dq_ptr + to, dq.to(dq_ptr.dtype.element_ty), mask=ok)
-    tl.store(tile_rows_ptr + 192 + n * 64 + r, tl.sum(k * R, 1))
+    tl.store(by_v_ptr + (n + 1) * 64 + r, tl.sum(k * R, 1))
     R = R * beta[:, None]
     dG += k * (R - C)
     C += R + diagonal[:, None] * q

@@ -20,7 +20,7 @@ from kda_ops.delta_rule.chunked.kernels.prepare import (
     small_level,
 )
 from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_log2, reciprocal_norm, within_fp16
-from kda_ops.delta_rule.chunked.kernels.tiles import slab_rows
+from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
 from kda_ops.gating.kernel import gate_rate
 from kda_ops.kernel import bias_row, quick_sigmoid
 
@@ -39,11 +39,9 @@ def gradient_tiles_of(tiles_ptr, work, K: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def gradient_rows_of(rows_ptr, work, K: tl.constexpr):
-    """Pointers to a chunk's decay [K], beta and reciprocal norms of q and k [64], followed by the
-    diagonal of dA, the scale of its tiles and the parts of beta's gradient [5, 64].
-    """
-    decay_ptr = rows_ptr + work * (K + 640)
-    return decay_ptr, decay_ptr + K, decay_ptr + K + 64, decay_ptr + K + 128, decay_ptr + K + 192
+    """Pointers to a chunk's decay [K], beta and reciprocal norms of q and k [64]."""
+    decay_ptr = rows_ptr + work * (K + 192)
+    return decay_ptr, decay_ptr + K, decay_ptr + K + 64, decay_ptr + K + 128
 
 
 @triton.jit
@@ -101,8 +99,8 @@ def unit_inverse(q, k, y, beta, PACKED: tl.constexpr):
 
 @triton.jit
 def backward_prepare_kernel(
-    q_ptr, k_ptr, v_ptr, gate_ptr, beta_ptr, A_log_ptr, bias_ptr, tiles_ptr, rows_ptr, cu_ptr,
-    chunk_indices_ptr,
+    q_ptr, k_ptr, v_ptr, gate_ptr, beta_ptr, A_log_ptr, bias_ptr, tiles_ptr, rows_ptr, o_ptr,
+    cu_ptr, chunk_indices_ptr,
     T, N, NC, first_row, rows,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h, beta_b, beta_t, beta_h,
     SCALE: tl.constexpr, GATED: tl.constexpr, BOUND: tl.constexpr, BETA_SCALE: tl.constexpr,
@@ -114,7 +112,8 @@ def backward_prepare_kernel(
     Grid: (chunks * HV), heads fastest.
 
     With GATED gate and beta are raw; else the gate is cumulative, in log2. With NORM, q and k are
-    normalized as they are loaded, and the norms are stored.
+    normalized as they are loaded, and the norms are stored. Rows of o [B, T, HV, V] past the last
+    sequence are zeroed, unless it is None.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % HV
@@ -122,6 +121,8 @@ def backward_prepare_kernel(
         p // HV, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
     )
     if not inside:
+        if VARLEN and o_ptr is not None and count == 0:
+            clear_padding(o_ptr, cu_ptr, p, h, T, N, NC, HV, V, V)
         return
     hk = h // (HV // H)
     r = tl.arange(0, 64)
@@ -136,7 +137,7 @@ def backward_prepare_kernel(
     gate_at = gate_head + (t[:, None] * gate_t + d[None, :])
     work = row * HV + h
     w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, u_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
-    decay_ptr, rate_ptr, q_norm_ptr, k_norm_ptr, _ = gradient_rows_of(rows_ptr, work, K)
+    decay_ptr, rate_ptr, q_norm_ptr, k_norm_ptr = gradient_rows_of(rows_ptr, work, K)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
 
     a = gate_rate(A_log_ptr, h, HAS_A)

@@ -6,8 +6,10 @@ With w, kg, qg, Aqk and T of `backward_prepare_kernel`, per chunk
     vn = u - w S,                S <- D S + kg^T vn                            forward,
     dvn = Aqk^T do + kg dS,      dS <- D dS + qg^T do - w^T dvn                backward,
 
-and the gradient of v is beta T^T dvn. Both have the structure of the forward's scan: a program
-carries some columns of one head's state through one sequence. They are independent of each other.
+and the gradient of v is beta T^T dvn. A forward whose gradient will be asked for runs the first as
+its scan, with the output, `o = qg S + Aqk vn`, and saves what it leaves. Both have the structure of
+the forward's scan: a program carries some columns of one head's state through one sequence. They
+are independent of each other.
 """
 
 import triton
@@ -19,16 +21,17 @@ from kda_ops.delta_rule.chunked.kernels.tiles import place_of, sequence_part
 
 @triton.jit
 def states_forward_kernel(
-    tiles_ptr, rows_ptr, states_ptr, initial_ptr, before_ptr, after_ptr, cu_ptr,
+    tiles_ptr, rows_ptr, states_ptr, initial_ptr, before_ptr, after_ptr, o_ptr, final_ptr, cu_ptr,
     T, N, first_row, rows,
-    initial_n, initial_h, initial_v, initial_k,
+    initial_n, initial_h, initial_v, initial_k, final_n, final_h, final_v, final_k,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr,
     SLABS: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program carries BV columns of one head's state through one sequence, S [K, BV] in fp32.
     Grid: (V / BV * (sequence, head) pairs), columns innermost.
 
-    With KEEP it writes the state before every chunk, and vn over u. With SLABS a sequence that
+    With KEEP it writes the state before every chunk, and vn over u; unless they are None, it also
+    writes the output [B, T, HV, V] and the final states. With SLABS a sequence that
     starts before the slab is read from `before` [HV, K, V], and one that ends after it is written
     to `after`.
     """
@@ -38,7 +41,7 @@ def states_forward_kernel(
         return
     n = p // BLOCKS // HV
     h = p // BLOCKS % HV
-    _, _, _, row, lo, hi, begins, ends = sequence_part(
+    b, start, end, row, lo, hi, begins, ends = sequence_part(
         n, cu_ptr, T, N, first_row, rows, VARLEN, SLABS
     )
     if hi < lo:
@@ -60,30 +63,43 @@ def states_forward_kernel(
         S = tl.load(before_ptr + h * (K * V) + state)
     step = tl.full((), HV, tl.int64)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
-    w_ptr, kg_ptr, _, _, _, u_ptr = gradient_tiles_of(tiles_ptr, row * HV + h, K, V)
-    decay_ptr, _, _, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
-    states_at = states_ptr + (row * HV + h) * (2 * K * V) + state
+    w_ptr, kg_ptr, qg_ptr, A_ptr, _, u_ptr = gradient_tiles_of(tiles_ptr, row * HV + h, K, V)
+    decay_ptr, _, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
+    states_at = states_ptr + (row * HV + h) * (K * V) + state
     TILE: tl.constexpr = 64 * (3 * K + V + 128)
     wide = r[:, None] * K + d[None, :]
     narrow = r[:, None] * V + v[None, :]
+    square = r[:, None] * 64 + r[None, :]
+    length = (end - start).to(tl.int32)
+    o_at = ((b * T + start) * HV + h) * V + (r[:, None] * (HV * V) + v[None, :])
     for c in tl.range(lo, hi, num_stages=STAGES):
         w = tl.load(w_ptr + c * step * TILE + wide)
         u = tl.load(u_ptr + c * step * TILE + narrow)
         kg = tl.load(kg_ptr + c * step * TILE + wide)
-        decay = tl.load(decay_ptr + c * step * (K + 640) + d)
+        decay = tl.load(decay_ptr + c * step * (K + 192) + d)
+        if o_ptr is not None:
+            qg = tl.load(qg_ptr + c * step * TILE + wide)
+            A = tl.load(A_ptr + c * step * TILE + square)
         Sh = S.to(dtype)
         vn = (u.to(tl.float32) - tl.dot(w, Sh)).to(dtype)
         if KEEP:
-            tl.store(states_at + c * step * (2 * K * V), Sh)
+            tl.store(states_at + c * step * (K * V), Sh)
             tl.store(u_ptr + c * step * TILE + narrow, vn)
+        if o_ptr is not None:
+            o = tl.dot(A, vn, tl.dot(qg, Sh)).to(o_ptr.dtype.element_ty)
+            ok = (r < length - c * 64)[:, None] & (v >= 0)[None, :]
+            tl.store(o_ptr + o_at + c * step * (64 * V), o, mask=ok)
         S = tl.dot(tl.trans(kg), vn, S * decay[:, None])
     if SLABS and not ends:
         tl.store(after_ptr + h * (K * V) + state, S)
+    if final_ptr is not None:
+        at = final_ptr + place_of((final_n, final_h, final_v, final_k), n, h, d, v)
+        tl.store(at, S.to(final_ptr.dtype.element_ty))
 
 
 @triton.jit
 def states_backward_kernel(
-    tiles_ptr, rows_ptr, states_ptr, do_ptr, dv_ptr, dfinal_ptr, dinitial_ptr, before_ptr,
+    tiles_ptr, rows_ptr, dstates_ptr, do_ptr, dv_ptr, dfinal_ptr, dinitial_ptr, before_ptr,
     after_ptr, cu_ptr,
     T, N, first_row, rows,
     do_b, do_t, do_h, dfinal_n, dfinal_h, dfinal_v, dfinal_k,
@@ -127,8 +143,8 @@ def states_backward_kernel(
     step = tl.full((), HV, tl.int64)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, _ = gradient_tiles_of(tiles_ptr, row * HV + h, K, V)
-    decay_ptr, beta_ptr, _, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
-    states_at = states_ptr + (row * HV + h) * (2 * K * V) + K * V + state
+    decay_ptr, beta_ptr, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
+    states_at = dstates_ptr + (row * HV + h) * (K * V) + state
     TILE: tl.constexpr = 64 * (3 * K + V + 128)
     wide = r[:, None] * K + d[None, :]
     square = r[:, None] * 64 + r[None, :]
@@ -144,10 +160,10 @@ def states_backward_kernel(
         qg = tl.load(qg_ptr + c * step * TILE + wide)
         w = tl.load(w_ptr + c * step * TILE + wide)
         inverse = tl.load(T_ptr + c * step * TILE + square)
-        decay = tl.load(decay_ptr + c * step * (K + 640) + d)
-        beta = tl.load(beta_ptr + c * step * (K + 640) + r)
+        decay = tl.load(decay_ptr + c * step * (K + 192) + d)
+        beta = tl.load(beta_ptr + c * step * (K + 192) + r)
         dSh = dS.to(dtype)
-        tl.store(states_at + c * step * (2 * K * V), dSh)
+        tl.store(states_at + c * step * (K * V), dSh)
         do = do.to(dtype)
         minus = (-tl.dot(kg, dSh, tl.dot(tl.trans(A), do))).to(dtype)
         dS = tl.dot(tl.trans(qg), do, dS * decay[:, None])

@@ -18,6 +18,15 @@ def pair_tiles_of(pairs_ptr):
 
 
 @triton.jit
+def parts_of(parts_ptr, work):
+    """Pointers to the diagonal of dA [64], the scale of a chunk's tiles, in 64 places, and the
+    parts of beta's gradient [3, 64].
+    """
+    diagonal_ptr = parts_ptr + work * 320
+    return diagonal_ptr, diagonal_ptr + 64, diagonal_ptr + 128
+
+
+@triton.jit
 def value_rows(
     do_ptr, do_t, vn_ptr, dv_ptr, count, HV: tl.constexpr, V: tl.constexpr, D: tl.constexpr
 ):
@@ -44,19 +53,19 @@ def _store_pairs(pairs_ptr, x):
 
 @triton.jit
 def backward_tiles_kernel(
-    v_ptr, do_ptr, dv_ptr, tiles_ptr, pairs_ptr, rows_ptr, cu_ptr, chunk_indices_ptr,
+    v_ptr, do_ptr, dv_ptr, tiles_ptr, rows_ptr, pairs_ptr, parts_ptr, cu_ptr, chunk_indices_ptr,
     T, N, NC, first_row, rows,
     v_b, v_t, v_h, do_b, do_t, do_h,
-    SCALE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
-    SLABS: tl.constexpr,
+    SCALE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr,
+    VARLEN: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
     """One program computes dA and dL [64, 64] of one chunk of one value head, below the diagonal;
     above it their transposes, dA and beta dL, which left rows take from right ones. Grid: (chunks *
     HV), heads fastest.
 
-    They are in fp16, divided by a scale, the largest entry below the diagonal, and overwrite the
-    scans' tiles (`pairs` is the same memory as `tiles`). The diagonal of dA, which has no decay,
-    the scale, and `P v`, the first part of beta's gradient, go to the chunk's rows.
+    They are in fp16, divided by a scale, the largest entry below the diagonal. `pairs`, with PAIRS
+    numbers per chunk, may be the memory of `tiles`. The diagonal of dA, which has no decay, the
+    scale, and `P v`, the first part of beta's gradient, go to `parts`.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % HV
@@ -67,7 +76,8 @@ def backward_tiles_kernel(
         return
     work = row * HV + h
     _, _, _, _, _, vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
-    _, beta_ptr, _, _, tile_rows_ptr = gradient_rows_of(rows_ptr, work, K)
+    _, beta_ptr, _, _ = gradient_rows_of(rows_ptr, work, K)
+    diagonal_ptr, scale_ptr, by_v_ptr = parts_of(parts_ptr, work)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     r = tl.arange(0, 64)
     i = r[:, None]
@@ -79,28 +89,28 @@ def backward_tiles_kernel(
     t = tl.minimum(r, count - 1)[:, None]
     v = tl.load(v_at + (t * v_t + tl.arange(0, V)[None, :]))
     beta = tl.load(beta_ptr + r)
-    tl.store(tile_rows_ptr + 128 + r, tl.sum(dv.to(tl.float32) * v.to(tl.float32), 1) / beta)
+    tl.store(by_v_ptr + r, tl.sum(dv.to(tl.float32) * v.to(tl.float32), 1) / beta)
     vt = tl.trans(vn)
     A = tl.dot(do, vt) * SCALE
     L = tl.dot(dv, vt) * (-1.0 / beta)[:, None]
-    tl.store(tile_rows_ptr + r, tl.sum(tl.where(i == j, A, 0.0), 1))
+    tl.store(diagonal_ptr + r, tl.sum(tl.where(i == j, A, 0.0), 1))
     largest = tl.where(i > j, tl.maximum(tl.abs(A), tl.abs(L)), 0.0)
     # [1, 1]: Triton 3.7 fails to compile a one-axis maximum here for Blackwell
     scale = tl.maximum(tl.max(tl.max(largest, 1, keep_dims=True), 0, keep_dims=True), 1e-35)
-    tl.store(tile_rows_ptr + 64 + tl.zeros((1, 1), tl.int32), scale)
+    tl.store(scale_ptr + tl.zeros((1, 1), tl.int32), scale)
     inverse = 1.0 / scale
     A = tl.where(i > j, A * inverse, 0.0)
     L = tl.where(i > j, L * inverse, 0.0)
     A += tl.where(i < j, tl.dot(vn, tl.trans(do)) * (SCALE * inverse), 0.0)
     L += tl.where(i < j, tl.dot(vn, tl.trans(dv)) * -inverse, 0.0)
-    A_ptr, L_ptr = pair_tiles_of(pairs_ptr + work * (64 * (3 * K + V + 128)))
+    A_ptr, L_ptr = pair_tiles_of(pairs_ptr + work * PAIRS)
     _store_pairs(A_ptr, A.to(tl.float16))
     _store_pairs(L_ptr, L.to(tl.float16))
 
 
 @triton.jit
 def backward_beta_kernel(
-    rows_ptr, dbeta_ptr, cu_ptr, chunk_indices_ptr,
+    rows_ptr, parts_ptr, dbeta_ptr, cu_ptr, chunk_indices_ptr,
     T, N, NC, first_row, rows,
     GATED: tl.constexpr, BETA_SCALE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     BK: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr,
@@ -117,11 +127,12 @@ def backward_beta_kernel(
         if VARLEN and count == 0:
             clear_padding(dbeta_ptr, cu_ptr, p, h, T, N, NC, HV, 1, 1)
         return
-    _, beta_ptr, _, _, tile_rows_ptr = gradient_rows_of(rows_ptr, row * HV + h, K)
+    _, beta_ptr, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
+    _, _, by_v_ptr = parts_of(parts_ptr, row * HV + h)
     r = tl.arange(0, 64)
-    dbeta = tl.load(tile_rows_ptr + 128 + r)
+    dbeta = tl.load(by_v_ptr + r)
     for n in tl.static_range(K // BK):
-        dbeta += tl.load(tile_rows_ptr + 192 + n * 64 + r)
+        dbeta += tl.load(by_v_ptr + (n + 1) * 64 + r)
     if GATED:
         beta = tl.load(beta_ptr + r)
         dbeta *= beta * (1.0 - beta * (1.0 / BETA_SCALE))
