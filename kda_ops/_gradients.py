@@ -166,7 +166,8 @@ def differentiate(
         @staticmethod
         def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
             inputs = list(ctx.others)
-            given, saved = ctx.saved_tensors[: len(tensors)], ctx.saved_tensors[len(tensors) :]
+            kept = ctx.saved_tensors  # once: a checkpoint computes them for each time
+            given, saved = kept[: len(tensors)], kept[len(tensors) :]
             for i, x in zip(tensors, given, strict=True):
                 inputs[i] = x
             needs = [i in wanted and ctx.needs_input_grad[i + 1] for i in range(count)]

@@ -14,11 +14,12 @@ from tests.support.backward import (
     assert_gradients,
     differentiable,
     launch,
+    launch_saving,
     output_gradients,
     reference,
 )
 from tests.support.bounds import within_tensors
-from tests.support.oracle import assert_close
+from tests.support.oracle import assert_close, copy_inputs, poisoned
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -105,6 +106,40 @@ def test_gradients_in_the_interpreter(case: KernelCase) -> None:
 @named(SMALL | LARGE)
 def test_gradients_on_the_gpu(case: KernelCase) -> None:
     assert_gradients(case, torch.device("cuda"))
+
+
+FAST = {name: case for name, case in SMALL.items() if name.startswith("fast")}
+
+
+def assert_saving(case: KernelCase, device: torch.device) -> None:
+    """A forward that saves is as good as one that does not; its gradient is the same to the bit,
+    however often it is taken.
+    """
+    inputs = arguments(case, device)
+    given, needs = output_gradients(inputs), differentiable(inputs)
+    op = getattr(torch.ops.kda_ops, case.operator).default
+    with poisoned():
+        o, final, *saved = launch_saving(case.operator, inputs)
+        expected = launch(case.operator, inputs, given, needs)
+        found = [launch(case.operator, inputs, given, needs, tuple(saved)) for _ in range(2)]
+    low, high = (op(*copy_inputs(inputs, dtype).values()) for dtype in (None, torch.float64))
+    for x, y, z in zip((o, final), low, high, strict=True):
+        assert_close(x, y, z, inputs["v"].dtype)
+    for results in found:
+        for x, y in zip(results, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.interpreter
+@named(FAST)
+def test_saving_in_the_interpreter(case: KernelCase) -> None:
+    assert_saving(case, CPU)
+
+
+@pytest.mark.gpu
+@named(FAST | {name: case for name, case in LARGE.items() if "128" in name and "fp" not in name})
+def test_saving_on_the_gpu(case: KernelCase) -> None:
+    assert_saving(case, torch.device("cuda"))
 
 
 def in_slabs(monkeypatch: pytest.MonkeyPatch, size: int) -> list[int]:

@@ -65,13 +65,21 @@ def output_gradients(inputs: dict[str, Any]) -> list[Tensor | None]:
 
 
 def launch(
-    operator: str, inputs: dict[str, Any], given: list[Tensor | None], needs: list[bool]
-) -> list[Tensor]:
+    operator: str, inputs: dict[str, Any], given: list[Tensor | None], needs: list[bool],
+    saved: tuple[Tensor, ...] = (),
+) -> list[Tensor]:  # fmt: skip
     """The gradients from the kernels."""
     module = import_module(f"{operator_packages()[operator]}.backward")
     found: list[Tensor] = getattr(module, f"launch_{operator}_backward")(
-        *inputs.values(), given, needs
+        *inputs.values(), given, needs, *saved
     )
+    return found
+
+
+def launch_saving(operator: str, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The forward's results, and what it saves for the gradient."""
+    module = import_module(f"{operator_packages()[operator]}.backward")
+    found: tuple[Tensor, ...] = getattr(module, f"launch_{operator}_saving")(*inputs.values())
     return found
 
 

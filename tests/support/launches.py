@@ -15,6 +15,7 @@ PREFILL = [
     "chunk_scan_kernel",
     "rms_norm_gated",
 ]
+SAVING = [PREFILL[0], "backward_prepare_kernel", "states_forward_kernel", PREFILL[3]]  # in training
 PREFILL_UNPACKED = ["short_conv_qkv_kernel", *PREFILL[1:]]  # q, k and v not packed
 FORBIDDEN = ("copy_(", "fill_(", "zero_(", ".item()", ".tolist()", ".cpu()", "synchronize()")
 GEMMS = ("extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm")

@@ -12,7 +12,7 @@ from kda_ops.delta_rule.chunked.gradient_workspace import (
     gradient_slabs,
     make_rows,
 )
-from kda_ops.delta_rule.chunked.kernels.gradient import Inputs, sum_heads, sum_parameters
+from kda_ops.delta_rule.chunked.kernels.gradient import Inputs, finish_keys, sum_parameters
 from kda_ops.delta_rule.chunked.kernels.gradient_general import (
     general_backward_kernel,
     general_chunk_kernel,
@@ -98,7 +98,7 @@ def launch_general_gradient(
             *part.tables, *token_strides(q, k, v, G, beta, do), SCALE=x.scale, GATED=x.gated,
             BETA_SCALE=x.raw.beta_scale, H=H, **sizes, **OPTIONS,
         )  # fmt: skip
-    sum_heads(raw_q, raw_k, by_head, found, batch, x.raw.qk_norm_eps)
+    finish_keys(raw_q, raw_k, by_head, found, batch, x.raw.qk_norm_eps)
     sums = None
     if found["A_log"] is not None or found["dt_bias"] is not None:
         shape = (B * T // CHUNK + batch.N, HV, 2, K)

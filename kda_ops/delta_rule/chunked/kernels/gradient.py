@@ -1,7 +1,7 @@
 """The gradient of chunked KDA in four kernels: `prepare` recomputes the scans' inputs of each
 chunk, one scan runs forward and one backward over the sequences, and the rest is computed chunk by
-chunk. Three small kernels compute 0/1 matrices, sums over value heads that share a key head, and
-sums over tokens for the gate's parameters.
+chunk. The first two may have run already, as the forward. Two small kernels compute sums over value
+heads that share a key head, and sums over tokens for the gate's parameters.
 
 No atomics: every sum has a fixed order, so results are bitwise reproducible.
 """
@@ -27,20 +27,16 @@ from kda_ops.delta_rule.chunked.gradient_workspace import (
     saved_row,
 )
 from kda_ops.delta_rule.chunked.kernels.gradient_chunk import (
-    MATRICES,
     chunk_gradient_kernel,
-    level_matrices_kernel,
 )
 from kda_ops.delta_rule.chunked.kernels.gradient_keys import backward_keys_kernel
 from kda_ops.delta_rule.chunked.kernels.gradient_prepare import backward_prepare_kernel
 from kda_ops.delta_rule.chunked.kernels.gradient_scan import (
+    MATRICES,
     states_backward_kernel,
     states_forward_kernel,
 )
-from kda_ops.delta_rule.chunked.kernels.gradient_tiles import (
-    backward_beta_kernel,
-    backward_tiles_kernel,
-)
+from kda_ops.delta_rule.chunked.kernels.gradient_tiles import backward_tiles_kernel
 from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia
 from kda_ops.delta_rule.chunked.states import Raw
 from kda_ops.delta_rule.chunked.workspace import (
@@ -124,21 +120,39 @@ def sum_parameters(sums: Tensor | None, found: dict[str, Tensor | None]) -> None
     )  # fmt: skip
 
 
-def sum_heads(
+class BetaParts(NamedTuple):
+    """Where the parts of beta's gradient are: one and then one per block of key columns."""
+
+    rows: Tensor
+    parts: Tensor
+    blocks: int
+    HV: Any
+    gated: bool
+    scale: float
+
+
+def finish_keys(
     q: Tensor, k: Tensor, by_head: dict[str, Tensor | None], found: dict[str, Tensor | None],
-    batch: Batch, eps: float | None,
+    part: Batch, eps: float | None, beta: BetaParts | None = None,
 ) -> None:  # fmt: skip
-    """The gradients of q and k from those of the value heads, with `eps` through their norm."""
-    if found["q"] is None and found["k"] is None:
-        return
+    """The gradients of q and k from those of the value heads, with `eps` through their norm, and
+    beta's from its parts.
+    """
     H, K = q.shape[2:]
     heads = by_head["q"] if by_head["k"] is None else by_head["k"]
-    assert heads is not None
-    traceable(backward_keys_kernel)[(batch.programs * H,)](
-        q, k, by_head["q"], by_head["k"], found["q"], found["k"], *batch.tables[:5],
+    done = eps is None and all(by_head[name] is found[name] for name in ("q", "k"))
+    dq, dk = (None, None) if done else (found["q"], found["k"])
+    dbeta = None if beta is None else found["beta"]
+    if dq is None and dk is None and dbeta is None:
+        return
+    HV = beta.HV if beta is not None else heads.shape[2] if heads is not None else H
+    rows, parts, blocks = (None, None, 0) if beta is None else beta[:3]
+    traceable(backward_keys_kernel)[(part.programs * H,)](
+        q, k, by_head["q"], by_head["k"], rows, parts, dq, dk, dbeta, *part.tables,
         *token_strides(q, k),
-        EPS=0.0 if eps is None else eps, NORM=eps is not None, H=H, HV=heads.shape[2], K=K,
-        KP=triton.next_power_of_2(K), VARLEN=batch.cu_seqlens is not None, num_warps=4,
+        EPS=0.0 if eps is None else eps, NORM=eps is not None,
+        GATED=beta is not None and beta.gated, BETA_SCALE=1.0 if beta is None else beta.scale,
+        H=H, HV=HV, K=K, KP=triton.next_power_of_2(K), BLOCKS=blocks, **part.constants, num_warps=4,
     )  # fmt: skip
 
 
@@ -252,8 +266,7 @@ def launch_gradient(
             (torch.empty, batch.programs) if whole else (torch.zeros, workspace.tiles.shape[0])
         )
         sums = make((rows, HV, 2, K), dtype=torch.float32, device=device)
-    matrices = torch.empty((MATRICES, 64, 64), dtype=torch.int16, device=device)
-    traceable(level_matrices_kernel)[(MATRICES,)](matrices, num_warps=4)
+    matrices = torch.empty((MATRICES.value, 64, 64), dtype=torch.int16, device=device)
     programs = HV * at_least_one(batch.N)
 
     def backward(part: Batch, gradients: Sequence[Tensor | None]) -> None:
@@ -261,8 +274,8 @@ def launch_gradient(
         chosen["STAGES"] = min(chosen["STAGES"], reverse_stages(K, chosen["BV"], device))
         traceable(states_backward_kernel)[(V // chosen["BV"] * programs,)](
             *read[:2], workspace.dstates, do, found["v"], dfinal, found["initial_state"],
-            *gradients, *part.sequences, *token_strides(do), *state_strides(dfinal), **sizes,
-            **chosen,
+            *gradients, matrices, *part.sequences, *token_strides(do), *state_strides(dfinal),
+            **sizes, **chosen,
         )  # fmt: skip
 
     def chunk_gradients(part: Batch) -> None:
@@ -277,12 +290,8 @@ def launch_gradient(
             found["gate"], sums, *part.tables, *token_strides(q, k, gate, do), **gates,
             **pair_sizes, **chosen,
         )  # fmt: skip
-        if found["beta"] is not None:
-            traceable(backward_beta_kernel)[(part.programs * HV,)](
-                read.rows, workspace.parts, found["beta"], *part.tables,
-                GATED=x.gated, BETA_SCALE=raw.beta_scale, HV=HV, K=K, BK=chosen["BK"],
-                **part.constants, num_warps=1,
-            )  # fmt: skip
+        beta = (read.rows, workspace.parts, K // chosen["BK"], HV, x.gated, raw.beta_scale)
+        finish_keys(q, k, by_head, found, part, raw.qk_norm_eps, BetaParts(*beta))
 
     # gradients of states depend on no state
     states_alone = needs <= {"initial_state"}
@@ -299,7 +308,5 @@ def launch_gradient(
         backward(part, gradients)
         if not states_alone:
             chunk_gradients(part)
-    if HV != H or raw.qk_norm_eps is not None:
-        sum_heads(q, k, by_head, found, batch, raw.qk_norm_eps)
     sum_parameters(sums, found)
     return {name: found[name] for name in needs if found[name] is not None}

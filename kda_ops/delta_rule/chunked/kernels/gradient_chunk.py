@@ -39,31 +39,6 @@ from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
 from kda_ops.gating.kernel import gate_rate
 from kda_ops.kernel import LN2, bias_row
 
-MATRICES = 5
-
-
-@triton.jit
-def level_matrices_kernel(matrices_ptr):
-    """0/1 matrices [5, 64, 64], one per program: in fp16 those that sum gates to G, to G_last - G
-    and to |G - G_a| at levels 16 and 32, and as bf16 bits one that sums from each row to the last.
-
-    They are the same for every chunk; computing them in registers takes as many instructions as
-    everything else.
-    """
-    p = tl.program_id(0)
-    i = tl.arange(0, 64)[:, None]
-    j = tl.arange(0, 64)[None, :]
-    chosen = rows_between(i, j, tl.where(p == 2, 16, 32))
-    if p == 0:
-        chosen = j <= i
-    elif p == 1:
-        chosen = j > i
-    at = matrices_ptr + p * 4096 + i * 64 + j
-    if p == 4:
-        tl.store(at, tl.where(j >= i, 0x3F80, 0).to(tl.int16))
-    else:
-        tl.store(at, tl.where(chosen, 0x3C00, 0).to(tl.int16))
-
 
 @triton.jit
 def _matrix(matrices_ptr, which):

@@ -1,35 +1,47 @@
-"""The gradients of q and k from those of the value heads, if several share a key head or the
-operator normalizes q and k.
+"""The last gradients of a chunk: of q and k from those of the value heads, if several share a key
+head or the operator normalizes q and k, and of beta from its parts.
 """
 
 import triton
 import triton.language as tl
 
-from kda_ops.delta_rule.chunked.kernels.tiles import chunk_rows, clear_padding
+from kda_ops.delta_rule.chunked.kernels.gradient_prepare import gradient_rows_of
+from kda_ops.delta_rule.chunked.kernels.gradient_tiles import parts_of
+from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
 
 
 @triton.jit
 def backward_keys_kernel(
-    q_ptr, k_ptr, dq_heads_ptr, dk_heads_ptr, dq_ptr, dk_ptr, cu_ptr, chunk_indices_ptr,
-    T, N, NC,
+    q_ptr, k_ptr, dq_heads_ptr, dk_heads_ptr, rows_ptr, parts_ptr, dq_ptr, dk_ptr, dbeta_ptr,
+    cu_ptr, chunk_indices_ptr,
+    T, N, NC, first_row, rows,
     q_b, q_t, q_h, k_b, k_t, k_h,
-    EPS: tl.constexpr, NORM: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    KP: tl.constexpr, VARLEN: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BETA_SCALE: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCKS: tl.constexpr,
+    VARLEN: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
-    """One program computes dq and dk [B, T, H, K] of one chunk of one key head: the sums of those
-    of its value heads, [B, T, HV, K], and with NORM the derivative of the norm. With one value head
-    per key head, both may be the same memory. Grid: (chunks * H), heads fastest.
+    """One program works on one chunk of one key head. Grid: (chunks * H), heads fastest.
+
+    It computes dq and dk [B, T, H, K], the sums of those of its value heads, [B, T, HV, K], and
+    with NORM the derivative of the norm. With one value head per key head, both may be the same
+    memory. And it adds the 1 + BLOCKS parts of beta's gradient [B, T, HV]; with GATED that is the
+    one of beta before its sigmoid. Outputs that are None are not computed.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % H
-    p = p // H
-    b, first, count, _ = chunk_rows(p, chunk_indices_ptr, cu_ptr, T, N, NC, VARLEN)
-    if count == 0:
-        if VARLEN:
+    p, b, first, count, row, inside = slab_rows(
+        p // H, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
+    )
+    GROUP: tl.constexpr = HV // H
+    if not inside:
+        if VARLEN and count == 0:
             if dq_ptr is not None:
                 clear_padding(dq_ptr, cu_ptr, p, h, T, N, NC, H, K, KP)
             if dk_ptr is not None:
                 clear_padding(dk_ptr, cu_ptr, p, h, T, N, NC, H, K, KP)
+            if dbeta_ptr is not None:
+                for member in range(0, GROUP):
+                    clear_padding(dbeta_ptr, cu_ptr, p, h * GROUP + member, T, N, NC, HV, 1, 1)
         return
     if dq_ptr is not None:
         head = q_ptr + b * q_b + h * q_h + first * q_t
@@ -41,6 +53,20 @@ def backward_keys_kernel(
         _sum_heads(
             head, k_t, dk_heads_ptr, dk_ptr, b * T + first, count, h, EPS, NORM, H, HV, K, KP
         )
+    if dbeta_ptr is not None:
+        r = tl.arange(0, 64)
+        for member in range(0, GROUP):
+            work = row * HV + h * GROUP + member
+            _, _, part_ptr = parts_of(parts_ptr, work)
+            dbeta = tl.load(part_ptr + r)
+            for n in tl.static_range(BLOCKS):
+                dbeta += tl.load(part_ptr + (n + 1) * 64 + r)
+            if GATED:
+                _, beta_ptr, _, _ = gradient_rows_of(rows_ptr, work, K)
+                beta = tl.load(beta_ptr + r)
+                dbeta *= beta * (1.0 - beta * (1.0 / BETA_SCALE))
+            to = dbeta_ptr + (b * T + first + r) * HV + h * GROUP + member
+            tl.store(to, dbeta.to(dbeta_ptr.dtype.element_ty), mask=r < count)
 
 
 @triton.jit

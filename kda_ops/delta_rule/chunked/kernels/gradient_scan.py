@@ -16,7 +16,29 @@ import triton
 import triton.language as tl
 
 from kda_ops.delta_rule.chunked.kernels.gradient_prepare import gradient_rows_of, gradient_tiles_of
+from kda_ops.delta_rule.chunked.kernels.prepare import rows_between
 from kda_ops.delta_rule.chunked.kernels.tiles import place_of, sequence_part
+
+MATRICES = tl.constexpr(5)
+
+
+@triton.jit
+def store_matrices(matrices_ptr, p, programs):
+    """0/1 matrices [5, 64, 64] for `chunk_gradient_kernel`, by all programs of a launch before it:
+    in fp16 those that sum gates to G, to G_last - G and to |G - G_a| at levels 16 and 32, and as
+    bf16 bits one that sums from each row to the last.
+
+    They are the same for every chunk; computing them in registers takes as many instructions as
+    everything else there.
+    """
+    i = tl.arange(0, 64)[:, None]
+    j = tl.arange(0, 64)[None, :]
+    for which in range(p, MATRICES, programs):
+        between = rows_between(i, j, tl.where(which == 2, 16, 32))
+        upper = tl.where(which == 4, j >= i, j > i)
+        chosen = tl.where(which == 0, j <= i, tl.where((which == 1) | (which == 4), upper, between))
+        one = tl.where(which == 4, 0x3F80, 0x3C00)
+        tl.store(matrices_ptr + which * 4096 + i * 64 + j, tl.where(chosen, one, 0).to(tl.int16))
 
 
 @triton.jit
@@ -100,7 +122,7 @@ def states_forward_kernel(
 @triton.jit
 def states_backward_kernel(
     tiles_ptr, rows_ptr, dstates_ptr, do_ptr, dv_ptr, dfinal_ptr, dinitial_ptr, before_ptr,
-    after_ptr, cu_ptr,
+    after_ptr, matrices_ptr, cu_ptr,
     T, N, first_row, rows,
     do_b, do_t, do_h, dfinal_n, dfinal_h, dfinal_v, dfinal_k,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr,
@@ -114,6 +136,7 @@ def states_backward_kernel(
     [HV, K, V], and one that starts before it is written to `before`.
     """
     BLOCKS: tl.constexpr = V // BV
+    store_matrices(matrices_ptr, tl.program_id(0), tl.num_programs(0))
     p = tl.program_id(0).to(tl.int64)
     if p // BLOCKS >= N * HV:
         return

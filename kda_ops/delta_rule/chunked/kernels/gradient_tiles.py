@@ -1,12 +1,10 @@
-"""The gradients of the 64 x 64 matrices of chunked KDA, read by `chunk_gradient_kernel`, and the
-small kernel that assembles beta's gradient.
-"""
+"""The gradients of the 64 x 64 matrices of chunked KDA, read by `chunk_gradient_kernel`."""
 
 import triton
 import triton.language as tl
 
 from kda_ops.delta_rule.chunked.kernels.gradient_prepare import gradient_rows_of, gradient_tiles_of
-from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
+from kda_ops.delta_rule.chunked.kernels.tiles import slab_rows
 
 
 @triton.jit
@@ -106,35 +104,3 @@ def backward_tiles_kernel(
     A_ptr, L_ptr = pair_tiles_of(pairs_ptr + work * PAIRS)
     _store_pairs(A_ptr, A.to(tl.float16))
     _store_pairs(L_ptr, L.to(tl.float16))
-
-
-@triton.jit
-def backward_beta_kernel(
-    rows_ptr, parts_ptr, dbeta_ptr, cu_ptr, chunk_indices_ptr,
-    T, N, NC, first_row, rows,
-    GATED: tl.constexpr, BETA_SCALE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    BK: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr,
-):  # fmt: skip
-    """One program adds the parts of beta's gradient [B, T, HV] of one chunk of one value head; with
-    GATED it is that of beta before its sigmoid. Grid: (chunks * HV), heads fastest.
-    """
-    p = tl.program_id(0).to(tl.int64)
-    h = p % HV
-    p, b, first, count, row, inside = slab_rows(
-        p // HV, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
-    )
-    if not inside:
-        if VARLEN and count == 0:
-            clear_padding(dbeta_ptr, cu_ptr, p, h, T, N, NC, HV, 1, 1)
-        return
-    _, beta_ptr, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
-    _, _, by_v_ptr = parts_of(parts_ptr, row * HV + h)
-    r = tl.arange(0, 64)
-    dbeta = tl.load(by_v_ptr + r)
-    for n in tl.static_range(K // BK):
-        dbeta += tl.load(by_v_ptr + (n + 1) * 64 + r)
-    if GATED:
-        beta = tl.load(beta_ptr + r)
-        dbeta *= beta * (1.0 - beta * (1.0 / BETA_SCALE))
-    at = dbeta_ptr + (b * T + first + r) * HV + h
-    tl.store(at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=r < count)
