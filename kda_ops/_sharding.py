@@ -63,6 +63,10 @@ RULES = {
     "chunk_kda_gated.state": (_CHUNKED + _GATES + "state s H v k -> {b} t H v").format(
         b="b", raw="raw_gate", beta="raw_beta"
     ),
+    "chunk_kda_gated_affine": (
+        _CHUNKED + _GATES + "initial_state {b} H v k, entered {b} "
+        "-> {b} t H v, {b} t H k, {b} H v k, {b} H k k"
+    ).format(b="B", raw="raw_gate", beta="raw_beta"),
     "recurrent_kda": "q n t H k, k n t H k, v n t H v, g n t H k, beta n t H, state s H v k "
     "-> n t H v",
     "kda_decode": "x t d -> b t h v",
@@ -241,7 +245,7 @@ class Call:
         if self.forward is None:
             return [
                 Replicate()
-                if axes == ["B", "H", "v", "k"] and not self.args["output_final_state"]
+                if axes == ["B", "H", "v", "k"] and not self.args.get("output_final_state", True)
                 else self.placement(self.expanded_result(axes), letter)
                 for axes in self.rule.results
             ]

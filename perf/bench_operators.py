@@ -2,7 +2,7 @@
 
 Nothing else has `conv_split` (eager it copies, compiled it is to cost nothing of its own) and
 `state_copy`, whose measure is the copy ceiling. The baselines of `chunk_kda_gated` are the rows of
-`bench_core`.
+`bench_core`, that of its affine form is `chunk_kda_gated` itself.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ BASELINES: dict[str, Callable[..., Prepare] | None] = {
     "conv_split": None,
     "chunk_kda": fla.fla_chunk_kda,
     "chunk_kda_gated": None,
+    "chunk_kda_gated_affine": None,
     "recurrent_kda": fla.fla_recurrent_kda,
     "kda_decode": fla.fla_kda_decode,
     "rms_norm_gated": fla.fla_rms_norm_gated,

@@ -160,9 +160,6 @@ class Packed(NamedTuple):
         begins: Its first token is here (of an empty one, its place).
         ends: Its last token is here, likewise.
         last: It has the last real token of the part.
-        last_cu_seqlens: `[2 m + 1]`, offsets that split each part where `last` begins.
-        renewed: `[m]`, bool, some sequence begins in the part: nothing of its initial state is
-            left at its end.
         start: `[m]`, the global token at which the sequence that enters begins; where none does,
             the part's first.
         stop: `[m]`, the token behind that sequence, likewise.
@@ -174,8 +171,6 @@ class Packed(NamedTuple):
     begins: Tensor
     ends: Tensor
     last: Tensor
-    last_cu_seqlens: Tensor
-    renewed: Tensor
     start: Tensor
     stop: Tensor
 
@@ -195,8 +190,6 @@ class Packed(NamedTuple):
         # a sequence that is empty at the end of all tokens is in the last part
         home = (first // size).clamp(max=parts - 1)
         final = (torch.maximum(behind - 1, first) // size).clamp(max=parts - 1)
-        split = torch.where(last, torch.maximum(first, a) - a, 0).sum(1, keepdim=True)
-        splits = torch.cat([split, end - a], 1) + before
         return Packed(
             F.pad(offsets[:, 1:].flatten(), (1, 0)).to(cu_seqlens.dtype),
             enters,
@@ -204,8 +197,6 @@ class Packed(NamedTuple):
             home == own[:, None],
             final == own[:, None],
             last,
-            F.pad(splits.flatten(), (1, 0)).to(cu_seqlens.dtype),
-            (last & (first >= a)).any(1),
             torch.where(enters, first, 0).sum(1) + torch.where(enters.any(1), 0, a[:, 0]),
             torch.where(enters, behind, 0).sum(1) + torch.where(enters.any(1), 0, a[:, 0]),
         )

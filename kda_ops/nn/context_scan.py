@@ -1,13 +1,14 @@
-"""The recurrence over the ranks of a context, by affine maps.
+"""The recurrence over the ranks of a context, as affine functions.
 
-A part of the tokens maps the state before it to `S A + b` (S `[V, K]`, A `[K, K]`, b `[V, K]`): b
-is its final state from zero, and row i of A that from row i of the identity, with v = 0. All ranks
-get the maps of all parts, and each composes those before its own. Backward, a part maps the
-gradient at its end, D, to `D A^T + c`, with c the gradient that its own outputs have for its
-start; A is kept from the forward.
+A part of the tokens maps the state S `[V, K]` before it to `S A + b` (A `[K, K]`, b `[V, K]`), and
+its output is `o + S reads`: one pass, of `chunk_kda_gated_affine`, makes all of it before S is
+known. All ranks get the maps of all parts, and each composes those before its own and adds `S
+reads` to its output. Backward, a part maps the gradient at its end, D, to `D A^T + c`, with c the
+gradient that its own outputs have for its start, `do^T reads`: no pass over the tokens but that of
+all other gradients.
 
 Packed sequences need the map of one sequence per part: the one that is there at its end. Where that
-one begins in the part, A is 0.
+one begins in the part, A is 0, and so is what it reads.
 """
 
 from __future__ import annotations
@@ -68,10 +69,11 @@ class Sequences(NamedTuple):
         return masked(states, self.packed.enters).sum(1, keepdim=True)
 
     def at_last(self, states: Tensor) -> Tensor:
-        """The states `[m, R, ...]` at the ends of the parts, from those of `last_tables`."""
+        """The states `[m, R, ...]` at the ends of the parts, from those of all sequences."""
         if self.packed is None:
             return self.entering(states)
-        return states[1::2].unsqueeze(1)
+        states = states.unflatten(0, (len(self.own), -1))
+        return masked(states, self.packed.last).sum(1, keepdim=True)
 
     def given(self, states: Tensor, initial: bool) -> Tensor:
         """`[S, ...]` from states of the caller's sequences, on the rank that has the first token of
@@ -95,13 +97,20 @@ class Sequences(NamedTuple):
             return (self.own == (0 if initial else self.parts - 1))[None]
         return self.packed.begins if initial else self.packed.ends
 
-    def given_to_last(self, states: Tensor) -> Tensor:
-        """`given` initial states, for the sequences of `last_tables`."""
-        packed = self.packed
-        if packed is None:
-            return self.given(states, True)
-        found = masked(states[None], packed.begins & packed.last).sum(1)  # [m, ...]
-        return torch.stack([torch.zeros_like(found), found], 1).flatten(0, 1)
+    def by_part(self, rows: Tensor) -> Tensor:
+        """Rows `[B m, T / m, ...]` or packed `[1, T, ...]` as `[R m, T / m, ...]`."""
+        if self.packed is None:
+            return rows
+        return rows.unflatten(1, (len(self.own), rows.shape[1] // len(self.own))).flatten(0, 1)
+
+    def entered_rows(self, rows: Tensor) -> Tensor:
+        """`by_part`, with zeros but for the tokens of the sequences that a state enters."""
+        rows = self.by_part(rows)
+        if self.packed is None:
+            return rows
+        size = rows.shape[1]
+        token = (self.own * size)[:, None] + torch.arange(size, device=rows.device)
+        return torch.where((token < self.packed.stop[:, None])[:, :, None, None], rows, 0)
 
 
 def masked(states: Tensor, mask: Tensor) -> Tensor:
@@ -116,9 +125,16 @@ def tables(cu_seqlens: Tensor | None, tokens: Any) -> tuple[Tensor | None, Tenso
 
 
 def operators(namespace: str) -> tuple[Any, Any]:
-    """The recurrence and its gradient, of the kernels or of the reference."""
+    """The recurrence as an affine function, and the gradient of `chunk_kda_gated`: of the kernels
+    or of the reference.
+    """
     ops = getattr(torch.ops, namespace)
-    return ops.chunk_kda_gated.default, ops.chunk_kda_gated_backward.default
+    return ops.chunk_kda_gated_affine.default, ops.chunk_kda_gated_backward.default
+
+
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """Of GEMMs of what tokens read: bf16, or what accumulates, as states exceed fp16's range."""
+    return x.dtype if x.dtype == torch.bfloat16 else accumulation_dtype(x)
 
 
 class Scan(Function):
@@ -126,7 +142,8 @@ class Scan(Function):
     gradients.
 
     A function of its own, since the derivative of composing maps would gather and compose anew what
-    backward needs only once, from the operator's own gradient.
+    backward needs only once, and the gradient of `chunk_kda_gated` is cheaper than that of its
+    affine form.
     """
 
     @staticmethod
@@ -141,70 +158,83 @@ class Scan(Function):
         ranks, namespace, *gate, scale, output_final_state = constants
         op, _ = operators(namespace)
         sequences = Sequences(own, ranks.size * ranks.parts, Packed(*packed) if packed else None)
-        acc, K = accumulation_dtype(q), q.shape[3]
-        raw = (raw_gate, raw_beta, A_log, dt_bias, *gate, scale)
-
-        # the maps of this rank's parts
-        last = tables(sequences.packed and sequences.packed.last_cu_seqlens, q.shape[1])
-        first = None
+        acc, K, V = accumulation_dtype(q), q.shape[3], v.shape[3]
+        given = entered = None
         if initial_state is not None:
-            first = sequences.given_to_last(initial_state.to(acc))
-        b = sequences.at_last(op(q, k, v, *raw, first, True, *last)[1])  # [m, R, HV, V, K]
-        count = q.shape[0] if last[0] is None else len(last[0]) - 1
-        identity = torch.eye(K, dtype=acc, device=q.device)
-        identity = identity.expand(count, v.shape[2], K, K).contiguous()
-        nothing = v.new_zeros(*v.shape[:3], K)
-        A = sequences.at_last(op(q, k, nothing, *raw, identity, True, *last)[1])
+            given = sequences.given(initial_state.to(acc), True)
         if sequences.packed is not None:
-            A = torch.where(sequences.packed.renewed[:, None, None, None, None], 0, A)
-
-        # composed to the states before them
-        maps = ranks.gather(torch.cat([A, b], -2))
-        A, b = maps.split([K, v.shape[3]], -2)
-        S, starts = torch.zeros_like(b[0]), []
-        for place in ranks.places():
-            starts.append(S)
-            S = S @ A[place] + b[place]
-        start = sequences.spread(torch.stack(starts)[own], True)
-        if initial_state is not None:
-            start = start + sequences.given(initial_state.to(acc), True)
-
+            entered = sequences.packed.enters.flatten()
         offsets = tables(sequences.offsets, q.shape[1])
-        o, final = op(q, k, v, *raw, start, output_final_state, *offsets)
-        if output_final_state:
-            final = sequences.returned(final, False)
+        o, reads, final, transition = op(
+            q, k, v, raw_gate, raw_beta, A_log, dt_bias, *gate, scale, given, entered, *offsets
+        )  # fmt: skip
+
+        with torch.autocast(v.device.type, enabled=False):
+            # the maps of this rank's parts, composed to the states before them
+            own_maps = (
+                sequences.at_last(transition),
+                sequences.at_last(final),
+            )  # [m, R, HV, ..., K]
+            A, b = ranks.gather(torch.cat(own_maps, -2)).split([K, V], -2)
+            S, starts = torch.zeros_like(b[0]), []
+            for place in ranks.places():
+                starts.append(S)
+                S = S @ A[place] + b[place]
+            start = torch.stack(starts)[own]
+
+            factors = (sequences.by_part(reads), start.transpose(0, 1).flatten(0, 1))
+            factors = tuple(x.to(operand_dtype(q)) for x in factors)
+            o = (o + torch.einsum("rthk,rhvk->rthv", *factors).reshape(v.shape)).to(v.dtype)
+            if output_final_state:
+                final = final + sequences.spread(start, True) @ transition
+                final, own_A = sequences.returned(final, False), sequences.entering(transition)
+            else:
+                final, own_A = final.new_empty(0), None
         ctx.constants = constants
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            q, k, v, raw_gate, raw_beta, A_log, dt_bias, start, A, own, *packed
+            q, k, v, raw_gate, raw_beta, A_log, dt_bias, initial_state, start, reads, A, own_A, own,
+            *packed,
         )  # fmt: skip
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, raw_gate, raw_beta, A_log, dt_bias, start, A, own, *packed = ctx.saved_tensors
+        q, k, v, raw_gate, raw_beta, A_log, dt_bias, initial_state, *saved = ctx.saved_tensors
+        start, reads, A, own_A, own, *packed = saved
         ranks, namespace, *gate, scale, output_final_state = ctx.constants
         _, op = operators(namespace)
         sequences = Sequences(own, ranks.size * ranks.parts, Packed(*packed) if packed else None)
-        offsets = tables(sequences.offsets, q.shape[1])
-        inputs = (
-            q, k, v, raw_gate, raw_beta, A_log, dt_bias, *gate, scale, start, True, *offsets,
-        )  # fmt: skip
         end = None
         if output_final_state and dfinal is not None:
             end = sequences.given(dfinal.to(start.dtype), False)
 
-        # what the parts' own outputs say of their starts
-        needs = [i == STATE for i in range(RESULTS)]
-        c = ranks.gather(sequences.entering(op(*inputs, do, end, needs)[-1]))
-        D, ends = torch.zeros_like(c[0]), []
-        for place in reversed(ranks.places()):
-            ends.append(D)
-            D = D @ A[place].transpose(-1, -2) + c[place]
-        composed = sequences.spread(torch.stack(ends[::-1])[own], False)
-        end = composed if end is None else end + composed
+        with torch.autocast(v.device.type, enabled=False):
+            # what the parts' own outputs say of their starts
+            c = torch.zeros_like(start)
+            if do is not None:
+                factors = (sequences.entered_rows(do), sequences.by_part(reads))
+                factors = tuple(x.to(operand_dtype(q)) for x in factors)
+                found = torch.einsum("rthv,rthk->rhvk", *factors).to(start.dtype)
+                c = found.unflatten(0, (-1, len(own))).transpose(0, 1)
+            if end is not None:
+                c = c + sequences.entering(end) @ own_A.transpose(-1, -2)
+            c = ranks.gather(c)
+            D, ends = torch.zeros_like(c[0]), []
+            for place in reversed(ranks.places()):
+                ends.append(D)
+                D = D @ A[place].transpose(-1, -2) + c[place]
+            composed = sequences.spread(torch.stack(ends[::-1])[own], False)
+            end = composed if end is None else end + composed
 
+        start = sequences.spread(start, True)
+        if initial_state is not None:
+            start = start + sequences.given(initial_state.to(start.dtype), True)
+        inputs = (
+            q, k, v, raw_gate, raw_beta, A_log, dt_bias, *gate, scale, start, True,
+            *tables(sequences.offsets, q.shape[1]),
+        )  # fmt: skip
         wanted = ctx.needs_input_grad[1:9]
         needs = [*wanted[:7], *[False] * (STATE - 7), wanted[7], *[False] * (RESULTS - STATE - 1)]
         found = op(*inputs, do, end, needs)

@@ -34,7 +34,9 @@ from kda_ops.lowering.graph.provenance import layer_of, modules_of, source_of
 from kda_ops.lowering.rewrites import before_autograd
 from kda_ops.lowering.rewrites.framework import JointRewrites, Outcome, Rewrites, recording
 
-RECURRENCES = ("chunk_kda", "chunk_kda_gated", "recurrent_kda", "kda_decode")
+RECURRENCES = (
+    "chunk_kda", "chunk_kda_gated", "chunk_kda_gated_affine", "recurrent_kda", "kda_decode",
+)  # fmt: skip
 # what stands for `scaled_dot_product_attention` in a graph that was traced on a CPU
 FOR_CPU = ("_scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_attention")
 Paths = tuple[str, ...]  # the innermost module of every node behind something

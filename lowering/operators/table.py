@@ -12,6 +12,7 @@ from kda_ops.conv.short_conv_qkv.op import (
 from kda_ops.conv.short_conv_update.op import short_conv_update_op
 from kda_ops.delta_rule.chunk_kda.op import chunk_kda_op, chunk_kda_state_op
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op, chunk_kda_gated_state_op
+from kda_ops.delta_rule.chunk_kda_gated_affine.op import chunk_kda_gated_affine_op
 from kda_ops.delta_rule.kda_decode.op import kda_decode_op, kda_decode_unpacked_op
 from kda_ops.delta_rule.recurrent_kda.op import recurrent_kda_op
 from kda_ops.gating.gate.op import gate_op
@@ -30,6 +31,7 @@ KERNELS = (
     chunk_kda_state_op,
     chunk_kda_gated_op,
     chunk_kda_gated_state_op,
+    chunk_kda_gated_affine_op,
     kda_decode_op,
     kda_decode_unpacked_op,
     recurrent_kda_op,

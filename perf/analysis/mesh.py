@@ -6,9 +6,10 @@ took, scaled by `perf.analysis.roofline`: the forward from committed rows, the b
 
 * `tp`: all-reduces of `[tokens, hidden]` in bf16, of the output forward and of the gradient of the
   input backward, for the layer and for the MLP.
-* `cp`: all-gathers of `[HV, K, K + V]` in fp32 per rank, forward and backward; the W - 1 last rows
-  of the convolution's input go to the next rank, their gradients to the one before. A rank passes
-  over its states a second time.
+* `cp`: all-gathers per rank of `[HV, K + V, K]` in fp32 forward and `[HV, V, K]` backward, and of
+  the W - 1 last rows of hidden states in bf16, and of their gradients. A rank carries K more
+  columns of the state forward; two GEMMs, of `[T, K]` and states, add to its output what it reads
+  of the state before it, and give the gradient of that state (`perf/notes/context.md`).
 * `fsdp`: all-gathers of bf16 weights, forward and backward, and a reduce-scatter of fp32 gradients,
   over all ranks of `cp` and `fsdp`.
 
@@ -21,7 +22,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kda_ops.demos.training.model import mlp_width
@@ -43,19 +44,25 @@ from perf.harness.runs import read_run
 
 BEGIN, END = "<!-- mesh:begin -->", "<!-- mesh:end -->"
 BLOCKS, STEP_TOKENS = 20, 2**20
-CONV_ROWS, CONV_CHANNELS = 3, 3 * WIDTH
+CONV_ROWS = 3
 MLP_WEIGHTS = 3 * HIDDEN * mlp_width(HIDDEN)
 ADAMW_BYTES = 28  # a parameter: reads fp32 weight, gradient and both moments, writes all but one
 BF16, FP32 = 2, 4
 # A backward of the layer at T = 8192 on an H200, of `perf/notes/layer.md`: two of the three parts
-# of the GEMMs; and of `perf/notes/backward.md`, its pass over the states.
+# of the GEMMs.
 BACKWARD = (
     Piece("projections", 0, 0, 2 / 3 * 2454e-6, "flops"),
     Piece("recurrence", 0, 0, 1995e-6, "work"),
     Piece("convolution", 0, 0, 221e-6, "bytes"),
     Piece("output norm", 0, 0, 140e-6, "bytes"),
 )
-STATES_BACKWARD = Piece("states", 0, 0, 193e-6, "chain")
+# Scan at twice the columns, 214 us as of 64 heads at T = 4096, instead of 163.
+KEY_COLUMNS_SECONDS = 51e-6
+# In arrays of [T, HV, 128]: forward a GEMM reads one and writes one, which is added to o; backward
+# one reads two.
+READS = Piece(
+    "reads", 7 * TOKENS * WIDTH * 2, 2 * 2 * TOKENS * HEADS * HEAD_DIM * HEAD_DIM, 0, "bytes"
+)
 TRAINED_SECONDS = 5438e-6  # forward and backward, measured
 
 
@@ -150,11 +157,9 @@ def tensor_parallel(mesh: Mesh, tokens: float) -> list[Collective]:
 def context_parallel(mesh: Mesh) -> list[Collective]:
     """Of a layer: forward and backward, states and rows of the convolution."""
     link = mesh.link(mesh.tp, mesh.cp)
-    part = HEADS / mesh.tp * HEAD_DIM * (HEAD_DIM + HEAD_DIM) * FP32
-    rows = CONV_ROWS * CONV_CHANNELS / mesh.tp * BF16 if mesh.cp > 1 else 0.0
-    # one rank of a host sends its rows to another host, alone
-    alone = link if link is mesh.inside else mesh.outside
-    return 2 * [all_gather(mesh.cp, part, link), Collective(rows, alone)]
+    state = HEADS / mesh.tp * HEAD_DIM * HEAD_DIM * FP32
+    rows = all_gather(mesh.cp, CONV_ROWS * HIDDEN * BF16, link)
+    return [all_gather(mesh.cp, 2 * state, link), rows, all_gather(mesh.cp, state, link), rows]
 
 
 def shards(mesh: Mesh, weights: int) -> list[Collective]:
@@ -189,6 +194,11 @@ class Prediction:
         return max(self.compute, sum(x.seconds for x in self.collectives))
 
 
+def key_columns(scan: Piece) -> Piece:
+    """What K more columns take of a scan; of few heads, in segments, as long as the others."""
+    return replace(scan, name="scan of key columns", seconds=KEY_COLUMNS_SECONDS)
+
+
 def layer(mesh: Mesh, gpu: Gpu, measured: Gpu, forward: Sequence[Piece], tokens: int) -> Prediction:
     """Forward and backward of a layer on the mesh's share of so many tokens.
 
@@ -201,7 +211,7 @@ def layer(mesh: Mesh, gpu: Gpu, measured: Gpu, forward: Sequence[Piece], tokens:
     """
     pieces = [*forward, *BACKWARD]
     if mesh.cp > 1:
-        pieces += [*(piece for piece in forward if piece.limit == "chain"), STATES_BACKWARD]
+        pieces += [READS, *map(key_columns, (x for x in forward if x.limit == "chain"))]
     own = tokens / mesh.parts
     compute = sum(piece.predicted(gpu, measured, mesh.tp) for piece in pieces) * own / TOKENS
     return Prediction(

@@ -28,7 +28,7 @@ from kda_ops._cases import operator_packages, public_function
 TOOLS = ("memcheck", "racecheck")
 FINDING = 99  # exit status of the sanitizer if it found something
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
-SEGMENTED = ("chunk_kda", "chunk_kda_gated")
+SEGMENTED = ("chunk_kda", "chunk_kda_gated", "chunk_kda_gated_affine")
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer",)
 
 

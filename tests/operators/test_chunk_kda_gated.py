@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kda_ops
 from kda_ops._cases import with_pages, with_states
-from kda_ops.delta_rule.chunk_kda_gated.cases import chunk_kda_gated_inputs
+from kda_ops.delta_rule.chunked.example_inputs import chunk_kda_gated_inputs
 from kda_ops.varlen import prepare_chunk_indices
 from tests.operators import test_cubin
 from tests.support.fake_cuda import cuda_code, summary
@@ -37,7 +37,7 @@ def exact_inputs(T: int, seed: int = 0, **options: Any) -> dict[str, Any]:
 
 def kernel_module() -> Any:
     """Looked up by name: `kda_ops.fused.chunk_kda_gated` is the function."""
-    return importlib.import_module("kda_ops.delta_rule.chunk_kda_gated.kernel")
+    return importlib.import_module("kda_ops.delta_rule.chunked.kernels.prepare_gated")
 
 
 def step_by_step(inputs: dict[str, Any], start: int, end: int, b: int, n: int) -> Any:

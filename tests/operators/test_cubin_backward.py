@@ -46,7 +46,7 @@ def launches(shared: int) -> dict[str, list[Launch]]:
             patches.enter_context(mock.patch.object(module, "traceable", recorder))
         workspace = import_module("kda_ops.delta_rule.chunked.gradient_workspace")
         patches.enter_context(mock.patch.object(workspace, "shared_memory", return_value=shared))
-        inputs = import_module("kda_ops.delta_rule.chunk_kda_gated.kernel")
+        inputs = import_module("kda_ops.delta_rule.chunked.kernels.prepare_gated")
         patches.enter_context(mock.patch.object(inputs, "traceable", recorder))
         sizes = {"T": 256, "H": 32, "K": 128, "V": 128}
         for module in (conv, norm):

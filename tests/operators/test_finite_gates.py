@@ -14,7 +14,7 @@ import kda_ops
 from kda_ops._cases import with_pages, with_states
 from kda_ops._numerics import RCP_LN2
 from kda_ops.delta_rule.chunk_kda.cases import chunk_kda_inputs
-from kda_ops.delta_rule.chunk_kda_gated.cases import chunk_kda_gated_inputs
+from kda_ops.delta_rule.chunked.example_inputs import chunk_kda_gated_inputs
 from kda_ops.delta_rule.kda_decode.cases import kda_decode_inputs
 from kda_ops.delta_rule.recurrent_kda.cases import recurrent_inputs
 from kda_ops.gating.gate.reference import gate_reference

@@ -13,7 +13,7 @@ from torch import Tensor
 from kda_ops._cases import with_pages
 from kda_ops.conv.short_conv_qkv.cases import short_conv_qkv_inputs
 from kda_ops.delta_rule.chunk_kda.cases import chunk_kda_inputs
-from kda_ops.delta_rule.chunk_kda_gated.cases import chunk_kda_gated_inputs
+from kda_ops.delta_rule.chunked.example_inputs import chunk_kda_gated_inputs
 from kda_ops.delta_rule.kda_decode.cases import kda_decode_inputs
 from kda_ops.delta_rule.recurrent_kda.cases import recurrent_inputs
 from tests.support.operators import public_function

@@ -20,7 +20,7 @@ from kda_ops.cache.batch import KDABatch
 from kda_ops.conv.short_conv.cases import short_conv_inputs
 from kda_ops.conv.short_conv_qkv.cases import short_conv_qkv_inputs
 from kda_ops.delta_rule.chunk_kda.cases import chunk_kda_inputs, cumulative
-from kda_ops.delta_rule.chunk_kda_gated.cases import chunk_kda_gated_inputs
+from kda_ops.delta_rule.chunked.example_inputs import chunk_kda_gated_inputs
 from kda_ops.delta_rule.kda_decode.cases import kda_decode_inputs
 from kda_ops.nn.layer import KimiDeltaAttention
 from tests.support.fake_cuda import summary
@@ -63,7 +63,10 @@ def hold(name: str, inputs: dict[str, Any], mutated: tuple[str, ...], dtype: tor
 
 
 def test_these_operators_have_a_native_kernel() -> None:
-    assert NAMES == ["chunk_kda", "chunk_kda_gated", "kda_decode", "short_conv", "short_conv_qkv"]
+    assert NAMES == [
+        "chunk_kda", "chunk_kda_gated", "chunk_kda_gated_affine", "kda_decode", "short_conv",
+        "short_conv_qkv",
+    ]  # fmt: skip
     for op, own in native.NATIVE.items():
         assert own.name() == op.name().replace("::", "::native_")
 
@@ -201,7 +204,7 @@ def test_convolutions_of_any_shape(name: str, layout: str | None, seed: int) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_number_of_threads_changes_nothing(name: str) -> None:
     threads = torch.get_num_threads()
-    case = next(c for c in reversed(cases(name, kernels=True)) if c.mutated)
+    case = max(cases(name, kernels=True), key=lambda c: len(c.mutated))
     inputs = case.make(CPU)
     results = []
     try:
@@ -291,7 +294,7 @@ def test_the_others_refuse_bad_offsets(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fp64_is_the_reference(name: str) -> None:
-    case = next(c for c in cases(name, kernels=True) if c.mutated)
+    case = max(cases(name, kernels=True), key=lambda c: len(c.mutated))
     own = copy_inputs(case.make(CPU), FP64)
     other = copy_inputs(own)
     out = tensors(run_native(public_function(name))(**own))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kda_ops
-from kda_ops._cases import Case, operator_packages
+from kda_ops._cases import Case, named, operator_packages
 from kda_ops._registry import OPERATORS as OPERATORS_DEFINED
 from kda_ops.delta_rule.chunk_kda.cases import chunk_kda_inputs, with_pages, with_states
 from kda_ops.delta_rule.chunked import workspace
@@ -34,10 +34,16 @@ from tests.support.oracle import assert_accurate, copy_inputs, evaluate, poisone
 
 CPU = torch.device("cpu")
 OPERATORS = ("chunk_kda", "chunk_kda_gated")
+AFFINE = named(cases("chunk_kda_gated_affine"), "ragged-norm", "fp16-norm-large", "fp32-ragged")
 CASES = [
     pytest.param(name, case, id=f"{name}-{case.name}")
     for name in OPERATORS
     for case in cases(name, kernels=True)
+]
+# of the same launches, few
+CASES += [
+    pytest.param("chunk_kda_gated_affine", case, id=f"chunk_kda_gated_affine-{case.name}")
+    for case in AFFINE
 ]
 BF16 = torch.bfloat16
 

@@ -7,6 +7,7 @@ with those of one process, in fp64.
 
 import copy
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -256,6 +257,8 @@ def compiled(mesh: DeviceMesh) -> None:
     )  # fmt: skip
     found = [code.count("all_gather_into_tensor.default(") for code in graphs.code]
     assert found == [2, 2], found  # of maps and rows, forward and backward
+    passes = [re.findall(r"kda_ops\.(chunk_\w+)\.default\(", code) for code in graphs.code]
+    assert passes == [["chunk_kda_gated_affine"], ["chunk_kda_gated_backward"]], passes
 
 
 @scenario

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from kda_ops.cache.state_copy.cases import copy_inputs
 from kda_ops.conv.short_conv_qkv.cases import short_conv_qkv_inputs
 from kda_ops.conv.short_conv_update.cases import short_conv_update_inputs
-from kda_ops.delta_rule.chunk_kda_gated.cases import chunk_kda_gated_inputs
+from kda_ops.delta_rule.chunked.example_inputs import chunk_kda_gated_inputs
 from kda_ops.delta_rule.kda_decode.cases import kda_decode_inputs
 from kda_ops.delta_rule.recurrent_kda.cases import recurrent_inputs
 from tests.support.fake_cuda import cuda_code

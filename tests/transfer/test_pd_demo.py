@@ -10,7 +10,7 @@ import torch
 
 from kda_ops.__main__ import main
 from kda_ops.demos.disaggregated import serve
-from kda_ops.demos.disaggregated.model import Caches, Stack, StackConfig
+from kda_ops.demos.disaggregated.model import SIZES, Caches, Stack, StackConfig
 from kda_ops.demos.disaggregated.rank import Place, Rank
 from kda_ops.demos.disaggregated.sequence import Sequences
 
@@ -52,6 +52,17 @@ def test_any_two_sizes_give_the_tokens_of_one_process(
     found = json.loads((tmp_path / "x.json").read_text())
     assert len(found["requests"]) >= 7
     assert all(request["equal"] for request in found["requests"])
+    rows = found["requests"]
+    assert sum(row["bytes"] for row in rows) < sum(
+        sum(one["bytes"].values()) for one in found["transfers"]
+    )  # and a request that warms up
+    hits = {row["name"] for row in rows if not row["bytes"]}
+    assert hits == {row["name"] for row in rows if not row["reads"]}
+    assert hits == {"the same again", "its own answer"}
+    assert all(row["first_token_ms"] > row["read_ms"] > 0 for row in rows)
+    assert all(row["first_token_alone_ms"] > 0 for row in rows)
+    assert found["copy"]["bytes"] == max(row["bytes"] for row in rows)
+    assert 0 < found["copy"]["seconds"] < found["copy"]["read_seconds"]
     assert len(found["transfers"]) == decode
     for hit in ("none", "partial", "full", "all but the state"):
         assert f"  {hit} " in printed
@@ -63,6 +74,48 @@ def test_any_two_sizes_give_the_tokens_of_one_process(
     if spec:
         kept = printed.split("steps by tokens kept")[1].splitlines()[0]
         assert all(f"{n}:" in kept for n in range(1, 2 + spec)), kept
+
+
+@pytest.mark.nixl
+def test_a_long_prompt_is_read_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:  # fmt: skip
+    arguments = ["--decode-tp", "1", "--tokens", "17", "--layers", "KKA", "--prompt", "700"]
+    assert main(["pd-demo", *arguments, "--json", str(tmp_path / "x.json")]) == 0
+    rows = json.loads((tmp_path / "x.json").read_text())["requests"]
+    long = rows[-1]
+    assert (long["name"], long["prompt"], long["hit"], long["equal"]) == ("long", 700, 0, True)
+    assert long["bytes"] == max(row["bytes"] for row in rows)
+    assert "a plain copy of its bytes, cpu to cpu: " in capsys.readouterr().out
+
+
+def test_ranks_take_all_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two, engines of one rank have one each."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert serve.devices_of("cuda", 2) == ["cuda:0", "cuda:1"]
+    assert serve.devices_of("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert serve.devices_of("cpu", 3) == ["cpu"] * 3
+
+
+def test_the_size_of_kimi_linear() -> None:
+    """27 layers, a KDA state of 32 heads of 128 x 128 in fp32 per layer."""
+    with torch.device("meta"):
+        config = StackConfig(**SIZES["kimi-linear"], pages=2, device="meta")
+    assert (config.layers.count("K"), config.layers.count("A")) == (20, 7)
+    recurrent = Caches(config, 1).recurrent
+    assert recurrent.shape == (20, 2, 32, 128, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.nixl
+def test_on_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """On as many as there are."""
+    arguments = ["--device", "cuda", "--decode-tp", "1", "--tokens", "17", "--prompt", "700"]
+    status = main(["pd-demo", *arguments])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert printed.count(" equal") >= 8
+    assert "a plain copy of its bytes, cuda:0 to cuda:" in printed
 
 
 @pytest.mark.nixl

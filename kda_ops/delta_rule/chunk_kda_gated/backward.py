@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kda_ops.delta_rule.chunk_kda_gated.kernel import launch_inputs
 from kda_ops.delta_rule.chunked.gradient import launch_chunked_backward, launch_chunked_saving
 from kda_ops.delta_rule.chunked.kernels.gradient import Inputs
+from kda_ops.delta_rule.chunked.kernels.prepare_gated import launch_inputs
 from kda_ops.delta_rule.chunked.states import Raw
 from kda_ops.delta_rule.chunked.workspace import Batch
 

@@ -1,15 +1,10 @@
 """Chunked KDA from raw inputs in eager PyTorch, composed of the formulas of its parts."""
 
-import torch
 from torch import Tensor
 
-from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops.blocks import Blocks
-from kda_ops.delta_rule.chunked.formulas import chunked_kda, chunked_kda_state
+from kda_ops.delta_rule.chunked.formulas import chunked_kda, chunked_kda_state, used_inputs
 from kda_ops.delta_rule.chunked.states import Raw
-from kda_ops.gating.formulas import cumulative_gate
-from kda_ops.norm.formulas import l2_normalized
-from kda_ops.varlen import real_rows
 
 
 def chunk_kda_gated_reference(
@@ -19,7 +14,7 @@ def chunk_kda_gated_reference(
     chunk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
-    q, k, g_cumsum, beta = _as_used(q, k, raw_gate, raw_beta, raw, cu_seqlens, chunk_indices)
+    q, k, g_cumsum, beta = used_inputs(q, k, raw_gate, raw_beta, raw, cu_seqlens, chunk_indices)
     return chunked_kda(
         q, k, v, g_cumsum, beta, scale, initial_state, output_final_state, cu_seqlens
     )
@@ -33,20 +28,8 @@ def chunk_kda_gated_state_reference(
     block_table: Tensor | None, context_lens: Tensor | None, block_tokens: int,
 ) -> Tensor:  # fmt: skip
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
-    q, k, g_cumsum, beta = _as_used(q, k, raw_gate, raw_beta, raw, cu_seqlens, chunk_indices)
+    q, k, g_cumsum, beta = used_inputs(q, k, raw_gate, raw_beta, raw, cu_seqlens, chunk_indices)
     return chunked_kda_state(
         q, k, v, g_cumsum, beta, scale, state, state_indices, has_initial_state, cu_seqlens,
         state_layout, Blocks.of(block_table, context_lens, block_tokens),
     )  # fmt: skip
-
-
-def _as_used(
-    q: Tensor, k: Tensor, raw_gate: Tensor, raw_beta: Tensor, raw: Raw, cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The q, k, cumulative gate and beta of `chunk_kda`, without rounding between the parts."""
-    if raw.qk_norm_eps is not None:
-        q, k = (l2_normalized(real_rows(y, cu_seqlens, 1.0), raw.qk_norm_eps) for y in (q, k))
-    gate = (raw_gate, *raw[:3], CHUNK, cu_seqlens, chunk_indices)
-    beta = real_rows(raw_beta, cu_seqlens, 0.0).to(accumulation_dtype(raw_beta))
-    return q, k, cumulative_gate(*gate, to_be_seen=False), raw.beta_scale * torch.sigmoid(beta)

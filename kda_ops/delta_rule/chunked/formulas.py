@@ -7,12 +7,28 @@ of a sequence. Tiles are `[chunks, HV, 64, ...]`.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops.blocks import Blocks
+from kda_ops.delta_rule.chunked.states import Raw, identity_states
 from kda_ops.delta_rule.state_layout import v_first
-from kda_ops.varlen import pages_of, prepare_chunk_indices
+from kda_ops.gating.formulas import cumulative_gate
+from kda_ops.norm.formulas import l2_normalized
+from kda_ops.varlen import pages_of, prepare_chunk_indices, real_rows
+
+
+def used_inputs(
+    q: Tensor, k: Tensor, raw_gate: Tensor, raw_beta: Tensor, raw: Raw, cu_seqlens: Tensor | None,
+    chunk_indices: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The q, k, cumulative gate and beta of `chunk_kda`, without rounding between the parts."""
+    if raw.qk_norm_eps is not None:
+        q, k = (l2_normalized(real_rows(y, cu_seqlens, 1.0), raw.qk_norm_eps) for y in (q, k))
+    gate = (raw_gate, *raw[:3], CHUNK, cu_seqlens, chunk_indices)
+    beta = real_rows(raw_beta, cu_seqlens, 0.0).to(accumulation_dtype(raw_beta))
+    return q, k, cumulative_gate(*gate, to_be_seen=False), raw.beta_scale * torch.sigmoid(beta)
 
 
 def chunked_kda(
@@ -33,6 +49,34 @@ def chunked_kda(
     if not output_final_state:
         return o, torch.empty(0, dtype=dtype, device=q.device)
     return o, S.transpose(-1, -2).to(dtype).clone(memory_format=torch.contiguous_format)
+
+
+def chunked_kda_affine(
+    q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor, scale: float,
+    initial_state: Tensor | None, entered: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`chunk_kda` as an affine function of the state before it: what `chunk_kda_gated_affine`
+    returns. K more rows of the state start from the identity, with v = 0.
+    """
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    (HV, V), K, acc = v.shape[2:], q.shape[3], accumulation_dtype(q)
+    if initial_state is None:
+        initial_state = torch.zeros(N, HV, V, K, dtype=acc, device=q.device)
+    identity = identity_states(N, HV, K, entered, acc, q.device)
+    initial = torch.cat([initial_state.to(acc), identity], -2)
+    rows, states = chunked_kda(
+        q, k, F.pad(v, (0, K)), G, beta, scale, initial, True, cu_seqlens
+    )  # fmt: skip
+    return split_affine(rows, states, V)
+
+
+def split_affine(rows: Tensor, states: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, what is read of the state before it, the final state and the transition, from
+    rows `[B, T, HV, V + K]` and states `[N, HV, V + K, K]`.
+    """
+    found = (rows[..., :V], rows[..., V:], states[..., :V, :], states[..., V:, :])
+    o, reads, final, transition = (x.clone(memory_format=torch.contiguous_format) for x in found)
+    return o, reads, final, transition
 
 
 def chunked_kda_state(

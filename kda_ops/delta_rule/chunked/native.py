@@ -4,10 +4,12 @@ from ctypes import c_double, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kda_ops.blocks import Blocks
-from kda_ops.delta_rule.chunked.states import NOT_RAW, Raw
+from kda_ops.delta_rule.chunked.formulas import split_affine
+from kda_ops.delta_rule.chunked.states import NOT_RAW, Raw, identity_states
 from kda_ops.delta_rule.state_layout import v_first
 from kda_ops.native import address, dense, fp32, kernel
 from kda_ops.varlen import page_index, pages_of, sequence_offsets
@@ -71,6 +73,24 @@ def chunk_kda_gated_state(
     state = v_first(state, state_layout)
     blocks = Blocks.of(block_table, context_lens, block_tokens)
     return _paged(inputs, raw, scale, state, state_indices, has_initial_state, cu_seqlens, blocks)
+
+
+def chunk_kda_gated_affine(
+    q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, raw_beta: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float, qk_norm_eps: float | None,
+    scale: float, initial_state: Tensor | None, entered: Tensor | None, cu_seqlens: Tensor | None,
+    chunk_indices: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
+    offsets = sequence_offsets(q[:, :, 0], cu_seqlens)
+    N, (HV, V), K = len(offsets) - 1, v.shape[2:], q.shape[3]
+    S = offsets.new_zeros(N, HV, V + K, K, dtype=torch.float32)
+    if initial_state is not None:
+        S[:, :, :V].copy_(initial_state)
+    S[:, :, V:].copy_(identity_states(N, HV, K, entered, S.dtype, S.device))
+    live = offsets.new_ones(N, dtype=torch.bool)
+    inputs = (q, k, F.pad(v, (0, K)), raw_gate, raw_beta)
+    return split_affine(_run(inputs, S, offsets, live, raw, scale), S, V)
 
 
 def _whole(

@@ -72,3 +72,26 @@ def chunked_fake(
 
 def chunked_state_fake(v: Tensor) -> Tensor:
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+def identity_states(
+    N: Any, HV: int, K: int, entered: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`[N, HV, K, K]`: states of K rows to start from, the identity where a state is `entered`."""
+    identity = torch.eye(K, dtype=dtype, device=device)
+    if entered is not None:
+        identity = torch.where(entered[:, None, None, None], identity, 0)
+    return identity.expand(N, HV, K, K).contiguous()
+
+
+def chunked_affine_fake(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (HV, V), K = v.shape[2:], q.shape[3]
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = (torch.empty((*v.shape[:3], width), dtype=v.dtype, device=v.device) for width in (V, K))
+    states = (
+        torch.empty((N, HV, height, K), dtype=accumulation_dtype(q), device=v.device)
+        for height in (V, K)
+    )
+    return *rows, *states

@@ -13,6 +13,7 @@ kernels run once per slab, and fp32 states `S [N, HV, K, V]` are carried from on
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +117,9 @@ class Workspace(NamedTuple):
     def columns(self) -> int:
         """K, padded as in the tiles."""
         return int(self.decay.shape[2])
+
+
+Prepare = Callable[[Tensor, Workspace, Batch], None]  # the output, the workspace, what is in it
 
 
 def make_workspace(q: Tensor, v: Tensor, batch: Batch) -> Workspace:

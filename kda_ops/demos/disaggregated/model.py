@@ -38,6 +38,17 @@ class StackConfig:
     num_spec: int = 0
     block_tokens: int = 16
     pages: int = 256
+    device: str = "cpu"
+
+
+# What a KDA layer of Kimi Linear has, and as many of them; its attention is MLA, here it is not.
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {},
+    "kimi-linear": {
+        "layers": "KKKA" * 6 + "KKA", "hidden": 2304, "heads": 32, "value_heads": 32,
+        "head_dim": 128, "kv_heads": 8, "mlp": 9216,
+    },
+}  # fmt: skip
 
 
 def held(x: Tensor, units: int, tp_size: int, rank: int) -> Tensor:
@@ -64,8 +75,8 @@ class Attention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)
         size = pages.shape[3]
-        positions = torch.arange(start, start + x.shape[0])
-        table = torch.tensor(blocks)
+        positions = torch.arange(start, start + x.shape[0], device=x.device)
+        table = torch.tensor(blocks, device=x.device)
         at = table[positions // size]
         pages[at, 0, :, positions % size] = k
         pages[at, 1, :, positions % size] = v
@@ -74,7 +85,7 @@ class Attention(nn.Module):
             pages[used, i].permute(1, 0, 2, 3).flatten(1, 2)[:, : start + x.shape[0]]
             for i in range(2)
         )
-        mask = torch.arange(keys.shape[1])[None] <= positions[:, None]
+        mask = torch.arange(keys.shape[1], device=x.device)[None] <= positions[:, None]
         groups = q.shape[1] // k.shape[1]
         o = F.scaled_dot_product_attention(
             q.transpose(0, 1),
@@ -131,6 +142,17 @@ class Stack(nn.Module):
         super().__init__()
         torch.manual_seed(config.seed)
         self.config, self.reduce = config, reduce
+        with torch.device(config.device):
+            self._make(config)
+        if mesh is not None:
+            parallelize(self, mesh, src_data_rank=None)  # the seed is the same on all ranks
+            for mixer, mlp in zip(self.mixers, self.mlps, strict=True):
+                if isinstance(mixer, Attention):
+                    mixer.shard(config, mesh.size(), mesh.get_local_rank())
+                mlp.shard(mesh.size(), mesh.get_local_rank())
+
+    def _make(self, config: StackConfig) -> None:
+        """The whole model, with weights that depend on the seed and the kind of device alone."""
         self.embedding = nn.Embedding(config.vocabulary, config.hidden)
         self.mixers = nn.ModuleList(
             Attention(config)
@@ -147,12 +169,6 @@ class Stack(nn.Module):
         self.mlps = nn.ModuleList(Mlp(config) for _ in config.layers)
         self.norms = nn.ModuleList(nn.RMSNorm(config.hidden) for _ in range(2 * len(self.mlps) + 1))
         self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
-        if mesh is not None:
-            parallelize(self, mesh, src_data_rank=None)  # the seed is the same on all ranks
-            for mixer, mlp in zip(self.mixers, self.mlps, strict=True):
-                if isinstance(mixer, Attention):
-                    mixer.shard(config, mesh.size(), mesh.get_local_rank())
-                mlp.shard(mesh.size(), mesh.get_local_rank())
 
     @torch.no_grad()
     def forward(
@@ -224,9 +240,10 @@ class Caches:
         )
         self.geometry = EngineGeometry((state, kv))
         self.conv: Any
-        self.conv, self.recurrent = spec.allocate(config.pages, layers=kda)
+        self.conv, self.recurrent = spec.allocate(config.pages, layers=kda, device=config.device)
         heads = len(units_held(config.kv_heads, tp_size, 0))
-        whole = torch.zeros(attention, config.pages, kv.page_bytes, dtype=torch.uint8)
+        sizes_of_kv = (attention, config.pages, kv.page_bytes)
+        whole = torch.zeros(sizes_of_kv, dtype=torch.uint8, device=config.device)
         shape = (2, heads, config.block_tokens, config.head_dim)
         self.kv = whole.view(DTYPE).unflatten(-1, shape)
         self.pages = [buffer_pages(self.conv, state.page_bytes), list(whole.unbind(0))]

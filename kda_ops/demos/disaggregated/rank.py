@@ -3,14 +3,14 @@
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kda_ops.demos.disaggregated.model import Caches, Stack, StackConfig
 from kda_ops.demos.disaggregated.sequence import Sequences
@@ -34,6 +34,7 @@ class Place:
         page_padding: Bytes added to a state's page, so that the engines' pages differ.
         timeout_s: Timeout of a read.
         secret: The engines' shared secret.
+        device: Where its weights and pages are.
     """
 
     engine: str
@@ -43,6 +44,7 @@ class Place:
     page_padding: int
     timeout_s: float
     secret: bytes
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,31 @@ class Continuation:
         kept: Accepted tokens of each step.
         hit: Cached tokens of the prompt, and whether their state was cached.
         seconds: Duration of the read.
+        first_token_s: From the command to the first new token.
+        nbytes: Bytes read.
+        reads: Reads posted, one per prefill rank that has a part of them.
     """
 
     tokens: list[int]
     kept: list[int]
     hit: tuple[int, bool]
     seconds: float
+    first_token_s: float
+    nbytes: int
+    reads: int
+
+
+def join(place: Place) -> DeviceMesh:
+    """The ranks of an engine, over NCCL where each has a GPU of its own."""
+    device = torch.device(place.device)
+    alone = device.type == "cuda" and place.tp_size <= torch.cuda.device_count()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["NCCL_NVLS_ENABLE"] = "0"  # not everywhere may a process use multicast
+    store = dist.FileStore(place.store, place.tp_size)
+    dist.init_process_group(
+        "nccl" if alone else "gloo", store=store, rank=place.rank, world_size=place.tp_size
+    )
+    return init_device_mesh(device.type, (place.tp_size,))
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -95,16 +116,17 @@ class Rank:
 
         torch.set_num_threads(1)
         self.place = place
-        mesh = None
-        if place.tp_size > 1:
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-            store = dist.FileStore(place.store, place.tp_size)
-            dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.tp_size)
-            mesh = init_device_mesh("cpu", (place.tp_size,))
+        self.device = torch.device(place.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # UCX registers memory in the current context
+            torch.cuda.synchronize()
+        config = replace(config, device=place.device)
+        mesh = join(place) if place.tp_size > 1 else None
         reduce = sum_over_ranks if place.tp_size > 1 else lambda x: x
         model = Stack(config, mesh, reduce)
         caches = Caches(config, place.tp_size, place.page_padding)
         self.sequences = Sequences(model, caches)
+        self.wait()
         self.engine = TransferEngine(
             NixlTransport(),
             caches.geometry,
@@ -117,6 +139,11 @@ class Rank:
         self.server = HandshakeServer(self.engine.answer)
         self.offered: dict[str, list[list[int]]] = {}
         self.released: dict[str, str] = {}
+
+    def wait(self) -> None:
+        """Waits for what is running on the GPU: transfers know nothing of its streams."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def address(self) -> tuple[str, int]:
         """Where this rank answers handshakes."""
@@ -132,6 +159,7 @@ class Rank:
     def prefill(self, request: str, tokens: list[int]) -> list[list[int]]:
         """Computes all of a prompt but its last token, and offers its pages."""
         _, blocks = self.sequences.prefill(tokens[:-1])
+        self.wait()
         self.engine.offer(request, blocks, ttl_s=OFFER_S)
         self.offered[request] = blocks
         return blocks
@@ -147,7 +175,10 @@ class Rank:
 
     def read_and_continue(self, engine: str, work: Work) -> Continuation:
         """Reads the uncached part of a prompt, then decodes."""
+        start = time.perf_counter()
         sequences, ready = self.sequences, work.tokens[:-1]
+        counters = self.engine.counters
+        before = counters.reads, counters.bytes.total()
         hit = sequences.hit(ready)
         size = sequences.config.block_tokens
         count = sequences.blocks_of(len(ready))
@@ -155,6 +186,7 @@ class Rank:
         table = [0] * (count - 1) + state
         # one more block than is read if the last token starts a new one
         fresh = sequences.take(1, sequences.blocks_of(len(work.tokens)) - len(hit.blocks))
+        self.wait()
         self.engine.read(
             work.request,
             engine,
@@ -173,7 +205,10 @@ class Rank:
             list(work.tokens), work.count, table, hit.blocks + fresh, work.drafts
         )
         covered = (len(hit.blocks) * size, hit.state is not None)
-        return Continuation(tokens, kept, covered, result.seconds)
+        return Continuation(
+            tokens, kept, covered, result.seconds, sequences.first_token_at - start,
+            counters.bytes.total() - before[1], counters.reads - before[0],
+        )  # fmt: skip
 
     def counters(self) -> dict[str, Any]:
         """The engine's counters."""

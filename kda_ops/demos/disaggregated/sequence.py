@@ -4,6 +4,7 @@ Everything here is deterministic, so that the ranks of an engine, given the same
 the same blocks in the same order.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,9 @@ class Sequences:
         self.free = [list(range(self.config.pages - 1, 0, -1)) for _ in range(2)]
         self.cached_blocks: dict[tuple[int, ...], int] = {}
         self.cached_states: dict[tuple[int, ...], int] = {}
+        # by `time.perf_counter`, when the last prompt's first token was there: after a prefill of
+        # all of it, and of `generate`
+        self.prefilled_at = self.first_token_at = 0.0
 
     def take(self, group: int, count: int) -> list[int]:
         """Allocates blocks of the state group (0) or the attention group (1)."""
@@ -53,8 +57,9 @@ class Sequences:
         count = self.blocks_of(len(tokens))
         table = [0] * (count - 1) + self.take(0, 1)
         blocks = self.take(1, count)
-        batch = KDABatch.prefill([len(tokens)], [table[-1]])
-        logits = self.model(torch.tensor(tokens), self.caches, batch, blocks, 0)
+        device = self.config.device
+        batch = KDABatch.prefill([len(tokens)], [table[-1]], device=device)
+        logits = self.model(torch.tensor(tokens, device=device), self.caches, batch, blocks, 0)
         return logits, [table, blocks]
 
     def hit(self, tokens: Sequence[int]) -> Hit:
@@ -103,9 +108,13 @@ class Sequences:
             )
             accepted, running = int(step.num_accepted), int(step.running_block)
             slots = table[running : running + 1 + self.config.num_spec]
-            batch = KDABatch.decode([slots], lengths=[scheduled], num_accepted=[accepted])
-            ids = torch.tensor([tokens[-1], *draft])
+            batch = KDABatch.decode(
+                [slots], lengths=[scheduled], num_accepted=[accepted], device=self.config.device
+            )
+            ids = torch.tensor([tokens[-1], *draft], device=self.config.device)
             picks = self.model(ids, self.caches, batch, blocks, computed).argmax(-1).tolist()
+            if not kept:
+                self.first_token_at = time.perf_counter()
             accepted = 1
             while accepted <= len(draft) and draft[accepted - 1] == picks[accepted - 1]:
                 accepted += 1
@@ -139,9 +148,10 @@ class Sequences:
         }
         if draft is not None:
             counts["num_draft"] = draft
+        device = self.config.device
         step = planner(
-            torch.tensor([table]),
-            **{name: torch.tensor([value]) for name, value in counts.items()},
+            torch.tensor([table], device=device),
+            **{name: torch.tensor([value], device=device) for name, value in counts.items()},
             block_tokens=self.config.block_tokens,
         )
         kda_ops.state_copy(

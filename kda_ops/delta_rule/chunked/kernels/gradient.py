@@ -293,7 +293,7 @@ def launch_gradient(
         beta = (read.rows, workspace.parts, K // chosen["BK"], HV, x.gated, raw.beta_scale)
         finish_keys(q, k, by_head, found, part, raw.qk_norm_eps, BetaParts(*beta))
 
-    # gradients of states depend on no state: a part of a context asks for them alone
+    # gradients of states depend on no state
     states_alone = needs <= {"initial_state"}
     for i, part in enumerate(parts[:-1]):
         if not states_alone:

@@ -176,13 +176,15 @@ def scan_chunks(
     memory, S, place, lo, hi, v, boundaries,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, HALF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, STAGES: tl.constexpr, OUTPUT: tl.constexpr,
+    VALUES: tl.constexpr = True,
 ):  # fmt: skip
     """Columns v of a head's state after chunks lo to hi of one sequence, starting from S [KP, v].
 
     With OUTPUT the output's columns are written, and with BLOCK_TOKENS the states at the ends of
-    blocks; without, v may be past V, where u is zero. `memory`: the workspace (None for u if it is
-    in the output) and the output. `place`: the head, the output's row of the sequence's first
-    token, its tokens, its first workspace row. `boundaries`: see `boundaries_of`.
+    blocks; without, v may be past V, where u is zero. Without VALUES all u is zero. `memory`: the
+    workspace (None for u if it is in the output) and the output. `place`: the head, the output's
+    row of the sequence's first token, its tokens, its first workspace row. `boundaries`: see
+    `boundaries_of`.
     """
     tiles_ptr, u_ptr, decay_ptr, o_ptr = memory
     h, first, length, row = place
@@ -205,7 +207,9 @@ def scan_chunks(
     for c in tl.range(lo, hi, num_stages=STAGES):
         ok = (r < length - c * 64)[:, None] & in_v
         w = tl.load(w_at + c * step * ROW)
-        if u_ptr is None:
+        if not VALUES:
+            u = tl.zeros((64, v.shape[0]), tl.float32)
+        elif u_ptr is None:
             u = tl.load(o_at + c * step * (64 * V), mask=ok, other=0.0)
         else:
             u = tl.load(u_at + c * step * (64 * V), mask=in_v, other=0.0)
