@@ -8,6 +8,7 @@ where a gradient will be taken; in compiled code the joint graph's two calls are
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,70 +54,100 @@ class Launched:
 
 
 class Saving:
-    """The two operators of one; `results` are those of the operator itself."""
+    """The two operators of one, which are registered when they are first used: that takes time of
+    which the import has none to spare.
+
+    Attributes:
+        results: How many results the operator itself has.
+        saved: How many tensors are saved.
+    """
 
     def __init__(
         self,
         schema: str,
         signature: Signature,
-        forward: SavingForward,
+        told: SavingForward,
         reference: Callable[..., Any],
         fake: Callable[..., Any],
         parameters: Parameters,
     ) -> None:
-        self.results, self.saved = signature.results, len(forward.saved)
-        self._signature, self._given = signature, len(signature.arguments)
-        names = signature.arguments
-        self._fake = by_name(forward.fake, names)
-        self._size = by_name(forward.size, names)
-        name = schema[: schema.index("(")]
-        inputs = schema[schema.index("(") + 1 : schema.rindex(") ->")]
-        results = ", ".join(["Tensor"] * (self.results + self.saved))
-        tensors = ", ".join(f"Tensor {x}" for x in forward.saved)
-        backward = signature.backward_schema(schema)
-        gradients = backward[backward.index(inputs) + len(inputs) :]
-        made = define(f"{name}_saving({inputs}) -> ({results})")
-        backward_op = define(f"{name}_saved_backward({inputs}, {tensors}{gradients}")
-        launch = lazy(forward.launcher, parameters)
-        given = {**parameters, **dict.fromkeys(forward.saved)}
-        given |= {"output_gradients": None, "needs_gradient": None}
-        load = lazy(forward.backward, given)
-        backward_fake_of = backward_fake(signature)
+        self.results, self.saved = signature.results, len(told.saved)
+        self._schema, self._signature, self._told = schema, signature, told
+        self._reference, self._plain_fake, self._parameters = reference, fake, parameters
+        self._given = len(signature.arguments)
 
-        product = vector_jacobian_product(reference, signature)
+    @cached_property
+    def _fake(self) -> Callable[..., tuple[Tensor, ...]]:
+        return by_name(self._told.fake, self._signature.arguments)
+
+    @cached_property
+    def _size(self) -> Callable[..., int | None]:
+        return by_name(self._told.size, self._signature.arguments)
+
+    @cached_property
+    def _parts(self) -> tuple[str, str, str]:
+        """The schema's name and arguments, and what the gradient's has behind them."""
+        schema = self._schema
+        inputs = schema[schema.index("(") + 1 : schema.rindex(") ->")]
+        backward = self._signature.backward_schema(schema)
+        rest = backward[backward.index(inputs) + len(inputs) :]
+        return schema[: schema.index("(")], inputs, rest
+
+    @cached_property
+    def forward(self) -> Launched:
+        """With the results of the operator, and what is saved."""
+        name, inputs, _ = self._parts
+        results = ", ".join(["Tensor"] * (self.results + self.saved))
+        op = define(f"{name}_saving({inputs}) -> ({results})")
+        launch = lazy(self._told.launcher, self._parameters)
+        signature = self._signature
 
         def cpu(*args: Any) -> Any:
-            return (*reference(*args), *map(torch.zeros_like, self._fake(*args)))
-
-        def cpu_backward(*args: Any) -> Any:
-            inputs, _, rest = self.split(args)
-            return product(*inputs, *rest)
-
-        def all_fake(*args: Any) -> Any:
-            return (*fake(*args), *self._fake(*args))
+            return (*self._reference(*args), *map(torch.zeros_like, self._fake(*args)))
 
         def launcher(*args: Any) -> Any:
-            refuse_fp64(names, signature.tensors, args)
+            refuse_fp64(signature.arguments, signature.tensors, args)
             return launch(*args)
 
-        def backward_launcher(*args: Any) -> Any:
-            inputs, saved, rest = self.split(args)
+        def fake(*args: Any) -> Any:
+            return (*self._plain_fake(*args), *self._fake(*args))
+
+        implement(LIBRARY, op, cpu, launcher, fake)
+        return Launched(op, launcher)
+
+    @cached_property
+    def backward(self) -> Launched:
+        """The gradient of that."""
+        name, inputs, rest = self._parts
+        name = f"{name}_saved_backward"
+        tensors = ", ".join(f"Tensor {x}" for x in self._told.saved)
+        op = define(f"{name}({inputs}, {tensors}{rest}")
+        given = {**self._parameters, **dict.fromkeys(self._told.saved)}
+        given |= {"output_gradients": None, "needs_gradient": None}
+        load = lazy(self._told.backward, given)
+        signature = self._signature
+        product = vector_jacobian_product(self._reference, signature)
+        plain_fake = backward_fake(signature)
+
+        def without_saved(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                inputs, _, rest = self._split(args)
+                return function(*inputs, *rest)
+
+            return call
+
+        def launcher(*args: Any) -> Any:
+            inputs, saved, rest = self._split(args)
             plain = (*inputs, *rest)
             _, output_gradients, needs = signature.split(plain)
             found = load(*inputs, *saved, output_gradients, needs)
             return signature.gradients(plain, found)
 
-        def fake_backward(*args: Any) -> Any:
-            inputs, _, rest = self.split(args)
-            return backward_fake_of(*inputs, *rest)
+        implement(LIBRARY, op, without_saved(product), launcher, without_saved(plain_fake))
+        refuse_second_derivatives(LIBRARY, name, op)
+        return Launched(op, launcher)
 
-        implement(LIBRARY, made, cpu, launcher, all_fake)
-        implement(LIBRARY, backward_op, cpu_backward, backward_launcher, fake_backward)
-        refuse_second_derivatives(LIBRARY, f"{name}_saved_backward", backward_op)
-        self.forward = Launched(made, launcher)
-        self.backward = Launched(backward_op, backward_launcher)
-
-    def split(self, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    def _split(self, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """The forward's arguments, what was saved, and what the gradient is asked for."""
         end = self._given + self.saved
         return args[: self._given], args[self._given : end], args[end:]
