@@ -19,6 +19,7 @@ import torch
 
 from kda_ops._cases import operator_packages
 from tests.support.operators import NAMES, RunKernels, cases, public_function
+from tests.support.sass import machine_code, wrong_descriptors
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class Recorder:
         for parameter in kernel.params:
             value = values.get(parameter.name, parameter.default)
             # as a launch specializes: integers of 1 are constants, multiples of 16 known as such
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            one = type(value) is int and value == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or one:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             else:
                 signature[parameter.name] = mangle_type(value)
@@ -127,12 +129,15 @@ class Recorder:
 
 
 @cache
-def launches_of(name: str) -> dict[str, list[Launch]]:
+def launches_of(name: str, shared: int = 0) -> dict[str, list[Launch]]:
     """The distinct launches of each of an operator's kernels, those at the benchmark's sizes
-    first.
+    first; for a GPU with so much shared memory, if that is given.
     """
     recorder = Recorder()
     with ExitStack() as patches:
+        if shared:
+            workspace = importlib.import_module("kda_ops.delta_rule.chunked.workspace")
+            patches.enter_context(mock.patch.object(workspace, "shared_memory", lambda _: shared))
         for module in (f"{operator_packages()[name]}.kernel", *SHARED):
             importlib.import_module(module)
             if hasattr(sys.modules[module], "traceable"):
@@ -198,6 +203,34 @@ def test_kernels_compile(name: str, target: str, tmp_path: Path) -> None:
     for kernel in OWN.get(name, kernels):
         for launch in kernels[kernel][: TARGETS[target].launches]:
             assert_fits(launch, target, tmp_path)
+
+
+SCANS = ("chunk_scan_kernel", "chunk_segments_kernel", "chunk_scan_affine_kernel")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("chunk_kda")])
+def test_descriptors_are_whole(name: str, tmp_path: Path) -> None:
+    """Of all launches of the scans, also for one token, and those of `prepare` that are compiled
+    above: see `tests.support.sass`.
+    """
+    target = TARGETS["sm_90a"]
+    for kernel, launches in launches_of(name, target.shared).items():
+        if "fp32" in kernel or "general" in kernel or "inputs" in kernel:
+            continue
+        for launch in launches if kernel in SCANS else launches[: target.launches]:
+            code = machine_code(compile_launch(launch, target), tmp_path)
+            assert wrong_descriptors(code) == [], f"{kernel} {launch.constants}"
+
+
+def test_wrong_descriptors_are_found() -> None:
+    line = "        /*{:04x}*/                   {} ;"
+    code = [
+        "UMOV UR4, URZ",
+        "UIADD3.X UR13, UR4, 0x40000040, URZ, UP0, !UPT",
+        "ULDC.64 UR4, c[0x0][0x210]",
+        "UIADD3.X UR15, UR5, -0x3ffffff0, URZ, UP1, !UPT",
+    ]
+    assert wrong_descriptors("\n".join(map(line.format, range(0, 64, 16), code))) == [code[3]]
 
 
 def test_sums_of_a_decode_step_stay_within_threads() -> None:

@@ -18,6 +18,7 @@ from kda_ops.conv.short_conv import backward as conv
 from kda_ops.norm.rms_norm_gated import backward as norm
 from tests.operators.test_cubin import TARGETS, Launch, Recorder, compile_launch, spilled_bytes
 from tests.support.backward import KernelCase, arguments, launch_case, launch_saving
+from tests.support.sass import machine_code, wrong_descriptors
 
 COMPILED = ("sm_80", "sm_90a", "sm_100a", "gfx942")
 # Bytes a thread may spill with the pinned compiler; other kernels spill nothing.
@@ -92,6 +93,8 @@ def test_backward_kernels_compile(target: str, tmp_path: Path) -> None:
         spilled = spilled_bytes(binary, gpu, tmp_path)
         noted = SPILLS.get(kernel, {}).get(target, 0)
         assert spilled <= noted, f"{kernel} spills {spilled} bytes a thread, noted {noted}"
+        if target == "sm_90a":
+            assert wrong_descriptors(machine_code(binary, tmp_path)) == [], kernel
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["raw", "ragged"])

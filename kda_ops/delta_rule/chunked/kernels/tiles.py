@@ -107,6 +107,10 @@ def sequence_part(
     """
     b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
     chunks = tl.cdiv(end - start, 64).to(tl.int32)
+    if not VARLEN:
+        # 1, which the compiler does not know: of one token (T is a constant then) it would make no
+        # loop, and ptxas 12.8 reads anything in what is left (`perf/notes/backward.md`)
+        chunks *= tl.num_programs(2)
     lo = 0
     hi = chunks
     begins = True
