@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kda_ops.delta_rule.chunk_kda_gated.backward import launch_chunk_kda_gated_backward
+from kda_ops._registry import OPERATORS
+from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op
 from kda_ops.nn.layer import KimiDeltaAttention
 from perf.baselines.fla import fla
 from perf.bench_core import core_inputs
@@ -41,19 +42,20 @@ def with_gradient(inputs: Inputs) -> Inputs:
 
 
 def our_core(forward: bool) -> Prepare:
-    operator = torch.ops.kda_ops.chunk_kda_gated.default
-    names = [x.name for x in operator._schema.arguments]
+    """As eager code calls them: the forward that saves, and the gradient from what it saved."""
+    saving: Any = OPERATORS[chunk_kda_gated_op].saving
+    names = [x.name for x in chunk_kda_gated_op._schema.arguments]
     constants = {"beta_scale": 1.0, "qk_norm_eps": 1e-6, "scale": D**-0.5}
     needs = [name in NAMES for name in names]
 
     def prepare(inputs: Inputs) -> Call:
         given = inputs | constants | {"output_final_state": False}
         arguments = [given.get(name) for name in names]
+        kept = None if forward else saving.forward.op(*arguments)
 
         def call() -> Any:
-            o = operator(*arguments)[0] if forward else None
-            found = launch_chunk_kda_gated_backward(*arguments, [inputs["do"], None], needs)
-            return o, found
+            o, _, *saved = saving.forward.op(*arguments) if kept is None else kept
+            return o, saving.backward.op(*arguments, *saved, inputs["do"], None, needs)
 
         return call
 

@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,47 +172,42 @@ def predicted(name: str, ranks: int, tokens: int) -> float | None:
     return layer(mesh, measured, measured, prefill_pieces(rows), tokens).apart
 
 
-def results(bench: Bench, long: int, short: int, longest: int) -> list[Result]:
-    """All rows, in the order in which they are shown."""
-    found: list[Result] = []
+def results(bench: Bench, long: int, short: int, longest: int) -> Iterator[Result]:
+    """All rows, as they are measured: compiling takes most of the time."""
     ranks = bench.ranks
 
-    def add(name: str, tokens: int, timing: tuple[float, int], one: float | None = None) -> None:
+    def row(name: str, tokens: int, timing: tuple[float, int], one: float | None = None) -> Result:
         seconds, peak = timing
         of_ideal = None if one is None else one / seconds / ranks
         title = f"{name} {ranks}" if name in ("cp", "tp") else name
         expected = predicted(name, ranks if name in ("cp", "tp") else 1, tokens)
-        found.append(Result(title, tokens, seconds, of_ideal, expected, peak or None))
+        return Result(title, tokens, seconds, of_ideal, expected, peak or None)
 
     for name, tokens, run in (
         ("cp", long, bench.context_parallel),
         ("tp", short, bench.tensor_parallel),
     ):
         one = bench.one(tokens)
-        add("one GPU", tokens, one)
-        add(name, tokens, run(tokens), one[0])
+        yield row("one GPU", tokens, one)
+        yield row(name, tokens, run(tokens), one[0])
     if longest:
-        add("cp", longest, bench.context_parallel(longest))
-    return found
+        yield row("cp", longest, bench.context_parallel(longest))
 
 
-def table(rows: Sequence[Result]) -> str:
-    """In Markdown."""
-    lines = [
-        "| | tokens | ms | of ideal | predicted, ms | peak, MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for x in rows:
-        cells = (
-            x.name,
-            f"{x.tokens:,}",
-            f"{x.seconds * 1e3:,.2f}",
-            "" if x.of_ideal is None else f"{x.of_ideal:.2f}",
-            "" if x.predicted_seconds is None else f"{x.predicted_seconds * 1e3:,.2f}",
-            "" if x.peak_bytes is None else f"{x.peak_bytes * 1e-6:,.0f}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+HEAD = "| | tokens | ms | of ideal | predicted, ms | peak, MB |\n" + "| --- " + "| ---: " * 5 + "|"
+
+
+def line(x: Result) -> str:
+    """Of a table in Markdown."""
+    cells = (
+        x.name,
+        f"{x.tokens:,}",
+        f"{x.seconds * 1e3:,.2f}",
+        "" if x.of_ideal is None else f"{x.of_ideal:.2f}",
+        "" if x.predicted_seconds is None else f"{x.predicted_seconds * 1e3:,.2f}",
+        "" if x.peak_bytes is None else f"{x.peak_bytes * 1e-6:,.0f}",
+    )
+    return "| " + " | ".join(cells) + " |"
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -238,12 +233,18 @@ def main(given: Sequence[str] | None = None) -> int:
     bench = Bench(
         device, options.hidden, options.heads, options.head_dim, options.repeats, options.eager
     )
-    rows = results(bench, options.long, options.short, options.longest)
-    if dist.get_rank() == 0:
-        print(table(rows))
-        if options.json is not None:
-            machine = gpu() if device.type == "cuda" else {}
-            facts = {"ranks": bench.ranks, "machine": machine, "software": software()}
+    first = dist.get_rank() == 0
+    machine = gpu() if device.type == "cuda" and first else {}
+    facts = {"ranks": bench.ranks, "machine": machine, "software": software()}
+    rows: list[Result] = []
+    if first:
+        print(HEAD, flush=True)
+    for row in results(bench, options.long, options.short, options.longest):
+        rows.append(row)
+        if not first:
+            continue
+        print(line(row), flush=True)
+        if options.json is not None:  # what there is, should a later one fail
             content = facts | {"rows": [dataclasses.asdict(x) for x in rows]}
             Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
     dist.destroy_process_group()

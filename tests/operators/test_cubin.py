@@ -137,7 +137,9 @@ def launches_of(name: str, shared: int = 0) -> dict[str, list[Launch]]:
     with ExitStack() as patches:
         if shared:
             workspace = importlib.import_module("kda_ops.delta_rule.chunked.workspace")
-            patches.enter_context(mock.patch.object(workspace, "shared_memory", lambda _: shared))
+            patches.enter_context(
+                mock.patch.object(workspace, "shared_memory", return_value=shared)
+            )
         for module in (f"{operator_packages()[name]}.kernel", *SHARED):
             importlib.import_module(module)
             if hasattr(sys.modules[module], "traceable"):

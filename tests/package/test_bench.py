@@ -176,6 +176,7 @@ def test_bad_options(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of PyTorch and of baselines
 def test_every_baseline_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("prefill", "decode", "train"):
         code = main(["bench", kind, "--eager", "--tokens=128", "--seconds=0.1", "--json"])

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from perf.several_gpus import Result, table
+from perf.several_gpus import HEAD, Result, line
 from tests.support.processes import ROOT
 
 
@@ -24,7 +24,7 @@ def test_on_two_processes(tmp_path: Path) -> None:
     assert [(row.name, row.tokens) for row in rows] == [
         ("one GPU", 130), ("cp 2", 130), ("one GPU", 70), ("tp 2", 70), ("cp 2", 260),
     ]  # fmt: skip
-    assert table(rows) in found.stdout
+    assert "\n".join([HEAD, *map(line, rows)]) in found.stdout
     for one, several in ((rows[0], rows[1]), (rows[2], rows[3])):
         assert several.of_ideal is not None
         assert abs(several.of_ideal - one.seconds / several.seconds / 2) < 1e-9

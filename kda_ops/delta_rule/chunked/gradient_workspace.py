@@ -73,7 +73,11 @@ def has_fast_gradient(dtype: torch.dtype, K: Any, V: Any) -> bool:
 def saved_fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     """What a forward saves."""
     row = saved_row(q.shape[3], v.shape[3], q.dtype)
-    return tuple(make_rows(q, v, [Batch.of(q, cu_seqlens, None)], row).values())
+    rows = workspace_rows(q.shape[0] * q.shape[1], _sequences(q, cu_seqlens))
+    return tuple(
+        torch.empty((rows, v.shape[2], *shape), dtype=dtype, device=q.device)
+        for shape, dtype in row.values()
+    )
 
 
 def saved_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int | None:
@@ -81,12 +85,15 @@ def saved_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int | None:
     K, V = q.shape[3], v.shape[3]
     if not has_fast_gradient(q.dtype, K, V):
         return None
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     try:
-        rows = hint(workspace_rows(q.shape[0] * q.shape[1], sequences))
+        rows = hint(workspace_rows(q.shape[0] * q.shape[1], _sequences(q, cu_seqlens)))
     except NoHintError:
         return None
     return rows * v.shape[2] * row_bytes(saved_row(K, V, q.dtype))
+
+
+def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> Any:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def row_bytes(row: Row) -> int:
