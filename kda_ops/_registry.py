@@ -222,7 +222,9 @@ def define_op(
         backward = None
     else:
         if saving is not None:
-            saves = Saving(schema, Signature(op), saving, reference, fake, parameters)
+            saves = Saving(
+                schema, Signature(op), saving, reference, fake, parameters, activate_lowerings
+            )
         backward = _define_backward(
             LIBRARY, schema, op, reference, cuda_backward, parameters, saves
         )

@@ -70,10 +70,12 @@ class Saving:
         reference: Callable[..., Any],
         fake: Callable[..., Any],
         parameters: Parameters,
+        activate: Callable[[], None],
     ) -> None:
         self.results, self.saved = signature.results, len(told.saved)
         self._schema, self._signature, self._told = schema, signature, told
         self._reference, self._plain_fake, self._parameters = reference, fake, parameters
+        self._activate = activate
         self._given = len(signature.arguments)
 
     @cached_property
@@ -110,6 +112,7 @@ class Saving:
             return launch(*args)
 
         def fake(*args: Any) -> Any:
+            self._activate()
             return (*self._plain_fake(*args), *self._fake(*args))
 
         implement(LIBRARY, op, cpu, launcher, fake)
@@ -127,7 +130,11 @@ class Saving:
         load = lazy(self._told.backward, given)
         signature = self._signature
         product = vector_jacobian_product(self._reference, signature)
-        plain_fake = backward_fake(signature)
+        gradients_fake = backward_fake(signature)
+
+        def plain_fake(*args: Any) -> Any:  # compiled autograd traces it without the forward
+            self._activate()
+            return gradients_fake(*args)
 
         def without_saved(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
@@ -158,7 +165,10 @@ class Saving:
         return size is not None and size <= config.saved_bytes
 
     def applies_eagerly(self, args: Sequence[Any]) -> bool:
-        """`applies`, of tensors that are on a GPU and not being traced."""
+        """`applies`, of tensors that are on a GPU and not being traced. Modes, such as that of
+        selective checkpointing, know the operator itself.
+        """
         first = args[0]
         plain = type(first) in (Tensor, torch.nn.Parameter)
-        return plain and first.is_cuda and self.applies(args)
+        alone = torch._C._len_torch_dispatch_stack() == 0
+        return plain and first.is_cuda and alone and self.applies(args)
