@@ -25,7 +25,7 @@ from kda_ops.varlen import prepare_chunk_indices
 from tests.operators import test_cubin
 from tests.support.fake_cuda import cuda_code, summary
 from tests.support.operators import RunKernels, run_kernels
-from tests.support.oracle import copy_inputs
+from tests.support.oracle import assert_close, copy_inputs
 
 CPU = torch.device("cpu")
 FP64 = torch.float64
@@ -480,3 +480,19 @@ def test_with_offsets_the_batch_is_one_row() -> None:
 
 def test_chunk_size_is_that_of_the_gate() -> None:
     assert CHUNK == 64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("K", "V"), list(itertools.product((64, 128), repeat=2)))
+def test_one_token_leaves_the_right_state(K: int, V: int, compiled: bool) -> None:
+    """T is a constant of the kernel then; see `tests.support.sass`."""
+    inputs = chunk_kda_inputs(torch.device("cuda"), T=1, H=2, K=K, V=V)
+
+    def call(**inputs: Any) -> Any:
+        return kda_ops.chunk_kda(**inputs, output_final_state=True)
+
+    results = (torch.compile(call, fullgraph=True, dynamic=False) if compiled else call)(**inputs)
+    low, high = (call(**copy_inputs(inputs, dtype)) for dtype in (None, torch.float64))
+    for result, reference, exact in zip(results, low, high, strict=True):
+        assert_close(result, reference, exact, inputs["v"].dtype)
