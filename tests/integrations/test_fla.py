@@ -19,7 +19,7 @@ from kda_ops.integrations.fla import patch, register_backend, unpatch
 from tests.support import fla_layers
 from tests.support.fake_cuda import cuda_code, summary
 from tests.support.fla_layers import Cache, FusedRMSNormGated, KimiDeltaAttention, ShortConvolution
-from tests.support.launches import PREFILL, PREFILL_UNPACKED
+from tests.support.launches import PREFILL_UNPACKED, SAVING
 from tests.support.oracle import assert_close
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations-fla.md"
@@ -544,8 +544,8 @@ def test_launches_of_a_training_step() -> None:
     x = torch.randn(B, T, 64).bfloat16().requires_grad_()
     _, sources = cuda_code(lambda x: layer(x)[0], x, backward=True)
     forward, backward = (summary(source).launches for source in sources)
-    assert len(forward) == len(PREFILL) + 1, forward  # taps are put together
-    for name, part in zip(forward[1:], PREFILL, strict=True):
+    assert len(forward) == len(SAVING) + 1, forward  # taps are put together
+    for name, part in zip(forward[1:], SAVING, strict=True):
         assert part in name
     assert backward.count("short_conv_backward_kernel") == 1
     assert len(backward) <= 17, backward

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from kda_ops.delta_rule.chunked.kernels.gradient_prepare import gradient_rows_of, gradient_tiles_of
 from kda_ops.delta_rule.chunked.kernels.prepare import rows_between
-from kda_ops.delta_rule.chunked.kernels.tiles import place_of, sequence_part
+from kda_ops.delta_rule.chunked.kernels.tiles import place_of, rounds, sequence_part
 
 MATRICES = tl.constexpr(5)
 
@@ -94,7 +94,7 @@ def states_forward_kernel(
     square = r[:, None] * 64 + r[None, :]
     length = (end - start).to(tl.int32)
     o_at = ((b * T + start) * HV + h) * V + (r[:, None] * (HV * V) + v[None, :])
-    for c in tl.range(lo, hi, num_stages=STAGES):
+    for c in tl.range(lo, rounds(hi), num_stages=STAGES):
         w = tl.load(w_ptr + c * step * TILE + wide)
         u = tl.load(u_ptr + c * step * TILE + narrow)
         kg = tl.load(kg_ptr + c * step * TILE + wide)
@@ -174,7 +174,7 @@ def states_backward_kernel(
     do_at = do_ptr + b * do_b + h * do_h + start * do_t + (r[:, None] * do_t + v[None, :])
     dv_at = dv_ptr + ((b * T + start) * HV + h) * V + (r[:, None] * (HV * V) + v[None, :])
     do_step = tl.full((), 64, tl.int64) * do_t
-    for i in tl.range(0, hi - lo, num_stages=STAGES):
+    for i in tl.range(0, rounds(hi) - lo, num_stages=STAGES):
         c = hi - 1 - i
         ok = (r < length - c * 64)[:, None] & (v >= 0)[None, :]
         kg = tl.load(kg_ptr + c * step * TILE + wide)

@@ -107,16 +107,21 @@ def sequence_part(
     """
     b, start, end, row = sequence_rows(cu_ptr, n, T, N, VARLEN)
     chunks = tl.cdiv(end - start, 64).to(tl.int32)
-    if not VARLEN:
-        # 1, which the compiler does not know: of one token (T is a constant then) it would make no
-        # loop, and ptxas 12.8 reads anything in what is left (`perf/notes/backward.md`)
-        chunks *= tl.num_programs(2)
     lo = 0
     hi = chunks
     begins = True
     if SLABS:
         row, lo, hi, begins = slab_chunks(row, hi, first_row, rows)
     return b, start, end, row, lo, hi, begins, hi == chunks
+
+
+@triton.jit
+def rounds(hi):
+    """The end of a scan, times a 1 that the compiler does not know. Of one token, where T is a
+    constant, it would make no loop, and ptxas 12.8 reads anything in what is left
+    (`perf/notes/backward.md`).
+    """
+    return hi * tl.num_programs(2)
 
 
 @triton.jit
@@ -208,7 +213,7 @@ def scan_chunks(
     decay_at = decay_ptr + work * KP + d
     o_at = o_ptr + ((first + r)[:, None] * HV + h) * V + v[None, :]
     in_v = (v < V)[None, :]
-    for c in tl.range(lo, hi, num_stages=STAGES):
+    for c in tl.range(lo, rounds(hi), num_stages=STAGES):
         ok = (r < length - c * 64)[:, None] & in_v
         w = tl.load(w_at + c * step * ROW)
         if not VALUES:
