@@ -70,6 +70,7 @@ def launches(shared: int) -> dict[str, list[Launch]]:
             KernelCase("chunk_kda_gated", {**sizes, "norm": True}),
             KernelCase("chunk_kda", {**sizes, "H": 1, "cu_seqlens": RAGGED}, with_states),
             KernelCase("chunk_kda_gated", {"T": 70, "K": 24, "V": 40, "dtype": torch.float32}),
+            KernelCase("chunk_kda", {"T": 1}, with_states),
         ):
             launch_case(case, torch.device("cpu"))
         saving = KernelCase("chunk_kda_gated", {**sizes, "norm": True})
@@ -95,6 +96,16 @@ def test_backward_kernels_compile(target: str, tmp_path: Path) -> None:
         assert spilled <= noted, f"{kernel} spills {spilled} bytes a thread, noted {noted}"
         if target == "sm_90a":
             assert wrong_descriptors(machine_code(binary, tmp_path)) == [], kernel
+
+
+@pytest.mark.parametrize("kernel", ["states_forward_kernel", "states_backward_kernel"])
+def test_descriptors_of_scans_are_whole(kernel: str, tmp_path: Path) -> None:
+    """Also over one token; see `tests.support.sass`."""
+    gpu = TARGETS["sm_90a"]
+    found = launches(gpu.shared)[kernel]
+    assert any(launch.constants.get("T") == 1 for launch in found)
+    for launch in found:
+        assert wrong_descriptors(machine_code(compile_launch(launch, gpu), tmp_path)) == []
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["raw", "ragged"])
