@@ -257,7 +257,7 @@ def test_what_is_saved() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_launches(dynamic: bool) -> None:
-    """Four launches forward, and backward at most twelve, which are nothing but kernels."""
+    """Four launches forward, and backward at most thirteen, which are nothing but kernels."""
     module, x = whole_layer()
     if dynamic:
         torch._dynamo.mark_dynamic(x, 1)
@@ -267,7 +267,7 @@ def test_launches(dynamic: bool) -> None:
     assert backward.externs == []
     made = [name for name in backward.launches if name.startswith("triton_")]
     assert sorted({*backward.launches} - {*made}) == sorted(GRADIENT)
-    assert len(made) <= MADE + dynamic, str(backward)  # there may be no tokens: sums are filled
+    assert len(made) <= MADE + 1, str(backward)  # sums are filled
 
 
 def test_code_for_a_gpu() -> None:

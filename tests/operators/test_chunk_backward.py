@@ -65,6 +65,8 @@ SMALL = {
     "fast-ragged": gated(with_states, T=84, K=64, V=64, cu_seqlens=SHORT, norm=True),
     "fast-zero-betas": plain(with_zero_betas, T=66, K=64, V=64, final=False),
     "fast-T1": gated(T=1, K=64, V=64, norm=True),
+    "fast-whole-chunk": gated(T=64, K=64, V=64, norm=True),
+    "fast-rows-between": gated(T=40, B=3, K=64, V=64, norm=True),
     "fast-T0": gated(with_states, T=0, K=64, V=64, norm=True),
     "fast-no-sequences": gated(T=10, K=64, V=64, cu_seqlens=[0]),
     "fp32-ragged": plain(with_bf16_states, T=84, K=16, V=16, dtype=FP32, cu_seqlens=SHORT),

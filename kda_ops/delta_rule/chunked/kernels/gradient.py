@@ -260,12 +260,9 @@ def launch_gradient(
         }
     sums = None
     if found["A_log"] is not None or found["dt_bias"] is not None:
-        # a table of chunks may have fewer than its rows, a slab fewer than others
-        whole = x.cu_seqlens is None and len(parts) == 1 and isinstance(T, int) and T > 0
-        make, rows = (
-            (torch.empty, batch.programs) if whole else (torch.zeros, workspace.tiles.shape[0])
-        )
-        sums = make((rows, HV, 2, K), dtype=torch.float32, device=device)
+        # some rows have no chunk, such as the one behind a sequence of whole chunks
+        shape = (workspace.tiles.shape[0], HV, 2, K)
+        sums = torch.zeros(shape, dtype=torch.float32, device=device)
     matrices = torch.empty((MATRICES.value, 64, 64), dtype=torch.int16, device=device)
     programs = HV * at_least_one(batch.N)
 
