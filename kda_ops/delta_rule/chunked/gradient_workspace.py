@@ -2,15 +2,15 @@
 
 One row per (chunk, value head), as in `kda_ops.delta_rule.chunked.workspace`: tiles w, kg, qg [64,
 K], Aqk and T [64, 64], u and then vn [64, V]; vectors in fp32 (`gradient_rows_of`, `parts_of`); the
-states [K, V] before the chunk, and their gradients after it. 150,528 bytes with 128 x 128 in bf16,
-617 MB at T = 8192 and 32 heads. The tiles of `backward_tiles_kernel` reuse the memory that the
+states [K, V] before the chunk, and their gradients after it. 150,016 bytes with 128 x 128 in bf16,
+619 MB at T = 8192 and 32 heads. The tiles of `backward_tiles_kernel` reuse the memory that the
 scans have read.
 
 Above `GRADIENT_BYTES` it is processed in slabs, from the last to the first, after the forward
 recurrence has run through all but the last: a slab starts from the state that this pass left,
 `[slabs + 1, HV, K, V]`, one per boundary, since at most one sequence crosses it.
 
-Tiles, rows and states may be `Saved` by the forward: 118,272 bytes. They are only read then, and
+Tiles, rows and states may be `Saved` by the forward: 115,968 bytes. They are only read then, and
 the tiles of `backward_tiles_kernel` have memory of their own.
 """
 
@@ -74,10 +74,7 @@ def saved_fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor,
     """What a forward saves."""
     row = saved_row(q.shape[3], v.shape[3], q.dtype)
     rows = workspace_rows(q.shape[0] * q.shape[1], _sequences(q, cu_seqlens))
-    return tuple(
-        torch.empty((rows, v.shape[2], *shape), dtype=dtype, device=q.device)
-        for shape, dtype in row.values()
-    )
+    return tuple(empty_rows(rows, v.shape[2], row, q.device).values())
 
 
 def saved_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int | None:
@@ -94,6 +91,13 @@ def saved_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int | None:
 
 def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> Any:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def empty_rows(rows: Any, HV: Any, row: Row, device: torch.device) -> dict[str, Tensor]:
+    return {
+        name: torch.empty((rows, HV, *shape), dtype=dtype, device=device)
+        for name, (shape, dtype) in row.items()
+    }
 
 
 def row_bytes(row: Row) -> int:
@@ -115,10 +119,7 @@ def make_rows(q: Tensor, v: Tensor, parts: list[Batch], row: Row) -> dict[str, T
     """Uninitialized memory `[rows, HV, ...]` for any part of a batch, for every entry of a row."""
     batch = parts[0]
     rows = workspace_rows(q.shape[0] * batch.T, batch.N) if batch.slab is None else batch.slab[1]
-    return {
-        name: torch.empty((rows, v.shape[2], *shape), dtype=dtype, device=q.device)
-        for name, (shape, dtype) in row.items()
-    }
+    return empty_rows(rows, v.shape[2], row, q.device)
 
 
 def make_gradient_workspace(
