@@ -133,6 +133,19 @@ class Call:
         return [self.node, *self.node.users]
 
 
+def forward_of(backward: Call, op: Any) -> Call | None:
+    """The call of `op` with the arguments of a call of its gradient, q among them."""
+    names = [argument.name for argument in op._schema.arguments]
+    for user in backward.args["q"].users:
+        call = Call.of(user)
+        if call is None or call.op is not op:
+            continue
+        pairs = [(call.args[name], backward.args[name]) for name in names]
+        if all(x is y or (not isinstance(x, fx.Node) and x == y) for x, y in pairs):
+            return call
+    return None
+
+
 def operator_of(node: fx.Node) -> Any:
     """The operator that a node calls, functionalised or not."""
     return node.args[0] if node.target is functionalized else node.target

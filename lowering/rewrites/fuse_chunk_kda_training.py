@@ -28,6 +28,7 @@ from kda_ops.lowering.graph.emitting import emit, reshape
 from kda_ops.lowering.graph.matching import (
     Call,
     Refusal,
+    forward_of,
     is_view,
     only_user,
     strip_casts,
@@ -95,19 +96,7 @@ def derivative_of(node: fx.Node, of: Call) -> tuple[Call, list[fx.Node]] | None:
 
 def pattern(node: fx.Node) -> Match | None:
     backward: Any = Call.of(node)
-    names = [argument.name for argument in chunk_kda_op._schema.arguments]
-    forward = next(
-        (
-            call
-            for user in backward.args["q"].users
-            if (call := Call.of(user)) is not None
-            and call.op is chunk_kda_op
-            and all(
-                call.args[n] is backward.args[n] or call.args[n] == backward.args[n] for n in names
-            )
-        ),
-        None,
-    )
+    forward = forward_of(backward, chunk_kda_op)
     if forward is None:
         return None
     match = fuse_chunk_kda_gated.pattern(forward.node)

@@ -17,7 +17,7 @@ from kda_ops._registry import OPERATORS, backward_of
 from kda_ops.delta_rule.chunk_kda.op import chunk_kda_op
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op
 from kda_ops.lowering.graph.emitting import emit
-from kda_ops.lowering.graph.matching import Call, Refusal, value, values
+from kda_ops.lowering.graph.matching import Call, Refusal, forward_of, value, values
 from kda_ops.lowering.rewrites.framework import JOINT, Match, describe, place, register, runs_on_gpu
 
 NAME = "save_chunks"
@@ -29,7 +29,7 @@ def pattern(node: fx.Node) -> Match | None:
     backward: Any = Call.of(node)
     if not runs_on_gpu(value(backward.args["q"])):
         return None
-    forward = forward_of(backward)
+    forward = forward_of(backward, FORWARDS[backward.op])
     if forward is None:
         return None
     outputs = [[x for x in call.nodes() if x is not call.node] for call in (forward, backward)]
@@ -46,19 +46,6 @@ def pattern(node: fx.Node) -> Match | None:
         parts,
         forward.node,
     )
-
-
-def forward_of(backward: Call) -> Call | None:
-    """The forward of the same arguments."""
-    op = FORWARDS[backward.op]
-    names = [argument.name for argument in op._schema.arguments]
-    for user in backward.args["q"].users:
-        call = Call.of(user)
-        if call is not None and call.op is op:
-            pairs = [(call.args[name], backward.args[name]) for name in names]
-            if all(x is y or (not isinstance(x, fx.Node) and x == y) for x, y in pairs):
-                return call
-    return None
 
 
 def guard(match: Match) -> Refusal | None:
