@@ -10,6 +10,8 @@ import os
 import pytest
 import torch
 
+from kda_ops import config
+
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETER:
@@ -43,6 +45,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if keep else dropped).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def _configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test, or a document's snippet, sets in the configuration is set back."""
+    for name in ("impl", "conv_layout", "check_values", "deterministic_tuning", "saved_bytes"):
+        monkeypatch.setattr(config, name, getattr(config, name))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
-"""Chunked KDA as an affine function: the `prepare` of `chunk_kda_gated`, and one `scan` of the state
-and of K columns more.
+"""Chunked KDA as an affine function: the `prepare` of `chunk_kda_gated`, and one `scan` of the
+state and of K columns more.
 """
 
 from torch import Tensor

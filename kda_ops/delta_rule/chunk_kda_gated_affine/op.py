@@ -19,11 +19,17 @@ from kda_ops._checks import (
 from kda_ops._numerics import CHUNK
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import CHUNKS, OFFSETS
-from kda_ops.delta_rule.chunk_kda_gated.op import check_chunk_kda_gated_values
 from kda_ops.delta_rule.chunk_kda_gated_affine.reference import chunk_kda_gated_affine_reference
 from kda_ops.delta_rule.chunked.states import chunked_affine_fake
 from kda_ops.native import define_native
-from kda_ops.varlen import prepare_chunk_indices
+from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
+
+
+def check_chunk_kda_gated_affine_values(
+    q: Tensor, cu_seqlens: Tensor | None, chunk_indices: Tensor | None
+) -> None:
+    check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
+
 
 chunk_kda_gated_affine_op = define_op(
     "chunk_kda_gated_affine(Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, "
@@ -34,7 +40,7 @@ chunk_kda_gated_affine_op = define_op(
     fake=chunked_affine_fake,
     cuda="kda_ops.delta_rule.chunk_kda_gated_affine.kernel:launch_chunk_kda_gated_affine",
     roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
-    check_values=check_chunk_kda_gated_values,
+    check_values=check_chunk_kda_gated_affine_values,
 )
 define_native(chunk_kda_gated_affine_op, "kda_ops.delta_rule.chunked.native:chunk_kda_gated_affine")
 
