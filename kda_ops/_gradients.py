@@ -10,6 +10,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -145,42 +146,45 @@ def differentiate(
     tensors, wanted, returns_list = signature.tensors, signature.wanted, signature.returns_list
     count = len(signature.arguments)
 
-    class Differentiable(Function):
-        @staticmethod
-        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            ctx.set_materialize_grads(False)
-            ctx.others = [None if isinstance(x, Tensor) else x for x in args]
-            saved: tuple[Tensor, ...] = ()
-            saves = saving is not None and saving.applies_eagerly(args)
-            with torch._C._AutoDispatchBelowAutograd():
-                if saves:
-                    found = saving.forward.op(*args)
-                    result, saved = found[: saving.results], found[saving.results :]
-                else:
-                    result = op.redispatch(keyset & BELOW_AUTOGRAD, *args)
-            ctx.save_for_backward(*[args[i] for i in tensors], *saved)
-            if isinstance(result, Tensor):
-                return without_base(result)
-            return tuple(map(without_base, result))
+    @cache  # PyTorch takes as long to make it as to register an operator
+    def differentiable() -> type[Function]:
+        class Differentiable(Function):
+            @staticmethod
+            def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+                ctx.set_materialize_grads(False)
+                ctx.others = [None if isinstance(x, Tensor) else x for x in args]
+                saved: tuple[Tensor, ...] = ()
+                saves = saving is not None and saving.applies_eagerly(args)
+                with torch._C._AutoDispatchBelowAutograd():
+                    if saves:
+                        found = saving.forward.op(*args)
+                        result, saved = found[: saving.results], found[saving.results :]
+                    else:
+                        result = op.redispatch(keyset & BELOW_AUTOGRAD, *args)
+                ctx.save_for_backward(*[args[i] for i in tensors], *saved)
+                if isinstance(result, Tensor):
+                    return without_base(result)
+                return tuple(map(without_base, result))
 
-        @staticmethod
-        def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
-            inputs = list(ctx.others)
-            kept = ctx.saved_tensors  # once: a checkpoint computes them for each time
-            given, saved = kept[: len(tensors)], kept[len(tensors) :]
-            for i, x in zip(tensors, given, strict=True):
-                inputs[i] = x
-            needs = [i in wanted and ctx.needs_input_grad[i + 1] for i in range(count)]
-            if returns_list:
-                output_gradients = (list(output_gradients),)
-            called = saving.backward.op if saved else backward_op
-            found = called(*inputs, *saved, *output_gradients, needs)
-            gradients: list[Tensor | None] = [None] * (count + 1)
-            for i, x in zip(wanted, (found,) if len(wanted) == 1 else found, strict=True):
-                gradients[i + 1] = x if needs[i] else None
-            return tuple(gradients)
+            @staticmethod
+            def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
+                inputs = list(ctx.others)
+                kept = ctx.saved_tensors  # once: a checkpoint computes them for each time
+                given, saved = kept[: len(tensors)], kept[len(tensors) :]
+                for i, x in zip(tensors, given, strict=True):
+                    inputs[i] = x
+                needs = [i in wanted and ctx.needs_input_grad[i + 1] for i in range(count)]
+                if returns_list:
+                    output_gradients = (list(output_gradients),)
+                called = saving.backward.op if saved else backward_op
+                found = called(*inputs, *saved, *output_gradients, needs)
+                gradients: list[Tensor | None] = [None] * (count + 1)
+                for i, x in zip(wanted, (found,) if len(wanted) == 1 else found, strict=True):
+                    gradients[i + 1] = x if needs[i] else None
+                return tuple(gradients)
 
-    Differentiable.__name__ = name.replace(".", "_")
+        Differentiable.__name__ = name.replace(".", "_")
+        return Differentiable
 
     def autograd_impl(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
@@ -190,7 +194,7 @@ def differentiate(
                 x = args[i]
                 if x is not None and x.requires_grad:
                     refuse_transforms(op)
-                    result = Differentiable.apply(keyset, *args)
+                    result = differentiable().apply(keyset, *args)
                     return list(result) if returns_list else result
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & BELOW_AUTOGRAD, *args)
@@ -211,18 +215,22 @@ def without_base(x: Tensor) -> Tensor:
 def refuse_second_derivatives(library: torch.library.Library, name: str, op: Any) -> None:
     """Lets a backward operator be part of a graph of gradients, and refuse to be differentiated."""
 
-    class Once(Function):
-        @staticmethod
-        def forward(ctx: Any, call: Callable[[], Any], *tensors: Tensor) -> Any:
-            return call()
+    @cache
+    def once() -> type[Function]:
+        class Once(Function):
+            @staticmethod
+            def forward(ctx: Any, call: Callable[[], Any], *tensors: Tensor) -> Any:
+                return call()
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            raise RuntimeError(
-                f"{op.name()} has no derivative: operators of kda_ops have no second derivatives"
-            )
+            @staticmethod
+            def backward(ctx: Any, *gradients: Any) -> Any:
+                raise RuntimeError(
+                    f"{op.name()} has no derivative: operators of kda_ops have "
+                    "no second derivatives"
+                )
 
-    Once.__name__ = name
+        Once.__name__ = name
+        return Once
 
     def autograd_impl(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
@@ -234,7 +242,7 @@ def refuse_second_derivatives(library: torch.library.Library, name: str, op: Any
         if torch.is_grad_enabled():
             required = [x for _, x in named_tensors(op, args) if x.requires_grad]
             if required:
-                return Once.apply(call, *required)
+                return once().apply(call, *required)
         return call()
 
     library.impl(name, autograd_impl, "Autograd", with_keyset=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kda_ops._library import NAMESPACE
+from kda_ops._library import NAMESPACE, implement_fake
 from kda_ops._registry import OPERATORS, lowering_module
 
 
@@ -69,7 +69,7 @@ def define_native(op: Any, target: str, *, looks_itself: bool = False) -> None:
 
     _LIBRARY.define(f"{name}({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, cpu_impl, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", operator.fake, lib=_LIBRARY)
+    implement_fake(_LIBRARY, name, operator.fake)
     packet, _, overload = name.partition(".")
     NATIVE[op] = getattr(getattr(torch.ops.kda_ops, packet), overload or "default")
 

@@ -6,7 +6,6 @@ key when it is read; a mismatch counts as a miss. Files are replaced atomically,
 share the folder.
 """
 
-import getpass
 import hashlib
 import json
 import logging
@@ -37,6 +36,8 @@ def folder() -> Path:
     try:
         return (Path(user) if user else Path.home() / ".cache") / "kda_ops"
     except RuntimeError:  # a user without a home
+        import getpass  # loads the terminal's module
+
         return Path(tempfile.gettempdir()) / f"kda_ops_{getpass.getuser()}"
 
 
