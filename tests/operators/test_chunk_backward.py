@@ -46,8 +46,22 @@ def plain(change: Any = None, final: bool = True, **options: Any) -> KernelCase:
     return KernelCase("chunk_kda", options, change, final)
 
 
+def steady(rate: float, T: int) -> KernelCase:
+    """Tokens decay by 2^rate, less or more by a third."""
+
+    def change(inputs: dict[str, Any]) -> dict[str, Any]:
+        G = inputs["g_cumsum"]
+        y = rate * (1 + torch.rand_like(G) / 1.5 - 1 / 3)
+        return inputs | {"g_cumsum": torch.cat([x.cumsum(1) for x in y.split(64, 1)], 1)}
+
+    return plain(change, final=False, T=T, K=64, V=64)
+
+
 SHORT = [0, 0, 1, 66, 80]  # nothing, one token, two chunks, one; then padding
+# how the pairs of rows of a chunk meet: by levels, in two passes, in one
+MEETINGS = {0: -8.0, 5: -4.0, 6: -0.5}
 SMALL = {
+    **{f"fast-{n}": steady(x, T=70) for n, x in MEETINGS.items()},
     "fast-harsh": plain(T=66, K=64, V=64, gate="harsh"),
     # without a rate: of 20 tokens its gradient's terms cancel but for a tenth
     "fast-bounded-beta2-grouped": gated(
@@ -108,6 +122,22 @@ def test_gradients_in_the_interpreter(case: KernelCase) -> None:
 @named(SMALL | LARGE)
 def test_gradients_on_the_gpu(case: KernelCase) -> None:
     assert_gradients(case, torch.device("cuda"))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("level", MEETINGS)
+def test_how_the_rows_of_a_chunk_meet(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = import_module("kda_ops.delta_rule.chunked.kernels.gradient")
+    make, made = kernels.make_gradient_workspace, []
+
+    def recorded(*args: Any) -> Any:
+        made.append(make(*args))
+        return made[-1]
+
+    monkeypatch.setattr(kernels, "make_gradient_workspace", recorded)
+    inputs = arguments(steady(MEETINGS[level], T=64), CPU)
+    launch("chunk_kda", inputs, output_gradients(inputs), differentiable(inputs))
+    assert made[0].parts[0, 0, 65] == level
 
 
 FAST = {name: case for name, case in SMALL.items() if name.startswith("fast")}

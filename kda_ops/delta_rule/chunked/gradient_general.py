@@ -12,7 +12,7 @@ from kda_ops.delta_rule.chunked.gradient_workspace import (
     gradient_slabs,
     make_rows,
 )
-from kda_ops.delta_rule.chunked.kernels.gradient import Inputs, finish_keys, sum_parameters
+from kda_ops.delta_rule.chunked.kernels.gradient import Inputs, finish_keys
 from kda_ops.delta_rule.chunked.kernels.gradient_general import (
     general_backward_kernel,
     general_chunk_kernel,
@@ -98,7 +98,6 @@ def launch_general_gradient(
             *part.tables, *token_strides(q, k, v, G, beta, do), SCALE=x.scale, GATED=x.gated,
             BETA_SCALE=x.raw.beta_scale, H=H, **sizes, **OPTIONS,
         )  # fmt: skip
-    finish_keys(raw_q, raw_k, by_head, found, batch, x.raw.qk_norm_eps)
     sums = None
     if found["A_log"] is not None or found["dt_bias"] is not None:
         shape = (B * T // CHUNK + batch.N, HV, 2, K)
@@ -110,5 +109,5 @@ def launch_general_gradient(
             BOUND=x.raw.lower_bound or 0.0, HAS_A=A_log is not None, HAS_BIAS=dt_bias is not None,
             HV=HV, K=K, KP=KP, BLOCK=BLOCK, VARLEN=sizes["VARLEN"], **OPTIONS,
         )  # fmt: skip
-    sum_parameters(sums, found)
+    finish_keys(raw_q, raw_k, by_head, found, batch, HV, x.raw.qk_norm_eps, sums)
     return {name: y for name in needs if (y := found[name]) is not None}

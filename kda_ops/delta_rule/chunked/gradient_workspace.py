@@ -25,7 +25,7 @@ from kda_ops.tuning.example_inputs import NoHintError, hint
 
 # limit of the workspace, unless one chunk of all heads needs more
 GRADIENT_BYTES = 768_000_000
-PAIRS = 18432  # numbers of the tiles of `backward_tiles_kernel` of one chunk
+PAIRS = 16384  # numbers of the tiles of `backward_tiles_kernel` of one chunk
 
 
 class Saved(NamedTuple):
@@ -52,7 +52,7 @@ def gradient_row(K: int, V: int, dtype: torch.dtype) -> Row:
     """Shapes and dtypes of the workspace of one chunk of one head, without `pairs`."""
     return saved_row(K, V, dtype) | {
         "dstates": ((K, V), dtype),
-        "parts": ((5 * CHUNK,), torch.float32),
+        "parts": ((7 * CHUNK,), torch.float32),
     }
 
 
@@ -60,7 +60,7 @@ def saved_row(K: int, V: int, dtype: torch.dtype) -> Row:
     """Shapes and dtypes of what is `Saved` of one chunk of one head."""
     return {
         "tiles": ((CHUNK * (3 * K + V + 2 * CHUNK),), dtype),
-        "rows": ((K + 3 * CHUNK,), torch.float32),
+        "rows": ((5 * K + 3 * CHUNK,), torch.float32),
         "states": ((K, V), dtype),
     }
 
@@ -129,9 +129,9 @@ def make_gradient_workspace(
     row = gradient_row(q.shape[3], v.shape[3], q.dtype)
     if saved is None:
         made = make_rows(q, v, parts, row)
-        return GradientWorkspace(**made, pairs=made["tiles"].view(torch.float16))
+        return GradientWorkspace(**made, pairs=made["tiles"])
     row = {name: x for name, x in row.items() if name not in Saved._fields}
-    row["pairs"] = ((PAIRS,), torch.float16)
+    row["pairs"] = ((PAIRS,), q.dtype)
     return GradientWorkspace(*saved, **make_rows(q, v, parts, row))
 
 

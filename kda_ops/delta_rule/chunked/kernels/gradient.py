@@ -1,6 +1,6 @@
 """The gradient of chunked KDA in four kernels: `prepare` recomputes the scans' inputs of each
 chunk, one scan runs forward and one backward over the sequences, and the rest is computed chunk by
-chunk. The first two may have run already, as the forward. Two small kernels compute sums over value
+chunk. The first two may have run already, as the forward. A small kernel computes sums over value
 heads that share a key head, and sums over tokens for the gate's parameters.
 
 No atomics: every sum has a fixed order, so results are bitwise reproducible.
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kda_ops._launch import contiguous, traceable
@@ -82,73 +81,37 @@ class Inputs(NamedTuple):
         return {name: make(name, like) for name, like in inputs.items()}
 
 
-@triton.jit
-def parameter_sums_kernel(
-    sums_ptr, bias_ptr, rate_ptr, rows, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr
-):
-    """The gradients of dt_bias [HV, K] and A_log [HV] from the chunks' sums [rows, HV, 2, K]. One
-    program per head.
-    """
-    h = tl.program_id(0)
-    d = tl.arange(0, KP)[None, :]
-    r = tl.arange(0, 32).to(tl.int64)[:, None]
-    at = sums_ptr + (r * HV + h) * (2 * K) + d
-    by_bias = tl.zeros((32, KP), tl.float32)
-    by_rate = tl.zeros((32, KP), tl.float32)
-    for first in range(0, rows, 32):
-        ok = (first + r < rows) & (d < K)
-        by_bias += tl.load(at, mask=ok, other=0.0)
-        by_rate += tl.load(at + K, mask=ok, other=0.0)
-        at += 32 * HV * 2 * K
-    if bias_ptr is not None:
-        to = bias_ptr + h * K + tl.arange(0, KP)
-        total = tl.sum(by_bias, 0).to(bias_ptr.dtype.element_ty)
-        tl.store(to, total, mask=tl.arange(0, KP) < K)
-    if rate_ptr is not None:
-        total = tl.sum(tl.sum(by_rate, 0), 0)
-        tl.store(rate_ptr + h, total.to(rate_ptr.dtype.element_ty))
-
-
-def sum_parameters(sums: Tensor | None, found: dict[str, Tensor | None]) -> None:
-    """The gradients of A_log and dt_bias from the chunks' sums [rows, HV, 2, K]."""
-    if sums is None:
-        return
-    rows, HV, _, K = sums.shape
-    traceable(parameter_sums_kernel)[(HV,)](
-        sums, found["dt_bias"], found["A_log"], rows,
-        HV=HV, K=K, KP=triton.next_power_of_2(K), num_warps=8,
-    )  # fmt: skip
-
-
 class BetaParts(NamedTuple):
     """Where the parts of beta's gradient are: one and then one per block of key columns."""
 
     rows: Tensor
     parts: Tensor
     blocks: int
-    HV: Any
     gated: bool
     scale: float
 
 
 def finish_keys(
     q: Tensor, k: Tensor, by_head: dict[str, Tensor | None], found: dict[str, Tensor | None],
-    part: Batch, eps: float | None, beta: BetaParts | None = None,
+    part: Batch, HV: Any, eps: float | None, sums: Tensor | None, beta: BetaParts | None = None,
 ) -> None:  # fmt: skip
-    """The gradients of q and k from those of the value heads, with `eps` through their norm, and
-    beta's from its parts.
+    """The gradients of q and k from those of the value heads, with `eps` through their norm, beta's
+    from its parts, and those of A_log and dt_bias from the chunks' `sums`.
     """
     H, K = q.shape[2:]
-    heads = by_head["q"] if by_head["k"] is None else by_head["k"]
     done = eps is None and all(by_head[name] is found[name] for name in ("q", "k"))
     dq, dk = (None, None) if done else (found["q"], found["k"])
     dbeta = None if beta is None else found["beta"]
-    if dq is None and dk is None and dbeta is None:
+    programs = 0 if dq is None and dk is None and dbeta is None else part.programs * H
+    summed = None, None, None, 0
+    if sums is not None:
+        summed = sums, found["dt_bias"], found["A_log"], sums.shape[0]
+        programs += HV
+    if isinstance(programs, int) and programs == 0:
         return
-    HV = beta.HV if beta is not None else heads.shape[2] if heads is not None else H
     rows, parts, blocks = (None, None, 0) if beta is None else beta[:3]
-    traceable(backward_keys_kernel)[(part.programs * H,)](
-        q, k, by_head["q"], by_head["k"], rows, parts, dq, dk, dbeta, *part.tables,
+    traceable(backward_keys_kernel)[(programs,)](
+        q, k, by_head["q"], by_head["k"], rows, parts, dq, dk, dbeta, *summed, *part.tables,
         *token_strides(q, k),
         EPS=0.0 if eps is None else eps, NORM=eps is not None,
         GATED=beta is not None and beta.gated, BETA_SCALE=1.0 if beta is None else beta.scale,
@@ -260,19 +223,20 @@ def launch_gradient(
         }
     sums = None
     if found["A_log"] is not None or found["dt_bias"] is not None:
-        # some rows have no chunk, such as the one behind a sequence of whole chunks
         shape = (workspace.tiles.shape[0], HV, 2, K)
-        sums = torch.zeros(shape, dtype=torch.float32, device=device)
+        sums = torch.empty(shape, dtype=torch.float32, device=device)
     matrices = torch.empty((MATRICES.value, 64, 64), dtype=torch.int16, device=device)
     programs = HV * at_least_one(batch.N)
 
     def backward(part: Batch, gradients: Sequence[Tensor | None]) -> None:
+        # the first one clears: some rows have no chunk, such as the one behind whole chunks
+        cleared = (None, 0) if sums is None or part is not parts[-1] else (sums, sums.numel())
         chosen = dict(choose("states_backward", device))
         chosen["STAGES"] = min(chosen["STAGES"], reverse_stages(K, chosen["BV"], device))
         traceable(states_backward_kernel)[(V // chosen["BV"] * programs,)](
             *read[:2], workspace.dstates, do, found["v"], dfinal, found["initial_state"],
-            *gradients, matrices, *part.sequences, *token_strides(do), *state_strides(dfinal),
-            **sizes, **chosen,
+            *gradients, matrices, *cleared, *part.sequences, *token_strides(do),
+            *state_strides(dfinal), **sizes, **chosen,
         )  # fmt: skip
 
     def chunk_gradients(part: Batch) -> None:
@@ -287,8 +251,9 @@ def launch_gradient(
             found["gate"], sums, *part.tables, *token_strides(q, k, gate, do), **gates,
             **pair_sizes, **chosen,
         )  # fmt: skip
-        beta = (read.rows, workspace.parts, K // chosen["BK"], HV, x.gated, raw.beta_scale)
-        finish_keys(q, k, by_head, found, part, raw.qk_norm_eps, BetaParts(*beta))
+        beta = BetaParts(read.rows, workspace.parts, K // chosen["BK"], x.gated, raw.beta_scale)
+        summed = sums if part is parts[0] else None
+        finish_keys(q, k, by_head, found, part, HV, raw.qk_norm_eps, summed, beta)
 
     # gradients of states depend on no state
     states_alone = needs <= {"initial_state"}
@@ -305,5 +270,4 @@ def launch_gradient(
         backward(part, gradients)
         if not states_alone:
             chunk_gradients(part)
-    sum_parameters(sums, found)
     return {name: found[name] for name in needs if found[name] is not None}

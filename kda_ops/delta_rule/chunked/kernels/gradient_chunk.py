@@ -1,5 +1,5 @@
 """The remaining gradients of a chunk after the scans, one independent program per chunk, value head
-and 64 key columns.
+and 32 key columns.
 
 With `dA = do vn^T` and `dL = -P vn^T`, P = dv / beta, the rows of dq, and of dk as a row (R) and as
 a column (C) are
@@ -7,17 +7,20 @@ a column (C) are
     dq_i = sum_j dA_ij 2^(G_i - G_j) k_j,   R_i = sum_j dL_ij 2^(G_i - G_j) k_j,   dk = beta R + C,
     C_j = sum_i 2^(G_i - G_j) (dA_ij q_i + beta_i dL_ij k_i)
 
-over i > j, plus the terms through the states. As in the forward, pairs of rows meet at six levels,
-and one tile 2^-|G - G_a| per level serves both sides. Left rows need right ones and right rows left
-ones, so a level is two GEMMs, `A (q right, k left)` and `L k`, with the tiles of
-`backward_tiles_kernel`.
+over i > j, plus the terms through the states. Where decays over half of a chunk are at least 2^-96
+they have an inverse in bf16, and all pairs meet in one pass: with an anchor a in the middle, rows
+carry 2^(G - G_a) and columns 2^(G_a - G). Where only those over a quarter are, pairs within either
+half do, and those between the halves meet in a second pass, where both factors are at most 1. In
+any other chunk pairs meet at six levels, as in the forward. `backward_tiles_kernel` has chosen, and
+written the tiles of dA and dL.
 
-Then `dG = q dq + k (beta R - C)`, in which the two terms of a pair cancel in the sum over the chunk
-only if both use the same rounded factors: hence fp16 factors, with one scale per tile of A and L.
-beta's gradient is `P v + k R` summed over the row, without dividing by a possible 0.
+`dG = q dq + k (beta R - C)`, in which the two terms of a pair cancel in the sum over the chunk only
+if both use the same rounded factors: so it is summed pass by pass from these. beta's gradient is `P
+v + k R` summed over the row, without dividing by a possible 0.
 
-Operands of warp-group GEMMs come from memory, never from registers: with the latter ptxas 12.8
-confuses descriptors in some variants of this kernel, and the result is wrong.
+ptxas 12.8 takes wrong descriptors for operands of warp-group GEMMs that are in registers, and for
+operands of 32 columns in straight-line code (`perf/notes/backward.md`): so operands come from
+memory, and loops run over the value columns. `tests/support/sass.py` looks at the result.
 """
 
 import triton
@@ -28,12 +31,8 @@ from kda_ops.delta_rule.chunked.kernels.gradient_prepare import (
     gradient_tiles_of,
     token_gates,
 )
-from kda_ops.delta_rule.chunked.kernels.gradient_tiles import (
-    pair_tiles_of,
-    parts_of,
-    value_rows,
-)
-from kda_ops.delta_rule.chunked.kernels.prepare import half, laid_out_as, multiply, rows_between
+from kda_ops.delta_rule.chunked.kernels.gradient_tiles import parts_of
+from kda_ops.delta_rule.chunked.kernels.prepare import laid_out_as
 from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_slopes
 from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
 from kda_ops.gating.kernel import gate_rate
@@ -47,96 +46,82 @@ def _matrix(matrices_ptr, which):
 
 
 @triton.jit
-def _masked(x, mask, PACKED: tl.constexpr):
-    """X [.., n, n] in 16 bits where the mask is -1, else 0; two per instruction."""
-    if PACKED:
-        mask = tl.broadcast_to(mask, x.shape)
-        return tl.inline_asm_elementwise(
-            "and.b32 $0, $1, $2;", "=r,r,r", [x, mask], dtype=x.dtype, is_pure=True, pack=2
-        )
-    else:
-        return tl.where(mask != 0, x, 0.0)
-
-
-@triton.jit
-def _either(mask, a, b, PACKED: tl.constexpr):
-    """A where the mask is -1, else b; two per instruction."""
-    if PACKED:
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xCA;", "=r,r,r,r", [tl.broadcast_to(mask, a.shape), a, b],
-            dtype=a.dtype, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return tl.where(mask != 0, a, b)
-
-
-@triton.jit
-def _key_rows(x_at, norm_at, NORM: tl.constexpr):
-    """Rows of q or k, normalized with NORM, in fp16."""
+def _key_rows(x_at, norm_at, NORM: tl.constexpr, D: tl.constexpr):
+    """Rows of q or k, normalized with NORM."""
     x = tl.load(x_at)
     if NORM:
         x = x.to(tl.float32) * tl.load(norm_at)[:, None]
-    return x.to(tl.float16)
+    return x.to(D)
 
 
 @triton.jit
-def _level(dq, C, R, e, q, k, A, L, right, scale, PACKED: tl.constexpr):
-    """Adds one level, in tiles [64, K] or [4, 16, K]; `right`: the rows right of the anchor."""
-    e = e.to(tl.float16)
-    ke = multiply(k, e, PACKED)
-    side = tl.where(right, -1, 0).to(tl.int16)
-    P = tl.dot(A, _either(side, multiply(q, e, PACKED), ke, PACKED))
-    # separate accumulators, in a sum that Triton does not merge: for chained GEMMs it puts all
-    # warps along the rows
-    t = tl.dot(L, ke) - tl.where(right, 0.0, -1.0) * P
-    e = e.to(tl.float32) * scale
-    from_left = e * tl.where(right, 1.0, 0.0)
-    dq += from_left * P
-    R += from_left * t
-    C += (e - from_left) * t
-    return dq, C, R
+def _decays(step, level, G, y, marks_at, matrices_ptr, K: tl.constexpr, LEVELS: tl.constexpr):
+    """The exponents E of the rows of a pass, and the sign of E as those of its columns. With LEVELS
+    a pass is a level; else pass 6 takes all pairs in blocks of 64 rows (level 6) or 32 (level 5),
+    and pass 5 those between two blocks of 32.
+    """
+    if LEVELS:
+        return tl.dot(_matrix(matrices_ptr, step), y), 1.0
+    else:
+        r = tl.arange(0, 64)[:, None]
+        whole = (level == 6) | (step == 5)
+        first = tl.load(marks_at + tl.where(whole, K, 0))
+        second = tl.load(marks_at + tl.where(whole, K, 2 * K))
+        E = G - tl.where(r < 32, first[None, :], second[None, :])
+        E = tl.where(step == 5, -tl.abs(E), E)
+        return E, tl.where(step == 5, 1.0, -1.0)
 
 
 @triton.jit
-def _levels(dq, C, R, q, k, y, pairs_ptr, scale, matrices_ptr, PACKED: tl.constexpr):
-    """All six levels. Loops, because their edges keep the compiler from interleaving levels."""
-    BK: tl.constexpr = k.shape[1]
-    r = tl.arange(0, 64)
-    A_ptr, L_ptr = pair_tiles_of(pairs_ptr)
-    for level in tl.range(4, 6, num_stages=1, disable_licm=True):
-        at = (level - 4) * 4096 + (r[:, None] * 64 + r[None, :])
-        e = tl.exp2(tl.dot(_matrix(matrices_ptr, level - 2), y))
-        A = tl.load(A_ptr + at)
-        L = tl.load(L_ptr + at)
-        right = ((r >> level) % 2 == 1)[:, None]
-        dq, C, R = _level(dq, C, R, e, q, k, A, L, right, scale, PACKED)
-    q = tl.reshape(q, (4, 16, BK))
-    k = tl.reshape(k, (4, 16, BK))
-    y = tl.reshape(y, (4, 16, BK))
-    dq = tl.reshape(dq, (4, 16, BK))
-    C = tl.reshape(C, (4, 16, BK))
-    R = tl.reshape(R, (4, 16, BK))
-    i = tl.arange(0, 16)[:, None]
-    j = tl.arange(0, 16)[None, :]
-    at = 8192 + (tl.arange(0, 4)[:, None, None] * 256 + (i * 16 + j)[None, :, :])
-    A = tl.load(A_ptr + at)
-    L = tl.load(L_ptr + at)
-    for level in tl.range(0, 4, num_stages=1, disable_licm=True):
-        s = 1 << level
-        between = tl.broadcast_to(rows_between(i, j, s)[None, :, :], (4, 16, 16))
-        e = tl.exp2(tl.dot(half(between), y))
-        meet = tl.where((i ^ j) // s == 1, -1, 0).to(tl.int16)[None, :, :]
-        right = ((i // s) % 2 == 1)[None, :, :]
-        A_level = _masked(A, meet, PACKED)
-        L_level = _masked(L, meet, PACKED)
-        dq, C, R = _level(dq, C, R, e, q, k, A_level, L_level, right, scale, PACKED)
-    return tl.reshape(dq, (64, BK)), tl.reshape(C, (64, BK)), tl.reshape(R, (64, BK))
+def _tile(step, pairs_ptr, which: tl.constexpr, LEVELS: tl.constexpr):
+    """The tile A (0) or L (1) of a pass."""
+    i = tl.arange(0, 64)[:, None]
+    j = tl.arange(0, 64)[None, :]
+    at = pairs_ptr + which * 4096 + (i * 64 + j)
+    if LEVELS:
+        return tl.load(at, mask=(i ^ j) >> step == 1, other=0.0)
+    else:
+        return tl.load(at + (6 - step) * 8192)
+
+
+@triton.jit
+def _later_rows(dq, R, dG, step, x, at, level, K: tl.constexpr, LEVELS: tl.constexpr):
+    """Adds to dq, R and dG what the pairs of a pass give to their later row."""
+    q, k, y, G, beta, scale = x
+    pairs_ptr, marks_at, matrices_ptr = at
+    E, sign = _decays(step, level, G, y, marks_at, matrices_ptr, K, LEVELS)
+    right = (k.to(tl.float32) * tl.exp2(sign * E)).to(k.dtype)
+    e = tl.exp2(E) * scale
+    P = tl.dot(_tile(step, pairs_ptr, 0, LEVELS), right)
+    dG += (q.to(tl.float32) * e).to(k.dtype).to(tl.float32) * P
+    dq += e * P
+    P = tl.dot(_tile(step, pairs_ptr, 1, LEVELS), right)
+    dG += (k.to(tl.float32) * e * beta[:, None]).to(k.dtype).to(tl.float32) * P
+    R += e * P
+    return dq, R, dG
+
+
+@triton.jit
+def _earlier_rows(dk, dG, step, x, at, level, K: tl.constexpr, LEVELS: tl.constexpr):
+    """Adds to dk and dG what the pairs of a pass give to their earlier row."""
+    q, k, y, G, beta, scale = x
+    pairs_ptr, marks_at, matrices_ptr = at
+    E, sign = _decays(step, level, G, y, marks_at, matrices_ptr, K, LEVELS)
+    e = tl.exp2(E)
+    left = (q.to(tl.float32) * e).to(k.dtype)
+    P = tl.dot(tl.trans(_tile(step, pairs_ptr, 0, LEVELS)), left)
+    left = (k.to(tl.float32) * e * beta[:, None]).to(k.dtype)
+    P = tl.dot(tl.trans(_tile(step, pairs_ptr, 1, LEVELS)), left, P)
+    e = tl.exp2(sign * E) * scale
+    dG -= (k.to(tl.float32) * e).to(k.dtype).to(tl.float32) * P
+    dk += e * P
+    return dk, dG
 
 
 @triton.jit
 def _sum_from_each(x, matrices_ptr):
     """The sums of x [64, n] from each row to the last, as GEMMs of two bf16 parts."""
-    ones = _matrix(matrices_ptr.to(tl.pointer_type(tl.bfloat16), bitcast=True), 4)
+    ones = _matrix(matrices_ptr.to(tl.pointer_type(tl.bfloat16), bitcast=True), 8)
     high = x.to(tl.bfloat16)
     low = (high.to(tl.float32) - x).to(tl.bfloat16)
     return tl.dot(ones, high) - tl.dot(ones, low)
@@ -152,7 +137,7 @@ def chunk_gradient_kernel(
     SCALE: tl.constexpr, GATED: tl.constexpr, BOUND: tl.constexpr, NORM: tl.constexpr,
     HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BK: tl.constexpr, PAIRS: tl.constexpr, VARLEN: tl.constexpr,
-    SLABS: tl.constexpr, PACKED: tl.constexpr,
+    SLABS: tl.constexpr, PACKED: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program finishes BK key columns of one chunk of one value head.
     Grid: (chunks * HV * K / BK), columns fastest, then heads.
@@ -179,14 +164,14 @@ def chunk_gradient_kernel(
             if dgate_ptr is not None:
                 clear_padding(dgate_ptr, cu_ptr, p, h, T, N, NC, HV, K, K)
         return
-    hk = h // (HV // H)
     work = row * HV + h
-    _, _, _, _, _, vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
-    decay_ptr, beta_ptr, q_norm_ptr, k_norm_ptr = gradient_rows_of(rows_ptr, work, K)
     diagonal_ptr, scale_ptr, by_v_ptr = parts_of(parts_ptr, work)
+    level = tl.load(scale_ptr + 1).to(tl.int32)
+    hk = h // (HV // H)
+    _, _, _, _, _, vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
+    decay_ptr, beta_ptr, q_norm_ptr, k_norm_ptr, marks_ptr = gradient_rows_of(rows_ptr, work, K)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     r = tl.arange(0, 64)
-    d = tl.arange(0, V)[None, :]
     a = tl.arange(0, BK)
     k0 = n * BK
     t = tl.minimum(r, count - 1)[:, None]
@@ -202,42 +187,74 @@ def chunk_gradient_kernel(
     bias = bias_row(bias_ptr, h * K + k0 + a, a < BK, HAS_BIAS)
     gate_at = gate_ptr + k0 + (t * gate_t + a[None, :])
     y = token_gates(gate_at, gate_t, r, r < count, rate, bias, GATED, BOUND).to(tl.float16)
-    do, vn, dv = value_rows(do_ptr, do_t, vn_ptr, dv_ptr, count, HV, V, dtype)
-    state = (k0 + a)[:, None] * V + d
-    S = tl.load(states_ptr + work * (K * V) + state)
-    dS = tl.load(dstates_ptr + work * (K * V) + state)
-    decay = tl.load(decay_ptr + k0 + a)
-    last = decay * tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-    C = tl.dot(vn, tl.trans(dS)) * tl.exp2(tl.dot(_matrix(matrices_ptr, 1), y))
-    e = tl.exp2(tl.dot(_matrix(matrices_ptr, 0), y))
     beta = tl.load(beta_ptr + r)
-    R = tl.dot(dv, tl.trans(S)) * (e * (-1.0 / beta)[:, None])
-    dq = tl.dot(do, tl.trans(S)) * (e * SCALE)
-    q = _key_rows(q_ptr + k0 + (t * q_t + a[None, :]), q_norm_ptr + r, NORM)
-    k = _key_rows(k_ptr + k0 + (t * k_t + a[None, :]), k_norm_ptr + r, NORM)
-    last += tl.sum(k.to(tl.float32) * C, 0)
-    q = laid_out_as(q, dq.to(tl.float16), PACKED)
-    k = laid_out_as(k, dq.to(tl.float16), PACKED)
-    scale = tl.load(scale_ptr)
-    dq, C, R = _levels(dq, C, R, q, k, y, pairs_ptr + work * PAIRS, scale, matrices_ptr, PACKED)
-    # reload what was loaded before the levels, and store results early, to save registers
-    q = _key_rows(q_ptr + k0 + (t * q_t + a[None, :]), q_norm_ptr + r, NORM)
-    q = q.to(tl.float32)
-    dG = q * dq
-    k = _key_rows(k_ptr + k0 + (t * k_t + a[None, :]), k_norm_ptr + r, NORM)
-    k = k.to(tl.float32)
-    ok = (r < count)[:, None] & (a >= 0)[None, :]
-    to = out + k0 + ((r)[:, None] * (HV * K) + a[None, :])
     diagonal = tl.load(diagonal_ptr + r)
-    dq += diagonal[:, None] * k
+    decay = tl.load(decay_ptr + k0 + a)
+    scale = tl.load(scale_ptr)
+    state = work * (K * V) + (k0 + a)[:, None] * V
+    dq = tl.zeros((64, BK), tl.float32)
+    R = tl.zeros((64, BK), tl.float32)
+    for v in tl.range(0, V, BV, num_stages=STAGES):
+        d = v + tl.arange(0, BV)[None, :]
+        valid = (r < count)[:, None] & (d >= 0)
+        S = tl.load(states_ptr + (state + d))
+        do = tl.load(do_ptr + (r[:, None] * do_t + d), mask=valid, other=0.0)
+        dv = tl.load(dv_ptr + (r[:, None] * (HV * V) + d), mask=valid, other=0.0)
+        dq = tl.dot(do.to(dtype), tl.trans(S), dq)
+        R = tl.dot(dv.to(dtype), tl.trans(S), R)
+    G = tl.dot(_matrix(matrices_ptr, 6), y)
+    marks_at = marks_ptr + k0 + a
+    e = tl.exp2(G)
+    dq *= e * SCALE
+    q = _key_rows(q_ptr + k0 + (t * q_t + a[None, :]), q_norm_ptr + r, NORM, dtype)
+    q = laid_out_as(q, dq.to(dtype), PACKED)
+    dG = q.to(tl.float32) * dq
+    R *= e * (-1.0 / beta)[:, None]
+    k = _key_rows(k_ptr + k0 + (t * k_t + a[None, :]), k_norm_ptr + r, NORM, dtype)
+    k = laid_out_as(k, dq.to(dtype), PACKED)
+    dG += k.to(tl.float32) * (beta[:, None] * R)
+    pairs_ptr += work * PAIRS
+    x = (q, k, y, G, beta, scale)
+    at = (pairs_ptr, marks_at, matrices_ptr)
+    if level == 0:
+        for step in tl.range(0, 6, num_stages=STAGES, disable_licm=True):
+            dq, R, dG = _later_rows(dq, R, dG, step, x, at, level, K, True)
+    else:
+        for i in tl.range(level, 7, num_stages=STAGES, disable_licm=True):
+            dq, R, dG = _later_rows(dq, R, dG, 6 + level - i, x, at, level, K, False)
+    tl.store(by_v_ptr + (n + 1) * 64 + r, tl.sum(k.to(tl.float32) * R, 1))
+    ok = (r < count)[:, None] & (a >= 0)[None, :]
+    to = out + k0 + (r[:, None] * (HV * K) + a[None, :])
+    dq += diagonal[:, None] * k.to(tl.float32)
     if dq_ptr is not None:
         tl.store(dq_ptr + to, dq.to(dq_ptr.dtype.element_ty), mask=ok)
-    tl.store(by_v_ptr + (n + 1) * 64 + r, tl.sum(k * R, 1))
-    R = R * beta[:, None]
-    dG += k * (R - C)
-    C += R + diagonal[:, None] * q
+    C = tl.zeros((64, BK), tl.float32)
+    last = tl.zeros((BK,), tl.float32)
+    for v in tl.range(0, V, BV, num_stages=STAGES):
+        d = v + tl.arange(0, BV)[None, :]
+        vn = tl.load(vn_ptr + (r[:, None] * V + d))
+        dS = tl.load(dstates_ptr + (state + d))
+        S = tl.load(states_ptr + (state + d))
+        last += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+        C = tl.dot(vn, tl.trans(dS), C)
+    last *= decay
+    if level == 0:
+        E = tl.dot(_matrix(matrices_ptr, 7), y)
+    else:
+        E = tl.load(marks_at + 3 * K)[None, :] - G
+    C *= tl.exp2(E)
+    from_state = k.to(tl.float32) * C
+    last += tl.sum(from_state, 0)
+    dG -= from_state
+    dk = beta[:, None] * R + C + diagonal[:, None] * q.to(tl.float32)
+    if level == 0:
+        for step in tl.range(0, 6, num_stages=STAGES, disable_licm=True):
+            dk, dG = _earlier_rows(dk, dG, step, x, at, level, K, True)
+    else:
+        for i in tl.range(level, 7, num_stages=STAGES, disable_licm=True):
+            dk, dG = _earlier_rows(dk, dG, 6 + level - i, x, at, level, K, False)
     if dk_ptr is not None:
-        tl.store(dk_ptr + to, C.to(dk_ptr.dtype.element_ty), mask=ok)
+        tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=ok)
     if dgate_ptr is not None or sums_ptr is not None:
         dG = tl.where(ok, dG, 0.0)
         dG += tl.where((r == count - 1)[:, None], last[None, :], 0.0)

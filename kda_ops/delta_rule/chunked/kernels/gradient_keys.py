@@ -1,5 +1,5 @@
-"""The last gradients of a chunk: of q and k from those of the value heads, if several share a key
-head or the operator normalizes q and k, and of beta from its parts.
+"""The last gradients: of q and k from those of the value heads, if several share a key head or the
+operator normalizes q and k, of beta from its parts, and of A_log and dt_bias from the chunks' sums.
 """
 
 import triton
@@ -13,14 +13,16 @@ from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
 @triton.jit
 def backward_keys_kernel(
     q_ptr, k_ptr, dq_heads_ptr, dk_heads_ptr, rows_ptr, parts_ptr, dq_ptr, dk_ptr, dbeta_ptr,
-    cu_ptr, chunk_indices_ptr,
+    sums_ptr, dbias_ptr, drate_ptr, sum_rows, cu_ptr, chunk_indices_ptr,
     T, N, NC, first_row, rows,
     q_b, q_t, q_h, k_b, k_t, k_h,
     EPS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BETA_SCALE: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCKS: tl.constexpr,
     VARLEN: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
-    """One program works on one chunk of one key head. Grid: (chunks * H), heads fastest.
+    """One program works on one chunk of one key head, with `sums` [sum_rows, HV, 2, K] before them
+    one on the parameters of each value head. Grid: (HV if there are sums + chunks * H), heads
+    fastest.
 
     It computes dq and dk [B, T, H, K], the sums of those of its value heads, [B, T, HV, K], and
     with NORM the derivative of the norm. With one value head per key head, both may be the same
@@ -28,6 +30,11 @@ def backward_keys_kernel(
     one of beta before its sigmoid. Outputs that are None are not computed.
     """
     p = tl.program_id(0).to(tl.int64)
+    if sums_ptr is not None:
+        if p < HV:
+            _sum_parameters(sums_ptr, dbias_ptr, drate_ptr, sum_rows, p, HV, K, KP)
+            return
+        p -= HV
     h = p % H
     p, b, first, count, row, inside = slab_rows(
         p // H, chunk_indices_ptr, cu_ptr, T, N, NC, first_row, rows, VARLEN, SLABS
@@ -62,7 +69,7 @@ def backward_keys_kernel(
             for n in tl.static_range(BLOCKS):
                 dbeta += tl.load(part_ptr + (n + 1) * 64 + r)
             if GATED:
-                _, beta_ptr, _, _ = gradient_rows_of(rows_ptr, work, K)
+                _, beta_ptr, _, _, _ = gradient_rows_of(rows_ptr, work, K)
                 beta = tl.load(beta_ptr + r)
                 dbeta *= beta * (1.0 - beta * (1.0 / BETA_SCALE))
             to = dbeta_ptr + (b * T + first + r) * HV + h * GROUP + member
@@ -90,6 +97,29 @@ def _sum_heads(
             dx = norm_gradient(x, dx, EPS)
         to = dx_ptr + (token * H + h) * K + (r * (H * K) + d)
         tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _sum_parameters(
+    sums_ptr, dbias_ptr, drate_ptr, rows, h, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr
+):
+    """The gradients of dt_bias [HV, K] and A_log [HV] of one head, 32 rows at a time."""
+    d = tl.arange(0, KP)
+    r = tl.arange(0, 32).to(tl.int64)[:, None]
+    at = sums_ptr + (r * HV + h) * (2 * K) + d[None, :]
+    by_bias = tl.zeros((32, KP), tl.float32)
+    by_rate = tl.zeros((32, KP), tl.float32)
+    for first in range(0, rows, 32):
+        ok = (first + r < rows) & (d < K)[None, :]
+        by_bias += tl.load(at, mask=ok, other=0.0)
+        by_rate += tl.load(at + K, mask=ok, other=0.0)
+        at += 32 * HV * 2 * K
+    if dbias_ptr is not None:
+        total = tl.sum(by_bias, 0).to(dbias_ptr.dtype.element_ty)
+        tl.store(dbias_ptr + h * K + d, total, mask=d < K)
+    if drate_ptr is not None:
+        total = tl.sum(tl.sum(by_rate, 0), 0)
+        tl.store(drate_ptr + h, total.to(drate_ptr.dtype.element_ty))
 
 
 @triton.jit

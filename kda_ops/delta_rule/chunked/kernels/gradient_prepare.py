@@ -39,9 +39,12 @@ def gradient_tiles_of(tiles_ptr, work, K: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def gradient_rows_of(rows_ptr, work, K: tl.constexpr):
-    """Pointers to a chunk's decay [K], beta and reciprocal norms of q and k [64]."""
-    decay_ptr = rows_ptr + work * (K + 192)
-    return decay_ptr, decay_ptr + K, decay_ptr + K + 64, decay_ptr + K + 128
+    """Pointers to a chunk's decay [K], beta and reciprocal norms of q and k [64], and marks [4, K]:
+    G at the last row of every 16.
+    """
+    decay_ptr = rows_ptr + work * (5 * K + 192)
+    beta_ptr = decay_ptr + K
+    return decay_ptr, beta_ptr, beta_ptr + 64, beta_ptr + 128, beta_ptr + 192
 
 
 @triton.jit
@@ -137,7 +140,7 @@ def backward_prepare_kernel(
     gate_at = gate_head + (t[:, None] * gate_t + d[None, :])
     work = row * HV + h
     w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, u_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
-    decay_ptr, rate_ptr, q_norm_ptr, k_norm_ptr = gradient_rows_of(rows_ptr, work, K)
+    decay_ptr, rate_ptr, q_norm_ptr, k_norm_ptr, marks_ptr = gradient_rows_of(rows_ptr, work, K)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
 
     a = gate_rate(A_log_ptr, h, HAS_A)
@@ -173,6 +176,8 @@ def backward_prepare_kernel(
     e = tl.exp2(tl.dot(half_like(j > i, X, PACKED), y))  # 2^(G_last - G)
     k = k.to(tl.float32)
     tl.store(kg_ptr + at, (k * e).to(dtype))
-    e = tl.exp2(tl.dot(half_like(j <= i, X, PACKED), y))  # 2^G
+    G = tl.dot(half_like(j <= i, X, PACKED), y)
+    tl.store(marks_ptr + (i // 16 * K + d[None, :]), G, mask=(i % 16 == 15) & (d >= 0)[None, :])
+    e = tl.exp2(G)
     tl.store(qg_ptr + at, (q.to(tl.float32) * SCALE * e).to(dtype))
     tl.store(w_ptr + at, tl.dot(X, (k * e).to(dtype)).to(dtype))

@@ -19,14 +19,14 @@ from kda_ops.delta_rule.chunked.kernels.gradient_prepare import gradient_rows_of
 from kda_ops.delta_rule.chunked.kernels.prepare import rows_between
 from kda_ops.delta_rule.chunked.kernels.tiles import place_of, rounds, sequence_part
 
-MATRICES = tl.constexpr(5)
+MATRICES = tl.constexpr(9)
 
 
 @triton.jit
 def store_matrices(matrices_ptr, p, programs):
-    """0/1 matrices [5, 64, 64] for `chunk_gradient_kernel`, by all programs of a launch before it:
-    in fp16 those that sum gates to G, to G_last - G and to |G - G_a| at levels 16 and 32, and as
-    bf16 bits one that sums from each row to the last.
+    """0/1 matrices [9, 64, 64] for `chunk_gradient_kernel`, by all programs of a launch before it:
+    in fp16 those that sum gates to |G - G_a| at the six levels, to G and to G_last - G, and as bf16
+    bits one that sums from each row to the last.
 
     They are the same for every chunk; computing them in registers takes as many instructions as
     everything else there.
@@ -34,11 +34,19 @@ def store_matrices(matrices_ptr, p, programs):
     i = tl.arange(0, 64)[:, None]
     j = tl.arange(0, 64)[None, :]
     for which in range(p, MATRICES, programs):
-        between = rows_between(i, j, tl.where(which == 2, 16, 32))
-        upper = tl.where(which == 4, j >= i, j > i)
-        chosen = tl.where(which == 0, j <= i, tl.where((which == 1) | (which == 4), upper, between))
-        one = tl.where(which == 4, 0x3F80, 0x3C00)
+        between = rows_between(i, j, 1 << tl.minimum(which, 5))
+        upper = tl.where(which == 8, j >= i, j > i)
+        chosen = tl.where(which < 6, between, tl.where(which == 6, j <= i, upper))
+        one = tl.where(which == 8, 0x3F80, 0x3C00)
         tl.store(matrices_ptr + which * 4096 + i * 64 + j, tl.where(chosen, one, 0).to(tl.int16))
+
+
+@triton.jit
+def _clear(x_ptr, size, p, programs):
+    """Zeros all of x, by all programs of a launch."""
+    for first in range(p * 1024, size, programs * 1024):
+        at = first + tl.arange(0, 1024)
+        tl.store(x_ptr + at, 0.0, mask=at < size)
 
 
 @triton.jit
@@ -86,7 +94,7 @@ def states_forward_kernel(
     step = tl.full((), HV, tl.int64)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     w_ptr, kg_ptr, qg_ptr, A_ptr, _, u_ptr = gradient_tiles_of(tiles_ptr, row * HV + h, K, V)
-    decay_ptr, _, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
+    decay_ptr, _, _, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
     states_at = states_ptr + (row * HV + h) * (K * V) + state
     TILE: tl.constexpr = 64 * (3 * K + V + 128)
     wide = r[:, None] * K + d[None, :]
@@ -98,7 +106,7 @@ def states_forward_kernel(
         w = tl.load(w_ptr + c * step * TILE + wide)
         u = tl.load(u_ptr + c * step * TILE + narrow)
         kg = tl.load(kg_ptr + c * step * TILE + wide)
-        decay = tl.load(decay_ptr + c * step * (K + 192) + d)
+        decay = tl.load(decay_ptr + c * step * (5 * K + 192) + d)
         if o_ptr is not None:
             qg = tl.load(qg_ptr + c * step * TILE + wide)
             A = tl.load(A_ptr + c * step * TILE + square)
@@ -122,7 +130,7 @@ def states_forward_kernel(
 @triton.jit
 def states_backward_kernel(
     tiles_ptr, rows_ptr, dstates_ptr, do_ptr, dv_ptr, dfinal_ptr, dinitial_ptr, before_ptr,
-    after_ptr, matrices_ptr, cu_ptr,
+    after_ptr, matrices_ptr, sums_ptr, sums_size, cu_ptr,
     T, N, first_row, rows,
     do_b, do_t, do_h, dfinal_n, dfinal_h, dfinal_v, dfinal_k,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr,
@@ -132,12 +140,14 @@ def states_backward_kernel(
     dS [K, BV] in fp32. Grid: (V / BV * (sequence, head) pairs), columns innermost.
 
     It writes the gradient of the state after every chunk, that of v [B, T, HV, V] and that of the
-    initial state [N, HV, V, K]. With SLABS a sequence that ends after the slab is read from `after`
-    [HV, K, V], and one that starts before it is written to `before`.
+    initial state [N, HV, V, K], and clears `sums`. With SLABS a sequence that ends after the slab
+    is read from `after` [HV, K, V], and one that starts before it is written to `before`.
     """
     BLOCKS: tl.constexpr = V // BV
     store_matrices(matrices_ptr, tl.program_id(0), tl.num_programs(0))
     p = tl.program_id(0).to(tl.int64)
+    if sums_ptr is not None:
+        _clear(sums_ptr, sums_size, p, tl.num_programs(0))
     if p // BLOCKS >= N * HV:
         return
     n = p // BLOCKS // HV
@@ -166,7 +176,7 @@ def states_backward_kernel(
     step = tl.full((), HV, tl.int64)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     w_ptr, kg_ptr, qg_ptr, A_ptr, T_ptr, _ = gradient_tiles_of(tiles_ptr, row * HV + h, K, V)
-    decay_ptr, beta_ptr, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
+    decay_ptr, beta_ptr, _, _, _ = gradient_rows_of(rows_ptr, row * HV + h, K)
     states_at = dstates_ptr + (row * HV + h) * (K * V) + state
     TILE: tl.constexpr = 64 * (3 * K + V + 128)
     wide = r[:, None] * K + d[None, :]
@@ -183,8 +193,8 @@ def states_backward_kernel(
         qg = tl.load(qg_ptr + c * step * TILE + wide)
         w = tl.load(w_ptr + c * step * TILE + wide)
         inverse = tl.load(T_ptr + c * step * TILE + square)
-        decay = tl.load(decay_ptr + c * step * (K + 192) + d)
-        beta = tl.load(beta_ptr + c * step * (K + 192) + r)
+        decay = tl.load(decay_ptr + c * step * (5 * K + 192) + d)
+        beta = tl.load(beta_ptr + c * step * (5 * K + 192) + r)
         dSh = dS.to(dtype)
         tl.store(states_at + c * step * (K * V), dSh)
         do = do.to(dtype)

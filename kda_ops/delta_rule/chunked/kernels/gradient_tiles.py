@@ -6,21 +6,16 @@ import triton.language as tl
 from kda_ops.delta_rule.chunked.kernels.gradient_prepare import gradient_rows_of, gradient_tiles_of
 from kda_ops.delta_rule.chunked.kernels.tiles import slab_rows
 
-
-@triton.jit
-def pair_tiles_of(pairs_ptr):
-    """Pointers to the tiles A and L of a chunk, each as [64, 64] at level 16, the same at level 32,
-    and the four blocks [16, 16] of its diagonal, for the lower levels.
-    """
-    return pairs_ptr, pairs_ptr + 9216
+# Decays of 2^-96 have an inverse in bf16 and fp32, also times entries of 2^31.
+REACH = tl.constexpr(96.0)
 
 
 @triton.jit
 def parts_of(parts_ptr, work):
-    """Pointers to the diagonal of dA [64], the scale of a chunk's tiles, in 64 places, and the
-    parts of beta's gradient [3, 64].
+    """Pointers to the diagonal of dA [64], the scale of a chunk's tiles and its level, in 64
+    places, and the parts of beta's gradient [5, 64].
     """
-    diagonal_ptr = parts_ptr + work * 320
+    diagonal_ptr = parts_ptr + work * 448
     return diagonal_ptr, diagonal_ptr + 64, diagonal_ptr + 128
 
 
@@ -39,14 +34,21 @@ def value_rows(
 
 
 @triton.jit
-def _store_pairs(pairs_ptr, x):
-    r = tl.arange(0, 64)
-    i = r[:, None]
-    j = r[None, :]
-    at = pairs_ptr + i * 64 + j
-    tl.store(at, tl.where((i ^ j) // 16 == 1, x, 0.0))
-    tl.store(at + 4096, tl.where((i ^ j) // 32 == 1, x, 0.0))
-    tl.store(pairs_ptr + 8192 + i * 16 + j % 16, x, mask=i // 16 == j // 16)
+def _level_of(marks_ptr, K: tl.constexpr):
+    """How the pairs of a chunk meet, [1, 1]: 6 if decays over either half of it have an inverse, 5
+    if those over its quarters have, else 0.
+    """
+    d = tl.arange(0, K)[None, :]
+    G15 = tl.load(marks_ptr + d)
+    G31 = tl.load(marks_ptr + (K + d))
+    G47 = tl.load(marks_ptr + (2 * K + d))
+    G63 = tl.load(marks_ptr + (3 * K + d))
+    halves = tl.maximum(-G31, G31 - G63)
+    first = tl.maximum(-G15, G15 - G31)
+    quarters = tl.maximum(first, tl.maximum(G31 - G47, G47 - G63))
+    halves = tl.max(halves, 1, keep_dims=True)
+    quarters = tl.max(quarters, 1, keep_dims=True)
+    return tl.where(halves <= REACH, 6, tl.where(quarters <= REACH, 5, 0))
 
 
 @triton.jit
@@ -57,13 +59,13 @@ def backward_tiles_kernel(
     SCALE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr,
     VARLEN: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
-    """One program computes dA and dL [64, 64] of one chunk of one value head, below the diagonal;
-    above it their transposes, dA and beta dL, which left rows take from right ones. Grid: (chunks *
-    HV), heads fastest.
+    """One program computes dA and dL [64, 64] of one chunk of one value head, below the diagonal.
+    Grid: (chunks * HV), heads fastest.
 
-    They are in fp16, divided by a scale, the largest entry below the diagonal. `pairs`, with PAIRS
-    numbers per chunk, may be the memory of `tiles`. The diagonal of dA, which has no decay, the
-    scale, and `P v`, the first part of beta's gradient, go to `parts`.
+    They are in bf16, divided by a scale, the power of two below the largest entry. At level 5 (see
+    `_level_of`) pairs of rows of the two halves are in two tiles of their own, behind the others.
+    `pairs`, with PAIRS numbers per chunk, may be the memory of `tiles`. The diagonal of dA, which
+    has no decay, the scale, the level, and `P v`, the first part of beta's gradient, go to `parts`.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % HV
@@ -74,7 +76,7 @@ def backward_tiles_kernel(
         return
     work = row * HV + h
     _, _, _, _, _, vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
-    _, beta_ptr, _, _ = gradient_rows_of(rows_ptr, work, K)
+    _, beta_ptr, _, _, marks_ptr = gradient_rows_of(rows_ptr, work, K)
     diagonal_ptr, scale_ptr, by_v_ptr = parts_of(parts_ptr, work)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     r = tl.arange(0, 64)
@@ -95,12 +97,18 @@ def backward_tiles_kernel(
     largest = tl.where(i > j, tl.maximum(tl.abs(A), tl.abs(L)), 0.0)
     # [1, 1]: Triton 3.7 fails to compile a one-axis maximum here for Blackwell
     scale = tl.maximum(tl.max(tl.max(largest, 1, keep_dims=True), 0, keep_dims=True), 1e-35)
+    scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     tl.store(scale_ptr + tl.zeros((1, 1), tl.int32), scale)
+    level = _level_of(marks_ptr, K)
+    tl.store(scale_ptr + 1 + tl.zeros((1, 1), tl.int32), level.to(tl.float32))
     inverse = 1.0 / scale
     A = tl.where(i > j, A * inverse, 0.0)
     L = tl.where(i > j, L * inverse, 0.0)
-    A += tl.where(i < j, tl.dot(vn, tl.trans(do)) * (SCALE * inverse), 0.0)
-    L += tl.where(i < j, tl.dot(vn, tl.trans(dv)) * -inverse, 0.0)
-    A_ptr, L_ptr = pair_tiles_of(pairs_ptr + work * PAIRS)
-    _store_pairs(A_ptr, A.to(tl.float16))
-    _store_pairs(L_ptr, L.to(tl.float16))
+    apart = i // 32 != j // 32
+    at = pairs_ptr + work * PAIRS + (i * 64 + j)
+    two = level == 5
+    tl.store(at, tl.where(two & apart, 0.0, A).to(dtype))
+    tl.store(at + 4096, tl.where(two & apart, 0.0, L).to(dtype))
+    two = tl.broadcast_to(two, (64, 64))
+    tl.store(at + 8192, tl.where(apart, A, 0.0).to(dtype), mask=two)
+    tl.store(at + 12288, tl.where(apart, L, 0.0).to(dtype), mask=two)
