@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import contiguous, traceable
+from kda_ops._launch import contiguous, is_nvidia, traceable
 from kda_ops.delta_rule.chunked.gradient_workspace import (
     Boundaries,
     Saved,
@@ -37,7 +37,6 @@ from kda_ops.delta_rule.chunked.kernels.gradient_scan import (
     states_forward_kernel,
 )
 from kda_ops.delta_rule.chunked.kernels.gradient_tiles import backward_tiles_kernel
-from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia
 from kda_ops.delta_rule.chunked.states import Raw
 from kda_ops.delta_rule.chunked.workspace import (
     Batch,
