@@ -23,3 +23,7 @@ def traceable(kernel: Any) -> Any:
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None

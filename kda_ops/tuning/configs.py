@@ -60,14 +60,15 @@ SM90: dict[str, Rows] = {
         ({"dense": True}, {"TILE": 1024, "num_warps": 4}),
         ({}, {"TILE": 2048, "num_warps": 4}),
     ],
-    "rms_norm_gated_backward": [({}, {"TILE": 4096, "PROGRAMS": 2112, "num_warps": 4})],
+    # a thread owns 8 elements, whose loads are under way at once: of more, some wait for others
+    "rms_norm_gated_backward": [({}, {"TILE": 1024, "PROGRAMS": 2112, "num_warps": 4})],
     # a thread owns 8 channels, 16 bytes of bf16
     "short_conv": [
         ({}, {"STEP_T": 8, "BLOCK_D": 256, "MAX_STEPS": 2, "PROGRAMS": 4096, "num_warps": 1})
     ],
-    # a thread owns 4 channels: of 8 the gradients of taps and sums do not fit its registers
+    # a thread owns 2 channels: of 4 it cannot have the loads of 8 rows under way
     "short_conv_backward": [
-        ({}, {"STEP_T": 4, "BLOCK_D": 128, "MAX_STEPS": 64, "PROGRAMS": 2048, "num_warps": 1})
+        ({}, {"STEP_T": 8, "BLOCK_D": 128, "MAX_STEPS": 32, "PROGRAMS": 2048, "num_warps": 2})
     ],
     # 2 warps instead of 1: the norm across a head needs the registers
     "short_conv_qkv": [

@@ -27,7 +27,6 @@ SPILLS: dict[str, dict[str, int]] = {
     "chunk_gradient_kernel": {"sm_80": 368, "sm_90a": 104, "sm_100a": 160},
     "states_forward_kernel": {"sm_80": 48},
     "states_backward_kernel": {"sm_80": 176},
-    "short_conv_backward_kernel": {"sm_80": 8},
     "general_prepare_kernel": {"sm_80": 2632, "sm_90a": 2568, "sm_100a": 2816},
     "general_backward_kernel": {"sm_80": 120, "sm_90a": 112, "sm_100a": 152},
     "general_chunk_kernel": {"sm_80": 1032, "sm_90a": 728, "sm_100a": 1616},

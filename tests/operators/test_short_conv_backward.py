@@ -28,6 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     "strided": {"padded": 24, "dtype": FP32},
     "transposed": {"transposed": True},
     "wide": {"D": 300, "T": 20},
+    "large": {"scale": 100.0},
+    "large-exact": {"scale": 30.0, "dtype": FP32},
 }
 NEEDS = {"all": (True, True, True), "x": (True, False, False), "taps": (False, True, False)}
 
@@ -35,11 +37,11 @@ NEEDS = {"all": (True, True, True), "x": (True, False, False), "taps": (False, T
 def arguments(
     device: str, batch: int | None = 2, T: int = 30, D: int = 24, W: int = 4, bias: bool = False,
     activation: str | None = "silu", dtype: torch.dtype = BF16, cu_seqlens: list[int] | None = None,
-    padded: int = 0, transposed: bool = False,
+    padded: int = 0, transposed: bool = False, scale: float = 1.0,
 ) -> tuple[list[Any], Tensor]:  # fmt: skip
     """The operator's arguments, and the gradient of its result, NaN past the last sequence."""
     shape = (T, D + padded) if batch is None else (batch, T, D + padded)
-    x = torch.randn(shape).to(dtype).to(device)[..., :D]
+    x = (scale * torch.randn(shape)).to(dtype).to(device)[..., :D]
     if transposed:
         x = x.mT.contiguous().mT
     dy = torch.randn(x.shape).to(dtype).to(device)

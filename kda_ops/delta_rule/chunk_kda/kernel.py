@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import is_nvidia, traceable
 from kda_ops.blocks import Blocks
-from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia, prepare_chunk
+from kda_ops.delta_rule.chunked.kernels.prepare import prepare_chunk
 from kda_ops.delta_rule.chunked.kernels.prepare_general import launch_general_prepare
 from kda_ops.delta_rule.chunked.kernels.raw_inputs import within_fp16
 from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
-from kda_ops.kernel import quick_sigmoid
+from kda_ops._launch import is_nvidia, traceable
+from kda_ops.kernel import LOG2E, quick_reciprocal, to_fp32
 from kda_ops.norm.kernel import four_axes, row_offset
 from kda_ops.tuning import choose
 
@@ -20,6 +20,7 @@ def rms_norm_gated_backward_kernel(
     o_stride_0, o_stride_1, o_stride_2, gate_stride_0, gate_stride_1, gate_stride_2,
     EPS: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     DENSE: tl.constexpr, NEED_O: tl.constexpr, NEED_GATE: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program computes the gradients of `steps` blocks of BLOCK_ROWS rows of [V], and its part
     of the weight's, a row of `totals`.
@@ -42,19 +43,21 @@ def rms_norm_gated_backward_kernel(
             gate_row = row_offset(row, size_1, size_2, gate_stride_0, gate_stride_1, gate_stride_2)
             o_at = o_row[:, None] + v[None, :]
             gate_at = gate_row[:, None] + v[None, :]
-        o = tl.load(o_ptr + o_at, mask=ok, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_V]
-        gate = quick_sigmoid(tl.load(gate_ptr + gate_at, mask=ok, other=0.0).to(tl.float32))
-        dy = tl.load(dy_ptr + dense, mask=ok, other=0.0).to(tl.float32)
+        o = to_fp32(tl.load(o_ptr + o_at, mask=ok, other=0.0), PACKED)  # [BLOCK_ROWS, BLOCK_V]
+        z = to_fp32(tl.load(gate_ptr + gate_at, mask=ok, other=0.0), PACKED)
+        dy = to_fp32(tl.load(dy_ptr + dense, mask=ok, other=0.0), PACKED)
+        gate = quick_reciprocal(1.0 + tl.exp2(z * -LOG2E), PACKED)
         scale = tl.rsqrt(tl.sum(o * o, axis=1) / V + EPS)[:, None]
         y = o * scale
+        of_normed = dy * gate
+        of_weight = of_normed * y
+        product = of_weight * weight[None, :]
         if NEED_O:
-            inner = dy * weight[None, :] * gate
-            along = tl.sum(inner * y, axis=1)[:, None] / V
-            do = scale * (inner - y * along)
+            along = tl.sum(product, axis=1)[:, None] / V
+            do = scale * (of_normed * weight[None, :] - y * along)
             tl.store(do_ptr + dense, do.to(do_ptr.dtype.element_ty), mask=ok)
-        of_weight = dy * y * gate
         if NEED_GATE:
-            dgate = of_weight * weight[None, :] * (1.0 - gate)
+            dgate = product - product * gate
             tl.store(dgate_ptr + dense, dgate.to(dgate_ptr.dtype.element_ty), mask=ok)
         if NEED_WEIGHT:
             total += of_weight
@@ -95,7 +98,8 @@ def launch_rms_norm_gated_backward(
         o4, gate4, weight.contiguous(), dy.contiguous(), *found, totals, rows, steps, o4.shape[1],
         o4.shape[2], *o4.stride()[:3], *gate4.stride()[:3],
         EPS=eps, V=V, BLOCK_V=block_v, BLOCK_ROWS=block_rows, DENSE=dense, NEED_O=needs[0],
-        NEED_GATE=needs[1], NEED_WEIGHT=needs[2], num_warps=chosen["num_warps"],
+        NEED_GATE=needs[1], NEED_WEIGHT=needs[2], PACKED=is_nvidia(o.device),
+        num_warps=chosen["num_warps"],
     )  # fmt: skip
     gradients = [x for x, need in zip(found, needs[:2], strict=True) if need]
     if needs[2]:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kda_ops._launch import contiguous, traceable
+from kda_ops._launch import contiguous, is_nvidia, traceable
 from kda_ops.delta_rule.chunked.gradient_workspace import (
     Boundaries,
     Saved,
@@ -36,7 +36,6 @@ from kda_ops.delta_rule.chunked.kernels.gradient_scan import (
     states_forward_kernel,
 )
 from kda_ops.delta_rule.chunked.kernels.gradient_tiles import backward_tiles_kernel
-from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia
 from kda_ops.delta_rule.chunked.states import Raw
 from kda_ops.delta_rule.chunked.workspace import (
     Batch,

@@ -17,7 +17,6 @@ could be unrolled: its edges keep the compiler from interleaving levels, which s
 (`perf/notes/chunk_kda.md`), and within a level the decays of the next one overlap with its GEMMs.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -238,7 +237,3 @@ def prepare_chunk(
     tl.store(qg_ptr + at, qg.to(dtype))
     w = tl.dot(X, (k * e).to(X.dtype))
     tl.store(w_ptr + at, w.to(dtype))
-
-
-def is_nvidia(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None

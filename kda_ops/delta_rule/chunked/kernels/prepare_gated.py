@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import contiguous, traceable
-from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia, prepare_chunk
+from kda_ops._launch import contiguous, is_nvidia, traceable
+from kda_ops.delta_rule.chunked.kernels.prepare import prepare_chunk
 from kda_ops.delta_rule.chunked.kernels.prepare_general import launch_general_prepare
 from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_log2, reciprocal_norm
 from kda_ops.delta_rule.chunked.kernels.tiles import chunk_rows, clear_padding, slab_rows

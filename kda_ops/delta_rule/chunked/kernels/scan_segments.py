@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_ops._launch import traceable
+from kda_ops._launch import is_nvidia, traceable
 from kda_ops._numerics import CHUNK
-from kda_ops.delta_rule.chunked.kernels.prepare import is_nvidia
 from kda_ops.delta_rule.chunked.kernels.tiles import (
     boundaries_of,
     clear_sequence,
