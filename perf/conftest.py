@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @functools.cache
 def described(config: pytest.Config) -> dict[str, Any]:
-    """What is the same after each row: facts about the machine and the commit, which take a second."""
+    """Facts about the machine and the commit, asked for once: they take a second."""
     commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
     config.hook.pytest_benchmark_update_commit_info(config=config, commit_info=commit)
     machine_info = config._benchmarksession.get_machine_info()  # type: ignore[attr-defined]
