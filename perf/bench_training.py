@@ -1,12 +1,13 @@
 """Training: gradients of the core, the convolution and the gated norm, and a step of a whole layer.
 
 Core: from raw projections, the gradients of q, k, v, the gate's input and parameters, and beta;
-backward alone, and with its forward. Layer: the gradients of its input and all parameters, compiled
-and eager, FLA's with the same weights. There are no rows for the eager references: their gradient
-takes 60 times as long. `peak_MB` includes arguments and results.
+backward alone, and with its forward. cuDNN's core has less to do: norms, gate and sigmoid are not
+in its time. Layer: the gradients of its input and all parameters, compiled and eager, FLA's with
+the same weights. There are no rows for the eager references: their gradient takes 60 times as long.
+`peak_MB` is the memory of arguments, results and all between them, without weights; a compiled
+layer's CUDA graphs keep theirs from before.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +19,20 @@ from torch import Tensor, nn
 from kda_ops._registry import OPERATORS
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op
 from kda_ops.nn.layer import KimiDeltaAttention
+from perf.baselines.cudnn import NAMES, cudnn, cudnn_core
 from perf.baselines.fla import fla
 from perf.bench_core import core_inputs
-from perf.bench_layer import HEAD_DIM, HEADS, HIDDEN, WEIGHTS, fla_layer_like
+from perf.bench_layer import (
+    COMPILE_SECONDS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    WEIGHTS,
+    fla_layer_like,
+)
+from perf.harness.gradients import UnavailableError, differentiated
 from perf.harness.rows import COMPILED, OURS, Call, Inputs, Prepare, Row
 
-NAMES = ("q", "k", "v", "raw_gate", "raw_beta", "A_log", "dt_bias")
 D = 128
 CORES: dict[str, tuple[tuple[int, ...], int, float | None]] = {
     "softplus-T8192-H32": ((8192,), 32, None),
@@ -33,7 +42,8 @@ CORES: dict[str, tuple[tuple[int, ...], int, float | None]] = {
     "bounded-T8192-H64": ((8192,), 64, -5.0),
     "softplus-8x1024-H32": ((1024,) * 8, 32, None),
 }
-FLA = next(iter(fla(None)), None)  # its name in rows, None if it is not installed
+FLA_COMPILED_AT = 8192  # tokens: once is enough, since FLA's layer breaks into many graphs
+GRAPHS = f"{COMPILED}, CUDA graphs"
 
 
 def with_gradient(inputs: Inputs) -> Inputs:
@@ -60,19 +70,6 @@ def our_core(forward: bool) -> Prepare:
         return call
 
     return prepare
-
-
-def differentiated(forward: bool, leaves: list[Tensor], output: Any, gradient: Tensor) -> Call:
-    """A call of autograd: backward alone, or with its forward."""
-    with torch.enable_grad():
-        kept = None if forward else output()
-
-    def call() -> Any:
-        with torch.enable_grad():
-            o = output() if kept is None else kept
-            return o, torch.autograd.grad(o, leaves, gradient, retain_graph=not forward)
-
-    return call
 
 
 def fla_core(forward: bool) -> Prepare:
@@ -111,7 +108,7 @@ def core_rows() -> list[Row]:
     for name, (lengths, H, lower_bound) in CORES.items():
         n = 2 * sum(lengths) * H * D  # bytes of one tensor
         for stage, forward in (("core backward", False), ("core training", True)):
-            for provider, side in providers(fla_core, our_core):
+            for provider, side in core_providers(lengths).items():
                 row = Row(
                     stage=stage,
                     case=name,
@@ -129,9 +126,10 @@ def core_rows() -> list[Row]:
     return found
 
 
-def providers(theirs: Any, ours: Any) -> list[tuple[str, Any]]:
-    """The baseline first, for our ratio to it."""
-    return [(name, side) for name, side in ((FLA, theirs), (OURS, ours)) if name is not None]
+def core_providers(lengths: tuple[int, ...]) -> dict[str, Callable[[bool], Prepare]]:
+    """The baselines first, for our ratio to them; cuDNN's for one sequence."""
+    one = len(lengths) == 1
+    return {**fla(fla_core), **(cudnn(cudnn_core) if one else {}), OURS: our_core}
 
 
 CHANNELS, TOKENS = 12288, 8192
@@ -191,7 +189,7 @@ def small_rows() -> list[Row]:
         ("short_conv backward", conv_inputs, fla_convolution, our_convolution, 3 * CHANNELS),
         ("rms_norm_gated backward", norm_inputs, fla_norm, our_norm, 5 * HEADS * HEAD_DIM),
     ):
-        for provider, prepare in providers(theirs, ours):
+        for provider, prepare in {**fla(theirs), OURS: ours}.items():
             row = Row(
                 stage=stage,
                 case=f"T{TOKENS}-H{HEADS}",
@@ -243,23 +241,36 @@ def our_eager_step(inputs: Inputs) -> Call:
     return step_of(module, module, inputs)
 
 
+@functools.cache
+def trained_fla_layer() -> nn.Module:
+    return fla_layer_like(trained_layer()).train()
+
+
+@functools.cache
+def compiled_fla_layer() -> Any:
+    return torch.compile(trained_fla_layer(), dynamic=False)
+
+
 def fla_step(inputs: Inputs) -> Call:
-    module = copy.deepcopy(fla_layer_like(trained_layer())).train()
-    return step_of(module, module, inputs)
+    return step_of(trained_fla_layer(), trained_fla_layer(), inputs)
+
+
+def compiled_fla_step(inputs: Inputs) -> Call:
+    return step_of(trained_fla_layer(), compiled_fla_layer(), inputs)
 
 
 def layer_rows() -> list[Row]:
     found = []
     for tokens in (8192, 2048):
-        sides: list[tuple[str | None, Prepare]] = [
-            (FLA, fla_step),
-            (OURS, our_eager_step),
-            (COMPILED, our_step(None)),
-            (f"{COMPILED}, CUDA graphs", our_step("reduce-overhead")),
-        ]
-        for provider, prepare in sides:
-            if provider is None:
-                continue
+        sides = {f"{name}, eager": step for name, step in fla(fla_step).items()}
+        if tokens == FLA_COMPILED_AT:
+            sides |= {f"{name}, compiled": step for name, step in fla(compiled_fla_step).items()}
+        sides |= {
+            OURS: our_eager_step,
+            COMPILED: our_step(None),
+            GRAPHS: our_step("reduce-overhead"),
+        }
+        for provider, prepare in sides.items():
             row = Row(
                 stage="layer training",
                 case=f"T{tokens}-H{HEADS}",
@@ -275,12 +286,33 @@ def layer_rows() -> list[Row]:
     return found
 
 
-@pytest.mark.parametrize("row", [*layer_rows(), *small_rows(), *core_rows()], ids=str)
-def bench_training(row: Row, measure: Callable[[Row], None], benchmark: Any) -> None:
-    measure(row)
-    call = row.prepare(row.make(torch.device("cuda")))
+ROWS = [*layer_rows(), *small_rows(), *core_rows()]
+
+
+def with_limit(row: Row) -> Any:
+    """The row as a parameter, with a time limit if it compiles FLA's layer, in both directions."""
+    slow = row.prepare is compiled_fla_step
+    marks = [pytest.mark.timeout(2 * COMPILE_SECONDS)] if slow else []
+    return pytest.param(row, id=str(row), marks=marks)
+
+
+def peak_bytes(row: Row, device: torch.device) -> int:
+    """The most memory of a row's second call, with its inputs."""
+    before = torch.cuda.memory_allocated()
+    call = row.prepare(row.make(device))
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     call()
-    benchmark.extra_info["peak_MB"] = round(torch.cuda.max_memory_allocated() * 1e-6)
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("row", [with_limit(row) for row in ROWS])
+def bench_training(row: Row, measure: Callable[[Row], None], benchmark: Any) -> None:
+    try:
+        measure(row)
+    except UnavailableError as error:
+        pytest.skip(f"{row}: {error}")
+    if row.provider != GRAPHS:
+        peak = peak_bytes(row, torch.device("cuda"))
+        benchmark.extra_info["peak_MB"] = round(peak * 1e-6)
