@@ -3,7 +3,8 @@
 Core: from raw projections, the gradients of q, k, v, the gate's input and parameters, and beta;
 backward alone, and with its forward. cuDNN's core has less to do: norms, gate and sigmoid are not
 in its time. Layer: the gradients of its input and all parameters, compiled and eager, FLA's with
-the same weights. There are no rows for the eager references: their gradient takes 60 times as long.
+the same weights. Gradients of operators are checked against those of their references, but cuDNN's,
+which are others, and a layer's, which `perf.bench_layer` checks forward.
 `peak_MB` is the memory of arguments, results and all between them, without weights; a compiled
 layer's CUDA graphs keep theirs from before.
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from kda_ops._registry import OPERATORS
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op
 from kda_ops.nn.layer import KimiDeltaAttention
-from perf.baselines.cudnn import NAMES, cudnn, cudnn_core
+from perf.baselines.cudnn import CUDNN, NAMES, cudnn, cudnn_core
 from perf.baselines.fla import fla
 from perf.bench_core import core_inputs
 from perf.bench_layer import (
@@ -30,7 +31,13 @@ from perf.bench_layer import (
     WEIGHTS,
     fla_layer_like,
 )
-from perf.harness.gradients import UnavailableError, differentiated
+from perf.harness.gradients import (
+    UnavailableError,
+    arguments_of,
+    differentiated,
+    reference_gradients,
+    without_output,
+)
 from perf.harness.rows import COMPILED, OURS, Call, Inputs, Prepare, Row
 
 D = 128
@@ -51,21 +58,29 @@ def with_gradient(inputs: Inputs) -> Inputs:
     return inputs | {"do": torch.randn_like(inputs["v"])}
 
 
+def all_arguments(inputs: Inputs) -> Inputs:
+    """With the constants that the public function adds."""
+    constants = {"beta_scale": 1.0, "qk_norm_eps": 1e-6, "scale": D**-0.5}
+    return inputs | constants | {"output_final_state": False}
+
+
+def core_reference(inputs: Inputs) -> Call:
+    return reference_gradients(chunk_kda_gated_op, all_arguments(inputs), NAMES, inputs["do"])
+
+
 def our_core(forward: bool) -> Prepare:
     """As eager code calls them: the forward that saves, and the gradient from what it saved."""
     saving: Any = OPERATORS[chunk_kda_gated_op].saving
-    names = [x.name for x in chunk_kda_gated_op._schema.arguments]
-    constants = {"beta_scale": 1.0, "qk_norm_eps": 1e-6, "scale": D**-0.5}
-    needs = [name in NAMES for name in names]
+    needs = [argument.name in NAMES for argument in chunk_kda_gated_op._schema.arguments]
 
     def prepare(inputs: Inputs) -> Call:
-        given = inputs | constants | {"output_final_state": False}
-        arguments = [given.get(name) for name in names]
+        arguments = arguments_of(chunk_kda_gated_op, all_arguments(inputs))
         kept = None if forward else saving.forward.op(*arguments)
 
         def call() -> Any:
             o, _, *saved = saving.forward.op(*arguments) if kept is None else kept
-            return o, saving.backward.op(*arguments, *saved, inputs["do"], None, needs)
+            found = saving.backward.op(*arguments, *saved, inputs["do"], None, needs)
+            return o, found[: len(NAMES)]
 
         return call
 
@@ -117,7 +132,8 @@ def core_rows() -> list[Row]:
                         core_inputs(device, *sizes)
                     ),
                     prepare=side(forward),
-                    expected=None,
+                    expected=None if provider.startswith(CUDNN) else core_reference,
+                    poison=provider == OURS,
                     # q, k, v, the gate's input, do and four gradients; forward four of them and o
                     bytes_moved=(14 if forward else 9) * n,
                     graph=False,
@@ -132,12 +148,20 @@ def core_providers(lengths: tuple[int, ...]) -> dict[str, Callable[[bool], Prepa
     return {**fla(fla_core), **(cudnn(cudnn_core) if one else {}), OURS: our_core}
 
 
-CHANNELS, TOKENS = 12288, 8192
+CHANNELS, TOKENS, NORM_EPS = 12288, 8192, 1e-5
 
 
 def conv_inputs(device: torch.device) -> Inputs:
     x, dy = torch.randn(2, 1, TOKENS, CHANNELS, device=device, dtype=torch.bfloat16)
     return {"x": x, "dy": dy, "weight": torch.randn(CHANNELS, 4, device=device).bfloat16()}
+
+
+CONV, NORM = torch.ops.kda_ops.short_conv.default, torch.ops.kda_ops.rms_norm_gated.default
+
+
+def conv_reference(inputs: Inputs) -> Call:
+    given = inputs | {"activation": "silu"}
+    return without_output(reference_gradients(CONV, given, ("x", "weight"), inputs["dy"]))
 
 
 def our_convolution(inputs: Inputs) -> Call:
@@ -155,7 +179,7 @@ def fla_convolution(inputs: Inputs) -> Call:
         y: Tensor = causal_conv1d(x, weight, activation="silu")[0]
         return y
 
-    return differentiated(False, [x, weight], output, inputs["dy"])
+    return without_output(differentiated(False, [x, weight], output, inputs["dy"]))
 
 
 def norm_inputs(device: torch.device) -> Inputs:
@@ -165,9 +189,15 @@ def norm_inputs(device: torch.device) -> Inputs:
     return {"o": o, "output_gate": gate, "weight": weight, "dy": dy}
 
 
+def norm_reference(inputs: Inputs) -> Call:
+    given = inputs | {"eps": NORM_EPS}
+    names = ("o", "output_gate", "weight")
+    return without_output(reference_gradients(NORM, given, names, inputs["dy"]))
+
+
 def our_norm(inputs: Inputs) -> Call:
     backward = torch.ops.kda_ops.rms_norm_gated_backward.default
-    arguments = (*(inputs[name] for name in ("o", "output_gate", "weight")), 1e-5, inputs["dy"])
+    arguments = (*(inputs[name] for name in ("o", "output_gate", "weight")), NORM_EPS, inputs["dy"])
     return lambda: backward(*arguments, [True, True, True, False])
 
 
@@ -177,17 +207,19 @@ def fla_norm(inputs: Inputs) -> Call:
     leaves = [inputs[name].detach().requires_grad_() for name in ("o", "output_gate", "weight")]
 
     def output() -> Tensor:
-        y: Tensor = rms_norm_gated(*leaves, None, activation="sigmoid", eps=1e-5)
+        y: Tensor = rms_norm_gated(*leaves, None, activation="sigmoid", eps=NORM_EPS)
         return y
 
-    return differentiated(False, leaves, output, inputs["dy"])
+    return without_output(differentiated(False, leaves, output, inputs["dy"]))
 
 
 def small_rows() -> list[Row]:
     found = []
-    for stage, make, theirs, ours, count in (
-        ("short_conv backward", conv_inputs, fla_convolution, our_convolution, 3 * CHANNELS),
-        ("rms_norm_gated backward", norm_inputs, fla_norm, our_norm, 5 * HEADS * HEAD_DIM),
+    conv = (conv_inputs, fla_convolution, our_convolution, conv_reference, 3 * CHANNELS)
+    norm = (norm_inputs, fla_norm, our_norm, norm_reference, 5 * HEADS * HEAD_DIM)
+    for stage, (make, theirs, ours, reference, count) in (
+        ("short_conv backward", conv),
+        ("rms_norm_gated backward", norm),
     ):
         for provider, prepare in {**fla(theirs), OURS: ours}.items():
             row = Row(
@@ -196,8 +228,9 @@ def small_rows() -> list[Row]:
                 provider=provider,
                 make=make,
                 prepare=prepare,
-                expected=None,
+                expected=reference,
                 bytes_moved=2 * TOKENS * count,
+                poison=provider == OURS,
                 graph=False,
             )
             found.append(row)

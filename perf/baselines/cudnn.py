@@ -16,13 +16,14 @@ from perf.harness.gradients import UnavailableError, differentiated
 from perf.harness.machine import version
 from perf.harness.rows import Call, Inputs, Prepare
 
+CUDNN = "cuDNN frontend"  # its name in rows begins with it
 NAMES = ("q", "k", "v", "raw_gate", "raw_beta", "A_log", "dt_bias")
 
 
 def cudnn(baseline: Any) -> dict[str, Any]:
     """A baseline under its name in reports, or nothing if it is not installed."""
     installed = version("nvidia-cudnn-frontend")
-    return {} if installed is None else {f"cuDNN frontend {installed}, activated gates": baseline}
+    return {} if installed is None else {f"{CUDNN} {installed}, activated gates": baseline}
 
 
 def activated(
@@ -68,7 +69,7 @@ def tried(make: Any) -> Call:
             torch.cuda.synchronize()
     except Exception as error:  # whatever its parts raise where one is missing or refuses
         reason = f"{type(error).__name__}: {error}"
-        raise UnavailableError(f"cuDNN frontend cannot run here: {reason}") from error
+        raise UnavailableError(f"{CUDNN} cannot run here: {reason}") from error
     return call
 
 

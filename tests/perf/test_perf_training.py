@@ -1,5 +1,6 @@
 """Benchmarks of training without a GPU: baselines with stand-ins, errors of gradients."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -17,7 +18,16 @@ from perf.baselines import cudnn as baseline
 from perf.bench_core import core, core_inputs
 from perf.harness import accuracy
 from perf.harness.gradients import UnavailableError
-from perf.harness.rows import OURS, Inputs, Prepare, relative_error
+from perf.harness.rows import (
+    AGREEMENT,
+    OURS,
+    Inputs,
+    Prepare,
+    Row,
+    check,
+    relative_error,
+    tensors,
+)
 
 CPU = torch.device("cpu")
 CUDNN = "cuDNN frontend 1.32.0, activated gates"
@@ -115,6 +125,39 @@ def test_cudnns_rows_are_those_of_one_sequence() -> None:
 def test_nothing_where_cudnn_is_not_installed() -> None:
     with mock.patch.object(baseline, "version", return_value=None):
         assert baseline.cudnn(baseline.cudnn_core) == {}
+
+
+# ---------------------------------------------------------------------- our rows
+
+
+SIZES = {"whole": ((70,), 2, None), "ragged": ((70, 0, 58), 2, -5.0)}
+
+
+@pytest.fixture
+def our_rows() -> Iterator[list[Row]]:
+    """Those of operators, at small sizes."""
+    sizes = {"CORES": SIZES, "TOKENS": 70, "CHANNELS": 48, "HEADS": 2, "HEAD_DIM": 16}
+    with mock.patch.multiple(bench_training, **sizes):
+        found = [*bench_training.core_rows(), *bench_training.small_rows()]
+        yield [row for row in found if row.provider == OURS]
+
+
+def test_our_rows_give_the_gradients_of_the_references(our_rows: list[Row]) -> None:
+    assert len(our_rows) == 2 * len(SIZES) + 2
+    for row in our_rows:
+        with torch.no_grad():
+            assert check(row, CPU) <= AGREEMENT, row
+
+
+def test_a_row_with_a_wrong_gradient_is_not_measured(our_rows: list[Row]) -> None:
+    for row in our_rows:
+
+        def wrong(inputs: Inputs, prepare: Any = row.prepare) -> Any:
+            *others, last = tensors(prepare(inputs)())
+            return lambda: [*others, last * 1.1]
+
+        with torch.no_grad(), pytest.raises(ValueError, match="is off by"):
+            check(dataclasses.replace(row, prepare=wrong), CPU)
 
 
 # ---------------------------------------------------------------------- errors of gradients
