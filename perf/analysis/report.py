@@ -1,10 +1,10 @@
 """Turns runs into a report: `python -m perf.analysis.report RUN.json ... [--page FILE]
-[--picture PNG] [--training FILE]`.
+[--picture PNG] [--training FILE [--training-picture PNG]]`.
 
 Prints the targets, each from the newest run with both our row and a baseline's, and the table of
 all rows, each from the newest run that has it. `--page` writes them between that file's markers,
-but those of training, which `--training` writes between those of another; `--picture` draws stacked
-bars (needs matplotlib).
+but those of training, which `--training` writes between those of another; the pictures are stacked
+bars (need matplotlib).
 """
 
 import argparse
@@ -155,10 +155,14 @@ def write_page(path: Path, rows: Sequence[Result], goals: str, picture: Path | N
         raise ValueError("the run must hold at least one row, got none")
     parts = [machine_line(rows)]
     if picture is not None:
-        link = os.path.relpath(picture, path.parent)
-        parts.append(f"![Time of each stage, ours beside the baseline's]({link})")
+        parts.append(linked(picture, path))
     parts += [goals, "<details>\n<summary>All rows</summary>", table(rows), "</details>"]
     write_between(path, BEGIN, "\n\n".join(parts), END)
+
+
+def linked(picture: Path, page: Path) -> str:
+    link = os.path.relpath(picture, page.parent)
+    return f"![Time of each stage, ours beside the baseline's]({link})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, help="write the report between this file's markers")
     parser.add_argument("--picture", type=Path, help="draw stacked bars into this PNG")
     parser.add_argument("--training", type=Path, help="write training between this file's markers")
+    parser.add_argument("--training-picture", type=Path, help="the same bars of training")
     options = parser.parse_args(arguments)
     runs = [read_run(path) for path in options.runs]
     rows = newest(runs)
@@ -192,20 +197,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"slower than {baseline}: {row['stage']} {row['case']}, {row['provider']}")
     for row, seconds in slowest(rows):
         print(f"{seconds:6.1f} s to measure {row['stage']} {row['case']}, {row['provider']}")
-    if options.picture:
-        from perf.analysis.picture import draw
-
-        draw(options.picture, rows)
     trained = [row for row in rows if targets.is_training(row)]
+    others = [row for row in rows if row not in trained]
+    for path, shown, goals in (
+        (options.picture, others, targets.TARGETS),
+        (options.training_picture, trained, targets.TRAINING),
+    ):
+        if path and shown:
+            from perf.analysis.picture import draw
+
+            draw(path, shown, goals)
     if options.page:
-        others = [row for row in rows if row not in trained]
-        goals = targets.table(judged, targets.TARGETS)
+        goals_table = targets.table(judged, targets.TARGETS)
         if trained:
-            goals += "\n\nTraining has [a page of its own](training.md)."
-        write_page(options.page, others, goals, options.picture)
+            goals_table += "\n\nTraining has [a page of its own](training.md)."
+        write_page(options.page, others, goals_table, options.picture)
     if options.training:
-        machine = machine_line(trained) if trained else ""
-        write_between(options.training, BEGIN, training_part(trained, judged, machine), END)
+        picture = options.training_picture
+        head = [machine_line(trained)] if trained else []
+        head += [linked(picture, options.training)] if picture else []
+        write_between(options.training, BEGIN, training_part(trained, judged, head), END)
     return 0
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from perf.analysis import targets
+from perf.baselines.cudnn import CUDNN
 from perf.harness.runs import short_number
 
 COLUMNS = (
@@ -41,18 +42,20 @@ def error_table(rows: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def training_part(rows: Sequence[Result], judged: Sequence[Result], machine: str) -> str:
+def training_part(rows: Sequence[Result], judged: Sequence[Result], head: Sequence[str]) -> str:
     """The generated part of a page on training; empty without rows of it.
 
     Args:
         rows: Those of training that were timed, each from the newest run that has it.
         judged: Rows of accuracy and time, those of a case from one run, for targets.
-        machine: A line on the machine.
+        head: Paragraphs on the machine and with a picture.
     """
     if not rows:
         return ""
     errors = [row for row in judged if row["stage"] == targets.ACCURACY["gradient_accuracy"]]
-    parts = ["## Speed, memory and errors", machine, targets.table(judged, targets.TRAINING)]
+    parts = ["## Speed, memory and errors", *head, targets.table(judged, targets.TRAINING)]
+    if any(row["provider"].startswith(CUDNN) for row in rows):
+        parts.append(f"{CUDNN} has less to do: norms, gate and sigmoid are not in its time.")
     if errors:
         said = "Relative errors (Frobenius) of gradients, against the recurrence in fp64:"
         parts += [said, error_table(errors)]

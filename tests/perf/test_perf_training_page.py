@@ -9,7 +9,7 @@ import pytest
 
 from kda_ops.__main__ import main as kda_ops
 from kda_ops.demos.training import command
-from perf.analysis import curve, report, targets
+from perf.analysis import curve, picture, report, targets
 from perf.harness import machine
 from tests.perf.test_perf_report import make_result
 
@@ -48,13 +48,25 @@ def pages(folder: Path) -> list[Path]:
 def test_training_has_its_own_page(tmp_path: Path) -> None:
     performance, training = pages(tmp_path)
     run = trained_run(tmp_path / "run.json")
-    assert report.main([str(run), "--page", str(performance), "--training", str(training)]) == 0
+    drawn = []
+    arguments = ["--page", str(performance), "--training", str(training)]
+    arguments += [f"--picture={tmp_path / 'a.png'}", f"--training-picture={tmp_path / 'b.png'}"]
+    with mock.patch.object(picture, "draw", lambda *of: drawn.append(of)):
+        assert report.main([str(run), *arguments]) == 0
+    forward, of_training = drawn
+    assert forward[0].name == "a.png"
+    assert {row["stage"] for row in forward[1]} == {"gate"}
+    assert of_training[0].name == "b.png"
+    assert {row["stage"] for row in of_training[1]} == {"core training"}
+    assert picture.panels(of_training[1], of_training[2]) == []  # these rows have no kernels
     text = performance.read_text()
+    assert "(a.png)" in text
     assert "training.md" in text
     assert "core training" not in text
     assert "| gate | small | kda_ops | 4 |" in text
     text = training.read_text()
     assert text.startswith(f"before\n\n{report.BEGIN}\n## Speed, memory and errors\n\nNVIDIA H200")
+    assert "(b.png)" in text
     goal = "| core training softplus-T8192-H32, against FLA | baseline / ours | 3 | 3.5 | 2.5 |"
     assert f"{goal} **missed** |" in text
     assert "against FLA | peak memory, ours / baseline | 1 | 0.8 | 1 | met |" in text
@@ -132,10 +144,10 @@ def test_one_command_writes_what_the_page_needs(
         run = trained(tmp_path / "run.json", text, "--baseline=fla")
     page = tmp_path / "training.md"
     page.write_text(f"before\n{curve.BEGIN}\nold\n{curve.END}\nafter\n")
-    picture = tmp_path / "assets" / "training.svg"
+    drawing = tmp_path / "assets" / "training.svg"
     drawn: dict[str, Any] = {}
     with mock.patch.object(curve, "write_picture", lambda curves, path: drawn.update(curves)):
-        arguments = [str(tmp_path / "run.json"), "--page", str(page), "--picture", str(picture)]
+        arguments = [str(tmp_path / "run.json"), "--page", str(page), "--picture", str(drawing)]
         capsys.readouterr()
         assert curve.main(arguments) == 0
     out = capsys.readouterr().out
