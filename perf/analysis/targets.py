@@ -213,8 +213,8 @@ def table(rows: Rows, targets: Sequence[Target] | None = None) -> str:
 
 
 def missed(rows: Rows, targets: Sequence[Target] | None = None) -> list[Target]:
-    """Targets that are missed or not measured."""
-    judged = targets_for(rows) if targets is None else targets
+    """Required targets that are missed or not measured."""
+    judged = [t for t in targets or targets_for(rows) if t.required is not None]
     values = ((target, value_of(target, rows)) for target in judged)
     return [t for t, value in values if value is None or not t.met(value, t.required)]
 
