@@ -7,6 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 CHECKED := kda_ops lowering tests perf
 HISTORY := perf/history
+TRAINED = $(lastword $(sort $(wildcard $(HISTORY)/h200/training/*.json)))
 OVERVIEW := $(HISTORY)/h200/2026-11-27-must.json  # the newest run with all rows of the picture
 
 .PHONY: help demo test check docs format format-check lint types wheel-check nixl test-nixl test-gpu perf perf-compare perf-report clean
@@ -95,7 +96,9 @@ perf-compare: $(VENV)/.perf-installed
 	$(RUN) -m perf.analysis.compare $(FILE)
 
 perf-report: $(VENV)/.perf-installed
-	$(RUN) -m perf.analysis.report $(wildcard $(HISTORY)/h200/*.json) --page docs/performance.md --picture docs/assets/report.png
+	$(RUN) -m perf.analysis.report $(wildcard $(HISTORY)/h200/*.json) --page docs/performance.md --picture docs/assets/report.png \
+		--training docs/training.md --training-picture docs/assets/training-report.png
+	$(if $(TRAINED),$(RUN) -m perf.analysis.curve $(TRAINED) --page docs/training.md --picture docs/assets/training.png)
 	$(RUN) -m perf.analysis.mesh --page docs/several-gpus.md
 	$(RUN) -m perf.analysis.overview $(OVERVIEW) --svg docs/assets/overview.svg
 

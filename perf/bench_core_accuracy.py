@@ -16,8 +16,8 @@ from torch import Tensor
 
 from perf.baselines.fla import fla, fla_core
 from perf.bench_core import core, core_inputs, fused_core
-from perf.harness.machine import gpu, software
-from perf.harness.rows import OURS, SEED, Inputs, Prepare, direct, relative_error
+from perf.harness.accuracy import accuracy_row, errors_of
+from perf.harness.rows import OURS, SEED, Inputs, Prepare, direct
 from perf.harness.timing import CLOCK, event_seconds
 
 T, H = 512, 32
@@ -84,13 +84,13 @@ def step_recurrence(
         decay = (lower_bound * torch.sigmoid(rate * z)).exp()
     beta = beta.sigmoid()
     S = torch.zeros(q.shape[1], v.shape[2], q.shape[2], dtype=torch.float64, device=q.device)
-    o = torch.empty_like(v)
+    o = []
     for t in range(len(q)):
         S = S * decay[t, :, None, :]
         rest = v[t] - (S @ k[t, :, :, None])[..., 0]
         S = S + beta[t, :, None, None] * rest[:, :, None] * k[t, :, None, :]
-        o[t] = (S @ q[t, :, :, None])[..., 0] * q.shape[2] ** -0.5
-    return o[None], S[None]
+        o.append((S @ q[t, :, :, None])[..., 0] * q.shape[2] ** -0.5)
+    return torch.stack(o)[None], S[None]
 
 
 def providers() -> dict[str, Prepare]:
@@ -130,25 +130,5 @@ def bench_core_accuracy(
         calls = [providers()[provider](sample) for sample in samples]
         results = [call() for call in calls]
         benchmark.pedantic(lambda: CLOCK.advance(event_seconds(calls[0])), rounds=1)
-    errors = {
-        f"error_{part}": relative_error(torch.cat(ours), torch.cat(truth))
-        for part, ours, truth in zip(
-            ("o", "S"), zip(*results, strict=True), zip(*exact[name], strict=True), strict=True
-        )
-    }
-    if not provider.startswith(OURS):
-        baseline_errors[name] = {"baseline": provider} | {
-            f"baseline_{key}": x for key, x in errors.items()
-        }
-    beside = baseline_errors.get(name, {}) if provider.startswith(OURS) else {}
-    versions = {key: software()[key] for key in ("torch", "triton", "fla")}
-    benchmark.extra_info.update(
-        {
-            "accuracy": name,
-            "provider": provider,
-            **errors,
-            **beside,
-            "gpu": gpu()["gpu"],
-            **versions,
-        }
-    )
+    errors = errors_of(("o", "S"), results, exact[name])
+    benchmark.extra_info.update(accuracy_row("accuracy", name, provider, errors, baseline_errors))

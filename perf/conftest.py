@@ -1,9 +1,11 @@
 """Benchmarks need a CUDA device unless marked `host`; without one they are deselected, and the run
-says so.
+says so. The JSON of a run is on disk after each row, so that a run that is cut off keeps its rows.
 """
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from perf.baselines.autotuning import quick_tuning
 from perf.harness import machine
 from perf.harness.rows import Measurer, Row
+from perf.harness.runs import write_run
 from perf.harness.timing import CLOCK
 
 NO_DEVICE = "perf: no CUDA device, its benchmarks deselected"
@@ -37,6 +40,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if DESELECTED in config.stash:
         terminalreporter.write_line(NO_DEVICE, yellow=True)
+
+
+@functools.cache
+def described(config: pytest.Config) -> dict[str, Any]:
+    """Facts about the machine and the commit, asked for once: they take a second."""
+    commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
+    config.hook.pytest_benchmark_update_commit_info(config=config, commit_info=commit)
+    machine_info = config._benchmarksession.get_machine_info()  # type: ignore[attr-defined]
+    return {"machine_info": machine_info, "commit_info": commit}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """The rows so far, in the file that pytest-benchmark writes when the run ends."""
+    session = getattr(item.config, "_benchmarksession", None)
+    if session is None or not session.json or not session.benchmarks:
+        return
+    hook, config, rows = item.config.hook, item.config, session.benchmarks
+    run = hook.pytest_benchmark_generate_json(
+        config=config, benchmarks=rows, include_data=True, **described(config)
+    )
+    hook.pytest_benchmark_update_json(config=config, benchmarks=rows, output_json=run)
+    write_run(Path(session.json), run)
 
 
 def pytest_benchmark_update_machine_info(

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kda_ops.demos.training.model import mlp_width
+from perf.analysis.pages import write_between
 from perf.analysis.report import newest
 from perf.analysis.roofline import (
     ALL_REDUCE_SECONDS,
@@ -36,7 +37,6 @@ from perf.analysis.roofline import (
     Row,
     gpus,
     prefill_pieces,
-    write_notes,
 )
 from perf.bench_layer import HEAD_DIM, HEADS, HIDDEN, TOKENS, WEIGHTS, WIDTH
 from perf.harness.machine import HISTORY
@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = report(rows, options.gpu, SIZES if math.prod(sizes) == 1 else [sizes], options.tokens)
     print(text)
     if options.page:
-        write_notes(options.page, text, BEGIN, END)
+        write_between(options.page, BEGIN, text, END)
     return 0
 
 

@@ -1,5 +1,5 @@
 """The picture of a run: for each workload with a target, stacked bars of its stages' times, ours
-and the baseline's, and the roofline as a line.
+and the baselines', and the roofline as a line.
 """
 
 import re
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perf.analysis.targets import TARGETS
+from perf.analysis.targets import TARGETS, Target
 from perf.harness.rows import OURS
 from perf.harness.runs import short_number
 
@@ -17,7 +17,10 @@ STAGES = {
     "projections": r"nvjet|gemm|cutlass|cublas|splitK|addmm|_mm_|Cijk",
     "convolution": r"conv",
     "decode step": r"kda_decode|recurrent",
-    "chunks: scan": r"chunk_(scan|segments)|chunk_gated_delta_rule|chunk_gla_fwd_kernel_o|delta_h",
+    "chunks: gradient": r"chunk_kda_bwd_kernel|chunk_gradient|general_(chunk|gate)"
+    r"|backward_(tiles|keys)|parameter_sums",
+    "chunks: scan": r"chunk_(scan|segments)|chunk_gated_delta_rule|chunk_gla_fwd_kernel_o|delta_h"
+    r"|(states|general)_(forward|backward)",
     "chunks: prepare": r"prepare|intra|inter_solve|recompute_w_u|chunk_inputs",
     "norm of q and k": r"l2norm",
     "output norm": r"rms_norm|layer_norm",
@@ -28,6 +31,7 @@ COLOURS = {
     "projections": "#9aa5b1",
     "convolution": "#2a9d8f",
     "decode step": "#6d4c9f",
+    "chunks: gradient": "#b23a6b",
     "chunks: scan": "#1b5e9b",
     "chunks: prepare": "#5fa8d3",
     "norm of q and k": "#e9c46a",
@@ -54,10 +58,10 @@ def stacked(row: Row) -> dict[str, float]:
     return {stage: us for stage, us in shares.items() if us > 0}
 
 
-def panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def panels(rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[tuple[str, list[Row]]]:
     """For each workload with a target: the baselines, fastest first, then our fastest provider."""
     found = []
-    for stage, case in dict.fromkeys((target.stage, target.case) for target in TARGETS):
+    for stage, case in dict.fromkeys((target.stage, target.case) for target in targets):
         own = [r for r in rows if (r["stage"], r["case"]) == (stage, case) and r.get("kernels")]
         ours = [row for row in own if row["provider"].startswith(OURS)]
         baselines = sorted((row for row in own if row not in ours), key=lambda row: row["us"])
@@ -66,7 +70,7 @@ def panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return found
 
 
-def draw(path: Path, rows: Sequence[Row]) -> None:
+def draw(path: Path, rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> None:
     """Writes the PNG; the same rows and the same matplotlib give the same bytes.
 
     Raises:
@@ -79,7 +83,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    found = panels(rows)
+    found = panels(rows, targets)
     if not found:
         raise ValueError("rows must hold one of the works with a target, got none")
     lines = -(-len(found) // COLUMNS)

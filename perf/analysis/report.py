@@ -1,9 +1,10 @@
 """Turns runs into a report: `python -m perf.analysis.report RUN.json ... [--page FILE]
-[--picture PNG]`.
+[--picture PNG] [--training FILE [--training-picture PNG]]`.
 
 Prints the targets, each from the newest run with both our row and a baseline's, and the table of
 all rows, each from the newest run that has it. `--page` writes them between that file's markers,
-`--picture` draws stacked bars (needs matplotlib).
+but those of training, which `--training` writes between those of another; the pictures are stacked
+bars (need matplotlib).
 """
 
 import argparse
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from perf.analysis import targets
+from perf.analysis.pages import write_between
+from perf.analysis.training import training_part
 from perf.harness.rows import OURS
 from perf.harness.runs import read_run, short_number
 
@@ -148,19 +151,18 @@ def write_page(path: Path, rows: Sequence[Result], goals: str, picture: Path | N
     Raises:
         ValueError: The file lacks the markers, or there are no rows.
     """
-    text = path.read_text()
     if not rows:
         raise ValueError("the run must hold at least one row, got none")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} must hold {BEGIN} and then {END} once each")
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
     parts = [machine_line(rows)]
     if picture is not None:
-        link = os.path.relpath(picture, path.parent)
-        parts.append(f"![Time of each stage, ours beside the baseline's]({link})")
+        parts.append(linked(picture, path))
     parts += [goals, "<details>\n<summary>All rows</summary>", table(rows), "</details>"]
-    path.write_text(f"{head}{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}{tail}")
+    write_between(path, BEGIN, "\n\n".join(parts), END)
+
+
+def linked(picture: Path, page: Path) -> str:
+    link = os.path.relpath(picture, page.parent)
+    return f"![Time of each stage, ours beside the baseline's]({link})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="JSON files")
     parser.add_argument("--page", type=Path, help="write the report between this file's markers")
     parser.add_argument("--picture", type=Path, help="draw stacked bars into this PNG")
+    parser.add_argument("--training", type=Path, help="write training between this file's markers")
+    parser.add_argument("--training-picture", type=Path, help="the same bars of training")
     options = parser.parse_args(arguments)
     runs = [read_run(path) for path in options.runs]
     rows = newest(runs)
@@ -186,19 +190,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if not rows:
         return 0
-    goals = targets.table(measured_together(runs))
-    print(f"{machine_line(rows)}\n\n{table(rows)}\n\n{goals}\n")
+    judged = measured_together(runs)
+    print(f"{machine_line(rows)}\n\n{table(rows)}\n\n{targets.table(judged)}\n")
     for row in slower_than_baseline(rows):
         baseline = f"{row['baseline']} ({row['baseline_ratio']:.2f})"
         print(f"slower than {baseline}: {row['stage']} {row['case']}, {row['provider']}")
     for row, seconds in slowest(rows):
         print(f"{seconds:6.1f} s to measure {row['stage']} {row['case']}, {row['provider']}")
-    if options.picture:
-        from perf.analysis.picture import draw
+    trained = [row for row in rows if targets.is_training(row)]
+    others = [row for row in rows if row not in trained]
+    for path, shown, goals in (
+        (options.picture, others, targets.TARGETS),
+        (options.training_picture, trained, targets.TRAINING),
+    ):
+        if path and shown:
+            from perf.analysis.picture import draw
 
-        draw(options.picture, rows)
+            draw(path, shown, goals)
     if options.page:
-        write_page(options.page, rows, goals, options.picture)
+        goals_table = targets.table(judged, targets.TARGETS)
+        if trained:
+            goals_table += "\n\nTraining has [a page of its own](training.md)."
+        write_page(options.page, others, goals_table, options.picture)
+    if options.training:
+        picture = options.training_picture
+        head = [machine_line(trained)] if trained else []
+        head += [linked(picture, options.training)] if picture else []
+        write_between(options.training, BEGIN, training_part(trained, judged, head), END)
     return 0
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kda_ops._cases import operator_packages
+from perf.analysis.pages import write_between
 from perf.analysis.picture import stacked
 from perf.analysis.report import newest
 from perf.bench_layer import HIDDEN, TOKENS, WEIGHTS
@@ -258,19 +259,6 @@ def report(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_notes(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Replaces the text between two markers of a page.
-
-    Raises:
-        ValueError: The file lacks the markers.
-    """
-    notes = path.read_text()
-    if notes.count(begin) != 1 or notes.count(end) != 1:
-        raise ValueError(f"{path} must hold {begin} and {end} once each")
-    head, rest = notes.split(begin)
-    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="perf.analysis.roofline", description=__doc__.splitlines()[0]
@@ -284,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = report(newest(read_run(path) for path in paths))
     print(text)
     if options.notes:
-        write_notes(options.notes, text)
+        write_between(options.notes, BEGIN, text, END)
     return 0
 
 

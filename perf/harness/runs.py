@@ -1,6 +1,9 @@
-"""Reads the JSON of a run, including old ones with former names of fields; formats numbers."""
+"""Writes the JSON of a run, and reads it, including old ones with former names of fields; formats
+numbers.
+"""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,13 @@ OLD_NAMES = {
     "percent_of_floor": "percent_of_roofline",
 }
 OLD_PREFIX, PREFIX = "peer_", "baseline_"
+
+
+def write_run(path: Path, run: dict[str, Any]) -> None:
+    """Writes a run of pytest-benchmark, whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(run, default=str))
+    os.replace(unfinished, path)
 
 
 def read_run(path: Path) -> dict[str, Any]:

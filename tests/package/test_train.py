@@ -25,6 +25,7 @@ from torch import Tensor
 import kda_ops
 from kda_ops.__main__ import main
 from kda_ops._progress import Bar
+from kda_ops._versions import version
 from kda_ops.demos.training import command, curve
 from kda_ops.demos.training.baseline import FlaMixer, fla_layer
 from kda_ops.demos.training.text import read_text
@@ -398,6 +399,8 @@ def test_json(text: Path, train: Callable[..., dict[str, Any]]) -> None:
     assert found["bytes"] == len(text.read_bytes())
     assert found["baseline"] is found["saved"] is found["fault"] is found["peak_bytes"] is None
     assert found["compiled"] is False
+    assert found["device_name"].startswith("cpu, ")
+    assert (found["torch"], found["triton"]) == (torch.__version__, version("triton"))
 
 
 def test_the_default_text_is_there() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from perf.analysis import roofline
+from perf.analysis.pages import write_between
 from perf.analysis.report import newest
 from perf.analysis.roofline import Gpu, Piece
 from perf.harness import machine
@@ -89,4 +90,4 @@ def test_the_notes_get_the_tables_between_their_markers(tmp_path: Path) -> None:
     assert all(f"| decode, batch 1 | {ranks} |" in text for ranks in roofline.RANKS)
     (tmp_path / "bare.md").write_text("nothing")
     with pytest.raises(ValueError, match="must hold <!-- roofline:begin -->"):
-        roofline.write_notes(tmp_path / "bare.md", text)
+        write_between(tmp_path / "bare.md", roofline.BEGIN, text, roofline.END)

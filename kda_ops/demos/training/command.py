@@ -18,6 +18,7 @@ import torch
 
 from kda_ops._checks import MAX_HEAD_DIM
 from kda_ops._progress import Bar, progress
+from kda_ops._versions import version
 from kda_ops.demos import arguments
 from kda_ops.demos.training.baseline import FlaMixer, fla_version
 from kda_ops.demos.training.checkpoints import load_checkpoint
@@ -366,7 +367,9 @@ def _as_json(
         "text": text.name,
         "bytes": len(text.content),
         "device": str(args.device),
+        "device_name": arguments.device_name(args.device),
         "torch": str(torch.__version__),
+        "triton": version("triton"),
         "compiled": not args.eager,
         "tp": ranks.tp,
         "cp": ranks.cp,
