@@ -43,10 +43,12 @@ def started(folder: Path) -> subprocess.Popen[bytes]:
         "--rootdir=.",
         "--benchmark-json=run.json",
     ]
+    # a worker of pytest-xdist would not benchmark
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
     run = subprocess.Popen(
         command,
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
