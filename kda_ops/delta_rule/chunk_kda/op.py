@@ -9,7 +9,6 @@ from kda_ops._checks import (
     check_device,
     check_dtype,
     check_number,
-    check_page_values,
     check_shape,
     check_varlen,
 )
@@ -17,13 +16,14 @@ from kda_ops._numerics import CHUNK, accumulation_dtype
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import BLOCKS, CHUNKS, CONTEXTS, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops._saving import SavingForward
-from kda_ops.blocks import BLOCK_ARGUMENTS, Blocks, check_block_values, check_blocks
+from kda_ops.blocks import BLOCK_ARGUMENTS, check_blocks
 from kda_ops.delta_rule.chunk_kda.reference import chunk_kda_reference, chunk_kda_state_reference
+from kda_ops.delta_rule.chunked.checks import check_chunk_state_values, check_chunk_values
 from kda_ops.delta_rule.chunked.gradient_workspace import Saved, saved_fake, saved_size
 from kda_ops.delta_rule.chunked.states import chunked_fake, chunked_state_fake
 from kda_ops.delta_rule.state_layout import v_first
 from kda_ops.native import define_native
-from kda_ops.varlen import check_varlen_values, prepare_chunk_indices, sequence_offsets
+from kda_ops.varlen import prepare_chunk_indices
 
 
 def _check_sums(g_cumsum: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -41,7 +41,7 @@ def _check_sums(g_cumsum: Tensor, cu_seqlens: Tensor | None) -> None:
 def check_chunk_kda_values(
     q: Tensor, g_cumsum: Tensor, cu_seqlens: Tensor | None, chunk_indices: Tensor | None
 ) -> None:
-    check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
+    check_chunk_values(q, cu_seqlens, chunk_indices)
     _check_sums(g_cumsum, cu_seqlens)
 
 
@@ -50,12 +50,10 @@ def check_chunk_kda_state_values(
     cu_seqlens: Tensor | None, chunk_indices: Tensor | None, block_table: Tensor | None,
     context_lens: Tensor | None, block_tokens: int,
 ) -> None:  # fmt: skip
-    check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
+    check_chunk_state_values(
+        q, state, state_indices, cu_seqlens, chunk_indices, block_table, context_lens, block_tokens
+    )
     _check_sums(g_cumsum, cu_seqlens)
-    check_page_values(state, state_indices)
-    blocks = Blocks.of(block_table, context_lens, block_tokens)
-    offsets = sequence_offsets(q[:, :, 0], cu_seqlens)
-    check_block_values(state.shape[0], state_indices, offsets, blocks)
 
 
 chunk_kda_op = define_op(

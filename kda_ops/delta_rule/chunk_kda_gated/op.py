@@ -2,60 +2,29 @@
 
 from torch import Tensor
 
-from kda_ops._checks import (
-    check_attention_inputs,
-    check_beta_scale,
-    check_chunk_states,
-    check_device,
-    check_gate_parameters,
-    check_not_negative,
-    check_number,
-    check_page_values,
-    check_shape,
-    check_varlen,
-    rates_of,
-)
-from kda_ops._numerics import CHUNK
+from kda_ops._checks import check_chunk_states, check_number, rates_of
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import BLOCKS, CHUNKS, CONTEXTS, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops._saving import SavingForward
-from kda_ops.blocks import BLOCK_ARGUMENTS, Blocks, check_block_values, check_blocks
+from kda_ops.blocks import BLOCK_ARGUMENTS, check_blocks
 from kda_ops.delta_rule.chunk_kda_gated.reference import (
     chunk_kda_gated_reference,
     chunk_kda_gated_state_reference,
+)
+from kda_ops.delta_rule.chunked.checks import (
+    RAW_INPUTS,
+    check_chunk_state_values,
+    check_chunk_values,
+    check_raw_inputs,
 )
 from kda_ops.delta_rule.chunked.gradient_workspace import Saved, saved_fake, saved_size
 from kda_ops.delta_rule.chunked.states import chunked_fake, chunked_state_fake
 from kda_ops.delta_rule.state_layout import v_first
 from kda_ops.native import define_native
-from kda_ops.varlen import check_varlen_values, prepare_chunk_indices, sequence_offsets
-
-
-def check_chunk_kda_gated_values(
-    q: Tensor, cu_seqlens: Tensor | None, chunk_indices: Tensor | None
-) -> None:
-    check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
-
-
-def check_chunk_kda_gated_state_values(
-    q: Tensor, state: Tensor, state_indices: Tensor | None, cu_seqlens: Tensor | None,
-    chunk_indices: Tensor | None, block_table: Tensor | None, context_lens: Tensor | None,
-    block_tokens: int,
-) -> None:  # fmt: skip
-    check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
-    check_page_values(state, state_indices)
-    blocks = Blocks.of(block_table, context_lens, block_tokens)
-    offsets = sequence_offsets(q[:, :, 0], cu_seqlens)
-    check_block_values(state.shape[0], state_indices, offsets, blocks)
-
-
-_RAW = (
-    "Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, Tensor? A_log, "
-    "Tensor? dt_bias, float? lower_bound, float beta_scale, float? qk_norm_eps, float scale"
-)
+from kda_ops.varlen import prepare_chunk_indices
 
 chunk_kda_gated_op = define_op(
-    f"chunk_kda_gated({_RAW}, Tensor? initial_state, bool output_final_state, "
+    f"chunk_kda_gated({RAW_INPUTS}, Tensor? initial_state, bool output_final_state, "
     "Tensor? cu_seqlens, Tensor? chunk_indices) -> (Tensor, Tensor)",
     reference=chunk_kda_gated_reference,
     fake=chunked_fake,
@@ -69,11 +38,11 @@ chunk_kda_gated_op = define_op(
         fake=saved_fake,
         size=saved_size,
     ),
-    check_values=check_chunk_kda_gated_values,
+    check_values=check_chunk_values,
 )
 
 chunk_kda_gated_state_op = define_op(
-    f"chunk_kda_gated.state({_RAW}, Tensor(a!) state, Tensor? state_indices, "
+    f"chunk_kda_gated.state({RAW_INPUTS}, Tensor(a!) state, Tensor? state_indices, "
     "Tensor? has_initial_state, Tensor? cu_seqlens, Tensor? chunk_indices, str state_layout, "
     f"{BLOCK_ARGUMENTS}) -> Tensor",
     reference=chunk_kda_gated_state_reference,
@@ -87,7 +56,7 @@ chunk_kda_gated_state_op = define_op(
         "block_table": BLOCKS,
         "context_lens": CONTEXTS,
     },
-    check_values=check_chunk_kda_gated_state_values,
+    check_values=check_chunk_state_values,
 )
 define_native(chunk_kda_gated_op, "kda_ops.delta_rule.chunked.native:chunk_kda_gated")
 define_native(chunk_kda_gated_state_op, "kda_ops.delta_rule.chunked.native:chunk_kda_gated_state")
@@ -179,14 +148,10 @@ def chunk_kda_gated(
             offsets, chunks or slots with wrong values.
         RuntimeError: `state` is given and an input requires grad.
     """
-    check_attention_inputs(q, k, v, raw_beta, "raw_beta")
-    check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
-    check_shape("raw_gate", raw_gate, (*v.shape[:3], q.shape[3]))
-    check_device(q=q, k=k, v=v, raw_gate=raw_gate, raw_beta=raw_beta)
-    check_beta_scale(beta_scale)
-    if qk_norm_eps is not None:
-        check_not_negative("qk_norm_eps", qk_norm_eps)
-    check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)
+    check_raw_inputs(
+        q, k, v, raw_gate, raw_beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps,
+        cu_seqlens, chunk_indices,
+    )  # fmt: skip
     check_chunk_states(
         q, v, initial_state, output_final_state, state, state_indices, has_initial_state,
         cu_seqlens, state_layout,

@@ -4,43 +4,29 @@ import torch
 from torch import Tensor
 
 from kda_ops._checks import (
-    check_attention_inputs,
-    check_beta_scale,
     check_chunk_states,
     check_device,
     check_dtype,
-    check_gate_parameters,
-    check_not_negative,
     check_number,
     check_shape,
-    check_varlen,
     rates_of,
 )
-from kda_ops._numerics import CHUNK
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import CHUNKS, OFFSETS
 from kda_ops.delta_rule.chunk_kda_gated_affine.reference import chunk_kda_gated_affine_reference
+from kda_ops.delta_rule.chunked.checks import RAW_INPUTS, check_chunk_values, check_raw_inputs
 from kda_ops.delta_rule.chunked.states import chunked_affine_fake
 from kda_ops.native import define_native
-from kda_ops.varlen import check_varlen_values, prepare_chunk_indices
-
-
-def check_chunk_kda_gated_affine_values(
-    q: Tensor, cu_seqlens: Tensor | None, chunk_indices: Tensor | None
-) -> None:
-    check_varlen_values(q, cu_seqlens, chunk_indices, CHUNK)
-
+from kda_ops.varlen import prepare_chunk_indices
 
 chunk_kda_gated_affine_op = define_op(
-    "chunk_kda_gated_affine(Tensor q, Tensor k, Tensor v, Tensor raw_gate, Tensor raw_beta, "
-    "Tensor? A_log, Tensor? dt_bias, float? lower_bound, float beta_scale, float? qk_norm_eps, "
-    "float scale, Tensor? initial_state, Tensor? entered, Tensor? cu_seqlens, "
-    "Tensor? chunk_indices) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"chunk_kda_gated_affine({RAW_INPUTS}, Tensor? initial_state, Tensor? entered, "
+    "Tensor? cu_seqlens, Tensor? chunk_indices) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=chunk_kda_gated_affine_reference,
     fake=chunked_affine_fake,
     cuda="kda_ops.delta_rule.chunk_kda_gated_affine.kernel:launch_chunk_kda_gated_affine",
     roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
-    check_values=check_chunk_kda_gated_affine_values,
+    check_values=check_chunk_values,
 )
 define_native(chunk_kda_gated_affine_op, "kda_ops.delta_rule.chunked.native:chunk_kda_gated_affine")
 
@@ -104,14 +90,10 @@ def chunk_kda_gated_affine(
         ValueError: An invalid shape, dtype, device or combination of arguments; on the CPU also
             offsets or chunks with wrong values.
     """
-    check_attention_inputs(q, k, v, raw_beta, "raw_beta")
-    check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
-    check_shape("raw_gate", raw_gate, (*v.shape[:3], q.shape[3]))
-    check_device(q=q, k=k, v=v, raw_gate=raw_gate, raw_beta=raw_beta)
-    check_beta_scale(beta_scale)
-    if qk_norm_eps is not None:
-        check_not_negative("qk_norm_eps", qk_norm_eps)
-    check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)
+    check_raw_inputs(
+        q, k, v, raw_gate, raw_beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps,
+        cu_seqlens, chunk_indices,
+    )  # fmt: skip
     check_chunk_states(q, v, initial_state, True, None, None, None, cu_seqlens, "VK")
     if entered is not None:
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
