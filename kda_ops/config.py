@@ -21,7 +21,7 @@ Attributes:
         (`kda_ops.tuning`), never from timing. Applies to later eager calls and compilations, which
         have separate caches; code that is already compiled is unchanged.
     saved_bytes: How much a call of chunked KDA on a GPU may save for its gradient besides its
-        inputs and its output: 116 KB for 64 tokens of a head in bf16, K = V = 128. Where it takes
+        inputs and its output: 118 KB for 64 tokens of a head in bf16, K = V = 128. Where it takes
         more (by the sizes with which a graph with dynamic ones is compiled), and with 0, the
         gradient computes the states again, which takes a fifth longer. 1 GB by default. Applies to
         later eager calls and compilations.

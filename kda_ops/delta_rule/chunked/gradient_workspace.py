@@ -2,15 +2,15 @@
 
 One row per (chunk, value head), as in `kda_ops.delta_rule.chunked.workspace`: tiles w, kg, qg [64,
 K], Aqk and T [64, 64], u and then vn [64, V]; vectors in fp32 (`gradient_rows_of`, `parts_of`); the
-states [K, V] before the chunk, and their gradients after it. 150,016 bytes with 128 x 128 in bf16,
-619 MB at T = 8192 and 32 heads. The tiles of `backward_tiles_kernel` reuse the memory that the
+states [K, V] before the chunk, and their gradients after it. 152,576 bytes with 128 x 128 in bf16,
+630 MB at T = 8192 and 32 heads. The tiles of `backward_tiles_kernel` reuse the memory that the
 scans have read.
 
 Above `GRADIENT_BYTES` it is processed in slabs, from the last to the first, after the forward
 recurrence has run through all but the last: a slab starts from the state that this pass left,
 `[slabs + 1, HV, K, V]`, one per boundary, since at most one sequence crosses it.
 
-Tiles, rows and states may be `Saved` by the forward: 115,968 bytes. They are only read then, and
+Tiles, rows and states may be `Saved` by the forward: 118,016 bytes. They are only read then, and
 the tiles of `backward_tiles_kernel` have memory of their own.
 """
 
