@@ -173,11 +173,11 @@ def backward_prepare_kernel(
     v = tl.load(v_ptr + b * v_b + h * v_h + first * v_t + (t[:, None] * v_t + dv))
     tl.store(u_ptr + (i * V + dv), tl.dot(X, v.to(dtype)).to(dtype))
     at = i * K + d[None, :]
-    e = tl.exp2(tl.dot(half_like(j > i, X, PACKED), y))  # 2^(G_last - G)
     k = k.to(tl.float32)
-    tl.store(kg_ptr + at, (k * e).to(dtype))
     G = tl.dot(half_like(j <= i, X, PACKED), y)
     tl.store(marks_ptr + (i // 16 * K + d[None, :]), G, mask=(i % 16 == 15) & (d >= 0)[None, :])
     e = tl.exp2(G)
     tl.store(qg_ptr + at, (q.to(tl.float32) * SCALE * e).to(dtype))
     tl.store(w_ptr + at, tl.dot(X, (k * e).to(dtype)).to(dtype))
+    e = tl.exp2(tl.dot(half_like(j > i, X, PACKED), y))  # 2^(G_last - G)
+    tl.store(kg_ptr + at, (k * e).to(dtype))
