@@ -145,12 +145,13 @@ class Bench:
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
         return seconds, peak if alone else int(largest(peak, self.device))
 
-    def one(self, count: int) -> tuple[float, int]:
-        """On the first rank while the others wait."""
-        found = (0.0, 0)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            found = self.measure(self.make(), self.tokens(count), alone=True)
-        return largest(found[0], self.device), int(largest(found[1], self.device))
+    def alone(self, counts: Sequence[int]) -> list[tuple[float, int]]:
+        """What `measure` finds on one GPU, for each count; ranks share these out, at once."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        found = [(0.0, 0)] * len(counts)
+        for i in range(rank, len(counts), self.ranks):
+            found[i] = self.measure(self.make(), self.tokens(counts[i]), alone=True)
+        return [(largest(x, self.device), int(largest(y, self.device))) for x, y in found]
 
     def context_parallel(self, count: int) -> tuple[float, int]:
         context = ContextParallel(self.mesh())
@@ -183,13 +184,11 @@ def results(bench: Bench, long: int, short: int, longest: int) -> Iterator[Resul
         expected = predicted(name, ranks if name in ("cp", "tp") else 1, tokens)
         return Result(title, tokens, seconds, of_ideal, expected, peak or None)
 
-    for name, tokens, run in (
-        ("cp", long, bench.context_parallel),
-        ("tp", short, bench.tensor_parallel),
-    ):
-        one = bench.one(tokens)
+    alone = bench.alone((long, short))
+    for tokens, one in zip((long, short), alone, strict=True):
         yield row("one GPU", tokens, one)
-        yield row(name, tokens, run(tokens), one[0])
+    yield row("cp", long, bench.context_parallel(long), alone[0][0])
+    yield row("tp", short, bench.tensor_parallel(short), alone[1][0])
     if longest:
         yield row("cp", longest, bench.context_parallel(longest))
 
