@@ -9,9 +9,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ AUTOGRAD_KEYS = [
 TABLES = ("cu_seqlens", "chunk_indices")  # integers, which have no gradient
 
 
-@dataclass(frozen=True)
-class Backward:
+class Backward(NamedTuple):
     """What stands behind one `<name>_backward`.
 
     The operator takes the forward's arguments, a gradient per output (None where the output was not

@@ -28,8 +28,7 @@ microseconds, a call through `torch.library.custom_op` 7-9.
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,8 +63,7 @@ from kda_ops._roles import Role
 from kda_ops._saving import Saving, SavingForward
 
 
-@dataclass(frozen=True)
-class Operator:
+class Operator(NamedTuple):
     """The implementations of one operator; see `define_op`.
 
     `cpu` is the reference with its checks. `cuda` is the whole CUDA implementation; `launcher` is

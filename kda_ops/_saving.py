@@ -7,9 +7,8 @@ where a gradient will be taken; in compiled code the joint graph's two calls are
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ from kda_ops._gradients import (
 from kda_ops._library import LIBRARY, Parameters, by_name, define, implement, lazy, refuse_fp64
 
 
-@dataclass(frozen=True)
-class SavingForward:
+class SavingForward(NamedTuple):
     """What `define_op` is told.
 
     Attributes:
@@ -45,8 +43,7 @@ class SavingForward:
     size: Callable[..., int | None]
 
 
-@dataclass(frozen=True)
-class Launched:
+class Launched(NamedTuple):
     """An operator and its launcher, which a compiled graph contains."""
 
     op: Any
