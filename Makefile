@@ -97,7 +97,8 @@ perf-compare: $(VENV)/.perf-installed
 
 perf-report: $(VENV)/.perf-installed
 	$(RUN) -m perf.analysis.report $(wildcard $(HISTORY)/h200/*.json) --page docs/performance.md --picture docs/assets/report.png \
-		--training docs/training.md --training-picture docs/assets/training-report.png
+		--training docs/training.md --training-picture docs/assets/training-report.png \
+		--models docs/integrations.md --fla-layer docs/integrations-fla.md
 	$(if $(TRAINED),$(RUN) -m perf.analysis.curve $(TRAINED) --page docs/training.md --picture docs/assets/training.png)
 	$(RUN) -m perf.analysis.mesh --page docs/several-gpus.md
 	$(RUN) -m perf.analysis.overview $(OVERVIEW) --svg docs/assets/overview.svg

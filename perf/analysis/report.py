@@ -1,10 +1,10 @@
 """Turns runs into a report: `python -m perf.analysis.report RUN.json ... [--page FILE]
-[--picture PNG] [--training FILE [--training-picture PNG]]`.
+[--picture PNG] [--training FILE [--training-picture PNG]] [--models FILE] [--fla-layer FILE]`.
 
 Prints the targets, each from the newest run with both our row and a baseline's, and the table of
 all rows, each from the newest run that has it. `--page` writes them between that file's markers,
-but those of training, which `--training` writes between those of another; the pictures are stacked
-bars (need matplotlib).
+but those of training, of transformers' models and of FLA's layer, which the other options write
+between those of other pages; the pictures are stacked bars (need matplotlib).
 """
 
 import argparse
@@ -15,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from perf.analysis import targets
+from perf.analysis.integrations import integration_part
 from perf.analysis.pages import write_between
 from perf.analysis.training import training_part
 from perf.harness.rows import OURS
 from perf.harness.runs import read_run, short_number
 
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
+# Of the parts that `targets.OPTIONAL` names, beside the page on performance.
+PAGES = {
+    "training": "training.md",
+    "models": "integrations.md",
+    "FLA's layer": "integrations-fla.md",
+}
 COLUMNS = (
     *("stage", "case", "provider", "us", "roofline, us", "of roofline"),
     *("GB/s", "TFLOP/s", "launches", "baseline / ours"),
@@ -174,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, help="draw stacked bars into this PNG")
     parser.add_argument("--training", type=Path, help="write training between this file's markers")
     parser.add_argument("--training-picture", type=Path, help="the same bars of training")
+    parser.add_argument("--models", type=Path, help="write models between this file's markers")
+    parser.add_argument("--fla-layer", type=Path, help="write FLA's layer between this file's")
     options = parser.parse_args(arguments)
     runs = [read_run(path) for path in options.runs]
     rows = newest(runs)
@@ -197,8 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"slower than {baseline}: {row['stage']} {row['case']}, {row['provider']}")
     for row, seconds in slowest(rows):
         print(f"{seconds:6.1f} s to measure {row['stage']} {row['case']}, {row['provider']}")
-    trained = [row for row in rows if targets.is_training(row)]
-    others = [row for row in rows if row not in trained]
+    parts = {name: targets.rows_for(goals, rows) for name, goals in targets.OPTIONAL.items()}
+    trained = parts["training"]
+    others = [row for row in rows if not any(row in part for part in parts.values())]
     for path, shown, goals in (
         (options.picture, others, targets.TARGETS),
         (options.training_picture, trained, targets.TRAINING),
@@ -209,14 +219,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             draw(path, shown, goals)
     if options.page:
         goals_table = targets.table(judged, targets.TARGETS)
-        if trained:
-            goals_table += "\n\nTraining has [a page of its own](training.md)."
+        links = [f"[{name}]({PAGES[name]})" for name, part in parts.items() if part]
+        if links:
+            goals_table += f"\n\nOn pages of their own: {', '.join(links)}."
         write_page(options.page, others, goals_table, options.picture)
     if options.training:
         picture = options.training_picture
         head = [machine_line(trained)] if trained else []
         head += [linked(picture, options.training)] if picture else []
         write_between(options.training, BEGIN, training_part(trained, judged, head), END)
+    for path, name, heading in (
+        (options.models, "models", "### Speed on a GPU"),
+        (options.fla_layer, "FLA's layer", "## Speed on a GPU"),
+    ):
+        if path:
+            found = parts[name]
+            line = machine_line(found) if found else ""
+            goals = targets.OPTIONAL[name]
+            write_between(path, BEGIN, integration_part(found, judged, goals, heading, line), END)
     return 0
 
 
