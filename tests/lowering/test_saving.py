@@ -17,7 +17,7 @@ from tests.support.training import trained
 
 REWRITE = "save_chunks"
 OPS = [chunk_kda_op, chunk_kda_gated_op]
-ROW = {"tiles": 64 * (3 * 64 + 64 + 128) * 2, "rows": (64 + 192) * 4, "states": 64 * 64 * 2}
+ROW = {"tiles": 64 * (3 * 64 + 64 + 128) * 2, "rows": (5 * 64 + 192) * 4, "states": 64 * 64 * 2}
 
 
 def test_what_is_saved() -> None:

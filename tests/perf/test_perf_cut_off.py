@@ -16,6 +16,12 @@ from perf.harness.runs import read_run
 
 ROOT = Path(kda_ops.__file__).parent.parent
 SECONDS = 120
+# Children of a background job ignore SIGINT.
+PYTEST = """
+import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 # its first row is a row of ours, and its second one never ends
 BENCHMARK = """
 import pathlib, time
@@ -37,7 +43,7 @@ def bench_slowly(provider, benchmark):
 def started(folder: Path) -> subprocess.Popen[bytes]:
     """A run of the benchmark that is in its second row."""
     (folder / "bench_slowly.py").write_text(BENCHMARK)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "perf.conftest", "bench_slowly.py"]
+    command = [sys.executable, "-c", PYTEST, "-q", "-p", "perf.conftest", "bench_slowly.py"]
     command += [
         f"--config-file={ROOT / 'pyproject.toml'}",
         "--rootdir=.",
@@ -64,9 +70,12 @@ def started(folder: Path) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_a_run_that_is_cut_off_keeps_its_rows(name: str, tmp_path: Path) -> None:
     """Ctrl-C, `timeout`, and what no process hears of."""
-    run = started(tmp_path)
-    run.send_signal(getattr(signal, name))
-    out = run.communicate(timeout=SECONDS)[0].decode()
+    with started(tmp_path) as run:
+        run.send_signal(getattr(signal, name))
+        try:
+            out = run.communicate(timeout=SECONDS)[0].decode()
+        finally:
+            run.kill()
     assert run.returncode != 0, out
     assert [path.name for path in tmp_path.glob("run.json*")] == ["run.json"], out
     found = read_run(tmp_path / "run.json")
