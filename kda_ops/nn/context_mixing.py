@@ -9,16 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kda_ops._checks import (
-    check_attention_inputs,
-    check_beta_scale,
     check_chunk_states,
     check_cu_seqlens_shape,
     check_cu_seqlens_values,
     check_device,
-    check_gate_parameters,
-    check_not_negative,
     check_number,
-    check_shape,
     rates_of,
 )
 from kda_ops._numerics import QK_NORM_EPS, accumulation_dtype
@@ -26,6 +21,7 @@ from kda_ops._registry import selected
 from kda_ops._tracing import reads_values
 from kda_ops.conv.short_conv import short_conv
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op
+from kda_ops.delta_rule.chunked.checks import check_raw_inputs
 from kda_ops.delta_rule.state_layout import v_first
 from kda_ops.nn.context import ContextParallel, History, Packed
 from kda_ops.nn.context_scan import Constants, Scan
@@ -113,13 +109,9 @@ def context_chunk_kda(
         ValueError: As `chunk_kda_gated`, and a number of tokens that the rank's parts do not divide
             or that is 0.
     """
-    check_attention_inputs(q, k, v, raw_beta, "raw_beta")
-    check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
-    check_shape("raw_gate", raw_gate, (*v.shape[:3], q.shape[3]))
-    check_device(q=q, k=k, v=v, raw_gate=raw_gate, raw_beta=raw_beta)
-    check_beta_scale(beta_scale)
-    if qk_norm_eps is not None:
-        check_not_negative("qk_norm_eps", qk_norm_eps)
+    check_raw_inputs(
+        q, k, v, raw_gate, raw_beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps
+    )
     packed = packed_of(context, q, cu_seqlens)
     check_chunk_states(
         q, v, initial_state, output_final_state, None, None, None, cu_seqlens, state_layout

@@ -26,7 +26,7 @@ def before_activation(
             y += rows[tap] * taps[tap]
         e = tl.exp2(y * -LOG2E)
         if EXACT:
-            # 1 - s as e s: a difference would lose digits; without the limit it'd be inf times 0
+            # 1 - s as e s: a difference would lose digits; without the limit inf times 0
             e = tl.minimum(e, 1e30)
             s = quick_reciprocal(1.0 + e, PACKED)
             gradient *= s * (1.0 + y * (e * s))

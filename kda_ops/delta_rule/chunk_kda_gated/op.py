@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from kda_ops._checks import check_chunk_states, check_number, rates_of
+from kda_ops._checks import check_chunk_states, check_number, check_varlen, rates_of
+from kda_ops._numerics import CHUNK
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import BLOCKS, CHUNKS, CONTEXTS, OFFSETS, SLOTS, STATE_PAGES
 from kda_ops._saving import SavingForward
@@ -149,9 +150,9 @@ def chunk_kda_gated(
         RuntimeError: `state` is given and an input requires grad.
     """
     check_raw_inputs(
-        q, k, v, raw_gate, raw_beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps,
-        cu_seqlens, chunk_indices,
-    )  # fmt: skip
+        q, k, v, raw_gate, raw_beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps
+    )
+    check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)
     check_chunk_states(
         q, v, initial_state, output_final_state, state, state_indices, has_initial_state,
         cu_seqlens, state_layout,

@@ -9,8 +9,10 @@ from kda_ops._checks import (
     check_dtype,
     check_number,
     check_shape,
+    check_varlen,
     rates_of,
 )
+from kda_ops._numerics import CHUNK
 from kda_ops._registry import define_op, selected
 from kda_ops._roles import CHUNKS, OFFSETS
 from kda_ops.delta_rule.chunk_kda_gated_affine.reference import chunk_kda_gated_affine_reference
@@ -91,9 +93,9 @@ def chunk_kda_gated_affine(
             offsets or chunks with wrong values.
     """
     check_raw_inputs(
-        q, k, v, raw_gate, raw_beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps,
-        cu_seqlens, chunk_indices,
-    )  # fmt: skip
+        q, k, v, raw_gate, raw_beta, A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps
+    )
+    check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)
     check_chunk_states(q, v, initial_state, True, None, None, None, cu_seqlens, "VK")
     if entered is not None:
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

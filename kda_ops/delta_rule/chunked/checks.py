@@ -10,7 +10,6 @@ from kda_ops._checks import (
     check_not_negative,
     check_page_values,
     check_shape,
-    check_varlen,
 )
 from kda_ops._numerics import CHUNK
 from kda_ops.blocks import Blocks, check_block_values
@@ -41,7 +40,7 @@ def check_chunk_state_values(
 def check_raw_inputs(
     q: Tensor, k: Tensor, v: Tensor, raw_gate: Tensor, raw_beta: Tensor, A_log: Tensor | None,
     dt_bias: Tensor | None, lower_bound: float | None, beta_scale: float,
-    qk_norm_eps: float | None, cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+    qk_norm_eps: float | None,
 ) -> None:  # fmt: skip
     check_attention_inputs(q, k, v, raw_beta, "raw_beta")
     check_gate_parameters(raw_gate, A_log, dt_bias, lower_bound)
@@ -50,4 +49,3 @@ def check_raw_inputs(
     check_beta_scale(beta_scale)
     if qk_norm_eps is not None:
         check_not_negative("qk_norm_eps", qk_norm_eps)
-    check_varlen("q", q, cu_seqlens, chunk_indices, CHUNK)

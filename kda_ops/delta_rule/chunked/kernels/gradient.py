@@ -101,13 +101,15 @@ def finish_keys(
     done = eps is None and all(by_head[name] is found[name] for name in ("q", "k"))
     dq, dk = (None, None) if done else (found["q"], found["k"])
     dbeta = None if beta is None else found["beta"]
-    programs = 0 if dq is None and dk is None and dbeta is None else part.programs * H
+    programs = 0
+    if not (dq is None and dk is None and dbeta is None):
+        programs = part.programs * H
+    elif sums is None:
+        return
     summed = None, None, None, 0
     if sums is not None:
         summed = sums, found["dt_bias"], found["A_log"], sums.shape[0]
         programs += HV
-    if isinstance(programs, int) and programs == 0:
-        return
     rows, parts, blocks = (None, None, 0) if beta is None else beta[:3]
     traceable(backward_keys_kernel)[(programs,)](
         q, k, by_head["q"], by_head["k"], rows, parts, dq, dk, dbeta, *summed, *part.tables,
