@@ -22,6 +22,8 @@ from perf.baselines.others import more_baselines
 from perf.harness.rows import OURS, Row, direct, function_rows
 
 D = 128
+# raw inputs of the core that have gradients
+NAMES = ("q", "k", "v", "raw_gate", "raw_beta", "A_log", "dt_bias")
 RAGGED = (1300, 547, 2048, 963, 271, 3063)
 
 

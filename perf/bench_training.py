@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from kda_ops._registry import OPERATORS
 from kda_ops.delta_rule.chunk_kda_gated.op import chunk_kda_gated_op
 from kda_ops.nn.layer import KimiDeltaAttention
-from perf.baselines.cudnn import CUDNN, NAMES, cudnn, cudnn_core
+from perf.baselines.cudnn import CUDNN, cudnn, cudnn_core
 from perf.baselines.fla import fla
-from perf.bench_core import core_inputs
+from perf.bench_core import NAMES, core_inputs
 from perf.bench_layer import (
     COMPILE_SECONDS,
     HEAD_DIM,

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from perf import bench_core_accuracy
-from perf.baselines.cudnn import NAMES, cudnn, cudnn_from_raw
+from perf.baselines.cudnn import cudnn, cudnn_from_raw
 from perf.baselines.fla import fla
-from perf.bench_core import core, fused_core
+from perf.bench_core import NAMES, core, fused_core
 from perf.bench_core_accuracy import CASES, step_recurrence
 from perf.bench_training import fla_core, with_gradient
 from perf.harness.accuracy import accuracy_row, errors_of

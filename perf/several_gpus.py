@@ -28,6 +28,7 @@ from kda_ops.demos import arguments
 from kda_ops.nn import ContextParallel, parallelize
 from kda_ops.nn.layer import KimiDeltaAttention
 from perf.analysis.mesh import Mesh, layer, nvlink
+from perf.analysis.pages import table_row
 from perf.analysis.report import newest
 from perf.analysis.roofline import MEASURED, gpus, prefill_pieces
 from perf.bench_layer import HEAD_DIM, HEADS, HIDDEN
@@ -206,7 +207,7 @@ def line(x: Result) -> str:
         "" if x.predicted_seconds is None else f"{x.predicted_seconds * 1e3:,.2f}",
         "" if x.peak_bytes is None else f"{x.peak_bytes * 1e-6:,.0f}",
     )
-    return "| " + " | ".join(cells) + " |"
+    return table_row(cells)
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from kda_ops.tuning import override
 from kda_ops.tuning.configs import CANDIDATES, DEFAULTS
 from perf.harness import timing
 from perf.harness.machine import gpu
-from perf.harness.rows import OURS, SEED, Row, check, expected_tensors
+from perf.harness.rows import OURS, Row, calls_of, check, expected_tensors
 
 HERE = Path(__file__).parent
 SHIPPED = "shipped"
@@ -53,12 +53,8 @@ def rows_like(text: str) -> list[Row]:
 
 
 def seconds(row: Row, device: torch.device, l2_bytes: int) -> float:
-    """Median GPU seconds of a call, over inputs that no cache holds."""
-    torch.manual_seed(SEED)
-    inputs = [row.make(device)]
-    size = sum(x.nbytes for x in inputs[0].values() if isinstance(x, torch.Tensor))
-    inputs += [row.make(device) for _ in range(timing.rotations(size, l2_bytes) - 1)]
-    calls = [row.prepare(x) for x in inputs]
+    """Median GPU seconds of a call."""
+    calls = calls_of(row, device, l2_bytes)
     graph, _results = timing.capture(calls)
     return timing.gpu_seconds(graph.replay) / len(calls)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kda_ops.demos.training.curve import write_picture
-from perf.analysis.pages import write_between
+from perf.analysis.pages import table_row, write_between
 
 BEGIN, END = "<!-- train:begin -->", "<!-- train:end -->"
 OURS = "kda-ops"
@@ -48,7 +48,7 @@ def table(run: Run) -> str:
     # one that was interrupted has fewer
     shown = stops(min(len(training["losses"]) for training in found.values()))
     names = ["", *(f"loss, step {step}" for step in shown), "tokens/s", "peak, MB"]
-    lines = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
+    lines = [table_row(names), "| --- |" + " ---: |" * (len(names) - 1)]
     for name, training in found.items():
         speed, peak = training["tokens_per_second"], training["peak_bytes"]
         cells = [
@@ -57,7 +57,7 @@ def table(run: Run) -> str:
             "" if speed is None else f"{speed:,.0f}",
             "" if peak is None else f"{peak * 1e-6:,.0f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 

@@ -1,9 +1,10 @@
 """What the pages on integrations say, from the rows of runs: targets and all rows of a stage."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from perf.analysis import targets
+from perf.analysis.pages import table_row
 from perf.harness.runs import short_number
 
 WORDS = ("what", "case", "provider")
@@ -25,7 +26,7 @@ def row_table(rows: Sequence[Result]) -> str:
     more = {key: name for key, name in more.items() if any(key in row for row in rows)}
     columns = (*WORDS, *TIMES.values(), "launches", *more.values())
     numbers = len(columns) - len(WORDS)
-    lines = [_line(columns), "|" + " --- |" * len(WORDS) + " ---: |" * numbers]
+    lines = [table_row(columns), "|" + " --- |" * len(WORDS) + " ---: |" * numbers]
     for row in rows:
         known = (row.get(key) for key in more)
         cells = (
@@ -34,7 +35,7 @@ def row_table(rows: Sequence[Result]) -> str:
             str(row["launches"]),
             *("" if x is None else short_number(x) for x in known),
         )
-        lines.append(_line(cells))
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
@@ -59,7 +60,3 @@ def integration_part(
     meaning = [MEANING, CHECKED] if any("error_ratio" in row for row in rows) else [MEANING]
     parts = [heading, machine, row_table(rows), " ".join(meaning), targets.table(judged, goals)]
     return "\n\n".join(parts)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

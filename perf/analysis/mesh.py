@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kda_ops.demos.training.model import mlp_width
-from perf.analysis.pages import write_between
+from perf.analysis.pages import table_row, write_between
 from perf.analysis.report import newest
 from perf.analysis.roofline import (
     ALL_REDUCE_SECONDS,
@@ -283,7 +283,7 @@ def report(
             *(_mb(x) for x in (of_step.tp, of_step.cp, of_step.fsdp)),
             f"{alone / mesh.gpus / of_step.apart:.2f}",
         )
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(table_row(cells))
     model = layer(one, measured, measured, forward, TOKENS).apart
     lines += [
         "",

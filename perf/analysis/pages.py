@@ -1,6 +1,11 @@
 """Generated parts of Markdown files."""
 
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def table_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def write_between(path: Path, begin: str, text: str, end: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from perf.analysis import targets
 from perf.analysis.integrations import integration_part
-from perf.analysis.pages import write_between
+from perf.analysis.pages import table_row, write_between
 from perf.analysis.training import training_part
 from perf.harness.rows import OURS
 from perf.harness.runs import read_run, short_number
@@ -76,13 +76,13 @@ def pair_table(found: Sequence[Result]) -> str:
             *(short_number(r["against_us"]), f"{r['ratio']:.2f}", f"{sign} {r['target']:g}"),
             "met" if r["met"] else "**missed**",
         )
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
 def table(rows: Iterable[Result]) -> str:
     """A Markdown table. The last column is the time of the fastest baseline over ours."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 3 + " ---: |" * (len(COLUMNS) - 3)]
+    lines = [table_row(COLUMNS), "|" + " --- |" * 3 + " ---: |" * (len(COLUMNS) - 3)]
     for row in rows:
         ratio = row.get("baseline_ratio")
         cells = (
@@ -97,7 +97,7 @@ def table(rows: Iterable[Result]) -> str:
             str(row["launches"]),
             "" if ratio is None else f"{ratio:.2f}",
         )
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perf.analysis.pages import table_row
 from perf.harness.rows import OURS
 from perf.harness.runs import read_run, short_number
 
@@ -231,7 +232,7 @@ def _get(row: dict[str, Any], key: str) -> float:
 
 def table(rows: Rows, targets: Sequence[Target] | None = None) -> str:
     """Markdown: a line per target, with the measured value and whether it is met."""
-    lines = ["| " + " | ".join(NAMES) + " |", "| --- | --- | ---: | ---: | ---: | --- |"]
+    lines = [table_row(NAMES), "| --- | --- | ---: | ---: | ---: | --- |"]
     for target in targets_for(rows) if targets is None else targets:
         value = value_of(target, rows)
         figures = (target.required, target.stretch, value)
@@ -241,7 +242,7 @@ def table(rows: Rows, targets: Sequence[Target] | None = None) -> str:
             *("" if x is None else short_number(x) for x in figures),
             target.verdict(value),
         )
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 

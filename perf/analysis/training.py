@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from perf.analysis import targets
+from perf.analysis.pages import table_row
 from perf.baselines.cudnn import CUDNN
 from perf.harness.runs import short_number
 
@@ -18,7 +19,7 @@ Result = dict[str, Any]
 
 def row_table(rows: Iterable[Result]) -> str:
     """A Markdown table of what was timed."""
-    lines = [_line(COLUMNS), "|" + " --- |" * WORDS + " ---: |" * (len(COLUMNS) - WORDS)]
+    lines = [table_row(COLUMNS), "|" + " --- |" * WORDS + " ---: |" * (len(COLUMNS) - WORDS)]
     for row in rows:
         ratio, peak = row.get("baseline_ratio"), row.get("peak_MB")
         times = (row[key] for key in ("us", "eager_us", "kernel_us", "roofline_us"))
@@ -28,7 +29,7 @@ def row_table(rows: Iterable[Result]) -> str:
             "" if peak is None else short_number(peak),
             "" if ratio is None else f"{ratio:.2f}",
         )
-        lines.append(_line(cells))
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
@@ -36,9 +37,14 @@ def error_table(rows: Sequence[Result]) -> str:
     """A Markdown table of relative errors of gradients."""
     keys = [key for key in rows[0] if key.startswith(ERRORS)]
     names = [f"`{key.removeprefix(ERRORS)}`" for key in keys]
-    lines = [_line(["gates and keys", "provider", *names]), "| --- | --- |" + " ---: |" * len(keys)]
+    lines = [
+        table_row(["gates and keys", "provider", *names]),
+        "| --- | --- |" + " ---: |" * len(keys),
+    ]
     for row in rows:
-        lines.append(_line([row["case"], row["provider"], *(f"{row[key]:.1e}" for key in keys)]))
+        lines.append(
+            table_row([row["case"], row["provider"], *(f"{row[key]:.1e}" for key in keys)])
+        )
     return "\n".join(lines)
 
 
@@ -61,7 +67,3 @@ def training_part(rows: Sequence[Result], judged: Sequence[Result], head: Sequen
         parts += [said, error_table(errors)]
     parts += ["<details>\n<summary>All rows</summary>", row_table(rows), "</details>"]
     return "\n\n".join(parts)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import kda_ops
+from perf.bench_core import NAMES
 from perf.harness.gradients import UnavailableError, differentiated
 from perf.harness.machine import version
 from perf.harness.rows import Call, Inputs, Prepare
 
 CUDNN = "cuDNN frontend"  # its name in rows begins with it
-NAMES = ("q", "k", "v", "raw_gate", "raw_beta", "A_log", "dt_bias")
 
 
 def cudnn(baseline: Any) -> dict[str, Any]:

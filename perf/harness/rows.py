@@ -286,13 +286,7 @@ class Measurer:
         del expected
         torch.cuda.empty_cache()
         with watch.step("inputs"):
-            torch.manual_seed(SEED)
-            sets = [row.make(self.device)]
-            sets += [
-                row.make(self.device)
-                for _ in range(timing.rotations(_input_bytes(sets[0]), self.l2_bytes) - 1)
-            ]
-            calls = [row.prepare(inputs) for inputs in sets]
+            calls = calls_of(row, self.device, self.l2_bytes)
         benchmark.group = f"{row.stage} {row.case}"
         with watch.step("measure"):
             seconds = _measured_seconds(calls, benchmark, row.graph)
@@ -317,6 +311,15 @@ class Measurer:
         )
         if not row.provider.startswith(OURS):
             self.baseline_seconds.setdefault((row.stage, row.case), {})[row.provider] = seconds
+
+
+def calls_of(row: Row, device: torch.device, l2_bytes: int) -> list[Call]:
+    """The row's call on so many sets of inputs that no cache holds one until its next turn."""
+    torch.manual_seed(SEED)
+    sets = [row.make(device)]
+    more = timing.rotations(_input_bytes(sets[0]), l2_bytes) - 1
+    sets += [row.make(device) for _ in range(more)]
+    return [row.prepare(inputs) for inputs in sets]
 
 
 def _measured_seconds(calls: list[Call], benchmark: Any, graph: bool) -> float:

@@ -46,9 +46,6 @@ TINY = {
     "initializer_range": 0.2,
 }
 SIZES = {"VOCABULARY": 61, "PREFILLS": (70,), "BATCHES": (2,), "STEPS": 2, "CACHE_TOKENS": 80}
-needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
 
 
 @pytest.fixture
@@ -80,7 +77,6 @@ def _tiny(_installed: None) -> Iterator[None]:
 # ---------------------------------------------------------------------- models
 
 
-@needs_transformers
 @pytest.mark.usefixtures("_tiny")
 def test_every_way_is_checked_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(bench_models.SLOW, raising=False)
@@ -114,7 +110,6 @@ def test_every_way_is_checked_and_measured(monkeypatch: pytest.MonkeyPatch) -> N
     assert graphs == [True, False, True]  # theirs may break
 
 
-@needs_transformers
 @pytest.mark.usefixtures("_tiny")
 def test_rows_do_not_change_one_another() -> None:
     """Ours have layers of their own around the same weights."""
@@ -136,7 +131,6 @@ def test_rows_do_not_change_one_another() -> None:
     assert [getattr(module, name) for name in kimi_linear.FUNCTIONS] == wrapped
 
 
-@needs_transformers
 @pytest.mark.usefixtures("_tiny")
 def test_a_model_that_is_further_from_fp32_is_not_measured() -> None:
     case, make = Prefill(70), kimi_linear.accelerated
@@ -199,7 +193,6 @@ def test_weights_are_counted() -> None:
     assert sum(matrices.values()) == bench_models.MODEL_WEIGHTS
 
 
-@needs_transformers
 @pytest.mark.usefixtures("_tiny")
 def test_an_old_transformers_leaves_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers

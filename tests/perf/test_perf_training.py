@@ -15,7 +15,7 @@ import kda_ops
 from kda_ops._numerics import RCP_LN2
 from perf import bench_training, bench_training_accuracy
 from perf.baselines import cudnn as baseline
-from perf.bench_core import core, core_inputs
+from perf.bench_core import NAMES, core, core_inputs
 from perf.harness import accuracy
 from perf.harness.gradients import UnavailableError
 from perf.harness.rows import (
@@ -75,7 +75,7 @@ def test_cudnns_gradients_from_raw_projections(lower_bound: float | None) -> Non
     inputs = small(lower_bound=lower_bound)
     o, gradients = baseline.cudnn_from_raw(inputs)()
     assert o.shape == inputs["v"].shape
-    for name, out, expected in zip(baseline.NAMES, gradients, our_gradients(inputs), strict=True):
+    for name, out, expected in zip(NAMES, gradients, our_gradients(inputs), strict=True):
         assert out.shape == inputs[name].shape
         assert relative_error(out, expected) <= 0.02, name
 
@@ -198,7 +198,7 @@ def test_a_row_of_errors_of_gradients() -> None:
             found[provider] = accuracy.accuracy_row(
                 "gradient_accuracy", "softplus", provider, errors, baselines
             )
-    names = {f"error_d{name}" for name in baseline.NAMES}
+    names = {f"error_d{name}" for name in NAMES}
     for provider, row in found.items():
         assert row["gradient_accuracy"] == "softplus"
         assert {key for key in row if key.startswith("error_")} == names
