@@ -33,6 +33,21 @@ def to_fp32(x, PACKED: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, PACKED: tl.constexpr):
+    """A tile in fp32, rounded to bf16; on NVIDIA GPUs two elements at a time, where Triton converts
+    one by one, in a unit with a quarter of the others' throughput.
+    """
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; "
+            "and.b32 $1, t, 0xffff0000; }",
+            "=r,=r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
 def quick_reciprocal(x, PACKED: tl.constexpr):
     """1 / x for x >= 1, 0 for infinity; on NVIDIA GPUs one instruction."""
     if PACKED:

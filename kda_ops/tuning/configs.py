@@ -29,7 +29,7 @@ SM90: dict[str, Rows] = {
     # "fused": the gate inside prepare; "separate": its own kernel, sums through memory
     "chunk_kda_gated.form": [({}, {"form": "fused"})],
     "chunk_gated_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
-    "chunk_gradient": [({}, {"BK": 32, "BV": 32, "STAGES": 2, "num_warps": 4, "num_stages": 1})],
+    "chunk_gradient": [({}, {"BK": 32, "BV": 32, "STAGES": 4, "num_warps": 4, "num_stages": 1})],
     "chunk_inputs": [({}, {"BLOCK": 32, "num_warps": 4})],
     "chunk_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
     # fewer (sequence, head) pairs need narrower blocks to fill the GPU

@@ -18,25 +18,29 @@ written the tiles of dA and dL.
 if both use the same rounded factors: so it is summed pass by pass from these. beta's gradient is `P
 v + k R` summed over the row, without dividing by a possible 0.
 
-ptxas 12.8 takes wrong descriptors for operands of warp-group GEMMs that are in registers, and for
-operands of 32 columns in straight-line code (`perf/notes/backward.md`): so operands come from
-memory, and loops run over the value columns. `tests/support/sass.py` looks at the result.
+Two programs of 4 warps fill the registers of a multiprocessor and wait for memory most of the time,
+so all loads of a chunk are under way before the first is used, those of the scans' tiles in a loop
+over the value columns. ptxas 12.8 takes wrong descriptors for operands of warp-group GEMMs that are
+in registers, and for operands of 32 columns in straight-line code (`perf/notes/backward.md`): so
+operands come from memory, and GEMMs are in loops, some of one round. `tests/support/sass.py` looks
+at the result.
 """
 
 import triton
 import triton.language as tl
 
 from kda_ops.delta_rule.chunked.kernels.gradient_prepare import (
+    gates_of,
     gradient_rows_of,
     gradient_tiles_of,
-    token_gates,
+    load_gates,
 )
 from kda_ops.delta_rule.chunked.kernels.gradient_tiles import parts_of
 from kda_ops.delta_rule.chunked.kernels.prepare import laid_out_as
 from kda_ops.delta_rule.chunked.kernels.raw_inputs import gate_slopes
-from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, slab_rows
+from kda_ops.delta_rule.chunked.kernels.tiles import clear_padding, rounds, slab_rows
 from kda_ops.gating.kernel import gate_rate
-from kda_ops.kernel import LN2, bias_row
+from kda_ops.kernel import LN2, bias_row, rounded
 
 
 @triton.jit
@@ -46,76 +50,12 @@ def _matrix(matrices_ptr, which):
 
 
 @triton.jit
-def _key_rows(x_at, norm_at, NORM: tl.constexpr, D: tl.constexpr):
-    """Rows of q or k, normalized with NORM."""
-    x = tl.load(x_at)
-    if NORM:
-        x = x.to(tl.float32) * tl.load(norm_at)[:, None]
-    return x.to(D)
-
-
-@triton.jit
-def _decays(step, level, G, y, marks_at, matrices_ptr, K: tl.constexpr, LEVELS: tl.constexpr):
-    """The exponents E of the rows of a pass, and the sign of E as those of its columns. With LEVELS
-    a pass is a level; else pass 6 takes all pairs in blocks of 64 rows (level 6) or 32 (level 5),
-    and pass 5 those between two blocks of 32.
-    """
-    if LEVELS:
-        return tl.dot(_matrix(matrices_ptr, step), y), 1.0
-    else:
-        r = tl.arange(0, 64)[:, None]
-        whole = (level == 6) | (step == 5)
-        first = tl.load(marks_at + tl.where(whole, K, 0))
-        second = tl.load(marks_at + tl.where(whole, K, 2 * K))
-        E = G - tl.where(r < 32, first[None, :], second[None, :])
-        E = tl.where(step == 5, -tl.abs(E), E)
-        return E, tl.where(step == 5, 1.0, -1.0)
-
-
-@triton.jit
-def _tile(step, pairs_ptr, which: tl.constexpr, LEVELS: tl.constexpr):
-    """The tile A (0) or L (1) of a pass."""
-    i = tl.arange(0, 64)[:, None]
-    j = tl.arange(0, 64)[None, :]
-    at = pairs_ptr + which * 4096 + (i * 64 + j)
-    if LEVELS:
-        return tl.load(at, mask=(i ^ j) >> step == 1, other=0.0)
-    else:
-        return tl.load(at + (6 - step) * 8192)
-
-
-@triton.jit
-def _later_rows(dq, R, dG, step, x, at, level, K: tl.constexpr, LEVELS: tl.constexpr):
-    """Adds to dq, R and dG what the pairs of a pass give to their later row."""
-    q, k, y, G, beta, scale = x
-    pairs_ptr, marks_at, matrices_ptr = at
-    E, sign = _decays(step, level, G, y, marks_at, matrices_ptr, K, LEVELS)
-    right = (k.to(tl.float32) * tl.exp2(sign * E)).to(k.dtype)
-    e = tl.exp2(E) * scale
-    P = tl.dot(_tile(step, pairs_ptr, 0, LEVELS), right)
-    dG += (q.to(tl.float32) * e).to(k.dtype).to(tl.float32) * P
-    dq += e * P
-    P = tl.dot(_tile(step, pairs_ptr, 1, LEVELS), right)
-    dG += (k.to(tl.float32) * e * beta[:, None]).to(k.dtype).to(tl.float32) * P
-    R += e * P
-    return dq, R, dG
-
-
-@triton.jit
-def _earlier_rows(dk, dG, step, x, at, level, K: tl.constexpr, LEVELS: tl.constexpr):
-    """Adds to dk and dG what the pairs of a pass give to their earlier row."""
-    q, k, y, G, beta, scale = x
-    pairs_ptr, marks_at, matrices_ptr = at
-    E, sign = _decays(step, level, G, y, marks_at, matrices_ptr, K, LEVELS)
-    e = tl.exp2(E)
-    left = (q.to(tl.float32) * e).to(k.dtype)
-    P = tl.dot(tl.trans(_tile(step, pairs_ptr, 0, LEVELS)), left)
-    left = (k.to(tl.float32) * e * beta[:, None]).to(k.dtype)
-    P = tl.dot(tl.trans(_tile(step, pairs_ptr, 1, LEVELS)), left, P)
-    e = tl.exp2(sign * E) * scale
-    dG -= (k.to(tl.float32) * e).to(k.dtype).to(tl.float32) * P
-    dk += e * P
-    return dk, dG
+def _sums_of(matrix, y):
+    """A 0/1 matrix times y, in a loop of one round."""
+    x = tl.zeros(y.shape, tl.float32)
+    for _ in tl.range(0, rounds(1), num_stages=1):
+        x = tl.dot(matrix, y, x)
+    return x
 
 
 @triton.jit
@@ -125,6 +65,41 @@ def _sum_from_each(x, matrices_ptr):
     high = x.to(tl.bfloat16)
     low = (high.to(tl.float32) - x).to(tl.bfloat16)
     return tl.dot(ones, high) - tl.dot(ones, low)
+
+
+@triton.jit
+def _tiles(pairs_ptr, mask):
+    """The tiles A and L of a pass."""
+    i = tl.arange(0, 64)[:, None]
+    j = tl.arange(0, 64)[None, :]
+    at = pairs_ptr + (i * 64 + j)
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + 4096, mask=mask, other=0.0)
+
+
+@triton.jit
+def _meet(sums, E, sign: tl.constexpr, tiles, q, k, beta, scale, PACKED: tl.constexpr):
+    """Adds to dq, R, dk (without beta R) and dG what the pairs of a pass give. Rows carry 2^E and
+    columns 2^E with a sign; A and L are divided by a power of two, the scale.
+    """
+    dq, R, dk, dG = sums
+    A, L = tiles
+    dtype: tl.constexpr = q.dtype
+    by_column = tl.exp2(sign * E)
+    column = rounded(k.to(tl.float32) * by_column, PACKED)
+    by_row = tl.exp2(E)
+    q_row = rounded(q.to(tl.float32) * by_row, PACKED)
+    P = tl.dot(A, column.to(dtype)) * scale
+    dq += by_row * P
+    dG += q_row * P
+    k_row = rounded(k.to(tl.float32) * (by_row * beta[:, None]), PACKED)
+    P = tl.dot(L, column.to(dtype)) * scale
+    R += by_row * P
+    dG += k_row * P
+    P = tl.dot(tl.trans(A), q_row.to(dtype)) * scale
+    P += tl.dot(tl.trans(L), k_row.to(dtype)) * scale
+    dk += by_column * P
+    dG -= column * P
+    return dq, R, dk, dG
 
 
 @triton.jit
@@ -168,105 +143,119 @@ def chunk_gradient_kernel(
     diagonal_ptr, scale_ptr, by_v_ptr = parts_of(parts_ptr, work)
     level = tl.load(scale_ptr + 1).to(tl.int32)
     hk = h // (HV // H)
-    _, _, _, _, _, vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
+    vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)[5]
     decay_ptr, beta_ptr, q_norm_ptr, k_norm_ptr, marks_ptr = gradient_rows_of(rows_ptr, work, K)
+    pairs_ptr += work * PAIRS
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     r = tl.arange(0, 64)
-    a = tl.arange(0, BK)
-    k0 = n * BK
+    d = n * BK + tl.arange(0, BK)
     t = tl.minimum(r, count - 1)[:, None]
     token = b * T + first
     do_ptr += b * do_b + h * do_h + first * do_t
     dv_ptr += (token * HV + h) * V
     q_ptr += b * q_b + hk * q_h + first * q_t
     k_ptr += b * k_b + hk * k_h + first * k_t
-    gate_ptr += b * gate_b + h * gate_h + first * gate_t
-    out = (token * HV + h) * K
+    gate_at = gate_ptr + b * gate_b + h * gate_h + first * gate_t + (t * gate_t + d[None, :])
+    out = (token * HV + h) * K + (r[:, None] * (HV * K) + d[None, :])
     rate = gate_rate(A_log_ptr, h, HAS_A)
 
-    bias = bias_row(bias_ptr, h * K + k0 + a, a < BK, HAS_BIAS)
-    gate_at = gate_ptr + k0 + (t * gate_t + a[None, :])
-    y = token_gates(gate_at, gate_t, r, r < count, rate, bias, GATED, BOUND).to(tl.float16)
+    gates = load_gates(gate_at, gate_t, r, GATED)
+    q = tl.load(q_ptr + (t * q_t + d[None, :]))
+    k = tl.load(k_ptr + (t * k_t + d[None, :]))
+    everywhere = (r[:, None] >= 0) & (r[None, :] >= 0)
+    whole = _tiles(pairs_ptr, everywhere)
+    lower = _matrix(matrices_ptr, 6)
+    bias = bias_row(bias_ptr, h * K + d, d < K, HAS_BIAS)
     beta = tl.load(beta_ptr + r)
-    diagonal = tl.load(diagonal_ptr + r)
-    decay = tl.load(decay_ptr + k0 + a)
+    diagonal = tl.load(diagonal_ptr + r)[:, None]
+    decay = tl.load(decay_ptr + d)
     scale = tl.load(scale_ptr)
-    state = work * (K * V) + (k0 + a)[:, None] * V
+    if NORM:
+        q_norm = tl.load(q_norm_ptr + r)[:, None]
+        k_norm = tl.load(k_norm_ptr + r)[:, None]
+
     dq = tl.zeros((64, BK), tl.float32)
     R = tl.zeros((64, BK), tl.float32)
+    dk = tl.zeros((64, BK), tl.float32)
+    by_decay = tl.zeros((BK, BV), tl.float32)
+    state = work * (K * V) + d[:, None] * V
     for v in tl.range(0, V, BV, num_stages=STAGES):
-        d = v + tl.arange(0, BV)[None, :]
-        valid = (r < count)[:, None] & (d >= 0)
-        S = tl.load(states_ptr + (state + d))
-        do = tl.load(do_ptr + (r[:, None] * do_t + d), mask=valid, other=0.0)
-        dv = tl.load(dv_ptr + (r[:, None] * (HV * V) + d), mask=valid, other=0.0)
+        c = v + tl.arange(0, BV)[None, :]
+        valid = (r < count)[:, None] & (c >= 0)
+        S = tl.load(states_ptr + (state + c))
+        do = tl.load(do_ptr + (r[:, None] * do_t + c), mask=valid, other=0.0)
+        dv = tl.load(dv_ptr + (r[:, None] * (HV * V) + c), mask=valid, other=0.0)
+        dS = tl.load(dstates_ptr + (state + c))
+        vn = tl.load(vn_ptr + (r[:, None] * V + c))
         dq = tl.dot(do.to(dtype), tl.trans(S), dq)
         R = tl.dot(dv.to(dtype), tl.trans(S), R)
-    G = tl.dot(_matrix(matrices_ptr, 6), y)
-    marks_at = marks_ptr + k0 + a
+        dk = tl.dot(vn, tl.trans(dS), dk)
+        by_decay += S.to(tl.float32) * dS.to(tl.float32)
+    last = tl.sum(by_decay, 1) * decay
+    anchor = tl.load(marks_ptr + (tl.where(level == 5, 0, K) + d))[None, :]
+    second = tl.load(marks_ptr + (tl.where(level == 5, 2 * K, K) + d))[None, :]
+    G_last = tl.load(marks_ptr + (3 * K + d))[None, :]
+    anchor = tl.where(r[:, None] < 32, anchor, second)
+    y = gates_of(gates, r < count, rate, bias, GATED, BOUND).to(tl.float16)
+    G = _sums_of(lower, y)
+    if NORM:
+        q = q.to(tl.float32) * q_norm
+        k = k.to(tl.float32) * k_norm
+    q = laid_out_as(q.to(dtype), dq.to(dtype), PACKED)
+    k = laid_out_as(k.to(dtype), dq.to(dtype), PACKED)
+    from_anchor = G - anchor
     e = tl.exp2(G)
     dq *= e * SCALE
-    q = _key_rows(q_ptr + k0 + (t * q_t + a[None, :]), q_norm_ptr + r, NORM, dtype)
-    q = laid_out_as(q, dq.to(dtype), PACKED)
     dG = q.to(tl.float32) * dq
     R *= e * (-1.0 / beta)[:, None]
-    k = _key_rows(k_ptr + k0 + (t * k_t + a[None, :]), k_norm_ptr + r, NORM, dtype)
-    k = laid_out_as(k, dq.to(dtype), PACKED)
     dG += k.to(tl.float32) * (beta[:, None] * R)
-    pairs_ptr += work * PAIRS
-    x = (q, k, y, G, beta, scale)
-    at = (pairs_ptr, marks_at, matrices_ptr)
+    E = G_last - G
     if level == 0:
-        for step in tl.range(0, 6, num_stages=STAGES, disable_licm=True):
-            dq, R, dG = _later_rows(dq, R, dG, step, x, at, level, K, True)
-    else:
-        for i in tl.range(level, 7, num_stages=STAGES, disable_licm=True):
-            dq, R, dG = _later_rows(dq, R, dG, 6 + level - i, x, at, level, K, False)
-    tl.store(by_v_ptr + (n + 1) * 64 + r, tl.sum(k.to(tl.float32) * R, 1))
-    ok = (r < count)[:, None] & (a >= 0)[None, :]
-    to = out + k0 + (r[:, None] * (HV * K) + a[None, :])
-    dq += diagonal[:, None] * k.to(tl.float32)
-    if dq_ptr is not None:
-        tl.store(dq_ptr + to, dq.to(dq_ptr.dtype.element_ty), mask=ok)
-    C = tl.zeros((64, BK), tl.float32)
-    last = tl.zeros((BK,), tl.float32)
-    for v in tl.range(0, V, BV, num_stages=STAGES):
-        d = v + tl.arange(0, BV)[None, :]
-        vn = tl.load(vn_ptr + (r[:, None] * V + d))
-        dS = tl.load(dstates_ptr + (state + d))
-        S = tl.load(states_ptr + (state + d))
-        last += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-        C = tl.dot(vn, tl.trans(dS), C)
-    last *= decay
-    if level == 0:
-        E = tl.dot(_matrix(matrices_ptr, 7), y)
-    else:
-        E = tl.load(marks_at + 3 * K)[None, :] - G
-    C *= tl.exp2(E)
-    from_state = k.to(tl.float32) * C
+        E = _sums_of(_matrix(matrices_ptr, 7), y)
+    dk *= tl.exp2(E)
+    from_state = k.to(tl.float32) * dk
     last += tl.sum(from_state, 0)
     dG -= from_state
-    dk = beta[:, None] * R + C + diagonal[:, None] * q.to(tl.float32)
+    dq += diagonal * k.to(tl.float32)
+    dk += diagonal * q.to(tl.float32)
+    sums = (dq, R, dk, dG)
     if level == 0:
-        for step in tl.range(0, 6, num_stages=STAGES, disable_licm=True):
-            dk, dG = _earlier_rows(dk, dG, step, x, at, level, K, True)
+        for step in tl.range(0, 6, num_stages=1):
+            E = _sums_of(_matrix(matrices_ptr, step), y)
+            at_level = _tiles(pairs_ptr, (r[:, None] ^ r[None, :]) >> step == 1)
+            for _ in tl.range(0, rounds(1), num_stages=1):
+                sums = _meet(sums, E, 1.0, at_level, q, k, beta, scale, PACKED)
     else:
-        for i in tl.range(level, 7, num_stages=STAGES, disable_licm=True):
-            dk, dG = _earlier_rows(dk, dG, 6 + level - i, x, at, level, K, False)
+        for _ in tl.range(0, rounds(1), num_stages=1):
+            sums = _meet(sums, from_anchor, -1.0, whole, q, k, beta, scale, PACKED)
+        if level == 5:
+            between = _tiles(pairs_ptr + 8192, everywhere)
+            middle = tl.load(marks_ptr + (K + d))[None, :]
+            for _ in tl.range(0, rounds(1), num_stages=1):
+                E = -tl.abs(from_anchor + (anchor - middle))
+                sums = _meet(sums, E, 1.0, between, q, k, beta, scale, PACKED)
+    dq, R, dk, dG = sums
+    ok = (r < count)[:, None] & (d >= 0)[None, :]
+    tl.store(by_v_ptr + (n + 1) * 64 + r, tl.sum(k.to(tl.float32) * R, 1))
+    dk += beta[:, None] * R
+    if dq_ptr is not None:
+        tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=ok)
     if dk_ptr is not None:
-        tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=ok)
+        tl.store(dk_ptr + out, dk.to(dk_ptr.dtype.element_ty), mask=ok)
     if dgate_ptr is not None or sums_ptr is not None:
         dG = tl.where(ok, dG, 0.0)
         dG += tl.where((r == count - 1)[:, None], last[None, :], 0.0)
         if GATED:
             dG = _sum_from_each(dG, matrices_ptr)
-            x = tl.load(gate_ptr + k0 + (t * gate_t + a[None, :]))
-            bias = bias_row(bias_ptr, h * K + k0 + a, a < BK, HAS_BIAS)
+            x = tl.load(gate_at)
+            x = laid_out_as(x, dG.to(x.dtype), PACKED)
+            bias = bias_row(bias_ptr, h * K + d, d < K, HAS_BIAS)
             by_x, by_rate = gate_slopes(x, rate, bias, BOUND)
             if dgate_ptr is not None:
-                tl.store(dgate_ptr + to, (dG * by_x).to(dgate_ptr.dtype.element_ty), mask=ok)
+                to = dgate_ptr + out
+                tl.store(to, (dG * by_x).to(dgate_ptr.dtype.element_ty), mask=ok)
             if sums_ptr is not None:
-                sums_at = sums_ptr + work * (2 * K) + k0 + a
+                sums_at = sums_ptr + work * (2 * K) + d
                 by_bias = tl.sum(tl.where(ok, dG * by_x, 0.0), 0)
                 by_rate = tl.sum(tl.where(ok, dG * by_rate, 0.0), 0)
                 if SLABS:
@@ -275,4 +264,4 @@ def chunk_gradient_kernel(
                 tl.store(sums_at, by_bias)
                 tl.store(sums_at + K, by_rate)
         else:
-            tl.store(dgate_ptr + to, dG * LN2, mask=ok)
+            tl.store(dgate_ptr + out, dG * LN2, mask=ok)

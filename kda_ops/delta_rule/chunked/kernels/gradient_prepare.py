@@ -48,15 +48,24 @@ def gradient_rows_of(rows_ptr, work, K: tl.constexpr):
 
 
 @triton.jit
-def token_gates(gate_at, gate_t, t, ok, a, bias, GATED: tl.constexpr, BOUND: tl.constexpr):
+def load_gates(gate_at, gate_t, t, GATED: tl.constexpr):
+    """What `gates_of` reads of a chunk's tokens: unless GATED, the cumulative gate of the token
+    before as well.
+    """
+    x = tl.load(gate_at)
+    if GATED:
+        return x, x
+    else:
+        return x, tl.load(gate_at - gate_t, mask=(t > 0)[:, None], other=0.0)
+
+
+@triton.jit
+def gates_of(gates, ok, a, bias, GATED: tl.constexpr, BOUND: tl.constexpr):
     """The gates in log2 of a chunk's tokens, within fp16, zero where not `ok`: from the raw gate
     or from the cumulative one.
     """
-    if GATED:
-        y = gate_log2(tl.load(gate_at), a, bias, BOUND, True)
-    else:
-        y = tl.load(gate_at) - tl.load(gate_at - gate_t, mask=(t > 0)[:, None], other=0.0)
-        y = within_fp16(y)
+    x, before = gates
+    y = gate_log2(x, a, bias, BOUND, True) if GATED else within_fp16(x - before)
     return tl.where(ok[:, None], y, 0.0)
 
 
@@ -145,7 +154,7 @@ def backward_prepare_kernel(
 
     a = gate_rate(A_log_ptr, h, HAS_A)
     bias = bias_row(bias_ptr, h * K + d, d < K, HAS_BIAS)
-    y = token_gates(gate_at, gate_t, t, ok, a, bias, GATED, BOUND)
+    y = gates_of(load_gates(gate_at, gate_t, t, GATED), ok, a, bias, GATED, BOUND)
     last = tl.sum(y, axis=0) if GATED else tl.load(gate_head + (count - 1) * gate_t + d)
     tl.store(decay_ptr + d, tl.exp2(last))
     y = y.to(tl.float16)

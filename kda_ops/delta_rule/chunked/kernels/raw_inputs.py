@@ -17,10 +17,13 @@ def within_fp16(y):
 
 @triton.jit
 def quick_softplus(z):
-    """`kda_ops.gating.kernel.softplus` with a relative error of 1e-5: max(z, 0) + e * P(e) with P
-    of degree 5.
-    """
-    e = tl.exp2(tl.abs(z) * -LOG2E)
+    """`kda_ops.gating.kernel.softplus` with a relative error of 1e-5."""
+    return softplus_from(z, tl.exp2(tl.abs(z) * -LOG2E))
+
+
+@triton.jit
+def softplus_from(z, e):
+    """`quick_softplus` from e = exp(-|z|): max(z, 0) + e * P(e) with P of degree 5."""
     p = -0.023869140073657036
     p = p * e + 0.10122225433588028
     p = p * e - 0.21004866063594818
@@ -70,6 +73,11 @@ def gate_slopes(x, a, bias, BOUND: tl.constexpr):
         by_x = tl.where(a < LARGEST, a, 0.0) * (BOUND * (s * (1.0 - s)))
         return by_x, by_x * z
     else:
-        g = -a * softplus(z)
+        # e^-|z|, from which both the softplus and its derivative come
+        e = tl.exp2(tl.abs(z) * -LOG2E)
+        g = -a * softplus_from(z, e)
+        r = tl.rsqrt(1.0 + e)
+        s = r * r
+        s = tl.where(z < 0.0, e * s, s)
         steep = g < -LARGEST
-        return tl.where(steep, 0.0, -a * quick_sigmoid(z)), tl.where(steep, 0.0, g)
+        return tl.where(steep, 0.0, -a * s), tl.where(steep, 0.0, g)
