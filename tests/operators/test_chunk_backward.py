@@ -204,6 +204,46 @@ def test_slabs(case: KernelCase, size: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert max(counts) >= 2
 
 
+# sequences without a chunk, with fewer chunks than segments, and with more
+PARTS = {
+    "ragged": gated(with_states, T=340, K=64, V=64, cu_seqlens=[0, 0, 1, 131, 330], norm=True),
+    "batch": plain(with_states, T=200, B=2, K=64, V=64),
+    "K128-V64": gated(with_states, T=260, K=128, V=64, norm=True),
+}
+
+
+def assert_segments(
+    case: KernelCase, segments: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scans in segments, of a gradient and of a forward that saves."""
+    kernels = import_module("kda_ops.delta_rule.chunked.kernels.gradient")
+    monkeypatch.setattr(kernels, "gradient_segments", lambda *_: segments)
+    assert_gradients(case, device)
+    assert_saving(case, device)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("name", "segments"), [("ragged", 4), ("batch", 2)])
+def test_segments_in_the_interpreter(
+    name: str, segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_segments(PARTS[name], segments, CPU, monkeypatch)
+
+
+@pytest.mark.gpu
+@named(PARTS)
+def test_segments_on_the_gpu(case: KernelCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_segments(case, 4, torch.device("cuda"), monkeypatch)
+
+
+@pytest.mark.gpu
+@named({"heads8": gated(T=3000, H=8, norm=True), "head1": plain(with_states, T=2100)})
+def test_few_heads_on_the_gpu(case: KernelCase) -> None:
+    """As many segments as fill the GPU."""
+    assert_gradients(case, torch.device("cuda"))
+    assert_saving(case, torch.device("cuda"))
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     "case",

@@ -36,14 +36,17 @@ RAGGED = [0, 0, 1, 65, 65, 129, 150]
 
 
 @cache
-def launches(shared: int) -> dict[str, list[Launch]]:
-    """The launches of each kernel, those from raw inputs first."""
+def launches(shared: int, segments: int = 1) -> dict[str, list[Launch]]:
+    """The launches of each kernel, those from raw inputs first; scans in so many segments."""
     assert OPERATORS
     recorder = Recorder()
     with ExitStack() as patches:
         for name in LAUNCHED:
             module = import_module(f"kda_ops.delta_rule.chunked.{name}")
             patches.enter_context(mock.patch.object(module, "traceable", recorder))
+        gradient = import_module("kda_ops.delta_rule.chunked.kernels.gradient")
+        count = mock.patch.object(gradient, "gradient_segments", return_value=segments)
+        patches.enter_context(count)
         workspace = import_module("kda_ops.delta_rule.chunked.gradient_workspace")
         patches.enter_context(mock.patch.object(workspace, "shared_memory", return_value=shared))
         inputs = import_module("kda_ops.delta_rule.chunked.kernels.prepare_gated")
@@ -104,6 +107,18 @@ def test_descriptors_of_scans_are_whole(kernel: str, tmp_path: Path) -> None:
     assert any(launch.constants.get("T") == 1 for launch in found)
     for launch in found:
         assert wrong_descriptors(machine_code(compile_launch(launch, gpu), tmp_path)) == []
+
+
+@pytest.mark.parametrize("kernel", ["states_forward_kernel", "states_backward_kernel"])
+def test_scans_in_segments_compile(kernel: str, tmp_path: Path) -> None:
+    gpu = TARGETS["sm_90a"]
+    first, second = launches(gpu.shared, segments=4)[kernel][:2]
+    assert (first.constants["FIRST"], second.constants["FIRST"]) == (True, False)
+    for launch in (first, second):
+        binary = compile_launch(launch, gpu)
+        assert binary.metadata.shared <= gpu.shared
+        assert spilled_bytes(binary, gpu, tmp_path) == 0
+        assert wrong_descriptors(machine_code(binary, tmp_path)) == []
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["raw", "ragged"])

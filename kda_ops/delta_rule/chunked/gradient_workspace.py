@@ -152,9 +152,11 @@ class Boundaries:
         return (states[slab], states[slab + 1]), (gradients[slab], gradients[slab + 1])
 
 
-def reverse_stages(K: int, BV: int, device: torch.device) -> int:
-    """Pipeline stages of the reverse scan: chunks whose tiles are in shared memory at a time."""
-    chunk = 2 * CHUNK * (3 * K + 2 * CHUNK + BV) + 4 * (K + CHUNK)
+def reverse_stages(K: int, BV: int, output: bool, device: torch.device) -> int:
+    """Pipeline stages of the reverse scan, chunks whose tiles are in shared memory at a time; it
+    may also compute its `output`, the gradient of v.
+    """
+    chunk = 2 * CHUNK * (3 * K + CHUNK + BV + output * CHUNK) + 4 * (K + output * CHUNK)
     operands = 2 * BV * (K + CHUNK)
     for depth in (3, 2):
         if depth * chunk + operands <= shared_memory(device):

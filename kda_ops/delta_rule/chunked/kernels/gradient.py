@@ -6,7 +6,7 @@ heads that share a key head, and sums over tokens for the gate's parameters.
 No atomics: every sum has a fixed order, so results are bitwise reproducible.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ from kda_ops.delta_rule.chunked.kernels.gradient_scan import (
     states_forward_kernel,
 )
 from kda_ops.delta_rule.chunked.kernels.gradient_tiles import backward_tiles_kernel
+from kda_ops.delta_rule.chunked.kernels.scan_segments import count_segments
 from kda_ops.delta_rule.chunked.states import Raw
 from kda_ops.delta_rule.chunked.workspace import (
     Batch,
@@ -45,6 +46,10 @@ from kda_ops.delta_rule.chunked.workspace import (
 )
 from kda_ops.delta_rule.state_layout import state_strides
 from kda_ops.tuning import choose
+
+# See `count_segments`; all segments run in the second launch. Of two the first launch takes as long
+# as half of the scan.
+FORMS = ((32, 3, 8),)
 
 
 class Inputs(NamedTuple):
@@ -120,6 +125,45 @@ def finish_keys(
     )  # fmt: skip
 
 
+class Turn(NamedTuple):
+    """A launch of a scan: its only one, or the `first` or second of those in segments."""
+
+    first: bool
+    segments: int
+    memory: tuple[Tensor | None, Tensor | None]
+    programs: Any
+    values: Mapping[str, Any]
+
+    def within(self, depth: int) -> dict[str, Any]:
+        """The launch's constants, with at most so many chunks in shared memory."""
+        stages = min(self.values["STAGES"], depth)
+        return {**self.values, "STAGES": stages, "SEGMENTS": self.segments, "FIRST": self.first}
+
+
+def turns(q: Tensor, v: Tensor, part: Batch, kernel: str) -> list[Turn]:
+    """The launches of a scan in one direction."""
+    (HV, V), K = v.shape[2:], q.shape[3]
+    values = choose(kernel, q.device)
+    pairs = HV * at_least_one(part.N)
+    count = 1 if part.slab is not None else gradient_segments(K, V, part, v)
+    whole = Turn(False, count, (None, None), V // values["BV"] * pairs * count, values)
+    if count == 1:
+        return [whole]
+    shape = (at_least_one(part.N), HV, count - 1, K)
+    memory = (
+        torch.empty((*shape, V), dtype=torch.float32, device=q.device),
+        torch.empty((*shape, K), dtype=torch.float16, device=q.device),
+    )
+    first = choose(f"{kernel}.first", q.device)
+    programs = (V + K) // first["BV"] * pairs * (count - 1)
+    return [Turn(True, count, memory, programs, first), whole._replace(memory=memory)]
+
+
+def gradient_segments(K: int, V: int, batch: Batch, v: Tensor) -> int:
+    """The number of segments in which the scans process each sequence."""
+    return count_segments(K, V, batch, v, FORMS, 0)
+
+
 class Chunks(NamedTuple):
     """The inputs as the kernels read them, and what they have in common."""
 
@@ -163,16 +207,17 @@ class Chunks(NamedTuple):
         o: Tensor | None = None, final: Tensor | None = None,
     ) -> None:  # fmt: skip
         """The states before every chunk, and vn; with them the output and final states."""
-        (HV, V), device = self.v.shape[2:], self.q.device
-        chosen = dict(choose("states_forward", device))
-        depth = forward_stages(self.q.shape[3], chosen["BV"], o is not None, device)
-        chosen["STAGES"] = min(chosen["STAGES"], depth)
+        device = self.q.device
         initial = self.inputs.initial_state
-        programs = V // chosen["BV"] * HV * at_least_one(part.N)
-        traceable(states_forward_kernel)[(programs,)](
-            *saved, initial, *states, o, final, *part.sequences, *state_strides(initial, final),
-            **self.sizes(part), KEEP=keep, **chosen,
-        )  # fmt: skip
+        for turn in turns(self.q, self.v, part, "states_forward"):
+            written = (None, None, False) if turn.first else (o, final, keep)
+            o_here, final_here, kept = written
+            depth = forward_stages(self.q.shape[3], turn.values["BV"], o_here is not None, device)
+            traceable(states_forward_kernel)[(turn.programs,)](
+                *saved[:2], *turn.memory, saved.states, initial, *states, o_here, final_here,
+                *part.sequences, *state_strides(initial, final_here), **self.sizes(part),
+                KEEP=kept, **turn.within(depth),
+            )  # fmt: skip
 
 
 def launch_saving_forward(inputs: Inputs, o: Tensor, final: Tensor | None) -> Saved:
@@ -227,18 +272,18 @@ def launch_gradient(
         shape = (workspace.tiles.shape[0], HV, 2, K)
         sums = torch.empty(shape, dtype=torch.float32, device=device)
     matrices = torch.empty((MATRICES.value, 64, 64), dtype=torch.int16, device=device)
-    programs = HV * at_least_one(batch.N)
 
     def backward(part: Batch, gradients: Sequence[Tensor | None]) -> None:
         # the first one clears: some rows have no chunk, such as the one behind whole chunks
         cleared = (None, 0) if sums is None or part is not parts[-1] else (sums, sums.numel())
-        chosen = dict(choose("states_backward", device))
-        chosen["STAGES"] = min(chosen["STAGES"], reverse_stages(K, chosen["BV"], device))
-        traceable(states_backward_kernel)[(V // chosen["BV"] * programs,)](
-            *read[:2], workspace.dstates, do, found["v"], dfinal, found["initial_state"],
-            *gradients, matrices, *cleared, *part.sequences, *token_strides(do),
-            *state_strides(dfinal), **sizes, **chosen,
-        )  # fmt: skip
+        for turn in turns(q, v, part, "states_backward"):
+            dinitial = None if turn.first else found["initial_state"]
+            traceable(states_backward_kernel)[(turn.programs,)](
+                *read[:2], *turn.memory, workspace.dstates, do, found["v"], dfinal, dinitial,
+                *gradients, matrices, *cleared, *part.sequences, *token_strides(do),
+                *state_strides(dfinal), **sizes,
+                **turn.within(reverse_stages(K, turn.values["BV"], not turn.first, device)),
+            )  # fmt: skip
 
     def chunk_gradients(part: Batch) -> None:
         chosen = choose("chunk_gradient", device)

@@ -8,6 +8,7 @@ its initial state from the M and E before it, and `scan` runs in all of them in 
 take two of `scan`'s four GEMMs per chunk, for the columns of a state and K more.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -173,7 +174,16 @@ def has_segments(dtype: torch.dtype, K: Any) -> bool:
 
 
 def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
-    """The number of segments in which `scan` processes each sequence: as many as fill the GPU.
+    """The number of segments in which `scan` processes each sequence: as many as fill the GPU."""
+    # the first pass scans one more segment than the second
+    return count_segments(K, V, batch, o, FORMS, 1)
+
+
+def count_segments(
+    K: int, V: int, batch: Batch, o: Tensor, forms: Sequence[tuple[int, int, int]], more: int
+) -> int:
+    """As many segments as fill the GPU and `more`, in the first of the forms (columns of the state
+    per program, least number of segments, least chunks in each) that allows so many; else 1.
 
     A launch is compiled for one number, so a symbolic number of tokens counts as its hint, and a
     symbolic number of sequences rules segments out.
@@ -186,9 +196,8 @@ def segment_count(K: int, V: int, batch: Batch, o: Tensor) -> int:
     except NoHintError:
         return 1
     processors = torch.cuda.get_device_properties(o.device).multi_processor_count
-    for columns, fewest, fewest_chunks in FORMS:
-        # the first pass scans one more segment than the second
-        count = processors // (pairs * triton.cdiv(V, columns)) + 1
+    for columns, fewest, fewest_chunks in forms:
+        count = processors // (pairs * triton.cdiv(V, columns)) + more
         count = min(count, chunks // fewest_chunks, MOST)
         if count >= fewest:
             return count
