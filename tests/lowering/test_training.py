@@ -38,7 +38,7 @@ VARIANTS = {
     "bounded": ({"lower_bound": -5.0, "safe_gate": True}, {}),
     "negative-eigenvalues": ({"allow_neg_eigval": True, "dtype": torch.bfloat16}, {}),
     "value-heads": ({"num_v_heads": 4, "dtype": torch.bfloat16}, {}),
-    "no-convolution": ({"use_short_conv": False}, {}),
+    "no-convolution": ({"use_short_conv": False, "dtype": torch.bfloat16}, {}),
     "sequences": ({}, {"cu_seqlens": torch.tensor([0, 40, 40, 66], dtype=torch.int32)}),
 }
 

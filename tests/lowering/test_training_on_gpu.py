@@ -52,7 +52,8 @@ def test_gradients_of_a_compiled_layer(variant: str, K: int) -> None:
 def test_a_step_in_cuda_graphs() -> None:
     """Captured forward and backward, replayed with other inputs."""
     torch.manual_seed(0)
-    module = KimiDeltaAttention(HIDDEN, 64, 2, dtype=torch.bfloat16)
+    # of two heads A_log's two gradients, sums that mostly cancel, are as good as luck has it
+    module = KimiDeltaAttention(HIDDEN, 64, 8, dtype=torch.bfloat16)
     wide, on_device = copy.deepcopy(module).double(), copy.deepcopy(module).cuda()
     call = torch.compile(on_device, fullgraph=True, mode="reduce-overhead")
     counters.clear()

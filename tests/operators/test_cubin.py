@@ -19,6 +19,7 @@ import torch
 
 from kda_ops._cases import operator_packages
 from tests.support.operators import NAMES, RunKernels, cases, public_function
+from tests.support.pipelines import overwritten_operands
 from tests.support.sass import machine_code, wrong_descriptors
 
 
@@ -220,8 +221,30 @@ def test_descriptors_are_whole(name: str, tmp_path: Path) -> None:
         if "fp32" in kernel or "general" in kernel or "inputs" in kernel:
             continue
         for launch in launches if kernel in SCANS else launches[: target.launches]:
-            code = machine_code(compile_launch(launch, target), tmp_path)
+            binary = compile_launch(launch, target)
+            code = machine_code(binary, tmp_path)
             assert wrong_descriptors(code) == [], f"{kernel} {launch.constants}"
+            assert overwritten_operands(binary.asm["ttgir"]) == [], f"{kernel} {launch.constants}"
+
+
+LOOP = """
+%a = ttg.local_alloc : () -> !ttg.memdesc<4x64x32xbf16, #shared>
+%b = ttg.local_alloc : () -> !ttg.memdesc<BUFFERSx32x32xbf16, #shared>
+%r = scf.for %i = %c0 to %c128 step %c32 iter_args(%x = %c) -> (tensor<64x32xf32>) {
+  %a1 = ttg.memdesc_index %a[%i] : !ttg.memdesc<4x64x32xbf16, #shared>
+  %b1 = ttg.memdesc_index %b[%j] : !ttg.memdesc<BUFFERSx32x32xbf16, #shared>
+  %b2 = ttg.memdesc_trans %b1 {order = array<i32: 1, 0>} : !ttg.memdesc<32x32xbf16, #shared>
+  %d = ttng.warp_group_dot %a1, %b2, %x {inputPrecision = 0 : i32, isAsync = true}
+  %d1 = ttng.warp_group_dot_wait %d, %a1, %b2 {pendings = WAITS : i32} : tensor<64x32xf32>
+  scf.yield %d1 : tensor<64x32xf32>
+}
+"""
+
+
+@pytest.mark.parametrize(("buffers", "waits", "found"), [(3, 1, ["%b2"]), (4, 1, []), (3, 0, [])])
+def test_overwritten_operands_are_found(buffers: int, waits: int, found: list[str]) -> None:
+    code = LOOP.replace("BUFFERS", str(buffers)).replace("WAITS", str(waits))
+    assert overwritten_operands(code) == found
 
 
 def test_wrong_descriptors_are_found() -> None:

@@ -178,6 +178,7 @@ def chunk_gradient_kernel(
     R = tl.zeros((64, BK), tl.float32)
     dk = tl.zeros((64, BK), tl.float32)
     by_decay = tl.zeros((BK, BV), tl.float32)
+    by_beta = (-1.0 / beta)[:, None]
     state = work * (K * V) + d[:, None] * V
     for v in tl.range(0, V, BV, num_stages=STAGES):
         c = v + tl.arange(0, BV)[None, :]
@@ -188,8 +189,8 @@ def chunk_gradient_kernel(
         dS = tl.load(dstates_ptr + (state + c))
         vn = tl.load(vn_ptr + (r[:, None] * V + c))
         dq = tl.dot(do.to(dtype), tl.trans(S), dq)
-        R = tl.dot(dv.to(dtype), tl.trans(S), R)
         dk = tl.dot(vn, tl.trans(dS), dk)
+        R += tl.dot(dv.to(dtype), tl.trans(S)) * by_beta
         by_decay += S.to(tl.float32) * dS.to(tl.float32)
     last = tl.sum(by_decay, 1) * decay
     anchor = tl.load(marks_ptr + (tl.where(level == 5, 0, K) + d))[None, :]
@@ -207,7 +208,7 @@ def chunk_gradient_kernel(
     e = tl.exp2(G)
     dq *= e * SCALE
     dG = q.to(tl.float32) * dq
-    R *= e * (-1.0 / beta)[:, None]
+    R *= e
     dG += k.to(tl.float32) * (beta[:, None] * R)
     E = G_last - G
     if level == 0:
