@@ -2,9 +2,9 @@
 
 Every target is checked within one run, our best provider of a case against the fastest baseline:
 `ratio` and `share` compare replayed CUDA graphs (of training, calls queued behind a busy GPU),
-`wall` eager calls including launches, `kernels` sums of kernel times. Errors and memory are our
-worst against the baseline's best. Exits 1 if a required target is missed or was not measured; those
-of training, of models and of FLA's layer count if the run has rows of them.
+`wall` eager calls including launches, `kernels` and `kernel_roofline` sums of kernel times. Errors
+and memory are our worst against the baseline's best. Exits 1 if a required target is missed or was
+not measured; those of training, of models and of FLA's layer count if the run has rows of them.
 """
 
 import argparse
@@ -72,12 +72,13 @@ class Target:
 # Keys of rows of accuracy, and their stages.
 ACCURACY = {"accuracy": "accuracy", "gradient_accuracy": "gradient accuracy"}
 FIELDS = {"ratio": "us", "wall": "eager_us", "kernels": "kernel_us"}
-AT_MOST = ("roofline", "us", "share", "memory")
+AT_MOST = ("roofline", "kernel_roofline", "us", "share", "memory")
 WORK = {
     "ratio": "baseline / ours",
     "wall": "baseline / ours, eager calls",
     "kernels": "baseline / ours, sums of kernels",
     "roofline": "ours / roofline",
+    "kernel_roofline": "ours / roofline, sums of kernels",
     "us": "us",
     "share": "ours / baseline",
     "memory": "peak memory, ours / baseline",
@@ -120,8 +121,9 @@ TRAINING = [
     Target("core training", "softplus-T8192-H8", "kernels", 2.8, 3.5, "FLA"),
     Target("core training", "softplus-8x1024-H32", "ratio", 2.8, 3.5, "FLA"),
     Target("core training", "softplus-T8192-H32", "memory", 1.0, 0.8, "FLA"),
-    Target("short_conv backward", "T8192-H32", "roofline", 1.4, 1.2),
-    Target("rms_norm_gated backward", "T8192-H32", "roofline", 1.25, 1.1),
+    # a call through autograd takes the host longer than these kernels the GPU
+    Target("short_conv backward", "T8192-H32", "kernel_roofline", 1.4, 1.2),
+    Target("rms_norm_gated backward", "T8192-H32", "kernel_roofline", 1.25, 1.1),
     Target("layer training", "T8192-H32", "ratio", 1.95, None, "FLA eager"),
     Target("layer training", "T8192-H32", "ratio", 2.4, None, "FLA compiled"),
     Target("layer training", "T8192-H32", "us", None, 4300),
@@ -198,13 +200,15 @@ def value_of(target: Target, rows: Rows) -> float | None:
     ours, baselines = sides[True], sides[False]
     if target.measure == "memory":  # not known of every row
         ours, baselines = ([r for r in x if "peak_MB" in r] for x in (ours, baselines))
-    alone = target.measure in ("roofline", "us") or target.known_us is not None
+    alone = target.measure.endswith(("roofline", "us")) or target.known_us is not None
     if not ours or (not baselines and not alone):
         return None
     if target.measure == "us":
         return float(min(row["us"] for row in ours))
     if target.measure == "roofline":
         return float(min(row["us"] / row["roofline_us"] for row in ours))
+    if target.measure == "kernel_roofline":
+        return float(min(_get(row, "kernel_us") / row["roofline_us"] for row in ours))
     if target.measure == "share":
         known = min((row["us"] for row in baselines), default=target.known_us)
         return float(min(row["us"] for row in ours) / known)
