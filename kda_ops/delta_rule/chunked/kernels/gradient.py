@@ -207,16 +207,14 @@ class Chunks(NamedTuple):
         o: Tensor | None = None, final: Tensor | None = None,
     ) -> None:  # fmt: skip
         """The states before every chunk, and vn; with them the output and final states."""
-        device = self.q.device
-        initial = self.inputs.initial_state
+        K, initial = self.q.shape[3], self.inputs.initial_state
         for turn in turns(self.q, self.v, part, "states_forward"):
-            written = (None, None, False) if turn.first else (o, final, keep)
-            o_here, final_here, kept = written
-            depth = forward_stages(self.q.shape[3], turn.values["BV"], o_here is not None, device)
+            results = (None, None) if turn.first else (o, final)
+            depth = forward_stages(K, turn.values["BV"], results[0] is not None, self.q.device)
             traceable(states_forward_kernel)[(turn.programs,)](
-                *saved[:2], *turn.memory, saved.states, initial, *states, o_here, final_here,
-                *part.sequences, *state_strides(initial, final_here), **self.sizes(part),
-                KEEP=kept, **turn.within(depth),
+                *saved[:2], *turn.memory, saved.states, initial, *states, *results,
+                *part.sequences, *state_strides(initial, results[1]), **self.sizes(part),
+                KEEP=keep and not turn.first, **turn.within(depth),
             )  # fmt: skip
 
 
