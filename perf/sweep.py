@@ -1,11 +1,11 @@
 """Other values of a kernel than the shipped ones, timed beside these on the rows of the benchmarks:
 
     python -m perf.sweep short_conv_backward --row "conv" \
-        --values STEP_T=8,BLOCK_D=64,MAX_STEPS=32,PROGRAMS=2048,num_warps=1 --values ...
+        --values BLOCK_D=64,num_warps=1 --values MAX_STEPS=64
 
-Without `--values` those that autotuning tries elsewhere (`kda_ops.tuning.configs.CANDIDATES`). Each
-is checked like a row before it is timed, and the shipped values are timed first and last: a
-difference smaller than theirs is noise.
+Names that are left out keep their shipped values. Without `--values` those that autotuning tries
+elsewhere (`kda_ops.tuning.configs.CANDIDATES`). Each is checked like a row before it is timed, and
+the shipped values are timed first and last: a difference smaller than theirs is noise.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kda_ops.tuning import override
+from kda_ops.tuning import choose, override
 from kda_ops.tuning.configs import CANDIDATES, DEFAULTS
 from perf.harness import timing
 from perf.harness.machine import gpu
@@ -65,15 +65,22 @@ Timing = tuple[str, float | None, str]
 def sweep(
     kernel: str, row: Row, candidates: Sequence[Mapping[str, Any]], device: torch.device
 ) -> Iterator[Timing]:
-    """What was tried, its seconds or None, and why not."""
+    """What was tried, its seconds or None, and why not; nothing more once the GPU has failed."""
+    shipped = choose(kernel, device)
     expected = expected_tensors(row, device)
     l2_bytes = gpu()["l2_bytes"]
-    tried = [(", ".join(f"{k}={v}" for k, v in x.items()), {kernel: x}) for x in candidates]
+    tried = [
+        (", ".join(f"{k}={v}" for k, v in x.items()), {kernel: {**shipped, **x}})
+        for x in candidates
+    ]
     for name, overrides in [(SHIPPED, {}), *tried, (SHIPPED, {})]:
         with torch.no_grad(), override(overrides):
             try:
                 check(row, device, expected)
                 yield name, seconds(row, device, l2_bytes), ""
+            except torch.AcceleratorError as error:
+                yield name, None, f"{error}".splitlines()[0]
+                return
             except Exception as error:  # does not compile, does not fit, is wrong
                 yield name, None, f"{type(error).__name__}: {error}"
 

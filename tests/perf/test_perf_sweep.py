@@ -46,6 +46,20 @@ def test_each_value_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert wrong[:2] == ("TILE=3", None)
     assert "off by" in wrong[2]
     assert chosen[1:3] == [2, 3]
+    (value, *_) = sweep.sweep("gate", row, [{"num_warps": 8}], cpu)
+    assert value == first  # what is left out is as shipped
+    assert chosen[-1] == chosen[0]
+
+
+def test_a_failed_gpu_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered\nmore")
+
+    row = Row("gate", "small", OURS, lambda _: {}, lambda _: lambda: None, None)
+    monkeypatch.setattr(sweep, "gpu", lambda: {"l2_bytes": 0})
+    monkeypatch.setattr(sweep, "check", fail)
+    found = list(sweep.sweep("gate", row, [{"TILE": 2}], torch.device("cpu")))
+    assert found == [(sweep.SHIPPED, None, "an illegal memory access was encountered")]
 
 
 def test_what_cannot_be_swept(capsys: pytest.CaptureFixture[str]) -> None:
