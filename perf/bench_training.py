@@ -137,6 +137,7 @@ def core_rows() -> list[Row]:
                     # q, k, v, the gate's input, do and four gradients; forward four of them and o
                     bytes_moved=(14 if forward else 9) * n,
                     graph=False,
+                    ahead=True,
                 )
                 found.append(row)
     return found
@@ -232,6 +233,7 @@ def small_rows() -> list[Row]:
                 bytes_moved=2 * TOKENS * count,
                 poison=provider == OURS,
                 graph=False,
+                ahead=True,
             )
             found.append(row)
     return found
@@ -314,6 +316,7 @@ def layer_rows() -> list[Row]:
                 flops=6 * tokens * WEIGHTS,
                 bytes_moved=3 * 2 * WEIGHTS,
                 graph=False,
+                ahead=True,
             )
             found.append(row)
     return found

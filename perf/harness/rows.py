@@ -48,7 +48,9 @@ class Row:
         flops: FLOPs in GEMMs.
         poison: Fill uninitialized memory with NaN while checking. Not for compiled code, which it
             would recompile, nor for baselines, which may read what they then mask.
-        graph: Time replays of a CUDA graph; otherwise calls queued behind a busy GPU.
+        graph: Time replays of a CUDA graph; otherwise calls, one queued after another.
+        ahead: Without a graph: let the GPU wait until all calls are queued, as it is busy in a
+            training step, so that what the host takes does not count.
         limit: The largest relative error of a result that is measured.
     """
 
@@ -63,6 +65,7 @@ class Row:
     flops: int = 0
     poison: bool = True
     graph: bool = True
+    ahead: bool = False
     limit: float = AGREEMENT
 
     def __str__(self) -> str:
@@ -289,7 +292,7 @@ class Measurer:
             calls = calls_of(row, self.device, self.l2_bytes)
         benchmark.group = f"{row.stage} {row.case}"
         with watch.step("measure"):
-            seconds = _measured_seconds(calls, benchmark, row.graph)
+            seconds = _measured_seconds(calls, benchmark, row.graph, row.ahead)
         with watch.step("profile"):
             launched = timing.kernels(calls[0])
         with watch.step("eager"):
@@ -322,7 +325,7 @@ def calls_of(row: Row, device: torch.device, l2_bytes: int) -> list[Call]:
     return [row.prepare(inputs) for inputs in sets]
 
 
-def _measured_seconds(calls: list[Call], benchmark: Any, graph: bool) -> float:
+def _measured_seconds(calls: list[Call], benchmark: Any, graph: bool, ahead: bool) -> float:
     """Median seconds of one call, each round making every call once."""
     if graph:
         captured, _results = timing.capture(calls)
@@ -334,9 +337,10 @@ def _measured_seconds(calls: list[Call], benchmark: Any, graph: bool) -> float:
                 call()
 
     timing.warm_up(work)
+    cycles = timing.queueing_cycles(work) if ahead and not graph else timing.SPIN_CYCLES
 
     def measured() -> None:
-        timing.CLOCK.advance(timing.event_seconds(work) / len(calls))
+        timing.CLOCK.advance(timing.event_seconds(work, cycles) / len(calls))
 
     benchmark.pedantic(measured, rounds=timing.ROUNDS)
     return benchmark.stats.stats.median

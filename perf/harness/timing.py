@@ -1,11 +1,12 @@
 """GPU time from events: CUDA-graph replays over rotating inputs, eager calls, kernels by name.
 
-Host clocks are never used. Every figure is a median of many rounds after a warm-up.
+No figure is of a host's clock. Every one is a median of many rounds after a warm-up.
 """
 
 import collections
 import contextlib
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 ROUNDS = 40
 WARM_UP_SECONDS = 0.05
 SPIN_CYCLES = 200_000  # about 100 us, for the host to get ahead of the GPU
+CYCLES_PER_SECOND = 2e9  # of a GPU, at most
 
 
 class Clock:
@@ -32,13 +34,23 @@ class Clock:
 CLOCK = Clock()
 
 
-def event_seconds(work: Callable[[], Any]) -> float:
+def queueing_cycles(work: Callable[[], Any]) -> int:
+    """For how many cycles the GPU has to spin until the host has queued all of the work."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return max(SPIN_CYCLES, int(1.5 * seconds * CYCLES_PER_SECOND))
+
+
+def event_seconds(work: Callable[[], Any], cycles: int = SPIN_CYCLES) -> float:
     """GPU seconds of one piece of work.
 
-    The GPU spins while the host queues the work, so host time is not counted.
+    The GPU spins first while the host queues the work, so host time is not counted, if it is less.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(SPIN_CYCLES)
+    torch.cuda._sleep(cycles)
     start.record()
     work()
     end.record()

@@ -1,5 +1,6 @@
 """How rows are measured, without a GPU: what consecutive rows share, and baselines' autotuning."""
 
+import time
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -45,6 +46,28 @@ def measure(measurer: rows.Measurer, row: Row) -> dict[str, Any]:
     ):
         measurer(row, benchmark)
     return benchmark.extra_info
+
+
+def test_the_gpu_waits_until_calls_are_queued() -> None:
+    """Where a row says so, and no longer than needed where the host is quick."""
+    with mock.patch.object(torch.cuda, "synchronize"):
+        assert timing.queueing_cycles(lambda: time.sleep(0.02)) >= 0.03 * timing.CYCLES_PER_SECOND
+        assert timing.queueing_cycles(lambda: None) == timing.SPIN_CYCLES
+    spins = []
+
+    def pedantic(measured: Any, rounds: int) -> None:
+        measured()
+
+    stats = SimpleNamespace(stats=SimpleNamespace(median=1.0))
+    benchmark = SimpleNamespace(pedantic=pedantic, stats=stats)
+    with (
+        mock.patch.object(timing, "warm_up"),
+        mock.patch.object(timing, "queueing_cycles", return_value=7),
+        mock.patch.object(timing, "event_seconds", lambda _, cycles: spins.append(cycles) or 1.0),
+    ):
+        for ahead in (True, False):
+            rows._measured_seconds([lambda: None], benchmark, False, ahead)
+    assert spins == [7, timing.SPIN_CYCLES]
 
 
 def test_a_case_is_computed_once_for_its_rows() -> None:
