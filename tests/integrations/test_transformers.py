@@ -120,7 +120,8 @@ def test_a_cache_changes_hands(build: Callable[[], nn.Module]) -> None:
         cache, pieces = DynamicCache(config=model.config), []
         for change, piece in zip(order, ids.tensor_split([70, 71], dim=1), strict=True):
             pieces.append(output(change(model), piece, cache=cache))
-        assert relative_error(torch.cat(pieces, dim=1), expected) < 1e-6
+        # sums in another order: 9 eps on some CPUs
+        assert relative_error(torch.cat(pieces, dim=1), expected) < 1e-5
         restore(model)
 
 
