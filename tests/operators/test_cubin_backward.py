@@ -120,6 +120,7 @@ def test_scans_in_segments_compile(kernel: str, tmp_path: Path) -> None:
         binary = compile_launch(launch, gpu)
         assert binary.metadata.shared <= gpu.shared
         assert spilled_bytes(binary, gpu, tmp_path) == 0
+        assert overwritten_operands(binary.asm["ttgir"]) == []
         assert wrong_descriptors(machine_code(binary, tmp_path)) == []
 
 

@@ -190,6 +190,8 @@ def chunk_gradient_kernel(
         vn = tl.load(vn_ptr + (r[:, None] * V + c))
         dq = tl.dot(do.to(dtype), tl.trans(S), dq)
         dk = tl.dot(vn, tl.trans(dS), dk)
+        # Used within its round, so that all three are waited for: S and dS are read into registers
+        # too, and Triton copies a later round over such tiles while GEMMs read them.
         R += tl.dot(dv.to(dtype), tl.trans(S)) * by_beta
         by_decay += S.to(tl.float32) * dS.to(tl.float32)
     last = tl.sum(by_decay, 1) * decay
