@@ -101,14 +101,18 @@ def test_backward_kernels_compile(target: str, tmp_path: Path) -> None:
             assert overwritten_operands(binary.asm["ttgir"]) == [], kernel
 
 
-@pytest.mark.parametrize("kernel", ["states_forward_kernel", "states_backward_kernel"])
-def test_descriptors_of_scans_are_whole(kernel: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kernel", ["states_forward_kernel", "states_backward_kernel", "chunk_gradient_kernel"]
+)
+def test_descriptors_of_loops_are_whole(kernel: str, tmp_path: Path) -> None:
     """Also over one token; see `tests.support.sass`."""
     gpu = TARGETS["sm_90a"]
     found = launches(gpu.shared)[kernel]
     assert any(launch.constants.get("T") == 1 for launch in found)
     for launch in found:
-        assert wrong_descriptors(machine_code(compile_launch(launch, gpu), tmp_path)) == []
+        binary = compile_launch(launch, gpu)
+        assert wrong_descriptors(machine_code(binary, tmp_path)) == []
+        assert overwritten_operands(binary.asm["ttgir"]) == []
 
 
 @pytest.mark.parametrize("kernel", ["states_forward_kernel", "states_backward_kernel"])
