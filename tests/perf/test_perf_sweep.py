@@ -46,9 +46,9 @@ def test_each_value_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert wrong[:2] == ("TILE=3", None)
     assert "off by" in wrong[2]
     assert chosen[1:3] == [2, 3]
-    (value, *_) = sweep.sweep("gate", row, [{"num_warps": 8}], cpu)
-    assert value == first  # what is left out is as shipped
-    assert chosen[-1] == chosen[0]
+    _, partial, _ = sweep.sweep("gate", row, [{"num_warps": 8}], cpu)
+    assert partial == ("num_warps=8", 2e-6, "")  # what is left out is as shipped
+    assert chosen[-2] == chosen[0]
 
 
 def test_a_failed_gpu_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
