@@ -3,9 +3,10 @@
     python -m perf.sweep short_conv_backward --row "conv" \
         --values BLOCK_D=64,num_warps=1 --values MAX_STEPS=64
 
-Names that are left out keep their shipped values. Without `--values` those that autotuning tries
-elsewhere (`kda_ops.tuning.configs.CANDIDATES`). Each is checked like a row before it is timed, and
-the shipped values are timed first and last: a difference smaller than theirs is noise.
+Names that are left out keep their shipped values, those of the last row of the table. Without
+`--values` those that autotuning tries elsewhere (`kda_ops.tuning.configs.CANDIDATES`). Each is
+checked like a row before it is timed, and the shipped values are timed first and last: a difference
+smaller than theirs is noise.
 """
 
 import argparse

@@ -77,10 +77,17 @@ SM90: dict[str, Rows] = {
     ],
     "short_conv_update": [({}, {"BLOCK_D": 256, "num_warps": 2})],
     "state_copy": [({}, {"BYTES": 32768, "num_warps": 8})],
-    "states_backward": [({}, {"BV": 32, "STAGES": 3, "num_warps": 4})],
+    # as of `chunk_scan`: 16 heads are 17 % faster in blocks of 16 columns than of 32
+    "states_backward": [
+        ({"programs": 16}, {"BV": 16, "STAGES": 3, "num_warps": 4}),
+        ({}, {"BV": 32, "STAGES": 3, "num_warps": 4}),
+    ],
     # the first launch of a scan in segments, which has columns of M as well
     "states_backward.first": [({}, {"BV": 64, "STAGES": 3, "num_warps": 4})],
-    "states_forward": [({}, {"BV": 32, "STAGES": 4, "num_warps": 4})],
+    "states_forward": [
+        ({"programs": 16}, {"BV": 16, "STAGES": 4, "num_warps": 4}),
+        ({}, {"BV": 32, "STAGES": 4, "num_warps": 4}),
+    ],
     "states_forward.first": [({}, {"BV": 64, "STAGES": 4, "num_warps": 4})],
 }
 

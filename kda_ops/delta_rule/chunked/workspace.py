@@ -143,6 +143,13 @@ def has_fast_prepare(dtype: torch.dtype, K: Any, V: Any) -> bool:
     return dtype != torch.float32 and K in (64, 128) and V in (64, 128)
 
 
+def programs_key(programs: Any) -> int:
+    """The key of a scan's tuned values: at most 16 programs per block of columns, 32, or more."""
+    if not isinstance(programs, int):
+        return 64  # a symbolic number of sequences: assume a large batch
+    return 16 if programs <= 16 else 32 if programs <= 32 else 64
+
+
 def at_least_one(sequences: Any) -> Any:
     """At least 1: GPUs do not launch an empty grid."""
     return torch.sym_max(sequences, 1)

@@ -42,6 +42,7 @@ from kda_ops.delta_rule.chunked.workspace import (
     Batch,
     at_least_one,
     dense_rows,
+    programs_key,
     token_strides,
 )
 from kda_ops.delta_rule.state_layout import state_strides
@@ -143,9 +144,9 @@ class Turn(NamedTuple):
 def turns(q: Tensor, v: Tensor, part: Batch, kernel: str) -> list[Turn]:
     """The launches of a scan in one direction."""
     (HV, V), K = v.shape[2:], q.shape[3]
-    values = choose(kernel, q.device)
     pairs = HV * at_least_one(part.N)
     count = 1 if part.slab is not None else gradient_segments(K, V, part, v)
+    values = choose(kernel, q.device, programs=programs_key(HV * part.N * count))
     whole = Turn(False, count, (None, None), V // values["BV"] * pairs * count, values)
     if count == 1:
         return [whole]

@@ -36,6 +36,7 @@ from kda_ops.delta_rule.chunked.workspace import (
     Batch,
     Workspace,
     at_least_one,
+    programs_key,
     stages,
 )
 from kda_ops.delta_rule.state_layout import state_strides
@@ -239,14 +240,12 @@ def copy_state(
 
 
 def scan_values(K: int, V: int, programs: Any, o: Tensor) -> dict[str, Any]:
-    """The tuned values of `scan` by its number of (sequence, head) pairs: at most 16, 32, or more.
+    """The tuned values of `scan` by its number of (sequence, head) pairs.
 
     BV, the state columns per program, is at most V.
     """
-    if not isinstance(programs, int):
-        programs = 64  # a symbolic number of sequences: assume a large batch
-    programs = 16 if programs <= 16 else 32 if programs <= 32 else 64
-    chosen = choose("chunk_scan", o.device, K=K, V=V, programs=programs, dtype=o.dtype)
+    key = programs_key(programs)
+    chosen = choose("chunk_scan", o.device, K=K, V=V, programs=key, dtype=o.dtype)
     return {**chosen, "BV": min(chosen["BV"], max(16, triton.next_power_of_2(V)))}
 
 
