@@ -99,6 +99,33 @@ def test_two_graphs_for_all_lengths(kind: str) -> None:
     assert compiled.graphs <= 2
 
 
+@pytest.mark.parametrize("name", ["kimi", "bailing"])
+def test_attention_of_a_prompt_has_no_mask(name: str) -> None:
+    """Its kernels skip what the causal flag rules out; padding and packed sequences need a mask."""
+    model, ids = {"kimi": kimi, "bailing": bailing}[name](**TWO_LAYERS), prompt(2, 70)
+    padding, positions = torch.ones_like(ids), torch.arange(70).remainder(40)[None]
+    padding[0, :5] = 0
+    given: list[tuple[dict[str, Any], bool]] = [
+        ({"use_cache": False}, True),
+        ({"use_cache": True}, True),
+        ({"attention_mask": padding}, False),
+        ({"position_ids": positions, "use_cache": False}, False),
+    ]
+    for kwargs, flag in given:
+        with torch.no_grad():
+            expected = model(ids, **copy.deepcopy(kwargs))[0]
+        compiled = Compiled(accelerate(model))
+        assert relative_error(compiled(ids, **kwargs), expected) < FP32
+        (attention,) = [
+            node
+            for node in compiled.counter.graphs[-1].graph.nodes
+            if node.target is torch.nn.functional.scaled_dot_product_attention
+        ]
+        assert attention.kwargs["is_causal"] is flag
+        assert (attention.kwargs["attn_mask"] is None) is flag
+        restore(model)
+
+
 def test_decode_steps_share_a_graph() -> None:
     model = accelerate(kimi(**TWO_LAYERS))
     compiled, cache, ids = Compiled(model), new_cache(model, "static"), prompt(2, 80)
@@ -208,7 +235,7 @@ def test_exported_for_any_length(make: Callable[..., Any]) -> None:
         Logits(accelerate(model)), (prompt(1, 70),), dynamic_shapes=shapes
     )
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert "kda_ops.chunk_kda.default" in called
+    assert "kda_ops.chunk_kda_gated.default" in called
     restore(model)
     for tokens in (70, 130):
         ids = prompt(1, tokens)
