@@ -11,6 +11,8 @@ import triton
 from triton.runtime.autotuner import Autotuner
 
 import kda_ops
+from kda_ops import fused
+from kda_ops.delta_rule.chunk_kda_gated import cases as chunk_cases
 from kda_ops.gating.gate.cases import CASES
 from perf import bench_core_accuracy
 from perf.baselines import autotuning
@@ -186,3 +188,13 @@ def test_accuracy_is_checked_against_the_definition(name: str) -> None:
     for function in (core, fused_core):
         for out, expected in zip(function(**double), exact, strict=True):
             assert rows.relative_error(out, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("pages", [1, 5])
+def test_rows_of_paged_states_can_be_checked(pages: int) -> None:
+    """Also the pages that nobody reads."""
+    case = chunk_cases._perf("pages", T=256, H=1, norm=True, pages=pages)
+    (row,) = rows.function_rows(
+        "chunk_kda_gated", case, fused.chunk_kda_gated, baselines={}, compile_too=False
+    )
+    assert rows.check(row, CPU) < rows.AGREEMENT
