@@ -13,7 +13,7 @@ Models: Kimi Linear, GLM-5-Next and Ling 3 (`bailing_hybrid`).
 
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from kda_ops.conv.checks import resolve_activation
 from kda_ops.conv.short_conv import short_conv
 from kda_ops.delta_rule.chunk_kda_gated import chunk_kda_gated
 from kda_ops.delta_rule.kda_decode import kda_decode
+from kda_ops.integrations.packing import PACKED, PackedLinear, check_packable, pack, unpack
 from kda_ops.norm.rms_norm_gated import rms_norm_gated
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,7 +49,7 @@ READ_DIRECTLY = ["conv1d", "forget_gate", "o_norm"]  # submodules whose paramete
 # ---------------------------------------------------------------------- models
 
 
-def accelerate(model: Model) -> Model:
+def accelerate(model: Model, *, pack: bool = False) -> Model:
     """Lets this package compute the KDA layers of a model, in place.
 
     Eager and under `torch.compile`, with every cache and mask that transformers has. A module that
@@ -58,6 +59,9 @@ def accelerate(model: Model) -> Model:
     Args:
         model: A model of transformers, or anything that contains its layers. Layers that are
             accelerated already stay as they are.
+        pack: Make one GEMM of the six that a layer makes of its input. Their parameters become one,
+            under the old names in `state_dict()` and `load_state_dict()`: to be called before an
+            optimizer is made, and after whatever goes by the names of projections.
 
     Returns:
         The same model.
@@ -65,9 +69,10 @@ def accelerate(model: Model) -> Model:
     Raises:
         ValueError: The model has no KDA layer of transformers, or one that the operators do not
             take: a `lower_bound` outside `[-5, 0)`, an activation other than SiLU, heads wider than
-            256, or a `forward` that something else has replaced. No layer is changed then.
+            256, or a `forward` that something else has replaced. Or `pack` and projections that are
+            not plain linear layers of one dtype and device. No layer is changed then.
     """
-    _accelerate(model)
+    _accelerate(model, pack)
     return model
 
 
@@ -80,18 +85,17 @@ def restore(model: Model) -> Model:
     Returns:
         The same model.
     """
-    for module in model.modules():
-        if isinstance(module, Accelerated):
-            _change_class(module, module.original)
+    _restore(model.modules())
     return model
 
 
 @contextmanager
-def accelerated(model: Model) -> Iterator[Model]:
+def accelerated(model: Model, *, pack: bool = False) -> Iterator[Model]:
     """`accelerate` for the length of a `with` block, which gives back what it changed.
 
     Args:
         model: As `accelerate`.
+        pack: As `accelerate`.
 
     Yields:
         The model.
@@ -99,13 +103,11 @@ def accelerated(model: Model) -> Iterator[Model]:
     Raises:
         ValueError: As `accelerate`.
     """
-    changed = _accelerate(model)
+    changed = _accelerate(model, pack)
     try:
         yield model
     finally:
-        for module in changed:
-            if isinstance(module, Accelerated):
-                _change_class(module, module.original)
+        _restore(changed)
 
 
 def register() -> None:
@@ -132,15 +134,28 @@ def unregister() -> None:
     unregister_patch_mapping([name for name in KNOWN if there.get(name) is _subclass(name)])
 
 
-def _accelerate(model: nn.Module) -> list[nn.Module]:
+def _restore(modules: Iterable[nn.Module]) -> None:
+    for module in list(modules):
+        if isinstance(module, Accelerated):
+            if hasattr(module, PACKED):
+                unpack(module)
+            _change_class(module, module.original)
+
+
+def _accelerate(model: nn.Module, pack_too: bool) -> list[nn.Module]:
     """Changes the layers of a model, and it; returns the modules that were not changed before."""
     chosen: list[nn.Module] = []
+    packable: list[tuple[nn.Module, list[str]]] = []
     has_layers = False
     for name, module in model.named_modules():
         is_layer = LAYERS.get(type(module).__name__) == type(module).__module__
         has_layers = has_layers or is_layer or isinstance(module, KDALayer)
         if is_layer:
             _check(name, module)
+        if pack_too and (is_layer or isinstance(module, KDALayer)) and not hasattr(module, PACKED):
+            names = _projections(module)
+            check_packable(name, module, names)
+            packable.append((module, names))
         if KNOWN.get(type(module).__name__) == type(module).__module__:
             chosen.append(module)
     if not has_layers:
@@ -150,7 +165,16 @@ def _accelerate(model: nn.Module) -> list[nn.Module]:
     for module in chosen:
         original: Any = type(module)
         _change_class(module, accelerated_class(original))
+    for module, names in packable:
+        pack(module, names)
     return chosen
+
+
+def _projections(layer: Any) -> list[str]:
+    """The names of what is applied to a layer's input."""
+    forget = "f_proj" if hasattr(layer.forget_gate, "f_proj") else "f_a_proj"
+    output = "g_proj" if hasattr(layer, "g_proj") else "g_a_proj"
+    return ["q_proj", "k_proj", "v_proj", "b_proj", f"forget_gate.{forget}", output]
 
 
 def _check(name: str, layer: Any) -> None:
@@ -302,11 +326,7 @@ class KDALayer(Accelerated):
         if cu_seqlens is not None and old_conv is not None:
             raise ValueError("cu_seqlens must be None with a cache that has a state")
 
-        qkv = (self.q_proj, self.k_proj, self.v_proj)
-        x = torch.cat([project(hidden_states) for project in qkv], dim=-1)
-        f = self._heads(self._forget_gate_input(hidden_states))
-        beta = self.b_proj(hidden_states)
-        z = self._heads(self._output_gate(hidden_states))
+        x, beta, f, z = self._project(hidden_states)
         steps = old_state is not None and hidden_states.shape[1] == 1
         if steps and not _needs_gradient(hidden_states, *self.parameters()):
             o = self._decode(x, f, beta, z, old_conv, old_state)
@@ -401,19 +421,26 @@ class KDALayer(Accelerated):
         forget = self.forget_gate
         return forget.A_log.reshape(-1), forget.dt_bias, _lower_bound(forget)
 
-    def _forget_gate_input(self, hidden_states: Tensor) -> Tensor:
-        """What the forget gate makes of its input before its bias: of full or low rank."""
-        forget = self.forget_gate
-        if hasattr(forget, "f_proj"):
-            return forget.f_proj(hidden_states)
-        return forget.f_b_proj(forget.f_a_proj(hidden_states))
-
-    def _output_gate(self, hidden_states: Tensor) -> Any:
-        """The output gate before its sigmoid."""
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v side by side, beta before its sigmoid, and the input of the forget gate before
+        its bias and the output gate before its sigmoid, `[B, T, H, K]`, both of full or low rank.
+        """
         layer: Any = self
-        if hasattr(layer, "g_proj"):
-            return layer.g_proj(hidden_states)
-        return layer.g_b_proj(layer.g_a_proj(hidden_states))
+        forget = self.forget_gate
+        low_rank = hasattr(forget, "f_b_proj"), hasattr(layer, "g_b_proj")
+        packed: PackedLinear | None = getattr(self, PACKED, None)
+        if packed is None:
+            qkv = (self.q_proj, self.k_proj, self.v_proj)
+            x = torch.cat([project(hidden_states) for project in qkv], dim=-1)
+            beta = self.b_proj(hidden_states)
+            f = (forget.f_a_proj if low_rank[0] else forget.f_proj)(hidden_states)
+            z = (layer.g_a_proj if low_rank[1] else layer.g_proj)(hidden_states)
+        else:
+            sizes = [3 * self.qkv_dim, *packed.sizes[3:]]
+            x, beta, f, z = packed(hidden_states).split(sizes, dim=-1)
+        f = forget.f_b_proj(f) if low_rank[0] else f
+        z = layer.g_b_proj(z) if low_rank[1] else z
+        return x, beta, self._heads(f), self._heads(z)
 
 
 def _lower_bound(forget_gate: Any) -> float | None:
