@@ -177,6 +177,7 @@ def backward_prepare_kernel(
     A, X, q, k = unit_inverse(q, k, y, beta, PACKED)
     tl.store(A_ptr + (i * 64 + j), (A * SCALE).to(dtype))
     tl.store(T_ptr + (i * 64 + j), X.to(dtype))
+    # in two parts: rounding X would add as much error to u as rounding u does
     X = X * beta[None, :]
     rest = (X - X.to(dtype).to(tl.float32)).to(dtype)
     X = X.to(dtype)
