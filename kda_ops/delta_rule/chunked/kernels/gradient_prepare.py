@@ -184,7 +184,7 @@ def backward_prepare_kernel(
     dv = tl.arange(0, V)[None, :]
     v = tl.load(v_ptr + b * v_b + h * v_h + first * v_t + (t[:, None] * v_t + dv))
     v = v.to(dtype)
-    u = tl.dot(rest, v, tl.dot(X, v))
+    u = tl.dot(X, v, tl.dot(rest, v))
     tl.store(u_ptr + (i * V + dv), u.to(dtype))
     at = i * K + d[None, :]
     k = k.to(tl.float32)
@@ -192,7 +192,6 @@ def backward_prepare_kernel(
     tl.store(marks_ptr + (i // 16 * K + d[None, :]), G, mask=(i % 16 == 15) & (d >= 0)[None, :])
     e = tl.exp2(G)
     tl.store(qg_ptr + at, (q.to(tl.float32) * SCALE * e).to(dtype))
-    ke = (k * e).to(dtype)
-    tl.store(w_ptr + at, tl.dot(rest, ke, tl.dot(X, ke)).to(dtype))
+    tl.store(w_ptr + at, tl.dot(X, (k * e).to(dtype)).to(dtype))
     e = tl.exp2(tl.dot(half_like(j > i, X, PACKED), y))  # 2^(G_last - G)
     tl.store(kg_ptr + at, (k * e).to(dtype))
