@@ -15,8 +15,9 @@ any other chunk pairs meet at six levels, as in the forward. `backward_tiles_ker
 written the tiles of dA and dL.
 
 `dG = q dq + k (beta R - C)`, in which the two terms of a pair cancel in the sum over the chunk only
-if both use the same rounded factors: so it is summed pass by pass from these. beta's gradient is `P
-v + k R` summed over the row, without dividing by a possible 0.
+if both use the same factors: so it is summed pass by pass from these. Rows are rounded to bf16;
+columns, whose rounding all of dq would have, are in two bf16 parts, as good as not rounded. beta's
+gradient is `P v + k R` summed over the row, without dividing by a possible 0.
 
 Two programs of 4 warps fill the registers of a multiprocessor and wait for memory most of the time,
 so all loads of a chunk are under way before the first is used, those of the scans' tiles in a loop
@@ -77,28 +78,40 @@ def _tiles(pairs_ptr, mask):
 
 
 @triton.jit
-def _meet(sums, E, sign: tl.constexpr, tiles, q, k, beta, scale, PACKED: tl.constexpr):
+def _unit(x, norm):
+    """Normalized in fp32 at each use: in bf16, only what was loaded is exact."""
+    return x.to(tl.float32) * norm
+
+
+@triton.jit
+def _meet(
+    sums, E, sign: tl.constexpr, tiles, q, k, q_norm, k_norm, beta, scale, PACKED: tl.constexpr
+):  # fmt: skip
     """Adds to dq, R, dk (without beta R) and dG what the pairs of a pass give. Rows carry 2^E and
-    columns 2^E with a sign; A and L are divided by a power of two, the scale.
+    columns 2^E with a sign, in two parts; A and L are divided by a power of two, the scale.
     """
     dq, R, dk, dG = sums
     A, L = tiles
     dtype: tl.constexpr = q.dtype
     by_column = tl.exp2(sign * E)
-    column = rounded(k.to(tl.float32) * by_column, PACKED)
+    column = _unit(k, k_norm) * by_column
+    high = rounded(column, PACKED)
+    low = (column - high).to(dtype)
+    high = high.to(dtype)
     by_row = tl.exp2(E)
-    q_row = rounded(q.to(tl.float32) * by_row, PACKED)
-    P = tl.dot(A, column.to(dtype)) * scale
+    q_row = rounded(_unit(q, q_norm) * by_row, PACKED)
+    P = tl.dot(A, low, tl.dot(A, high)) * scale
     dq += by_row * P
     dG += q_row * P
-    k_row = rounded(k.to(tl.float32) * (by_row * beta[:, None]), PACKED)
-    P = tl.dot(L, column.to(dtype)) * scale
+    k_row = rounded(_unit(k, k_norm) * (by_row * beta[:, None]), PACKED)
+    P = tl.dot(L, low, tl.dot(L, high)) * scale
     R += by_row * P
     dG += k_row * P
     P = tl.dot(tl.trans(A), q_row.to(dtype)) * scale
     P += tl.dot(tl.trans(L), k_row.to(dtype)) * scale
-    dk += by_column * P
-    dG -= column * P
+    P *= by_column
+    dk += P
+    dG -= _unit(k, k_norm) * P
     return dq, R, dk, dG
 
 
@@ -156,7 +169,6 @@ def chunk_gradient_kernel(
     q_ptr += b * q_b + hk * q_h + first * q_t
     k_ptr += b * k_b + hk * k_h + first * k_t
     gate_at = gate_ptr + b * gate_b + h * gate_h + first * gate_t + (t * gate_t + d[None, :])
-    out = (token * HV + h) * K + (r[:, None] * (HV * K) + d[None, :])
     rate = gate_rate(A_log_ptr, h, HAS_A)
 
     gates = load_gates(gate_at, gate_t, r, GATED)
@@ -173,6 +185,9 @@ def chunk_gradient_kernel(
     if NORM:
         q_norm = tl.load(q_norm_ptr + r)[:, None]
         k_norm = tl.load(k_norm_ptr + r)[:, None]
+    else:
+        q_norm = tl.full((64, 1), 1.0, tl.float32)
+        k_norm = tl.full((64, 1), 1.0, tl.float32)
 
     dq = tl.zeros((64, BK), tl.float32)
     R = tl.zeros((64, BK), tl.float32)
@@ -201,45 +216,47 @@ def chunk_gradient_kernel(
     anchor = tl.where(r[:, None] < 32, anchor, second)
     y = gates_of(gates, r < count, rate, bias, GATED, BOUND).to(tl.float16)
     G = _sums_of(lower, y)
-    if NORM:
-        q = q.to(tl.float32) * q_norm
-        k = k.to(tl.float32) * k_norm
-    q = laid_out_as(q.to(dtype), dq.to(dtype), PACKED)
-    k = laid_out_as(k.to(dtype), dq.to(dtype), PACKED)
+    q = laid_out_as(q, dq.to(q.dtype), PACKED)
+    k = laid_out_as(k, dq.to(k.dtype), PACKED)
     from_anchor = G - anchor
     e = tl.exp2(G)
     dq *= e * SCALE
-    dG = q.to(tl.float32) * dq
+    dG = _unit(q, q_norm) * dq
     R *= e
-    dG += k.to(tl.float32) * (beta[:, None] * R)
+    dG += _unit(k, k_norm) * (beta[:, None] * R)
     E = G_last - G
     if level == 0:
         E = _sums_of(_matrix(matrices_ptr, 7), y)
     dk *= tl.exp2(E)
-    from_state = k.to(tl.float32) * dk
+    from_state = _unit(k, k_norm) * dk
     last += tl.sum(from_state, 0)
     dG -= from_state
-    dq += diagonal * k.to(tl.float32)
-    dk += diagonal * q.to(tl.float32)
+    dq += diagonal * _unit(k, k_norm)
+    dk += diagonal * _unit(q, q_norm)
     sums = (dq, R, dk, dG)
     if level == 0:
         for step in tl.range(0, 6, num_stages=1):
             E = _sums_of(_matrix(matrices_ptr, step), y)
             at_level = _tiles(pairs_ptr, (r[:, None] ^ r[None, :]) >> step == 1)
             for _ in tl.range(0, rounds(1), num_stages=1):
-                sums = _meet(sums, E, 1.0, at_level, q, k, beta, scale, PACKED)
+                sums = _meet(sums, E, 1.0, at_level, q, k, q_norm, k_norm, beta, scale, PACKED)
     else:
         for _ in tl.range(0, rounds(1), num_stages=1):
-            sums = _meet(sums, from_anchor, -1.0, whole, q, k, beta, scale, PACKED)
+            sums = _meet(sums, from_anchor, -1.0, whole, q, k, q_norm, k_norm, beta, scale, PACKED)
         if level == 5:
             between = _tiles(pairs_ptr + 8192, everywhere)
+            # loaded again: the anchor would be in registers meanwhile
+            below = tl.load(marks_ptr + d)[None, :]
             middle = tl.load(marks_ptr + (K + d))[None, :]
+            above = tl.load(marks_ptr + (2 * K + d))[None, :]
+            to_middle = tl.where(r[:, None] < 32, below - middle, above - middle)
             for _ in tl.range(0, rounds(1), num_stages=1):
-                E = -tl.abs(from_anchor + (anchor - middle))
-                sums = _meet(sums, E, 1.0, between, q, k, beta, scale, PACKED)
+                E = -tl.abs(from_anchor + to_middle)
+                sums = _meet(sums, E, 1.0, between, q, k, q_norm, k_norm, beta, scale, PACKED)
     dq, R, dk, dG = sums
+    out = (token * HV + h) * K + (r[:, None] * (HV * K) + d[None, :])
     ok = (r < count)[:, None] & (d >= 0)[None, :]
-    tl.store(by_v_ptr + (n + 1) * 64 + r, tl.sum(k.to(tl.float32) * R, 1))
+    tl.store(by_v_ptr + (n + 1) * 64 + r, tl.sum(_unit(k, k_norm) * R, 1))
     dk += beta[:, None] * R
     if dq_ptr is not None:
         tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=ok)

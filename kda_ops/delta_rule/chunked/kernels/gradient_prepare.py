@@ -177,10 +177,15 @@ def backward_prepare_kernel(
     A, X, q, k = unit_inverse(q, k, y, beta, PACKED)
     tl.store(A_ptr + (i * 64 + j), (A * SCALE).to(dtype))
     tl.store(T_ptr + (i * 64 + j), X.to(dtype))
-    X = (X * beta[None, :]).to(dtype)
+    # in two parts: rounding X would add as much error to u as rounding u does
+    X = X * beta[None, :]
+    rest = (X - X.to(dtype).to(tl.float32)).to(dtype)
+    X = X.to(dtype)
     dv = tl.arange(0, V)[None, :]
     v = tl.load(v_ptr + b * v_b + h * v_h + first * v_t + (t[:, None] * v_t + dv))
-    tl.store(u_ptr + (i * V + dv), tl.dot(X, v.to(dtype)).to(dtype))
+    v = v.to(dtype)
+    u = tl.dot(X, v, tl.dot(rest, v))
+    tl.store(u_ptr + (i * V + dv), u.to(dtype))
     at = i * K + d[None, :]
     k = k.to(tl.float32)
     G = tl.dot(half_like(j <= i, X, PACKED), y)
