@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kda_ops._cases import with_states
+from kda_ops.tuning import override
 from tests.support.backward import (
     KernelCase,
     arguments,
@@ -172,6 +173,25 @@ def test_saving_in_the_interpreter(case: KernelCase) -> None:
 @named(FAST | {name: case for name, case in LARGE.items() if "128" in name and "fp" not in name})
 def test_saving_on_the_gpu(case: KernelCase) -> None:
     assert_saving(case, torch.device("cuda"))
+
+
+NORMS_INSIDE = {"chunk_gradient.norms": {"form": "inside"}}
+
+
+@pytest.mark.interpreter
+@named({name: case for name, case in FAST.items() if case.options.get("norm")})
+def test_norms_inside_the_chunk_gradient(case: KernelCase) -> None:
+    with override(NORMS_INSIDE), within_tensors():
+        assert_gradients(case, CPU)
+        assert_saving(case, CPU)
+
+
+@pytest.mark.gpu
+@named({name: LARGE[name] for name in ("128-ragged", "128-norm", "128-slow", "K64-V128")})
+def test_norms_inside_the_chunk_gradient_on_the_gpu(case: KernelCase) -> None:
+    with override(NORMS_INSIDE):
+        assert_gradients(case, torch.device("cuda"))
+        assert_saving(case, torch.device("cuda"))
 
 
 def in_slabs(monkeypatch: pytest.MonkeyPatch, size: int) -> list[int]:

@@ -16,6 +16,7 @@ from kda_ops._cases import with_states
 from kda_ops._registry import OPERATORS
 from kda_ops.conv.short_conv import backward as conv
 from kda_ops.norm.rms_norm_gated import backward as norm
+from kda_ops.tuning import override
 from tests.operators.test_cubin import TARGETS, Launch, Recorder, compile_launch, spilled_bytes
 from tests.support.backward import KernelCase, arguments, launch_case, launch_saving
 from tests.support.pipelines import overwritten_operands
@@ -126,6 +127,20 @@ def test_scans_in_segments_compile(kernel: str, tmp_path: Path) -> None:
         assert spilled_bytes(binary, gpu, tmp_path) == 0
         assert overwritten_operands(binary.asm["ttgir"]) == []
         assert wrong_descriptors(machine_code(binary, tmp_path)) == []
+
+
+@pytest.mark.parametrize("kernel", ["backward_tiles_kernel", "chunk_gradient_kernel"])
+def test_norms_inside_the_chunk_gradient_compile(kernel: str, tmp_path: Path) -> None:
+    gpu = TARGETS["sm_90a"]
+    launches.cache_clear()
+    with override({"chunk_gradient.norms": {"form": "inside"}}):
+        launch = launches(gpu.shared)[kernel][0]
+    launches.cache_clear()
+    assert launch.constants["NORMS"]
+    binary = compile_launch(launch, gpu)
+    assert spilled_bytes(binary, gpu, tmp_path) <= SPILLS.get(kernel, {}).get("sm_90a", 0) + 16
+    assert overwritten_operands(binary.asm["ttgir"]) == []
+    assert wrong_descriptors(machine_code(binary, tmp_path)) == []
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["raw", "ragged"])

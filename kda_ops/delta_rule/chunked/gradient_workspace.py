@@ -2,7 +2,7 @@
 
 One row per (chunk, value head), as in `kda_ops.delta_rule.chunked.workspace`: tiles w, kg, qg [64,
 K], Aqk and T [64, 64], u and then vn [64, V]; vectors in fp32 (`gradient_rows_of`, `parts_of`); the
-states [K, V] before the chunk, and their gradients after it. 152,576 bytes with 128 x 128 in bf16,
+states [K, V] before the chunk, and their gradients after it. 153,088 bytes with 128 x 128 in bf16,
 630 MB at T = 8192 and 32 heads. The tiles of `backward_tiles_kernel` reuse the memory that the
 scans have read.
 
@@ -52,7 +52,7 @@ def gradient_row(K: int, V: int, dtype: torch.dtype) -> Row:
     """Shapes and dtypes of the workspace of one chunk of one head, without `pairs`."""
     return saved_row(K, V, dtype) | {
         "dstates": ((K, V), dtype),
-        "parts": ((7 * CHUNK,), torch.float32),
+        "parts": ((9 * CHUNK,), torch.float32),
     }
 
 

@@ -254,6 +254,9 @@ def launch_gradient(
     sizes = chunks.sizes(parts[0])
     pairs = workspace.pairs
     pair_sizes: dict[str, Any] = {**sizes, "PAIRS": pairs.shape[-1]}
+    # a sum over value heads has to come before the derivative of a norm
+    inside = choose("chunk_gradient.norms", q.device)["form"] == "inside"
+    pair_sizes["NORMS"] = inside and HV == H and raw.qk_norm_eps is not None
     gates = chunks.gates()
     del gates["EPS"], gates["BETA_SCALE"]
 
@@ -287,7 +290,7 @@ def launch_gradient(
     def chunk_gradients(part: Batch) -> None:
         chosen = choose("chunk_gradient", device)
         traceable(backward_tiles_kernel)[(part.programs * HV,)](
-            v, do, found["v"], *read[:2], pairs, workspace.parts, *part.tables,
+            v, do, found["v"], *read, pairs, workspace.parts, *part.tables,
             *token_strides(v, do), SCALE=x.scale, **pair_sizes, **choose("backward_tiles", device),
         )  # fmt: skip
         traceable(chunk_gradient_kernel)[(part.programs * HV * (K // chosen["BK"]),)](
@@ -298,7 +301,8 @@ def launch_gradient(
         )  # fmt: skip
         beta = BetaParts(read.rows, workspace.parts, K // chosen["BK"], x.gated, raw.beta_scale)
         summed = sums if part is parts[0] else None
-        finish_keys(q, k, by_head, found, part, HV, raw.qk_norm_eps, summed, beta)
+        eps = None if pair_sizes["NORMS"] else raw.qk_norm_eps
+        finish_keys(q, k, by_head, found, part, HV, eps, summed, beta)
 
     # gradients of states depend on no state
     states_alone = needs <= {"initial_state"}

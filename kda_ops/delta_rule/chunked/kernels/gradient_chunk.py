@@ -125,15 +125,16 @@ def chunk_gradient_kernel(
     SCALE: tl.constexpr, GATED: tl.constexpr, BOUND: tl.constexpr, NORM: tl.constexpr,
     HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BK: tl.constexpr, PAIRS: tl.constexpr, VARLEN: tl.constexpr,
-    SLABS: tl.constexpr, PACKED: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+    SLABS: tl.constexpr, NORMS: tl.constexpr, PACKED: tl.constexpr, BV: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program finishes BK key columns of one chunk of one value head.
     Grid: (chunks * HV * K / BK), columns fastest, then heads.
 
     It reads dv [B, T, HV, V] and writes dq and dk [B, T, HV, K], the gradient of the gate, a part
     of beta's, and with `sums` [rows, HV, 2, K] the sums over its tokens of the gradients of dt_bias
-    and A_log, added to those of earlier slabs. Outputs that are None are not computed. With NORM,
-    dq and dk are those of the normalized q and k.
+    and A_log, added to those of earlier slabs. Outputs that are None are not computed. With NORM
+    and without NORMS, dq and dk are those of the normalized q and k.
     """
     p = tl.program_id(0).to(tl.int64)
     n = (p % (K // BK)).to(tl.int32)
@@ -153,7 +154,7 @@ def chunk_gradient_kernel(
                 clear_padding(dgate_ptr, cu_ptr, p, h, T, N, NC, HV, K, K)
         return
     work = row * HV + h
-    diagonal_ptr, scale_ptr, by_v_ptr = parts_of(parts_ptr, work)
+    diagonal_ptr, scale_ptr, by_v_ptr, by_norm_ptr = parts_of(parts_ptr, work)
     level = tl.load(scale_ptr + 1).to(tl.int32)
     hk = h // (HV // H)
     vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)[5]
@@ -258,6 +259,9 @@ def chunk_gradient_kernel(
     ok = (r < count)[:, None] & (d >= 0)[None, :]
     tl.store(by_v_ptr + (n + 1) * 64 + r, tl.sum(_unit(k, k_norm) * R, 1))
     dk += beta[:, None] * R
+    if NORMS:
+        dq = q_norm * (dq - _unit(q, q_norm) * tl.load(by_norm_ptr + r)[:, None])
+        dk = k_norm * (dk - _unit(k, k_norm) * tl.load(by_norm_ptr + 64 + r)[:, None])
     if dq_ptr is not None:
         tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=ok)
     if dk_ptr is not None:

@@ -64,7 +64,7 @@ def backward_keys_kernel(
         r = tl.arange(0, 64)
         for member in range(0, GROUP):
             work = row * HV + h * GROUP + member
-            _, _, part_ptr = parts_of(parts_ptr, work)
+            _, _, part_ptr, _ = parts_of(parts_ptr, work)
             dbeta = tl.load(part_ptr + r)
             for n in tl.static_range(BLOCKS):
                 dbeta += tl.load(part_ptr + (n + 1) * 64 + r)

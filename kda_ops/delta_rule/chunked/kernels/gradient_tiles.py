@@ -13,10 +13,10 @@ REACH = tl.constexpr(96.0)
 @triton.jit
 def parts_of(parts_ptr, work):
     """Pointers to the diagonal of dA [64], the scale of a chunk's tiles and its level, in 64
-    places, and the parts of beta's gradient [5, 64].
+    places, the parts of beta's gradient [5, 64], and q dq and k dk summed over K [2, 64].
     """
-    diagonal_ptr = parts_ptr + work * 448
-    return diagonal_ptr, diagonal_ptr + 64, diagonal_ptr + 128
+    diagonal_ptr = parts_ptr + work * 576
+    return diagonal_ptr, diagonal_ptr + 64, diagonal_ptr + 128, diagonal_ptr + 448
 
 
 @triton.jit
@@ -52,12 +52,32 @@ def _level_of(marks_ptr, K: tl.constexpr):
 
 
 @triton.jit
+def _outputs(do_ptr, do_t, tiles, state_ptr, count, K: tl.constexpr, V: tl.constexpr):
+    """The sum of do o over V, with the output o computed again from the state before the chunk."""
+    qg_ptr, A_ptr, vn_ptr = tiles
+    dtype: tl.constexpr = qg_ptr.dtype.element_ty
+    r = tl.arange(0, 64)[:, None]
+    d = tl.arange(0, K)
+    c = tl.arange(0, 32)[None, :]
+    qg = tl.load(qg_ptr + (r * K + d[None, :]))
+    A = tl.load(A_ptr + (r * 64 + tl.arange(0, 64)[None, :]))
+    total = tl.zeros((64, 32), tl.float32)
+    for v in tl.range(0, V, 32, num_stages=2):
+        S = tl.load(state_ptr + (d[:, None] * V + (v + c)))
+        vn = tl.load(vn_ptr + (r * V + (v + c)))
+        do = tl.load(do_ptr + (r * do_t + (v + c)), mask=(r < count) & (c >= 0), other=0.0)
+        total += do.to(tl.float32) * tl.dot(A, vn, tl.dot(qg, S.to(dtype)))
+    return tl.sum(total, 1)
+
+
+@triton.jit
 def backward_tiles_kernel(
-    v_ptr, do_ptr, dv_ptr, tiles_ptr, rows_ptr, pairs_ptr, parts_ptr, cu_ptr, chunk_indices_ptr,
+    v_ptr, do_ptr, dv_ptr, tiles_ptr, rows_ptr, states_ptr, pairs_ptr, parts_ptr, cu_ptr,
+    chunk_indices_ptr,
     T, N, NC, first_row, rows,
     v_b, v_t, v_h, do_b, do_t, do_h,
     SCALE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr,
-    VARLEN: tl.constexpr, SLABS: tl.constexpr,
+    NORMS: tl.constexpr, VARLEN: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
     """One program computes dA and dL [64, 64] of one chunk of one value head, below the diagonal.
     Grid: (chunks * HV), heads fastest.
@@ -66,6 +86,9 @@ def backward_tiles_kernel(
     `_level_of`) pairs of rows of the two halves are in two tiles of their own, behind the others.
     `pairs`, with PAIRS numbers per chunk, may be the memory of `tiles`. The diagonal of dA, which
     has no decay, the scale, the level, and `P v`, the first part of beta's gradient, go to `parts`.
+    With NORMS also the sums over K that the derivative of the norms of q and k needs: `q dq = do o`
+    and `k dk = 2 P vn - dv v`, since o does not change if q is scaled and o inversely, nor if k and
+    v are, and beta inversely to the square.
     """
     p = tl.program_id(0).to(tl.int64)
     h = p % HV
@@ -75,21 +98,29 @@ def backward_tiles_kernel(
     if not inside:
         return
     work = row * HV + h
-    _, _, _, _, _, vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
+    _, _, qg_ptr, A_ptr, _, vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
     _, beta_ptr, _, _, marks_ptr = gradient_rows_of(rows_ptr, work, K)
-    diagonal_ptr, scale_ptr, by_v_ptr = parts_of(parts_ptr, work)
+    diagonal_ptr, scale_ptr, by_v_ptr, sums_ptr = parts_of(parts_ptr, work)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
     r = tl.arange(0, 64)
     i = r[:, None]
     j = r[None, :]
     dv_head = dv_ptr + ((b * T + first) * HV + h) * V
     do_head = do_ptr + b * do_b + h * do_h + first * do_t
+    if NORMS:
+        state_ptr = states_ptr + work * (K * V)
+        by_q = _outputs(do_head, do_t, (qg_ptr, A_ptr, vn_ptr), state_ptr, count, K, V)
+        tl.store(sums_ptr + r, by_q)
     do, vn, dv = value_rows(do_head, do_t, vn_ptr, dv_head, count, HV, V, dtype)
     v_at = v_ptr + b * v_b + h * v_h + first * v_t
     t = tl.minimum(r, count - 1)[:, None]
     v = tl.load(v_at + (t * v_t + tl.arange(0, V)[None, :]))
     beta = tl.load(beta_ptr + r)
-    tl.store(by_v_ptr + r, tl.sum(dv.to(tl.float32) * v.to(tl.float32), 1) / beta)
+    by_v = tl.sum(dv.to(tl.float32) * v.to(tl.float32), 1)
+    tl.store(by_v_ptr + r, by_v / beta)
+    if NORMS:
+        by_vn = tl.sum(dv.to(tl.float32) * vn.to(tl.float32), 1)
+        tl.store(sums_ptr + 64 + r, 2.0 * by_vn / beta - by_v)
     vt = tl.trans(vn)
     A = tl.dot(do, vt) * SCALE
     L = tl.dot(dv, vt) * (-1.0 / beta)[:, None]
