@@ -5,11 +5,11 @@ tokens. Parameters are packed, so they train and move like others; what goes by 
 (adapters, sharding plans, quantization) has to be applied before, and is then refused.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 PACKED = "packed"
 
@@ -28,16 +28,11 @@ class PackedLinear(nn.Linear):
         like: Any = {"device": "meta", "dtype": weights[0].dtype}
         super().__init__(weights[0].shape[1], sum(self.sizes), bias=False, **like)
         self.names = list(names)
-        trained = any(weight.requires_grad for weight in weights)
-        self.weight = nn.Parameter(torch.cat([x.detach() for x in weights]), requires_grad=trained)
+        rows = torch.cat([weight.detach() for weight in weights])
+        self.weight = nn.Parameter(rows, requires_grad=weights[0].requires_grad)
         self.apart = list(parts)  # a list: their weights are no parameters of the model's any more
         for part in parts:
             part.weight = None
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The name and the rows of each weight."""
-        rows = self.weight.detach().split(self.sizes)
-        return zip((f"{name}.weight" for name in self.names), rows, strict=True)
 
 
 def check_packable(where: str, module: nn.Module, names: Sequence[str]) -> None:
@@ -75,7 +70,8 @@ def pack(module: nn.Module, names: Sequence[str]) -> None:
 def unpack(module: Any) -> None:
     """Undoes `pack`, with the weights of now."""
     packed: PackedLinear = module.packed
-    for name, part, (_, rows) in zip(packed.names, packed.apart, packed.weights(), strict=True):
+    weights = packed.weight.detach().split(packed.sizes)
+    for name, part, rows in zip(packed.names, packed.apart, weights, strict=True):
         part.weight = nn.Parameter(rows.clone(), requires_grad=packed.weight.requires_grad)
         part.train(packed.training)
         parent, _, child = name.rpartition(".")

@@ -103,10 +103,13 @@ def accelerated(model: Model, *, pack: bool = False) -> Iterator[Model]:
     Raises:
         ValueError: As `accelerate`.
     """
-    changed = _accelerate(model, pack)
+    changed, newly_packed = _accelerate(model, pack)
     try:
         yield model
     finally:
+        for layer in newly_packed:
+            if hasattr(layer, PACKED):
+                unpack(layer)
         _restore(changed)
 
 
@@ -142,8 +145,10 @@ def _restore(modules: Iterable[nn.Module]) -> None:
             _change_class(module, module.original)
 
 
-def _accelerate(model: nn.Module, pack_too: bool) -> list[nn.Module]:
-    """Changes the layers of a model, and it; returns the modules that were not changed before."""
+def _accelerate(model: nn.Module, pack_too: bool) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Changes the layers of a model, and it; returns the modules that were not changed before, and
+    those that were not packed.
+    """
     chosen: list[nn.Module] = []
     packable: list[tuple[nn.Module, list[str]]] = []
     has_layers = False
@@ -167,7 +172,7 @@ def _accelerate(model: nn.Module, pack_too: bool) -> list[nn.Module]:
         _change_class(module, accelerated_class(original))
     for module, names in packable:
         pack(module, names)
-    return chosen
+    return chosen, [module for module, _ in packable]
 
 
 def _projections(layer: Any) -> list[str]:
@@ -427,19 +432,19 @@ class KDALayer(Accelerated):
         """
         layer: Any = self
         forget = self.forget_gate
-        low_rank = hasattr(forget, "f_b_proj"), hasattr(layer, "g_b_proj")
+        forget_low, output_low = hasattr(forget, "f_b_proj"), hasattr(layer, "g_b_proj")
         packed: PackedLinear | None = getattr(self, PACKED, None)
         if packed is None:
             qkv = (self.q_proj, self.k_proj, self.v_proj)
             x = torch.cat([project(hidden_states) for project in qkv], dim=-1)
             beta = self.b_proj(hidden_states)
-            f = (forget.f_a_proj if low_rank[0] else forget.f_proj)(hidden_states)
-            z = (layer.g_a_proj if low_rank[1] else layer.g_proj)(hidden_states)
+            f = (forget.f_a_proj if forget_low else forget.f_proj)(hidden_states)
+            z = (layer.g_a_proj if output_low else layer.g_proj)(hidden_states)
         else:
             sizes = [3 * self.qkv_dim, *packed.sizes[3:]]
             x, beta, f, z = packed(hidden_states).split(sizes, dim=-1)
-        f = forget.f_b_proj(f) if low_rank[0] else f
-        z = layer.g_b_proj(z) if low_rank[1] else z
+        f = forget.f_b_proj(f) if forget_low else f
+        z = layer.g_b_proj(z) if output_low else z
         return x, beta, self._heads(f), self._heads(z)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from kda_ops.integrations.transformers import accelerate, accelerated, restore
+from kda_ops.integrations.packing import PACKED
+from kda_ops.integrations.transformers import KDALayer, accelerate, accelerated, restore
 from tests.integrations.test_transformers import (
     FP32,
     GRADIENTS,
@@ -108,6 +109,17 @@ def test_training() -> None:
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         trained = copy.deepcopy(model.state_dict())
     assert_same_states(model.state_dict(), trained)
+
+
+def test_with_unpacks_what_it_packed() -> None:
+    """Also layers that were accelerated before, which stay so."""
+    model = accelerate(kimi())
+    first, second = kda_layers(model)
+    accelerate(first, pack=True)
+    with accelerated(model, pack=True):
+        assert hasattr(second, PACKED)
+    assert [hasattr(layer, PACKED) for layer in (first, second)] == [True, False]
+    assert all(isinstance(layer, KDALayer) for layer in (first, second))
 
 
 @pytest.mark.parametrize("build", [kimi, bailing])

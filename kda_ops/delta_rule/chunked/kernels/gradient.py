@@ -256,7 +256,8 @@ def launch_gradient(
     pair_sizes: dict[str, Any] = {**sizes, "PAIRS": pairs.shape[-1]}
     # a sum over value heads has to come before the derivative of a norm
     inside = choose("chunk_gradient.norms", q.device)["form"] == "inside"
-    pair_sizes["NORMS"] = inside and HV == H and raw.qk_norm_eps is not None
+    normed = raw.qk_norm_eps is not None and not needs.isdisjoint(("q", "k"))
+    pair_sizes["NORMS"] = inside and HV == H and normed
     gates = chunks.gates()
     del gates["EPS"], gates["BETA_SCALE"]
 

@@ -55,7 +55,6 @@ def _level_of(marks_ptr, K: tl.constexpr):
 def _outputs(do_ptr, do_t, tiles, state_ptr, count, K: tl.constexpr, V: tl.constexpr):
     """The sum of do o over V, with the output o computed again from the state before the chunk."""
     qg_ptr, A_ptr, vn_ptr = tiles
-    dtype: tl.constexpr = qg_ptr.dtype.element_ty
     r = tl.arange(0, 64)[:, None]
     d = tl.arange(0, K)
     c = tl.arange(0, 32)[None, :]
@@ -66,7 +65,7 @@ def _outputs(do_ptr, do_t, tiles, state_ptr, count, K: tl.constexpr, V: tl.const
         S = tl.load(state_ptr + (d[:, None] * V + (v + c)))
         vn = tl.load(vn_ptr + (r * V + (v + c)))
         do = tl.load(do_ptr + (r * do_t + (v + c)), mask=(r < count) & (c >= 0), other=0.0)
-        total += do.to(tl.float32) * tl.dot(A, vn, tl.dot(qg, S.to(dtype)))
+        total += do.to(tl.float32) * tl.dot(A, vn, tl.dot(qg, S))
     return tl.sum(total, 1)
 
 
