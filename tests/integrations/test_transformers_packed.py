@@ -57,6 +57,9 @@ def test_the_same_from_fewer_products(build: Callable[[], nn.Module]) -> None:
     assert list(model.state_dict()) == list(state)
     assert [name for name, _ in model.named_parameters()] == names
     assert dict(model.named_modules()) == modules
+    for layer in kda_layers(model):
+        assert not layer._state_dict_hooks
+        assert not layer._load_state_dict_pre_hooks
     again = in_pieces(model, ids, cuts, DynamicCache(config=model.config))
     assert torch.equal(again, expected)
 
