@@ -151,15 +151,14 @@ def differentiate(
             def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
                 ctx.set_materialize_grads(False)
                 ctx.others = [None if isinstance(x, Tensor) else x for x in args]
-                saved: tuple[Tensor, ...] = ()
+                saved: dict[str, Tensor] = {}
                 saves = saving is not None and saving.applies_eagerly(args)
                 with torch._C._AutoDispatchBelowAutograd():
                     if saves:
-                        found = saving.forward.op(*args)
-                        result, saved = found[: saving.results], found[saving.results :]
+                        result, saved = saving.split_results(saving.forward.op(*args))
                     else:
                         result = op.redispatch(keyset & BELOW_AUTOGRAD, *args)
-                ctx.save_for_backward(*[args[i] for i in tensors], *saved)
+                ctx.save_for_backward(*[args[i] for i in tensors], *saved.values())
                 if isinstance(result, Tensor):
                     return without_base(result)
                 return tuple(map(without_base, result))

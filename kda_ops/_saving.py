@@ -27,13 +27,14 @@ class SavingForward(NamedTuple):
     """What `define_op` is told.
 
     Attributes:
-        saved: Names of what is saved, all tensors.
+        saved: Names of what is saved, all tensors: first the results that the gradient takes.
         launcher: `"module:function"`, called like that of the operator; it returns the results and
-            what is saved.
+            what else is saved.
         backward: `"module:function"`, called like that of the gradient, which also takes what is
             saved, by these names.
-        fake: What is saved, by the operator's arguments.
+        fake: What is saved besides results, by the operator's arguments.
         size: Bytes of that, by the same; None where this forward can not be run.
+        results: How many of the results, the first ones, the gradient takes.
     """
 
     saved: tuple[str, ...]
@@ -41,6 +42,7 @@ class SavingForward(NamedTuple):
     backward: str
     fake: Callable[..., tuple[Tensor, ...]]
     size: Callable[..., int | None]
+    results: int = 0
 
 
 class Launched(NamedTuple):
@@ -56,7 +58,6 @@ class Saving:
 
     Attributes:
         results: How many results the operator itself has.
-        saved: How many tensors are saved.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Saving:
         parameters: Parameters,
         activate: Callable[[], None],
     ) -> None:
-        self.results, self.saved = signature.results, len(told.saved)
+        self.results, self._saved = signature.results, len(told.saved)
         self._schema, self._signature, self._told = schema, signature, told
         self._reference, self._plain_fake, self._parameters = reference, fake, parameters
         self._activate = activate
@@ -94,9 +95,10 @@ class Saving:
 
     @cached_property
     def forward(self) -> Launched:
-        """With the results of the operator, and what is saved."""
+        """With the results of the operator, and what else is saved."""
         name, inputs, _ = self._parts
-        results = ", ".join(["Tensor"] * (self.results + self.saved))
+        own = self._saved - self._told.results
+        results = ", ".join(["Tensor"] * (self.results + own))
         op = define(f"{name}_saving({inputs}) -> ({results})")
         launch = lazy(self._told.launcher, self._parameters)
         signature = self._signature
@@ -151,9 +153,14 @@ class Saving:
         refuse_second_derivatives(LIBRARY, name, op)
         return Launched(op, launcher)
 
+    def split_results(self, found: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Of what the forward returns the results, and what is saved, by its names."""
+        saved = (*found[: self._told.results], *found[self.results :])
+        return found[: self.results], dict(zip(self._told.saved, saved, strict=True))
+
     def _split(self, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """The forward's arguments, what was saved, and what the gradient is asked for."""
-        end = self._given + self.saved
+        end = self._given + self._saved
         return args[: self._given], args[self._given : end], args[end:]
 
     def applies(self, args: Sequence[Any]) -> bool:

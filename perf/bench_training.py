@@ -78,9 +78,10 @@ def our_core(forward: bool) -> Prepare:
         kept = None if forward else saving.forward.op(*arguments)
 
         def call() -> Any:
-            o, _, *saved = saving.forward.op(*arguments) if kept is None else kept
-            found = saving.backward.op(*arguments, *saved, inputs["do"], None, needs)
-            return o, found[: len(NAMES)]
+            found = saving.forward.op(*arguments) if kept is None else kept
+            results, saved = saving.split_results(found)
+            gradients = saving.backward.op(*arguments, *saved.values(), inputs["do"], None, needs)
+            return results[0], gradients[: len(NAMES)]
 
         return call
 

@@ -31,8 +31,6 @@ SM90: dict[str, Rows] = {
     "chunk_gated_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
     # with 2 stages ptxas 12.8 takes a wrong descriptor (`tests/support/sass.py`)
     "chunk_gradient": [({}, {"BK": 32, "BV": 32, "STAGES": 4, "num_warps": 4, "num_stages": 1})],
-    # the derivative of the norms of q and k: "inside", or "separate" in the kernel after it
-    "chunk_gradient.norms": [({}, {"form": "separate"})],
     "chunk_inputs": [({}, {"BLOCK": 32, "num_warps": 4})],
     "chunk_prepare": [({}, {"num_warps": 4, "num_stages": 1})],
     # fewer (sequence, head) pairs need narrower blocks to fill the GPU

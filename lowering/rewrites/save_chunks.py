@@ -2,7 +2,7 @@
 
     chunk_kda_gated(q, ...);         chunk_kda_gated_backward(q, ..., do, ...)
 
-    chunk_kda_gated_saving(q, ...);  chunk_kda_gated_saved_backward(q, ..., tiles, rows, states, do)
+    chunk_kda_gated_saving(q, ...);  chunk_kda_gated_saved_backward(q, ..., o, tiles, ..., do)
 
 It looks at the joint graph after all other rewrites, since they know the plain operators. Where the
 forward is recomputed for the gradient anyway, nothing is saved.
@@ -72,13 +72,11 @@ def replacement(graph: fx.Graph, match: Match) -> dict[fx.Node, fx.Node]:
             made.meta["rewrite"] = NAME
             place(made, forward.node)
             made = made.prev
-    names = [argument.name for argument in saving.backward.op._schema.arguments]
-    names = names[len(forward.args) : len(forward.args) + saving.saved]
-    kept = dict(zip(names, found[saving.results :], strict=True))
+    outputs, kept = saving.split_results(found)
     gradients, _ = emit(graph, saving.backward.op, {**backward.args, **kept})
     place(gradients[0].args[0] if len(gradients) > 1 else gradients[0], backward.node)
     news = {}
-    for call, results in ((forward, found[: saving.results]), (backward, gradients)):
+    for call, results in ((forward, outputs), (backward, gradients)):
         for i, new in enumerate(results):
             old = call.result(i)
             if old is not None:

@@ -1,6 +1,6 @@
 """Gradients of chunked KDA by its kernels, and by the reference in fp64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 import kda_ops
 from kda_ops._cases import operator_packages
 from kda_ops._gradients import TABLES
+from kda_ops._registry import OPERATORS
 from kda_ops.varlen import prepare_chunk_indices
 from tests.support.oracle import assert_close, copy_inputs, poisoned
 
@@ -66,21 +67,25 @@ def output_gradients(inputs: dict[str, Any]) -> list[Tensor | None]:
 
 def launch(
     operator: str, inputs: dict[str, Any], given: list[Tensor | None], needs: list[bool],
-    saved: tuple[Tensor, ...] = (),
+    saved: dict[str, Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients from the kernels."""
     module = import_module(f"{operator_packages()[operator]}.backward")
     found: list[Tensor] = getattr(module, f"launch_{operator}_backward")(
-        *inputs.values(), given, needs, *saved
+        *inputs.values(), given, needs, **(saved or {})
     )
     return found
 
 
-def launch_saving(operator: str, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+def launch_saving(
+    operator: str, inputs: dict[str, Any]
+) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
     """The forward's results, and what it saves for the gradient."""
     module = import_module(f"{operator_packages()[operator]}.backward")
-    found: tuple[Tensor, ...] = getattr(module, f"launch_{operator}_saving")(*inputs.values())
-    return found
+    found = getattr(module, f"launch_{operator}_saving")(*inputs.values())
+    saving = OPERATORS[getattr(torch.ops.kda_ops, operator).default].saving
+    assert saving is not None
+    return saving.split_results(found)
 
 
 def launch_case(case: KernelCase, device: torch.device) -> list[Tensor]:

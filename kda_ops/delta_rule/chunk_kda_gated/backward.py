@@ -22,7 +22,8 @@ def launch_chunk_kda_gated_backward(
     scale: float, initial_state: Tensor | None, output_final_state: bool,
     cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
     output_gradients: Sequence[Tensor | None], needs_gradient: Sequence[bool],
-    tiles: Tensor | None = None, rows: Tensor | None = None, states: Tensor | None = None,
+    o: Tensor | None = None, tiles: Tensor | None = None, rows: Tensor | None = None,
+    states: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     raw = Raw(A_log, dt_bias, lower_bound, beta_scale, qk_norm_eps)
     tables = (cu_seqlens, chunk_indices)
@@ -33,7 +34,7 @@ def launch_chunk_kda_gated_backward(
 
     return launch_chunked_backward(
         inputs, normalized, NAMES, output_final_state, output_gradients, needs_gradient,
-        (tiles, rows, states),
+        (tiles, rows, states), o,
     )  # fmt: skip
 
 

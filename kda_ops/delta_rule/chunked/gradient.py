@@ -19,13 +19,13 @@ def launch_chunked_backward(
     inputs: Inputs, normalized: Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]],
     names: Sequence[str | None], output_final_state: bool,
     output_gradients: Sequence[Tensor | None], needs_gradient: Sequence[bool],
-    saved: tuple[Tensor | None, ...] = (),
+    saved: tuple[Tensor | None, ...] = (), o: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the arguments that need one, in order and in their dtypes.
 
     `normalized` returns the q, k, gate and beta of `chunk_kda`; `names`: the operator's arguments
     by their names in `inputs`, None where there is no gradient; `saved`: what the forward saved,
-    Nones if nothing.
+    Nones if nothing; `o`: its output, where that was saved too.
     """
     q, v = inputs.q, inputs.v
     do, dfinal = output_gradients
@@ -35,7 +35,7 @@ def launch_chunked_backward(
     if has_fast_gradient(q.dtype, q.shape[3], v.shape[3]):
         known = [x for x in saved if x is not None]
         read = Saved(*known) if known else None
-        found = launch_gradient(inputs, do, dfinal, frozenset(needed), read)
+        found = launch_gradient(inputs, do, dfinal, frozenset(needed), read, o)
     else:
         found = launch_general_gradient(inputs, normalized(), do, dfinal, frozenset(needed))
     return [found[name] for name in needed]

@@ -233,10 +233,13 @@ def launch_saving_forward(inputs: Inputs, o: Tensor, final: Tensor | None) -> Sa
 
 def launch_gradient(
     inputs: Inputs, do: Tensor, dfinal: Tensor | None, needs: frozenset[str],
-    saved: Saved | None = None,
+    saved: Saved | None = None, o: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The gradients of the arguments in `needs`, from those of the output and of the final state.
-    K and V are 64 or 128, q, k and v in bf16.
+    """The gradients of the arguments in `needs`, from those of the output `o` and of the final
+    state. K and V are 64 or 128, q, k and v in bf16.
+
+    The derivative of the norms of q and k is in the chunks' kernels, except where the value heads
+    of a key head have to be added up first.
     """
     x, raw = inputs, inputs.raw
     B, T, H, K = x.q.shape
@@ -254,14 +257,17 @@ def launch_gradient(
     sizes = chunks.sizes(parts[0])
     pairs = workspace.pairs
     pair_sizes: dict[str, Any] = {**sizes, "PAIRS": pairs.shape[-1]}
-    # a sum over value heads has to come before the derivative of a norm
-    inside = choose("chunk_gradient.norms", q.device)["form"] == "inside"
     normed = raw.qk_norm_eps is not None and not needs.isdisjoint(("q", "k"))
-    pair_sizes["NORMS"] = inside and HV == H and normed
+    pair_sizes["NORMS"] = HV == H and normed
     gates = chunks.gates()
     del gates["EPS"], gates["BETA_SCALE"]
 
     found = x.make_gradients(needs)
+    o = contiguous(o)
+    if not pair_sizes["NORMS"] or found["q"] is None:
+        o = None
+    elif saved is None:  # in the memory of dq, which is written later
+        o = found["q"] if K == V else torch.empty_like(found["v"])
     # in place where there is nothing to add
     by_head = {name: found[name] for name in ("q", "k")}
     if HV != H:
@@ -291,7 +297,7 @@ def launch_gradient(
     def chunk_gradients(part: Batch) -> None:
         chosen = choose("chunk_gradient", device)
         traceable(backward_tiles_kernel)[(part.programs * HV,)](
-            v, do, found["v"], *read, pairs, workspace.parts, *part.tables,
+            v, o, do, found["v"], *read[:2], pairs, workspace.parts, *part.tables,
             *token_strides(v, do), SCALE=x.scale, **pair_sizes, **choose("backward_tiles", device),
         )  # fmt: skip
         traceable(chunk_gradient_kernel)[(part.programs * HV * (K // chosen["BK"]),)](
@@ -316,7 +322,7 @@ def launch_gradient(
         if saved is None:
             chunks.prepare(*read[:2], None, part)
             if not states_alone:
-                chunks.scan(read, part, states, True)
+                chunks.scan(read, part, states, True, o)
         backward(part, gradients)
         if not states_alone:
             chunk_gradients(part)

@@ -52,26 +52,8 @@ def _level_of(marks_ptr, K: tl.constexpr):
 
 
 @triton.jit
-def _outputs(do_ptr, do_t, tiles, state_ptr, count, K: tl.constexpr, V: tl.constexpr):
-    """The sum of do o over V, with the output o computed again from the state before the chunk."""
-    qg_ptr, A_ptr, vn_ptr = tiles
-    r = tl.arange(0, 64)[:, None]
-    d = tl.arange(0, K)
-    c = tl.arange(0, 32)[None, :]
-    qg = tl.load(qg_ptr + (r * K + d[None, :]))
-    A = tl.load(A_ptr + (r * 64 + tl.arange(0, 64)[None, :]))
-    total = tl.zeros((64, 32), tl.float32)
-    for v in tl.range(0, V, 32, num_stages=2):
-        S = tl.load(state_ptr + (d[:, None] * V + (v + c)))
-        vn = tl.load(vn_ptr + (r * V + (v + c)))
-        do = tl.load(do_ptr + (r * do_t + (v + c)), mask=(r < count) & (c >= 0), other=0.0)
-        total += do.to(tl.float32) * tl.dot(A, vn, tl.dot(qg, S))
-    return tl.sum(total, 1)
-
-
-@triton.jit
 def backward_tiles_kernel(
-    v_ptr, do_ptr, dv_ptr, tiles_ptr, rows_ptr, states_ptr, pairs_ptr, parts_ptr, cu_ptr,
+    v_ptr, o_ptr, do_ptr, dv_ptr, tiles_ptr, rows_ptr, pairs_ptr, parts_ptr, cu_ptr,
     chunk_indices_ptr,
     T, N, NC, first_row, rows,
     v_b, v_t, v_h, do_b, do_t, do_h,
@@ -97,7 +79,7 @@ def backward_tiles_kernel(
     if not inside:
         return
     work = row * HV + h
-    _, _, qg_ptr, A_ptr, _, vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)
+    vn_ptr = gradient_tiles_of(tiles_ptr, work, K, V)[5]
     _, beta_ptr, _, _, marks_ptr = gradient_rows_of(rows_ptr, work, K)
     diagonal_ptr, scale_ptr, by_v_ptr, sums_ptr = parts_of(parts_ptr, work)
     dtype: tl.constexpr = tiles_ptr.dtype.element_ty
@@ -106,13 +88,15 @@ def backward_tiles_kernel(
     j = r[None, :]
     dv_head = dv_ptr + ((b * T + first) * HV + h) * V
     do_head = do_ptr + b * do_b + h * do_h + first * do_t
-    if NORMS:
-        state_ptr = states_ptr + work * (K * V)
-        by_q = _outputs(do_head, do_t, (qg_ptr, A_ptr, vn_ptr), state_ptr, count, K, V)
-        tl.store(sums_ptr + r, by_q)
+    t = tl.minimum(r, count - 1)[:, None]
+    if o_ptr is not None:
+        o_head = o_ptr + ((b * T + first) * HV + h) * V
+        d = tl.arange(0, V)[None, :]
+        o = tl.load(o_head + (t * (HV * V) + d)).to(tl.float32)
+        by_q = tl.sum(tl.load(do_head + (t * do_t + d)).to(tl.float32) * o, 1)
+        tl.store(sums_ptr + r, by_q)  # now: o would be in registers meanwhile
     do, vn, dv = value_rows(do_head, do_t, vn_ptr, dv_head, count, HV, V, dtype)
     v_at = v_ptr + b * v_b + h * v_h + first * v_t
-    t = tl.minimum(r, count - 1)[:, None]
     v = tl.load(v_at + (t * v_t + tl.arange(0, V)[None, :]))
     beta = tl.load(beta_ptr + r)
     by_v = tl.sum(dv.to(tl.float32) * v.to(tl.float32), 1)
