@@ -215,6 +215,8 @@ def scan_chunks(
     in_v = (v < V)[None, :]
     for c in tl.range(lo, rounds(hi), num_stages=STAGES):
         ok = (r < length - c * 64)[:, None] & in_v
+        if OUTPUT and BLOCK_TOKENS > 0:  # at once: a load takes as long as the products below
+            block = boundary_page(boundaries, c, BLOCK_TOKENS)
         w = tl.load(w_at + c * step * ROW)
         if not VALUES:
             u = tl.zeros((64, v.shape[0]), tl.float32)
@@ -246,7 +248,7 @@ def scan_chunks(
             if BLOCK_TOKENS > 0:
                 ends = at_boundary(boundaries, c, length, BLOCK_TOKENS)
                 if ends:
-                    store_boundary(boundaries, S, c, h, d, v, K, V, BLOCK_TOKENS)
+                    store_boundary(boundaries, block, S, h, d, v, K, V)
     return S
 
 
@@ -280,12 +282,10 @@ def boundary_page(boundaries, c, BLOCK_TOKENS: tl.constexpr):
 
 
 @triton.jit
-def store_boundary(
-    boundaries, S, c, h, d, v, K: tl.constexpr, V: tl.constexpr, BLOCK_TOKENS: tl.constexpr
-):
-    """Writes a head's state [d, v] after chunk c to the page of the block that ends there."""
+def store_boundary(boundaries, block, S, h, d, v, K: tl.constexpr, V: tl.constexpr):
+    """Writes a head's state [d, v] to the page of the block that ends, see `boundary_page`."""
     _, _, _, pages_ptr, strides, _ = boundaries
-    page, live = boundary_page(boundaries, c, BLOCK_TOKENS)
+    page, live = block
     store_state(pages_ptr, strides, None, S, live, page, h, d, v, K, V, True, False)
 
 
