@@ -131,7 +131,7 @@ TRAINING = [
     Target("layer training", "T2048-H32", "wall", 4.0, 6.0, "FLA"),
     Target("layer training", "T8192-H32", "memory", 1.0, 0.8, "FLA"),
     *(
-        Target("gradient accuracy", f"{gate}{inputs}", "error", 1.0, None, "FLA")
+        Target("gradient accuracy", f"{gate}{inputs}", "error", 1.0, baseline="FLA", ours="fused")
         for gate in ("softplus", "bounded")
         for inputs in ("", "-harsh", "-near-identical-keys")
     ),
@@ -221,6 +221,9 @@ def value_of(target: Target, rows: Rows) -> float | None:
             for key in ours[0]
             if key.startswith("error_")
         )
+    in_turn = [row["in_turn"] for row in ours if "in_turn" in row]
+    if target.measure == "wall" and in_turn:  # calls of both took turns
+        return float(max(in_turn))
     return _ratio(baselines, ours, FIELDS[target.measure])
 
 

@@ -63,7 +63,11 @@ def training_part(rows: Sequence[Result], judged: Sequence[Result], head: Sequen
     if any(row["provider"].startswith(CUDNN) for row in rows):
         parts.append(f"{CUDNN} has less to do: norms, gate and sigmoid are not in its time.")
     if errors:
-        said = "Relative errors (Frobenius) of gradients, against the recurrence in fp64:"
+        said = (
+            "Relative errors (Frobenius) of gradients, against the recurrence in fp64. FLA has "
+            "norms, gate and sigmoid inside, as `fused` has; as operators of their own they round "
+            "q, k and beta to bf16 in between:"
+        )
         parts += [said, error_table(errors)]
     parts += ["<details>\n<summary>All rows</summary>", row_table(rows), "</details>"]
     return "\n\n".join(parts)

@@ -86,6 +86,21 @@ def eager_seconds(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> f
     return statistics.median(times)
 
 
+def times_of_first(
+    first: Callable[[], Any], second: Callable[[], Any], rounds: int = ROUNDS
+) -> float:
+    """How many times as long as the first of two calls the second takes, on an idle GPU with launch
+    costs: both take turns, so that a host that is slower for a while is so for both.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    for call in (first, second):
+        warm_up(call)
+    for _ in range(rounds):
+        for call, found in zip((first, second), times, strict=True):
+            found.append(eager_seconds([call], rounds=1))
+    return statistics.median(times[1]) / statistics.median(times[0])
+
+
 def capture(calls: Sequence[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
     """One CUDA graph that makes every call once, and their results.
 

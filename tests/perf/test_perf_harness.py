@@ -1,5 +1,6 @@
 """How rows are measured, without a GPU: what consecutive rows share, and baselines' autotuning."""
 
+import functools
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +71,25 @@ def test_the_gpu_waits_until_calls_are_queued() -> None:
         for ahead in (True, False):
             rows._measured_seconds([lambda: None], benchmark, False, ahead)
     assert spins == [7, timing.SPIN_CYCLES]
+
+
+def test_calls_of_two_take_turns() -> None:
+    """A host that becomes slower is so for both."""
+    order: list[str] = []
+    calls = [functools.partial(order.append, name) for name in ("first", "second")]
+
+    def seconds(timed: list[Any], rounds: int) -> float:
+        assert rounds == 1
+        timed[0]()
+        slower = 10.0 if len(order) > 4 else 1.0
+        return slower * {"first": 2.0, "second": 3.0}[order[-1]]
+
+    with (
+        mock.patch.object(timing, "warm_up"),
+        mock.patch.object(timing, "eager_seconds", seconds),
+    ):
+        assert timing.times_of_first(*calls, rounds=5) == 1.5
+    assert order == ["first", "second"] * 5
 
 
 def test_a_case_is_computed_once_for_its_rows() -> None:

@@ -63,6 +63,12 @@ def test_a_target_may_name_its_baseline() -> None:
     assert str(target("ratio", 1.0, baseline="FLA eager")) == "core small, against FLA eager"
 
 
+def test_calls_that_took_turns_count_before_those_of_other_minutes() -> None:
+    rows = [row(BASELINE, 10.0), row(OURS, 4.0, eager_us=6.0, in_turn=1.25)]
+    assert targets.value_of(target("wall", 1.0), rows) == 1.25
+    assert targets.value_of(target("ratio", 1.0), rows) == 2.5
+
+
 def test_a_share_is_of_a_known_time_where_the_baseline_was_not_run() -> None:
     goal = Target("core", "small", "share", 1.0, 0.85, "cuDNN", 1296)
     alone = [row(BASELINE, 10.0), row(OURS, 1296 / 2)]
