@@ -255,13 +255,16 @@ def chunk_gradient_kernel(
                 E = -tl.abs(from_anchor + to_middle)
                 sums = _meet(sums, E, 1.0, between, q, k, q_norm, k_norm, beta, scale, PACKED)
     dq, R, dk, dG = sums
+    if NORMS:
+        by_q = tl.load(by_norm_ptr + r)[:, None]
+        by_k = tl.load(by_norm_ptr + 64 + r)[:, None]
     out = (token * HV + h) * K + (r[:, None] * (HV * K) + d[None, :])
     ok = (r < count)[:, None] & (d >= 0)[None, :]
     tl.store(by_v_ptr + (n + 1) * 64 + r, tl.sum(_unit(k, k_norm) * R, 1))
     dk += beta[:, None] * R
     if NORMS:
-        dq = q_norm * (dq - _unit(q, q_norm) * tl.load(by_norm_ptr + r)[:, None])
-        dk = k_norm * (dk - _unit(k, k_norm) * tl.load(by_norm_ptr + 64 + r)[:, None])
+        dq = q_norm * (dq - _unit(q, q_norm) * by_q)
+        dk = k_norm * (dk - _unit(k, k_norm) * by_k)
     if dq_ptr is not None:
         tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=ok)
     if dk_ptr is not None:
