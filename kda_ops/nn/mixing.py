@@ -1,4 +1,8 @@
-"""The layer's token mixing, between its projections."""
+"""The layer's token mixing, between its projections.
+
+Traced, it is made of small operators, which the rewrites of `kda_ops.lowering` fuse, together with
+whatever a model has around them; eager code calls the fused operators itself.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kda_ops._numerics import accumulation_dtype
+from kda_ops._numerics import QK_NORM_EPS, accumulation_dtype
 from kda_ops.cache.batch import KDABatch
 from kda_ops.cache.state_copy import state_copy
 from kda_ops.conv.short_conv import short_conv
 from kda_ops.conv.short_conv_update import short_conv_update
 from kda_ops.delta_rule.chunk_kda import chunk_kda
+from kda_ops.delta_rule.chunk_kda_gated import chunk_kda_gated
+from kda_ops.delta_rule.kda_decode import kda_decode
+from kda_ops.delta_rule.kda_decode.op import MOST_TOKENS, conv_tokens
 from kda_ops.delta_rule.recurrent_kda import recurrent_kda
 from kda_ops.gating.gate import gate
 from kda_ops.gating.gate_cumsum import gate_cumsum
@@ -52,6 +59,27 @@ def decode(layer: Layer, inputs: Projected, state: State, batch: KDABatch, layou
     """A few tokens of each decode, with the recurrent form on its pages."""
     conv, recurrent = state
     cu_seqlens, state_indices = batch.decodes()
+    if decodes_at_once(layer, inputs, conv, cu_seqlens, layout):
+        return kda_decode(
+            inputs.x[0],
+            conv,
+            layer.conv_weight,
+            layer.conv_bias,
+            raw_gate=inputs.raw_gate,
+            raw_beta=inputs.raw_beta,
+            output_gate=inputs.output_gate,
+            A_log=layer.A_log,
+            dt_bias=layer.dt_bias,
+            lower_bound=layer.lower_bound,
+            beta_scale=beta_scale(layer),
+            norm_weight=layer.o_norm_weight,
+            norm_eps=layer.norm_eps,
+            state=recurrent,
+            state_indices=state_indices,
+            num_accepted=batch.num_accepted,
+            cu_seqlens=cu_seqlens,
+            layout=layout,
+        )
     if layer.use_short_conv:
         x = short_conv_update(
             inputs.x[0],
@@ -65,7 +93,7 @@ def decode(layer: Layer, inputs: Projected, state: State, batch: KDABatch, layou
         )[None]
     else:
         x = F.silu(inputs.x)
-    q, k, v = heads(layer, x)
+    q, k, v = normalized_heads(layer, x)
     g = gate(inputs.raw_gate, layer.A_log, layer.dt_bias, lower_bound=layer.lower_bound)
     o = recurrent_kda(
         q,
@@ -80,6 +108,18 @@ def decode(layer: Layer, inputs: Projected, state: State, batch: KDABatch, layou
     )
     # padding follows the last sequence of the whole batch
     return normalized(layer, o, inputs.output_gate, None if batch.kind == "mixed" else cu_seqlens)
+
+
+def decodes_at_once(
+    layer: Layer, inputs: Projected, conv: Tensor | None, cu_seqlens: Tensor | None, layout: str
+) -> bool:
+    """Whether eager code takes `kda_decode`, which is not differentiable in any argument."""
+    if torch.compiler.is_compiling() or conv is None:
+        return False
+    if cu_seqlens is not None and conv_tokens(conv, layer.conv_weight, layout) > MOST_TOKENS:
+        return False
+    after = (inputs.output_gate, layer.o_norm_weight)
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in after))
 
 
 def prefill_pages(
@@ -130,28 +170,37 @@ def prefill(
         )
     else:
         x = F.silu(inputs.x)
-    q, k, v = heads(layer, x)
-    g_cumsum = gate_cumsum(
-        inputs.raw_gate,
-        layer.A_log,
-        layer.dt_bias,
-        lower_bound=layer.lower_bound,
-        cu_seqlens=cu_seqlens,
-        chunk_indices=chunk_indices,
-    )
-    o, _ = chunk_kda(
-        q,
-        k,
-        v,
-        g_cumsum,
-        step_size(layer, inputs.raw_beta),
-        cu_seqlens=cu_seqlens,
-        chunk_indices=chunk_indices,
-        state=recurrent,
-        state_indices=state_indices,
-        has_initial_state=has_initial_state,
+    where = {
+        "cu_seqlens": cu_seqlens,
+        "chunk_indices": chunk_indices,
+        "state": recurrent,
+        "state_indices": state_indices,
+        "has_initial_state": has_initial_state,
         **blocks,
-    )
+    }
+    if torch.compiler.is_compiling():
+        g_cumsum = gate_cumsum(
+            inputs.raw_gate,
+            layer.A_log,
+            layer.dt_bias,
+            lower_bound=layer.lower_bound,
+            cu_seqlens=cu_seqlens,
+            chunk_indices=chunk_indices,
+        )
+        beta = step_size(layer, inputs.raw_beta)
+        o, _ = chunk_kda(*normalized_heads(layer, x), g_cumsum, beta, **where)
+    else:
+        o, _ = chunk_kda_gated(
+            *heads(layer, x),
+            inputs.raw_gate,
+            inputs.raw_beta,
+            layer.A_log,
+            layer.dt_bias,
+            lower_bound=layer.lower_bound,
+            beta_scale=beta_scale(layer),
+            qk_norm_eps=QK_NORM_EPS,
+            **where,
+        )
     return normalized(layer, o, inputs.output_gate, cu_seqlens)
 
 
@@ -159,6 +208,10 @@ def step_size(layer: Layer, raw_beta: Tensor) -> Tensor:
     """beta, the step size of the delta rule."""
     beta = torch.sigmoid(raw_beta.to(accumulation_dtype(raw_beta)))
     return 2 * beta if layer.allow_neg_eigval else beta
+
+
+def beta_scale(layer: Layer) -> float:
+    return 2.0 if layer.allow_neg_eigval else 1.0
 
 
 def normalized(layer: Layer, o: Tensor, output_gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -172,7 +225,12 @@ def normalized(layer: Layer, o: Tensor, output_gate: Tensor, cu_seqlens: Tensor 
 
 
 def heads(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalized q and k, and v, from the convolved channels."""
+    """q, k and v from the convolved channels."""
     q, k, v = x.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
     q, k = (y.unflatten(-1, (layer.num_heads, layer.head_k_dim)) for y in (q, k))
-    return l2norm(q), l2norm(k), v.unflatten(-1, (layer.num_v_heads, layer.head_v_dim))
+    return q, k, v.unflatten(-1, (layer.num_v_heads, layer.head_v_dim))
+
+
+def normalized_heads(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = heads(layer, x)
+    return l2norm(q), l2norm(k), v

@@ -117,8 +117,9 @@ def test_checkpoint(way: str, use_reentrant: bool) -> None:
 
 
 def keep_recurrences(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Saves what the recurrences return, and recomputes all else."""
-    if operator is torch.ops.kda_ops.chunk_kda.default:
+    """Saves what the recurrences return, traced and eager, and recomputes all else."""
+    recurrences = torch.ops.kda_ops.chunk_kda.default, torch.ops.kda_ops.chunk_kda_gated.default
+    if operator in recurrences:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -2,6 +2,7 @@
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -143,10 +144,16 @@ def test_steps_of_a_server(dtype: torch.dtype, device: str, layout: str) -> None
 
 
 def test_compiled_training_step() -> None:
+    """To the last bit, of the operators that are traced."""
     layer, _ = layer_and_cast(torch.bfloat16, "cpu")
     x = torch.randn(1, 70, 32)
     results = []
-    for forward in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+
+    def traced(x: Tensor) -> Tensor:
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+            return layer(x)
+
+    for forward in (traced, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         with torch.autocast("cpu", torch.bfloat16):
             out = forward(x)
             results.append([out, *torch.autograd.grad(out.square().sum(), layer.parameters())])

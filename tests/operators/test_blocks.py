@@ -349,7 +349,7 @@ def test_the_scan_compiles(columns: int, target: str, tmp_path: Path) -> None:
         copies.append(binary.asm["ptx"].count("cp.async.c"))
     assert spilled[1] <= spilled[0] + 136  # addresses of pages, before and after the loop
     if target != "sm_100a":  # where outputs wait for the next chunk only without blocks
-        assert copies[0] == copies[1]
+        assert copies[0] < copies[1]  # and the number of the page
 
 
 @pytest.mark.parametrize("kind", ["short_conv", "short_conv_qkv", "unpacked"])
