@@ -143,7 +143,8 @@ def chunk_kda_gated(
         `(o, final_state)`. `o [B, T, HV, V]` in the dtype of v; rows past the last sequence are
         zero, and their inputs are not read. `final_state [N, HV, V, K]`, or a view
         `[N, HV, K, V]` of it in state layout KV, in the dtype of `initial_state`, or fp32 (fp64
-        with fp64 q) without one; None unless `output_final_state`.
+        with fp64 q) without one; None unless `output_final_state`. The gradient may read o on a
+        GPU: in eager code, autograd refuses to go through an o that has been written in place.
 
     Raises:
         ValueError: An invalid shape, dtype, device or combination of arguments; on the CPU also
