@@ -163,3 +163,16 @@ def test_eager_code_saves_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert held[2] - held[1] >= 4 * rows * sum(ROW.values()) * 0.9
     for saved, plain in zip(found[2], found[1], strict=True):
         assert_close(saved, plain, plain.cpu().double(), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_an_output_that_has_been_written_is_refused() -> None:
+    """The gradient would read it."""
+    from kda_ops.fused import chunk_kda_gated
+
+    inputs = [torch.randn(1, 70, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    beta, A_log = torch.randn(1, 70, 2, device="cuda"), torch.zeros(2, device="cuda")
+    inputs[0].requires_grad_()
+    o, _ = chunk_kda_gated(*inputs, beta, A_log, qk_norm_eps=1e-6)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.mul_(2).sum().backward()
