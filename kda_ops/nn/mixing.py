@@ -187,8 +187,9 @@ def prefill(
             cu_seqlens=cu_seqlens,
             chunk_indices=chunk_indices,
         )
-        beta = step_size(layer, inputs.raw_beta)
-        o, _ = chunk_kda(*normalized_heads(layer, x), g_cumsum, beta, **where)
+        o, _ = chunk_kda(
+            *normalized_heads(layer, x), g_cumsum, step_size(layer, inputs.raw_beta), **where
+        )
     else:
         o, _ = chunk_kda_gated(
             *heads(layer, x),

@@ -11,6 +11,7 @@ from kda_ops.cache.batch import KDABatch
 from kda_ops.nn.layer import KimiDeltaAttention
 from tests.cache.test_serving_graphs import counted
 from tests.nn.test_layer import HIDDEN, clone_state, in_fp64, make_layer, make_state
+from tests.support.as_traced import as_traced
 from tests.support.oracle import assert_close
 
 NUM_SPEC, PROMPT, CHUNK = 3, 67, 20
@@ -83,7 +84,7 @@ def test_chunk_with_decodes(layout: str) -> None:
     )
     rows = torch.cat([rest[:2, :2].flatten(0, 1), rest[2:].flatten(0, 1)])[None]
     compiled_state = clone_state(state)
-    out = layer(rows, state=state, batch=batch)[0]
+    out = as_traced(layer)(rows, state=state, batch=batch)[0]
     call = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(call(rows, state=compiled_state, batch=batch)[0], out)
     for twin in zip(state, compiled_state, strict=True):

@@ -13,6 +13,7 @@ from kda_ops._numerics import CHUNK
 from kda_ops.cache.batch import SMALL, KDABatch
 from kda_ops.nn.layer import KimiDeltaAttention
 from kda_ops.tuning.example_inputs import NoHintError, hint
+from tests.support.as_traced import as_traced
 
 HIDDEN, SLOTS, STEPS = 32, 40, 150
 COLUMNS = 3  # pages of a sequence with two drafts
@@ -64,7 +65,7 @@ def same_step(
     call: Callable[..., Any], eager: nn.Module, batch: KDABatch, states: list[Any], **how: Any
 ) -> None:
     x = torch.randn(1, batch.num_tokens, HIDDEN)
-    expected = eager(x.clone(), state=states[0], batch=batch)
+    expected = as_traced(eager)(x.clone(), state=states[0], batch=batch)
     assert torch.equal(call(x, state=states[1], batch=batch, **how), expected)
     for twin in zip(*states, strict=True):
         assert torch.equal(*twin)
@@ -99,7 +100,7 @@ def serve(
     for decodes, prefills in lengths:
         batch = KDABatch.mixed(decodes, prefills, list(range(1, 1 + len(decodes + prefills))))
         x = torch.randn(1, batch.num_tokens, HIDDEN)
-        expected = layer(x.clone(), state=states[0], batch=batch)
+        expected = as_traced(layer)(x.clone(), state=states[0], batch=batch)
         assert torch.equal(call(change(x), state=states[1], batch=batch), expected)
 
 

@@ -12,6 +12,7 @@ from kda_ops.cache.batch import KDABatch
 from kda_ops.nn.layer import KimiDeltaAttention
 from tests.nn.test_layer import LAYOUTS, VARIANTS, in_fp64, make_layer, make_state
 from tests.nn.test_memory import Recorded
+from tests.support.as_traced import as_traced
 
 FP64 = torch.float64
 FUSED_PREFILL = ["short_conv", "chunk_kda_gated", "rms_norm_gated"]
@@ -43,21 +44,17 @@ def operators(layer: KimiDeltaAttention, *args: Any, **kwargs: Any) -> list[str]
     return recorded.operators
 
 
-def as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-
-
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_sequences(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences(variant: dict[str, Any]) -> None:
     layer = make_layer(FP64, **variant)
     x = torch.randn(1, 75, layer.hidden_size, dtype=FP64)
     offsets = torch.tensor([0, 1, 1, 70])
     found = layer(x, cu_seqlens=offsets)
     expected_operators = FUSED_PREFILL if layer.use_short_conv else FUSED_PREFILL[1:]
     assert operators(layer, x, cu_seqlens=offsets) == expected_operators
-    as_traced(monkeypatch)
-    torch.testing.assert_close(found, layer(x, cu_seqlens=offsets), rtol=1e-12, atol=1e-12)
-    small = operators(layer, x, cu_seqlens=offsets)
+    same = as_traced(layer)(x, cu_seqlens=offsets)
+    torch.testing.assert_close(found, same, rtol=1e-12, atol=1e-12)
+    small = as_traced(operators)(layer, x, cu_seqlens=offsets)
     assert {"chunk_kda", "gate_cumsum", "l2norm"} <= set(small)
     assert "chunk_kda_gated" not in small
 
@@ -73,26 +70,22 @@ def stepped(layer: KimiDeltaAttention, step: dict[str, Any], x: Tensor) -> list[
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("name", ["grouped-wide-values", "negative-eigenvalues", "no-conv"])
-def test_steps(
-    name: str, step: dict[str, Any], layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps(name: str, step: dict[str, Any], layout: str) -> None:
     layer = make_layer(**{**VARIANTS[name], "conv_layout": layout})
     x = torch.randn(1, batch_of(**step).num_tokens, layer.hidden_size, dtype=FP64)
     found = stepped(layer, step, x)
-    as_traced(monkeypatch)
-    for one, other in zip(found, stepped(layer, step, x), strict=True):
+    for one, other in zip(found, as_traced(stepped)(layer, step, x), strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_a_decode_step_is_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode_step_is_one_operator() -> None:
     layer = make_layer()
     x, batch = torch.randn(1, 2, layer.hidden_size), KDABatch.decode([3, 5])
     state = make_state(layer)
     assert operators(layer, x, state=state, batch=batch) == ["kda_decode"]
-    as_traced(monkeypatch)
-    assert operators(layer, x, state=state, batch=batch) == SMALL_DECODE
+    assert as_traced(operators)(layer, x, state=state, batch=batch) == SMALL_DECODE
 
 
 def test_a_decode_step_stays_differentiable_behind_the_recurrence() -> None:

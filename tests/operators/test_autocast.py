@@ -2,7 +2,6 @@
 
 import copy
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from kda_ops._cases import Case
 from kda_ops.cache.batch import KDABatch
 from kda_ops.nn.layer import KimiDeltaAttention
 from tests.operators.test_gradients import first_cases
+from tests.support.as_traced import as_traced
 from tests.support.operators import public_function
 from tests.support.oracle import copy_inputs, tensors
 
@@ -148,12 +148,7 @@ def test_compiled_training_step() -> None:
     layer, _ = layer_and_cast(torch.bfloat16, "cpu")
     x = torch.randn(1, 70, 32)
     results = []
-
-    def traced(x: Tensor) -> Tensor:
-        with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
-            return layer(x)
-
-    for forward in (traced, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+    for forward in (as_traced(layer), torch.compile(layer, backend="aot_eager", fullgraph=True)):
         with torch.autocast("cpu", torch.bfloat16):
             out = forward(x)
             results.append([out, *torch.autograd.grad(out.square().sum(), layer.parameters())])
