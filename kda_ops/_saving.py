@@ -27,14 +27,14 @@ class SavingForward(NamedTuple):
     """What `define_op` is told.
 
     Attributes:
-        saved: Names of what is saved, all tensors: first the results that the gradient takes.
+        saved: Names of what is saved, all tensors.
         launcher: `"module:function"`, called like that of the operator; it returns the results and
-            what else is saved.
+            what is saved.
         backward: `"module:function"`, called like that of the gradient, which also takes what is
-            saved, by these names.
-        fake: What is saved besides results, by the operator's arguments.
+            kept and saved, by these names.
+        fake: What is saved, by the operator's arguments.
         size: Bytes of that, by the same; None where this forward can not be run.
-        results: How many of the results, the first ones, the gradient takes.
+        kept: Names of results, the first ones, that the gradient takes too.
     """
 
     saved: tuple[str, ...]
@@ -42,7 +42,7 @@ class SavingForward(NamedTuple):
     backward: str
     fake: Callable[..., tuple[Tensor, ...]]
     size: Callable[..., int | None]
-    results: int = 0
+    kept: tuple[str, ...] = ()
 
 
 class Launched(NamedTuple):
@@ -70,7 +70,7 @@ class Saving:
         parameters: Parameters,
         activate: Callable[[], None],
     ) -> None:
-        self.results, self._saved = signature.results, len(told.saved)
+        self.results, self._taken = signature.results, (*told.kept, *told.saved)
         self._schema, self._signature, self._told = schema, signature, told
         self._reference, self._plain_fake, self._parameters = reference, fake, parameters
         self._activate = activate
@@ -95,10 +95,9 @@ class Saving:
 
     @cached_property
     def forward(self) -> Launched:
-        """With the results of the operator, and what else is saved."""
+        """With the results of the operator, and what is saved."""
         name, inputs, _ = self._parts
-        own = self._saved - self._told.results
-        results = ", ".join(["Tensor"] * (self.results + own))
+        results = ", ".join(["Tensor"] * (self.results + len(self._told.saved)))
         op = define(f"{name}_saving({inputs}) -> ({results})")
         launch = lazy(self._told.launcher, self._parameters)
         signature = self._signature
@@ -122,9 +121,9 @@ class Saving:
         """The gradient of that."""
         name, inputs, rest = self._parts
         name = f"{name}_saved_backward"
-        tensors = ", ".join(f"Tensor {x}" for x in self._told.saved)
+        tensors = ", ".join(f"Tensor {x}" for x in self._taken)
         op = define(f"{name}({inputs}, {tensors}{rest}")
-        given = {**self._parameters, **dict.fromkeys(self._told.saved)}
+        given = {**self._parameters, **dict.fromkeys(self._taken)}
         given |= {"output_gradients": None, "needs_gradient": None}
         load = lazy(self._told.backward, given)
         signature = self._signature
@@ -154,13 +153,13 @@ class Saving:
         return Launched(op, launcher)
 
     def split_results(self, found: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
-        """Of what the forward returns the results, and what is saved, by its names."""
-        saved = (*found[: self._told.results], *found[self.results :])
-        return found[: self.results], dict(zip(self._told.saved, saved, strict=True))
+        """Of what the forward returns the results, and what the gradient takes, by its names."""
+        taken = (*found[: len(self._told.kept)], *found[self.results :])
+        return found[: self.results], dict(zip(self._taken, taken, strict=True))
 
     def _split(self, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """The forward's arguments, what was saved, and what the gradient is asked for."""
-        end = self._given + self._saved
+        end = self._given + len(self._taken)
         return args[: self._given], args[self._given : end], args[end:]
 
     def applies(self, args: Sequence[Any]) -> bool:

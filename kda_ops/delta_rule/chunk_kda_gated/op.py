@@ -33,12 +33,12 @@ chunk_kda_gated_op = define_op(
     roles={"cu_seqlens": OFFSETS, "chunk_indices": CHUNKS},
     cuda_backward="kda_ops.delta_rule.chunk_kda_gated.backward:launch_chunk_kda_gated_backward",
     saving=SavingForward(
-        ("o", *Saved._fields),
+        Saved._fields,
         "kda_ops.delta_rule.chunk_kda_gated.backward:launch_chunk_kda_gated_saving",
         "kda_ops.delta_rule.chunk_kda_gated.backward:launch_chunk_kda_gated_backward",
         fake=saved_fake,
         size=saved_size,
-        results=1,
+        kept=("o",),
     ),
     check_values=check_chunk_values,
 )
