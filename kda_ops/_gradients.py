@@ -85,6 +85,11 @@ class Signature:
         return results[0] if len(results) == 1 else results
 
 
+def records_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def in_place_error(what: str, which: str) -> RuntimeError:
     """The refusal to differentiate what writes a state."""
     return RuntimeError(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kda_ops._gradients import records_gradient
 from kda_ops._numerics import accumulation_dtype
 from kda_ops.blocks import Blocks
 from kda_ops.varlen import even_length, known, page_index, pages_of, sequence_offsets
@@ -120,8 +121,7 @@ def depthwise(
 
 def _fuses(*inputs: Tensor | None) -> bool:
     """Whether oneDNN's convolution with SiLU behind it may be called: it has no gradient."""
-    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return not recorded and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    return not records_gradient(*inputs) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 def convolved(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from kda_ops._checks import MAX_HEAD_DIM, check_lower_bound
+from kda_ops._gradients import records_gradient
 from kda_ops.conv.checks import resolve_activation
 from kda_ops.conv.short_conv import short_conv
 from kda_ops.delta_rule.chunk_kda_gated import chunk_kda_gated
@@ -333,7 +334,7 @@ class KDALayer(Accelerated):
 
         x, beta, f, z = self._project(hidden_states)
         steps = old_state is not None and hidden_states.shape[1] == 1
-        if steps and not _needs_gradient(hidden_states, *self.parameters()):
+        if steps and not records_gradient(hidden_states, *self.parameters()):
             o = self._decode(x, f, beta, z, old_conv, old_state)
         else:
             o = self._prefill(x, f, beta, cache, old_conv, old_state, cu_seqlens)
@@ -453,8 +454,3 @@ def _lower_bound(forget_gate: Any) -> float | None:
     if hasattr(forget_gate, "safe_gate"):
         return forget_gate.lower_bound if forget_gate.safe_gate else None
     return getattr(forget_gate, "safe_gate_lower_bound", None)
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd records: it does not through the operators that step a state."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kda_ops._gradients import records_gradient
 from kda_ops._numerics import QK_NORM_EPS, accumulation_dtype
 from kda_ops.cache.batch import KDABatch
 from kda_ops.cache.state_copy import state_copy
@@ -113,13 +114,14 @@ def decode(layer: Layer, inputs: Projected, state: State, batch: KDABatch, layou
 def decodes_at_once(
     layer: Layer, inputs: Projected, conv: Tensor | None, cu_seqlens: Tensor | None, layout: str
 ) -> bool:
-    """Whether eager code takes `kda_decode`, which is not differentiable in any argument."""
+    """Whether eager code takes `kda_decode`, which is not differentiable in any argument: a step
+    has refused gradients of all but what comes after the states.
+    """
     if torch.compiler.is_compiling() or conv is None:
         return False
     if cu_seqlens is not None and conv_tokens(conv, layer.conv_weight, layout) > MOST_TOKENS:
         return False
-    after = (inputs.output_gate, layer.o_norm_weight)
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in after))
+    return not records_gradient(inputs.output_gate, layer.o_norm_weight)
 
 
 def prefill_pages(

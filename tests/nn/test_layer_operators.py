@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kda_ops.cache.batch import KDABatch
 from kda_ops.nn.layer import KimiDeltaAttention
-from tests.nn.test_layer import LAYOUTS, VARIANTS, in_fp64, make_layer, make_state
+from tests.nn.test_layer import LAYOUTS, VARIANTS, assert_same, in_fp64, make_layer, make_state
 from tests.nn.test_memory import Recorded
 from tests.support.as_traced import as_traced
 
@@ -53,7 +53,7 @@ def test_sequences(variant: dict[str, Any]) -> None:
     expected_operators = FUSED_PREFILL if layer.use_short_conv else FUSED_PREFILL[1:]
     assert operators(layer, x, cu_seqlens=offsets) == expected_operators
     same = as_traced(layer)(x, cu_seqlens=offsets)
-    torch.testing.assert_close(found, same, rtol=1e-12, atol=1e-12)
+    assert_same(found, same)
     small = as_traced(operators)(layer, x, cu_seqlens=offsets)
     assert {"chunk_kda", "gate_cumsum", "l2norm"} <= set(small)
     assert "chunk_kda_gated" not in small
@@ -77,7 +77,7 @@ def test_steps(name: str, step: dict[str, Any], layout: str) -> None:
     for one, other in zip(found, as_traced(stepped)(layer, step, x), strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+            assert_same(one, other)
 
 
 def test_a_decode_step_is_one_operator() -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kda_ops._gradients import records_gradient
 from kda_ops._numerics import CHUNK, QK_NORM_EPS, RCP_LN2, accumulation_dtype
 from kda_ops.delta_rule.chunk_kda import chunk_kda as chunked
 from kda_ops.delta_rule.chunk_kda_gated import chunk_kda_gated
@@ -185,7 +186,7 @@ def fused_recurrent_kda(
         "cu_seqlens": cu_seqlens,
     }
     inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if records_gradient(*inputs):
         return chunk_kda(q, k, v, g, beta, **options)
     return fused_recurrent_kda_fwd(q, k, v, g, beta, inplace_final_state=False, **options)
 
